@@ -1,0 +1,122 @@
+"""Everything that can go wrong, as a small closed hierarchy.
+
+A `RequestError` becomes an error response: each class owns its code and says whether trying the same request again can
+help. A `SetupError` means that the service itself cannot work; no request is answered. Foreign exceptions are translated
+into these once, where our code calls foreign code, by `translated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import ClassVar
+
+
+class ErrorCode(StrEnum):
+    """The `error_code` of an error response."""
+
+    IMAGE_NOT_FOUND = "IMAGE_NOT_FOUND"
+    IMAGE_INVALID = "IMAGE_INVALID"
+    VAE_MODEL_NOT_FOUND = "VAE_MODEL_NOT_FOUND"
+    VAE_MODEL_INVALID = "VAE_MODEL_INVALID"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    SCALING_FAILED = "SCALING_FAILED"
+    ENCODING_FAILED = "ENCODING_FAILED"
+    OUTPUT_DIR_NOT_WRITABLE = "OUTPUT_DIR_NOT_WRITABLE"
+
+
+class LatentEncoderError(Exception):
+    """Base of every error that this service raises on purpose; its text is written for the user."""
+
+
+class SetupError(LatentEncoderError):
+    """The service cannot start: no ComfyUI, a tree without a node that is needed, a device that is not there."""
+
+
+class RequestError(LatentEncoderError):
+    """One request cannot be answered with a latent."""
+
+    code: ClassVar[ErrorCode]
+    retryable: ClassVar[bool] = False
+
+
+class InvalidRequest(RequestError):
+    """A field of the request is missing, of the wrong type or out of range; the text names the field."""
+
+    code = ErrorCode.INVALID_REQUEST
+
+
+class ImageNotFound(RequestError):
+    """The input image file does not exist."""
+
+    code = ErrorCode.IMAGE_NOT_FOUND
+
+
+class ImageInvalid(RequestError):
+    """The input image is not a readable, whole, single-frame JPEG or PNG within the limits."""
+
+    code = ErrorCode.IMAGE_INVALID
+
+
+class VaeModelNotFound(RequestError):
+    """No model folder has a VAE file of that name."""
+
+    code = ErrorCode.VAE_MODEL_NOT_FOUND
+
+
+class VaeModelInvalid(RequestError):
+    """The VAE file is there but does not hold what encoding an image needs."""
+
+    code = ErrorCode.VAE_MODEL_INVALID
+
+
+class ScalingFailed(RequestError):
+    """The image cannot be scaled to a size that the VAE can encode."""
+
+    code = ErrorCode.SCALING_FAILED
+
+
+class EncodingFailed(RequestError):
+    """The VAE gave no usable latent, or memory ran out."""
+
+    code = ErrorCode.ENCODING_FAILED
+    retryable = True
+
+
+class OutputDirNotWritable(RequestError):
+    """The output folder cannot be made, or a file in it cannot be written."""
+
+    code = ErrorCode.OUTPUT_DIR_NOT_WRITABLE
+    retryable = True
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    """Whether `exc` means that memory ran out: Python's, torch's on a GPU, or torch's CPU allocator's RuntimeError."""
+    return isinstance(exc, MemoryError) or (
+        isinstance(exc, RuntimeError) and (type(exc).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(exc))
+    )
+
+
+def one_line(exc: BaseException, limit: int = 300) -> str:
+    """The text of a foreign exception on one line of at most `limit` characters, or its class name where it has none."""
+    text = " ".join(str(exc).split()) or type(exc).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@contextmanager
+def translated(error: type[RequestError], what: str) -> Iterator[None]:
+    """Turn whatever foreign code raises inside into `error`, with `what` went wrong in front of its text.
+
+    Raises:
+        RequestError: the given class; `EncodingFailed` where memory ran out, whatever the step.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as exc:
+        if is_out_of_memory(exc):
+            advice = "memory ran out; ask for fewer megapixels or give the service more memory"
+            raise EncodingFailed(f"{what}: {advice}") from exc
+        raise error(f"{what}: {one_line(exc)}") from exc

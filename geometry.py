@@ -1,0 +1,51 @@
+"""The size arithmetic of scaling and cropping, in whole pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """Width and height in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width} x {self.height} px"
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels as Pillow's `Image.crop` takes it: `right` and `lower` are the first ones outside."""
+
+    left: int
+    upper: int
+    right: int
+    lower: int
+
+    @property
+    def size(self) -> Size:
+        return Size(self.right - self.left, self.lower - self.upper)
+
+
+def scaled_size(original: Size, megapixels: float) -> Size:
+    """The size that ImageScaleToTotalPixels aims at, where one megapixel is 1024 * 1024 pixels.
+
+    Both sides times sqrt(int(megapixels * 1024 * 1024) / (width * height)), each rounded half to even: the formula of
+    ComfyUI 0.3.75's `ImageScaleToTotalPixels.execute` in `comfy_extras/nodes_post_processing.py`. Later releases round a
+    little differently, so this predicts and explains; what counts is the size of the scaled image itself.
+    """
+    scale = math.sqrt(int(megapixels * 1024 * 1024) / (original.width * original.height))
+    return Size(round(original.width * scale), round(original.height * scale))
+
+
+def latent_crop(scaled: Size, factor: int) -> Box:
+    """The part of the scaled image that the latent covers: the largest centred box whose sides are multiples of `factor`.
+
+    An odd remainder loses its larger half on the right or at the bottom: what ComfyUI's `VAE.vae_encode_crop_pixels` in
+    `comfy/sd.py` does. `factor` is the VAE's spatial down-sampling factor (8 for most, 1 for `pixel_space`).
+    """
+    left, upper = (scaled.width % factor) // 2, (scaled.height % factor) // 2
+    width, height = scaled.width // factor * factor, scaled.height // factor * factor
+    return Box(left, upper, left + width, upper + height)

@@ -1,0 +1,138 @@
+"""Input images: read once, judged by their content before anything is decoded, and handed to ComfyUI as they were read.
+
+ComfyUI's LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are checked here
+first, strictly, and LoadImage then reads those same bytes from an anonymous file: what was checked and hashed is what is
+encoded, whatever happens to the source meanwhile, and no part of its name can mean anything to ComfyUI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import BinaryIO, cast
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from errors import ImageInvalid, ImageNotFound, translated
+from geometry import Size
+
+FORMATS = ("JPEG", "PNG")  # Pillow opens a JPEG with further pictures in it as "MPO"
+
+# LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES for a moment: nobody may decode strictly just then.
+PILLOW_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image file that passed every check."""
+
+    data: bytes
+    sha256: str
+    notes: tuple[str, ...]
+    """What LoadImage will do to it beyond decoding; the codes are in API.md."""
+
+    @contextmanager
+    def as_file(self) -> Iterator[str]:
+        """An absolute path at which these bytes can be read as long as the context lasts."""
+        with _anonymous_file() as file:
+            file.write(self.data)
+            file.flush()
+            file.seek(0)
+            yield f"/dev/fd/{file.fileno()}"
+
+
+def _anonymous_file() -> BinaryIO:
+    """A file without a name: in memory where the system has such files (Linux), else in the temporary folder."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("latent-encoder-image"), "w+b")
+    return cast(BinaryIO, tempfile.TemporaryFile())
+
+
+def read_image(path: str, max_pixels: int) -> SourceImage:
+    """Read and check the image file at `path`. Hold `PILLOW_LOCK` meanwhile.
+
+    Raises:
+        ImageNotFound: there is no such file.
+        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is damaged, truncated or animated, or has
+            more than `max_pixels` pixels.
+    """
+    data = _read(path)
+    with translated(ImageInvalid, f"Image file is damaged: {path}"):
+        notes = _inspect(path, data, max_pixels)
+        _decode_strictly(data)
+    return SourceImage(data, hashlib.sha256(data).hexdigest(), notes)
+
+
+def _read(path: str) -> bytes:
+    try:
+        # Non-blocking, so that a named pipe is refused below and not waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISDIR(mode):
+                raise ImageInvalid(f"Image path is a folder: {path}")
+            if not stat.S_ISREG(mode):
+                raise ImageInvalid(f"Image path is not a regular file: {path}")
+            data = file.read()
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise ImageNotFound(f"Image file not found: {path}") from exc
+    except OSError as exc:
+        raise ImageInvalid(f"Image file cannot be read: {path} ({exc.strerror})") from exc
+    if not data:
+        raise ImageInvalid(f"Image file is empty: {path}")
+    return data
+
+
+def _inspect(path: str, data: bytes, max_pixels: int) -> tuple[str, ...]:
+    """Check format, size and number of frames from the header, without decoding, and note what LoadImage will do."""
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as exc:
+        raise ImageInvalid(f"Image file is not a JPEG or PNG, {_guess(data)}: {path}") from exc
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        raise ImageInvalid(_too_large(path, max_pixels)) from exc
+    with image:
+        size, frames = Size(*image.size), getattr(image, "n_frames", 1)
+        if size.width * size.height > max_pixels:
+            raise ImageInvalid(f"{_too_large(path, max_pixels)} It has {size}.")
+        if image.format == "PNG" and frames > 1:
+            raise ImageInvalid(f"Image file is animated, {frames} frames; give one of them as an image of its own: {path}")
+        return tuple(_notes(image, frames))
+
+
+def _too_large(path: str, max_pixels: int) -> str:
+    return f"Image file has more than MAX_IMAGE_PIXELS={max_pixels} pixels; scale it down, or raise the limit: {path}."
+
+
+def _guess(data: bytes) -> str:
+    """What a file is that is neither JPEG nor PNG, by the first bytes that Pillow's other formats look for."""
+    Image.init()
+    for name, (_, accept) in Image.OPEN.items():
+        if accept is not None and accept(data[:16]) is True:
+            return f"its content is {name}"
+    return "nor any other image that is known, judged by its content"
+
+
+def _notes(image: Image.Image, frames: int) -> Iterator[str]:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        yield "alpha_dropped"
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        yield "exif_orientation_applied"
+    if image.mode.startswith("I;16"):
+        yield "clipped_to_8_bit"
+    if frames > 1:
+        yield "first_frame_used"
+
+
+def _decode_strictly(data: bytes) -> None:
+    """Decode every pixel and check every checksum, as LoadImage does not."""
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        image.verify()  # a PNG's chunk checksums; after it the image must be opened anew
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        image.load()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Every check there is: format, lint, types, tests. CI runs this same script.
+# Arguments go to pytest: scripts/check.sh -k images
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bin=${VENV:-${VIRTUAL_ENV:-$PWD/.venv}}/bin
+
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
+"$bin/shellcheck" setup_comfyui.sh scripts/*.sh .ci/run
+"$bin/python" -m pytest "$@"

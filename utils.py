@@ -1,0 +1,144 @@
+"""The shared utilities that connect this service to a ComfyUI tree.
+
+Importing this module does nothing. Its name is also that of a package in ComfyUI: `add_comfyui_directory_to_sys_path`
+makes the two live together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import SetupError, one_line
+
+TESTED_RELEASES = "tested releases: 0.3.52 and 0.3.75"
+
+
+def get_value_at_index(output: Any, index: int) -> Any:
+    """The `index`th value of what a node returned: a tuple, a V3 `NodeOutput`, or a mapping that holds it as `result`.
+
+    Raises:
+        IndexError: the node returned fewer values.
+    """
+    return output["result"][index] if isinstance(output, Mapping) else output[index]
+
+
+def find_path(comfyui_path: Path) -> Path:
+    """The absolute path of the ComfyUI tree at `comfyui_path`.
+
+    Raises:
+        SetupError: there is no ComfyUI tree; the text says how to get one.
+    """
+    path = comfyui_path.expanduser().absolute()
+    missing = [name for name in ("nodes.py", "folder_paths.py", "comfy") if not (path / name).exists()]
+    if missing:
+        raise SetupError(
+            f"No ComfyUI in {path}: {', '.join(missing)} missing. "
+            f"Run ./setup_comfyui.sh, or set COMFYUI_PATH to a ComfyUI checkout ({TESTED_RELEASES})."
+        )
+    return path
+
+
+def add_comfyui_directory_to_sys_path(comfyui: Path) -> None:
+    """Make ComfyUI's modules importable without hiding ours.
+
+    The tree goes to the end of `sys.path`, so that `import main` still finds our `main.py`. Both of us have a `utils`: ours
+    is imported already, and ComfyUI's sub-modules (`utils.extra_config`, …) are found through it from now on.
+    """
+    if str(comfyui) not in sys.path:
+        sys.path.append(str(comfyui))
+    this_module = sys.modules[__name__]
+    this_module.__path__ = [str(comfyui / "utils")]
+
+
+def add_extra_model_paths(comfyui: Path) -> None:
+    """Add the model folders that the tree's `extra_model_paths.yaml` names, where there is one, by ComfyUI's own reader.
+
+    Raises:
+        SetupError: the file cannot be read as what ComfyUI expects.
+    """
+    config = comfyui / "extra_model_paths.yaml"
+    if not config.is_file():
+        return
+    try:
+        importlib.import_module("utils.extra_config").load_extra_path_config(str(config))
+    except Exception as exc:
+        raise SetupError(f"Cannot use the extra model paths in {config}: {one_line(exc)}") from exc
+
+
+def import_custom_nodes_minimal(comfyui: Path, node_ids: Iterable[str], packages: Iterable[str] = ()) -> dict[str, type]:
+    """ComfyUI's node classes by node id: its core nodes, those of `node_ids` that live elsewhere, and named packages.
+
+    A node that the core does not have is looked for by its id in `comfy_extras/`, wherever this release keeps it.
+    `packages` are folders or modules in `custom_nodes/`. No server and no prompt queue is started.
+
+    Raises:
+        SetupError: a node is not in the tree, or a module that should have it cannot be imported.
+    """
+    classes: dict[str, type] = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+    for node_id in node_ids:
+        if node_id not in classes:
+            classes[node_id] = _find_extra_node(comfyui, node_id)
+    for package in packages:
+        for node_id, node_class in _load_custom_nodes(comfyui, package).items():
+            classes.setdefault(node_id, node_class)  # as in ComfyUI, a package cannot replace a core node
+    return classes
+
+
+def _find_extra_node(comfyui: Path, node_id: str) -> type:
+    """The class of a node in `comfy_extras/`; only modules whose text has the node's id are imported."""
+    for file in sorted((comfyui / "comfy_extras").glob("*.py")):
+        if f'"{node_id}"' not in file.read_text(encoding="utf-8"):
+            continue
+        try:
+            found = _node_classes(importlib.import_module(f"comfy_extras.{file.stem}")).get(node_id)
+        except Exception as exc:
+            raise SetupError(
+                f"ComfyUI's node {node_id} cannot be loaded from {file}: {one_line(exc)} ({TESTED_RELEASES})."
+            ) from exc
+        if found is not None:
+            return found
+    raise SetupError(f"The ComfyUI tree {comfyui} has no node {node_id} ({TESTED_RELEASES}).")
+
+
+def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:
+    folder = comfyui / "custom_nodes"
+    path = next((path for path in (folder / package, folder / f"{package}.py") if path.exists()), None)
+    if path is None:
+        raise SetupError(f"No custom node package {package!r} in {folder}; CUSTOM_NODES names it.")
+    init = path / "__init__.py" if path.is_dir() else path
+    # Not imported by its own name: that may have dashes, or be the name of a module of ours.
+    spec = importlib.util.spec_from_file_location("custom_nodes_" + re.sub(r"\W", "_", package), init)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        return _node_classes(module)
+    except Exception as exc:
+        raise SetupError(f"The custom node package {path} cannot be loaded: {one_line(exc)}") from exc
+
+
+def _node_classes(module: Any) -> dict[str, type]:
+    """The nodes that a module declares: V1 by `NODE_CLASS_MAPPINGS`, V3 by the extension that `comfy_entrypoint` returns."""
+    classes: dict[str, type] = dict(getattr(module, "NODE_CLASS_MAPPINGS", None) or {})
+    if hasattr(module, "comfy_entrypoint"):
+        for node in asyncio.run(_extension_nodes(module.comfy_entrypoint)):
+            classes[node.GET_SCHEMA().node_id] = node
+    return classes
+
+
+async def _extension_nodes(entrypoint: Any) -> list[Any]:
+    extension = entrypoint()
+    if inspect.isawaitable(extension):
+        extension = await extension
+    nodes: list[Any] = await extension.get_node_list()
+    return nodes

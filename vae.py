@@ -1,0 +1,211 @@
+"""VAEs that are found, checked and kept loaded.
+
+ComfyUI loads weights with `strict=False` into uninitialised memory: a file without some of the encoder's tensors loads
+with a log line and then encodes garbage. So the keys that were missing are recorded while ComfyUI loads, and a VAE that
+lacks what encoding needs is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from comfy_runtime import ComfyRuntime, Vae
+from errors import VaeModelInvalid, VaeModelNotFound, one_line, translated
+
+# Parts of ComfyUI's VAE classes that only decoding uses: SD-style and Wan decoders, SD's and Wan's convolution in front of
+# them, TAESD's decoder. Any other tensor counts as needed.
+DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.")
+
+MAX_NAMES_SHOWN = 20
+
+Stamp = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class LoadedVae:
+    """A VAE ready to encode."""
+
+    name: str
+    vae: Vae
+    sha256: str | None
+    """Of its file's bytes; of the encoder's and the decoder's one after the other for a TAESD pair; None without a file."""
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a side of one latent cell covers: 8 for most VAEs, 1 for `pixel_space`."""
+        return int(self.vae.spacial_compression_encode())
+
+    @property
+    def dtype(self) -> str:
+        return str(self.vae.vae_dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> str:
+        return str(self.vae.device)
+
+
+class VaeCache:
+    """The VAEs that were used last, at most `size` of them. A file that was replaced is loaded anew. Thread-safe."""
+
+    def __init__(self, runtime: ComfyRuntime, size: int) -> None:
+        self._runtime = runtime
+        self._size = size
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[tuple[str, ...], tuple[Stamp, LoadedVae]] = OrderedDict()
+
+    def get(self, name: str) -> LoadedVae:
+        """The VAE of that name.
+
+        Raises:
+            VaeModelNotFound: no model folder has it.
+            VaeModelInvalid: it is there but cannot be used to encode images.
+            EncodingFailed: memory ran out while loading it.
+        """
+        with self._lock:
+            files = find_vae_files(self._runtime, name)
+            key = tuple(map(str, files)) or (name,)
+            stamp = _stamp(files)
+            cached = self._loaded.pop(key, None)
+            if cached is None or cached[0] != stamp:
+                del cached  # the replaced one's memory goes before the new one's comes
+                while len(self._loaded) >= self._size:
+                    self._loaded.popitem(last=False)
+                cached = (stamp, load_vae(self._runtime, name, files))
+                if _stamp(files) != stamp:
+                    raise VaeModelInvalid(f"VAE model {name} changed while it was being loaded; send the request again.")
+            self._loaded[key] = cached
+            return cached[1]
+
+
+def find_vae_files(runtime: ComfyRuntime, name: str) -> list[Path]:
+    """The files, symlinks resolved, that the VAE of that name is loaded from; none for `pixel_space`.
+
+    Raises:
+        VaeModelNotFound: with where was looked, what is there and what to do.
+    """
+    files = runtime.vae_files(name)
+    if files is None:
+        raise VaeModelNotFound(_not_found(runtime, name))
+    return [file.resolve() for file in files]
+
+
+def _not_found(runtime: ComfyRuntime, name: str) -> str:
+    names = runtime.vae_names()
+    there = ", ".join(names[:MAX_NAMES_SHOWN]) or "none"
+    if len(names) > MAX_NAMES_SHOWN:
+        there += f" and {len(names) - MAX_NAMES_SHOWN} more"
+    folders = ", ".join(map(str, runtime.vae_folders()))
+    return (
+        f"VAE model not found: {name}. Looked in: {folders}. VAE files there: {there}. "
+        "Run ./setup_comfyui.sh --download-vae for qwen_image_vae.safetensors, or set MODEL_DIR to the folder of your models."
+    )
+
+
+def _stamp(files: Sequence[Path]) -> Stamp:
+    """Inode, size and modification time of each file: what tells that it was replaced."""
+    with translated(VaeModelInvalid, "Cannot read the VAE model"):
+        return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
+
+
+def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path]) -> LoadedVae:
+    """Load a VAE with VAELoader and make sure that it can encode.
+
+    Raises:
+        VaeModelInvalid: the file cannot be read, is not plain weights, or lacks what its architecture needs to encode.
+        EncodingFailed: memory ran out.
+    """
+    refusal = f"VAE model {name} cannot be used ({', '.join(map(str, files)) or 'built in'})"
+    with translated(VaeModelInvalid, refusal), _recorded_missing_keys() as missing:
+        try:
+            sha256 = _sha256(files)
+            vae = runtime.load_vae(name)
+        except Exception as exc:
+            if reason := _reason(exc):
+                raise VaeModelInvalid(f"{refusal}: {reason}.") from exc
+            raise
+    if fault := _fault(vae, missing):
+        raise VaeModelInvalid(f"{refusal}: {fault}.")
+    return LoadedVae(name=name, vae=vae, sha256=sha256)
+
+
+def _reason(exc: Exception) -> str | None:
+    """Why a file did not load, where its exception's own text would mislead."""
+    if isinstance(exc, pickle.UnpicklingError):
+        return "it is a pickle that holds more than plain weights, or a damaged one; get the model as safetensors"
+    if isinstance(exc, SafetensorError):
+        return f"it is empty, truncated or not a safetensors file ({one_line(exc)})"
+    if "VAE is invalid" in str(exc):
+        return "ComfyUI recognises no VAE in it, its tensors are of something else"
+    return None
+
+
+def _fault(vae: Vae, missing: Mapping[int, Sequence[str]]) -> str | None:
+    """What keeps a VAE that did load from encoding images properly."""
+    model = vae.first_stage_model
+    if vae.latent_dim not in (2, 3):
+        return "it does not encode images"
+    if id(model) not in missing:
+        return "this ComfyUI loads it in a way that cannot be checked for missing tensors"
+    if lacking := _for_encoding(missing[id(model)]):
+        return f"it lacks tensors that encoding needs: {_shortened(lacking)}"
+    if broken := _not_finite(model):
+        return f"it has values that are not finite in: {_shortened(broken)}"
+    return None
+
+
+def _sha256(files: Sequence[Path]) -> str | None:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest() if files else None
+
+
+@contextmanager
+def _recorded_missing_keys() -> Iterator[dict[int, list[str]]]:
+    """What `load_state_dict` finds missing inside, by the `id` of the module that was loaded.
+
+    ComfyUI only logs it. torch has no hook that sees every module's load, so the method itself is wrapped for the moment;
+    a load in another thread is recorded too and harms nothing.
+    """
+    missing: dict[int, list[str]] = {}
+    original = torch.nn.Module.load_state_dict
+
+    def recording(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(module, *args, **kwargs)
+        missing[id(module)] = list(result.missing_keys)
+        return result
+
+    torch.nn.Module.load_state_dict = recording  # type: ignore[assignment,method-assign]
+    try:
+        yield missing
+    finally:
+        torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+def _for_encoding(keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if not key.startswith(DECODER_PARTS)]
+
+
+def _not_finite(model: torch.nn.Module) -> list[str]:
+    state = model.state_dict()
+    return [key for key in _for_encoding(list(state)) if not _is_finite(state[key])]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _shortened(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
