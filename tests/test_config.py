@@ -1,0 +1,130 @@
+"""Settings: where they come from, which wins, and that what is written about them is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
+
+SPECIFIED = (
+    "MODE",
+    "KAFKA_BOOTSTRAP_SERVERS",
+    "KAFKA_REQUEST_TOPIC",
+    "KAFKA_RESPONSE_TOPIC",
+    "KAFKA_CONSUMER_GROUP",
+    "MODEL_DIR",
+    "VAE_MODEL_NAME",
+    "OUTPUT_DIR",
+    "COMFYUI_PATH",
+    "LOG_LEVEL",
+    "LOG_FORMAT",
+    "UPSCALE_METHOD",
+    "MEGAPIXELS",
+)
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No `.env` and no variable but those that a test sets."""
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_every_specified_variable_is_a_setting() -> None:
+    """Those of the specification are all there, by its names."""
+    assert {name.lower() for name in SPECIFIED} <= Settings.model_fields.keys()
+
+
+def test_command_line_over_environment_over_file_over_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source wins over the next."""
+    assert load_settings({}).megapixels == 1.0
+    Path(".env").write_text("MEGAPIXELS=2  # a comment\nUNKNOWN=7\n")
+    assert load_settings({}).megapixels == 2.0
+    monkeypatch.setenv("MEGAPIXELS", "3")
+    assert load_settings({}).megapixels == 3.0
+    assert load_settings({"megapixels": 4.0, "mode": None}).megapixels == 4.0
+
+
+def test_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`MODEL_DIR=` in a file means the default, not the working folder."""
+    monkeypatch.setenv("MODEL_DIR", "")
+    assert load_settings({}).model_dir is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MODE", "batch"),
+        ("MEGAPIXELS", "many"),
+        ("MEGAPIXELS", "17"),
+        ("UPSCALE_METHOD", "cubic"),
+        ("VAE_MODEL_NAME", "../x"),
+        ("LOG_LEVEL", "LOUD"),
+        ("LOG_FORMAT", "xml"),
+        ("DEVICE", "tpu"),
+        ("VAE_PRECISION", "fp8"),
+        ("VAE_CACHE_SIZE", "0"),
+        ("MAX_IMAGE_PIXELS", "-1"),
+    ],
+)
+def test_wrong_value_names_the_variable(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message begins with the variable and shows the value."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=rf"^{variable}: .*{re.escape(value)}"):
+        load_settings({})
+
+
+def test_lists_and_levels_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names separated by commas; levels in any case."""
+    monkeypatch.setenv("CUSTOM_NODES", "one, two,")
+    monkeypatch.setenv("LOG_LEVEL", "debug")
+    settings = load_settings({})
+    assert (settings.custom_nodes, settings.log_level) == (("one", "two"), "DEBUG")
+
+
+def test_settings_are_frozen() -> None:
+    """Nothing changes them once they are read."""
+    with pytest.raises(ValidationError):
+        load_settings({}).megapixels = 2.0  # type: ignore[misc]
+
+
+def shown_default(field: FieldInfo) -> str:
+    default: Any = field.default
+    if default is None or default == ():
+        return ""
+    return f"./{default.relative_to(PROJECT_DIR)}" if isinstance(default, Path) else str(default)
+
+
+def test_env_example_lists_every_variable_with_its_default_and_meaning() -> None:
+    """In the code's order, word for word."""
+    expected = [
+        f"# {field.description}\n#{name.upper()}={shown_default(field)}".rstrip()
+        for name, field in Settings.model_fields.items()
+    ]
+    text = (PROJECT_DIR / ".env.example").read_text(encoding="utf-8")
+    assert text.split("\n\n", 1)[1].strip().split("\n\n") == expected
+
+
+def test_readme_table_is_the_code() -> None:
+    """Variable, default and meaning of each setting."""
+    expected = []
+    for name, field in Settings.model_fields.items():
+        default = f"`{shown_default(field)}`" if shown_default(field) else ""
+        expected.append(f"| `{name.upper()}` | {default} | {field.description} |".replace("|  |", "| |"))
+    readme = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
+    assert [line for line in readme.splitlines() if re.match(r"\| `[A-Z_]+` \|.*\|.*\|$", line)] == expected
+
+
+def test_changelog_begins_with_this_version() -> None:
+    """The version that `--version` prints is the newest one there."""
+    changelog = (PROJECT_DIR / "CHANGELOG.md").read_text(encoding="utf-8")
+    found = re.search(r"^## (\S+)", changelog, re.MULTILINE)
+    assert found is not None
+    assert found[1] == VERSION

@@ -1,0 +1,167 @@
+"""Input images: what is accepted, what is refused and with which words, and what is noted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from errors import ErrorCode, ImageInvalid
+from images import read_image
+from models import ErrorResponse
+from tests.conftest import IMAGES, Encode, load_latent
+
+REFUSED = {
+    "empty.png": "is empty",
+    "text.png": "is not a JPEG or PNG, nor any other image",
+    "truncated.png": "is damaged",
+    "truncated.jpg": "is damaged",
+    "cut_after_20_bytes.png": "is damaged",
+    "bad_checksum.png": "is damaged",
+    "animated.png": "is animated, 2 frames",
+    "decompression_bomb.png": "more than MAX_IMAGE_PIXELS=89478485 pixels",
+    "tiff_named.png": "is not a JPEG or PNG, its content is TIFF",
+    "gif_named.png": "is not a JPEG or PNG, its content is GIF",
+    "webp_named.png": "is not a JPEG or PNG, its content is WEBP",
+    "bmp_named.png": "is not a JPEG or PNG, its content is BMP",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_file_that_is_no_proper_image_is_refused(name: str, answer: Encode, tmp_path: Path) -> None:
+    """IMAGE_INVALID with what is wrong and the file's path, and not one file is written."""
+    response = answer(name)
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == ErrorCode.IMAGE_INVALID
+    assert REFUSED[name] in response.error_message
+    assert str(IMAGES / name) in response.error_message
+    assert list(tmp_path.iterdir()) == []
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def dangling_link(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere.png"))
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def nothing(path: Path) -> None:
+    del path
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "words"),
+    [
+        (nothing, ErrorCode.IMAGE_NOT_FOUND, "Image file not found"),
+        (dangling_link, ErrorCode.IMAGE_NOT_FOUND, "Image file not found"),
+        (folder, ErrorCode.IMAGE_INVALID, "is a folder"),
+        (pipe, ErrorCode.IMAGE_INVALID, "is not a regular file"),
+        (link_to_itself, ErrorCode.IMAGE_INVALID, "cannot be read"),
+    ],
+)
+def test_path_without_a_readable_file_is_answered(
+    make: Callable[[Path], None], code: ErrorCode, words: str, answer: Encode, tmp_path: Path
+) -> None:
+    """Nothing that a path can lead to is waited for or raises; the message has the path."""
+    path = tmp_path / "input.png"
+    make(path)
+    response = answer(path)
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == code
+    assert words in response.error_message
+    assert str(path) in response.error_message
+
+
+def test_path_through_a_file_is_not_found(answer: Encode) -> None:
+    """`photo.jpg/x.png` does not exist, whatever errno the system has for it."""
+    assert answer("photo.jpg/x.png").error_code == ErrorCode.IMAGE_NOT_FOUND
+
+
+def test_pixel_limit_is_checked() -> None:
+    """A limit below the image's size refuses it and says both; at the limit it is accepted."""
+    path = str(IMAGES / "photo.jpg")
+    with pytest.raises(ImageInvalid, match=r"MAX_IMAGE_PIXELS=6143 pixels.*96 x 64 px"):
+        read_image(path, max_pixels=96 * 64 - 1)
+    assert read_image(path, max_pixels=96 * 64).notes == ()
+
+
+NOTES = {
+    "photo.jpg": (),
+    "grey.png": (),
+    "rgba.png": ("alpha_dropped",),
+    "grey_with_alpha.png": ("alpha_dropped",),
+    "palette_with_transparency.png": ("alpha_dropped",),
+    "exif_orientation_6.jpg": ("exif_orientation_applied",),
+    "grey_16_bit.png": ("clipped_to_8_bit",),
+    "two_frames_mpo.jpg": ("first_frame_used",),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_metadata_notes_what_loading_changed(name: str, encode: Encode) -> None:
+    """What a person would not expect from the file is said in `image_notes`."""
+    assert encode(name).metadata.image_notes == NOTES[name]
+
+
+def test_exif_orientation_is_honoured(encode: Encode) -> None:
+    """A 96 x 64 photo that is to be turned by 90 degrees is 64 wide and 96 high in the metadata."""
+    assert encode("photo.jpg").metadata.original_image_shape == (64, 96, 3)
+    assert encode("exif_orientation_6.jpg").metadata.original_image_shape == (96, 64, 3)
+
+
+def test_alpha_is_dropped_as_load_image_does(encode: Encode) -> None:
+    """An image and the same image with an alpha channel give one latent."""
+    with Image.open(IMAGES / "rgba.png") as image:
+        opaque = Path(encode("photo.jpg").latent_file_path).with_name("opaque.png")
+        image.convert("RGB").save(opaque)
+    assert torch.equal(load_latent(encode("rgba.png").latent_file_path), load_latent(encode(opaque).latent_file_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "día größe 写真.jpg",
+        "two  spaces .jpg",
+        "photo.jpg [output]",
+        "photo[input]",
+        "[temp].jpg",
+        "a'b\"c;$(d).jpg",
+        "-v.jpg",
+    ],
+)
+def test_name_has_no_meaning(name: str, encode: Encode, tmp_path: Path) -> None:
+    """The file of that very name is encoded, whatever ComfyUI would make of it."""
+    folder = tmp_path / "in [output]"
+    folder.mkdir()
+    shutil.copy(IMAGES / "photo.jpg", folder / name)
+    expected = load_latent(encode("photo.jpg").latent_file_path)
+    assert torch.equal(load_latent(encode(folder / name).latent_file_path), expected)
+
+
+def test_symlink_is_followed_and_names_the_files(encode: Encode, tmp_path: Path) -> None:
+    """The link's own name is the stem."""
+    (tmp_path / "link.jpg").symlink_to(IMAGES / "photo.jpg")
+    response = encode(tmp_path / "link.jpg")
+    assert Path(response.latent_file_path).name == "latent_link_test.pt"
+    assert response.metadata.image_sha256 == encode("photo.jpg").metadata.image_sha256
+
+
+def test_pillow_is_as_strict_after_a_request_as_before(answer: Encode) -> None:
+    """LoadImage's tolerance of truncated files does not outlive it."""
+    answer("two_frames_mpo.jpg")
+    answer("truncated.png")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False

