@@ -2,10 +2,11 @@
 
     python tests/stock_comfyui.py COMFYUI_DIR make-vaes MODEL_DIR FAMILY…
     python tests/stock_comfyui.py COMFYUI_DIR encode MODEL_DIR CASES.json OUT.safetensors
-    python tests/stock_comfyui.py COMFYUI_DIR decode MODEL_DIR VAE_NAME LATENT.pt OUT.safetensors
+    python tests/stock_comfyui.py COMFYUI_DIR decode MODEL_DIR OUT.safetensors LATENT.pt…
 
 `make-vaes` writes VAEs of the real architectures with random weights of a fixed seed; `encode` runs the four nodes by hand
-for each case `[image_path, vae_name, upscale_method, megapixels]` and saves scaled images and latents by the case's number.
+for each case `[image_path, vae_name, upscale_method, megapixels]` and saves scaled images and latents by the case's number;
+`decode` saves the pictures that the tiny VAE makes of latents of one frame, by their number.
 """
 
 from __future__ import annotations
@@ -103,13 +104,11 @@ def scale(image: torch.Tensor, method: str, megapixels: float) -> torch.Tensor:
     return node().upscale(image, method, megapixels)[0]
 
 
-def decode(vae_name: str, latent: Path, out: Path) -> None:
-    samples = torch.load(latent, weights_only=True)
-    if vae_name.startswith(("tiny", "random_wan")):
-        samples = samples.unsqueeze(2)
-    vae = nodes.VAELoader().load_vae(vae_name)[0]
-    pixels = nodes.VAEDecode().decode(vae, {"samples": samples})[0]
-    save_file({"pixels": pixels.contiguous()}, out)
+def decode(out: Path, latents: list[str]) -> None:
+    vae = nodes.VAELoader().load_vae("tiny_qwen_vae.safetensors")[0]
+    samples = [torch.load(latent, weights_only=True).unsqueeze(2) for latent in latents]
+    pictures = [nodes.VAEDecode().decode(vae, {"samples": sample})[0].contiguous() for sample in samples]
+    save_file({str(number): picture for number, picture in enumerate(pictures)}, out)
 
 
 def main() -> None:
@@ -123,7 +122,7 @@ def main() -> None:
         elif command == "encode":
             encode(Path(arguments[0]), Path(arguments[1]))
         else:
-            decode(arguments[0], Path(arguments[1]), Path(arguments[2]))
+            decode(Path(arguments[0]), arguments[1:])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+import torch
 
 from config import VERSION
 from tests.conftest import IMAGES, TINY_VAE, RunMain, load_latent
@@ -46,6 +47,15 @@ def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> 
         "error_message": "Image file not found: /no/image.jpg",
     }
     assert "Traceback" not in done.stderr
+
+
+def test_precision_that_is_asked_for_is_used(run_main: RunMain) -> None:
+    """The VAE runs in bfloat16 and says so; the file is float32 all the same."""
+    done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--device", "cpu", env={"VAE_PRECISION": "bf16"})
+    metadata = json.loads(done.stdout)["metadata"]
+    assert (metadata["vae_dtype"], metadata["latent_dtype"], metadata["device"]) == ("bfloat16", "float32", "cpu")
+    latent = load_latent(json.loads(done.stdout)["latent_file_path"])
+    assert torch.equal(latent, latent.to(torch.bfloat16).float())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,15 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
+def encode_cases(comfyui: Path, model_dir: Path, cases: list[list[object]], folder: Path) -> list[dict[str, Any]]:
+    """The responses of our service, in a process of its own on that tree."""
+    (folder / "ours.json").write_text(json.dumps(cases))
+    arguments = (PROJECT / "tests" / "encode_cases.py", comfyui, model_dir, folder / "ours.json", folder)
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) -> None:
     """On 0.3.52, whose scaling node has the older style, the latents are equal to that release's stock nodes'."""
     cases = [
@@ -41,13 +52,11 @@ def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) ->
     stock("encode", model_dir, tmp_path / "cases.json", tmp_path / "out.safetensors", comfyui=RELEASE_0_3_52)
     expected = load_file(tmp_path / "out.safetensors")
 
-    not_in_this_release = [str(IMAGES / "photo.jpg"), "pixel_space", "lanczos", 0.02]
-    (tmp_path / "cases.json").write_text(json.dumps([*cases, not_in_this_release]))
-    script = PROJECT / "tests" / "encode_cases.py"
-    command = [sys.executable, *map(str, (script, RELEASE_0_3_52, model_dir, tmp_path / "cases.json", tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    *answers, missing = [json.loads(line) for line in done.stdout.splitlines()]
+    too_new = [[str(IMAGES / "photo.jpg"), vae, "lanczos", 0.02] for vae in ("pixel_space", TINY_VAE)]
+    *answers, missing, invalid = encode_cases(RELEASE_0_3_52, model_dir, [*cases, *too_new], tmp_path)
     assert missing["error_code"] == "VAE_MODEL_NOT_FOUND"
+    assert invalid["error_code"] == "VAE_MODEL_INVALID"
+    assert "size mismatch" in invalid["error_message"]
     assert len(answers) == len(cases)
     for number, response in enumerate(answers):
         assert response["status"] == "success", response
@@ -55,17 +64,6 @@ def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) ->
         stock_latent = expected[f"{number}.latent"]
         stock_latent = stock_latent.squeeze(2) if stock_latent.ndim == 5 else stock_latent
         assert torch.equal(load_latent(response["latent_file_path"]), stock_latent)
-
-
-def test_tiny_vae_is_refused_by_a_release_that_cannot_load_it(tmp_path: Path, run_main: RunMain) -> None:
-    """0.3.52 expects the full size: VAE_MODEL_INVALID says so, and our own model folder is searched there too."""
-    arguments = ["--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--comfyui_path", RELEASE_0_3_52]
-    done = run_main(*arguments)
-    assert done.returncode == 1
-    response = json.loads(done.stdout)
-    assert response["error_code"] == "VAE_MODEL_INVALID"
-    assert "size mismatch" in response["error_message"]
-    assert not (tmp_path / "output").exists()
 
 
 def with_resolution_steps(tree: Path, *, default: str) -> None:
@@ -119,36 +117,51 @@ def with_broken_yaml(tree: Path) -> None:
     (tree / "extra_model_paths.yaml").write_text("a: [unclosed\n")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (without_default, "ImageScaleToTotalPixels requires resolution_steps, which has no default (tested releases: "),
-        (without_node, "has no node ImageScaleToTotalPixels (tested releases: "),
-        (with_broken_node, "ImageScaleToTotalPixels cannot be loaded from"),
-        (with_broken_core, "cannot be loaded: invalid syntax"),
-        (with_broken_yaml, "extra_model_paths.yaml"),
-    ],
-)
-def test_tree_that_cannot_work_ends_set_up(spoil: Callable[[Path], None], words: str, tree: Path, run_main: RunMain) -> None:
+SPOILED: dict[str, Callable[[Path], None]] = {
+    "node ImageScaleToTotalPixels requires resolution_steps, which has no default (tested releases: ": without_default,
+    "has no node ImageScaleToTotalPixels (tested releases: ": without_node,
+    "node ImageScaleToTotalPixels cannot be loaded from": with_broken_node,
+    "cannot be loaded: invalid syntax": with_broken_core,
+    "extra_model_paths.yaml": with_broken_yaml,
+}
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """How the command line ends on each spoiled tree; two at a time, since loading ComfyUI takes its while."""
+
+    def run(words: str) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("spoiled")
+        place_runtime(COMFYUI, folder, copy_entry)
+        SPOILED[words](folder)
+        arguments = ("--image_path", str(IMAGES / "photo.jpg"), "--comfyui_path", str(folder), "--log-level", "ERROR")
+        command = [sys.executable, str(PROJECT / "main.py"), *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SPOILED, pool.map(run, SPOILED), strict=True))
+
+
+@pytest.mark.parametrize("words", SPOILED)
+def test_tree_that_cannot_work_ends_set_up(words: str, endings: dict[str, subprocess.CompletedProcess[str]]) -> None:
     """Exit status 3 and one line that says what is missing; nothing on standard output, no traceback."""
-    spoil(tree)
-    done = run_main("--image_path", IMAGES / "photo.jpg", "--log-level", "ERROR", env={"COMFYUI_PATH": str(tree)})
+    done = endings[words]
     assert (done.returncode, done.stdout) == (3, "")
     assert words in done.stderr
-    assert str(tree) in done.stderr or "no default" in words
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_extra_model_paths_are_searched_last(tree: Path, tmp_path: Path, run_main: RunMain) -> None:
-    """A VAE in a folder that ComfyUI's own configuration names is found."""
-    (tmp_path / "elsewhere" / "vaes").mkdir(parents=True)
-    shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, tmp_path / "elsewhere" / "vaes" / "mine.safetensors")
-    (tree / "extra_model_paths.yaml").write_text(f"mine:\n    base_path: {tmp_path}/elsewhere\n    vae: vaes\n")
-    arguments = ["--image_path", IMAGES / "photo.jpg", "--vae_model_name", "mine.safetensors", "--megapixels", "0.02"]
-    done = run_main(*arguments, env={"COMFYUI_PATH": str(tree)})
-    assert done.returncode == 0, done.stdout
-    missing = run_main(*arguments[:3], "other.safetensors", env={"COMFYUI_PATH": str(tree), "MODEL_DIR": str(tmp_path)})
-    message = json.loads(missing.stdout)["error_message"]
-    order = [str(tmp_path), f"{tmp_path}/vae", f"{tree}/models/vae", f"{tmp_path}/elsewhere/vaes", f"{COMFYUI}/models/vae"]
-    assert f"Looked in: {', '.join(order)}. " in message
+def test_extra_model_paths_are_searched_last(tree: Path, tmp_path: Path) -> None:
+    """A VAE in a folder that ComfyUI's own configuration names is found, after all other folders were searched."""
+    elsewhere, model_dir = tmp_path / "elsewhere", tmp_path / "models"
+    (elsewhere / "vaes").mkdir(parents=True)
+    shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, elsewhere / "vaes" / "mine.safetensors")
+    (tree / "extra_model_paths.yaml").write_text(f"mine:\n    base_path: {elsewhere}\n    vae: vaes\n")
+    cases: list[list[object]] = [
+        [str(IMAGES / "photo.jpg"), f"{name}.safetensors", "lanczos", 0.02] for name in ("mine", "no")
+    ]
+    found, missing = encode_cases(tree, model_dir, cases, tmp_path)
+    assert found["status"] == "success"
+    order = (model_dir, model_dir / "vae", tree / "models/vae", elsewhere / "vaes", COMFYUI / "models/vae")
+    assert f"Looked in: {', '.join(map(str, order))}. " in missing["error_message"]

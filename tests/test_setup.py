@@ -18,7 +18,7 @@ from typing import ClassVar
 import pytest
 
 from setup.fill_comfyui import RELEASES, aside, from_git, source_of, wrong_files
-from tests.conftest import COMFYUI, PROJECT, TINY_VAE
+from tests.conftest import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain
 
 PINNED = RELEASES["0.3.75"]
 LISTED = (
@@ -46,7 +46,7 @@ def fill(dest: Path, *arguments: str | Path, env: dict[str, str] | None = None) 
 
 
 def set_up(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "VENV": sys.prefix, **(env or {})}
+    environment = {**os.environ, "VENV": sys.prefix, "COMFYUI_PATH": "", **(env or {})}
     command = [str(PROJECT / "setup_comfyui.sh"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -95,7 +95,7 @@ def test_setting_up_again_changes_nothing() -> None:
 )
 def test_wrong_usage_of_setup_is_status_2(arguments: list[str], words: str) -> None:
     """One line that says what is wrong."""
-    done = set_up(*arguments, env={"COMFYUI_PATH": ""})
+    done = set_up(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"Error: {words}. Try --help.\n")
 
 
@@ -153,14 +153,17 @@ def test_checkout_is_copied_and_the_users_own_is_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"comfyui", "checkout", "big"}
 
 
-def test_linked_checkout_works(tmp_path: Path) -> None:
-    """With --link, each part is a symlink and ComfyUI's Python files are found through it."""
+def test_linked_checkout_works(tmp_path: Path, run_main: RunMain) -> None:
+    """With --link, each part is a symlink, and the service runs on them."""
     dest = tmp_path / "comfyui"
     done = fill(dest, "--from", COMFYUI, "--link")
     assert done.returncode == 0, done.stderr
     assert (dest / "comfy").readlink() == COMFYUI / "comfy"
     assert (dest / "models/vae" / TINY_VAE).readlink() == COMFYUI / "models/vae" / TINY_VAE
     assert wrong_files(dest, PINNED.sums) == []
+    arguments = ("--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02")
+    encoded = run_main(*arguments, "--comfyui_path", dest)
+    assert encoded.returncode == 0, encoded.stderr
 
 
 def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
