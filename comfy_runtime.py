@@ -167,12 +167,17 @@ def load_runtime(comfyui_path: Path, device: str, precision: str, custom_nodes: 
         try:
             _configure(importlib.import_module("comfy.cli_args").args, device, precision)
             importlib.import_module("nodes")
+            add_extra_model_paths(path)
+            return ComfyRuntime(path, custom_nodes)
         except SetupError:
             raise
+        except ModuleNotFoundError as exc:
+            raise SetupError(
+                f"ComfyUI in {path} cannot be loaded: {exc}. Install what it needs with "
+                f"pip install -r {path}/requirements.txt ({TESTED_RELEASES})."
+            ) from exc
         except Exception as exc:
             raise SetupError(f"ComfyUI in {path} cannot be loaded: {one_line(exc)} ({TESTED_RELEASES}).") from exc
-        add_extra_model_paths(path)
-        return ComfyRuntime(path, custom_nodes)
 
 
 def _refuse_second_tree(path: Path) -> None:

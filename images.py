@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import BinaryIO, cast
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from errors import ImageInvalid, ImageNotFound, translated
 from geometry import Size
@@ -133,5 +133,10 @@ def _decode_strictly(data: bytes) -> None:
     """Decode every pixel and check every checksum, as LoadImage does not."""
     with Image.open(BytesIO(data), formats=FORMATS) as image:
         image.verify()  # a PNG's chunk checksums; after it the image must be opened anew
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
-        image.load()
+    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES  # some custom node packages turn it on for good
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            image.load()
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant

@@ -1,15 +1,17 @@
 """The command line: parses, wires and exits.
 
-Exit status: 0 success, 1 an error response, 2 wrong usage or a setting that cannot be used, 3 the service cannot start.
+Exit status: 0 success, 1 an error response, 2 wrong usage or a setting that cannot be used, 3 the service cannot start or
+its response cannot be written, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import click
 
@@ -18,12 +20,17 @@ from errors import InvalidRequest, SetupError
 from logs import configure_logging
 from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, UpscaleMethod, request_id_of
 
+STDOUT, STDERR = 1, 2  # file descriptors
+
 EXIT_ERROR_RESPONSE = 1
-EXIT_SETUP_FAILED = 3
+EXIT_SERVICE_FAILED = 3
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir")
 
 EPILOG = """
-Every option has an environment variable of the same name in capitals, which a file named .env may set too;
-README.md lists them all. Options win over the environment, the environment over .env.
+Defaults come from environment variables or from a file named .env, and there are a few settings more: README.md lists
+them. Options win over the environment, the environment over .env.
 """
 
 
@@ -62,7 +69,7 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     r"""Encode an image to the latent that a diffusion model works on, with ComfyUI's own nodes.
 
     Standalone mode prints the response as one JSON document on standard output; logs go to standard error.
-    Exit status: 0 success, 1 error response, 2 wrong usage, 3 the service cannot start.
+    Exit status: 0 success, 1 error response, 2 wrong usage, 3 the service cannot start, 130 interrupted.
 
     \b
     Example:
@@ -78,16 +85,31 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
         raise click.UsageError("Kafka mode is not part of this release yet; use --mode standalone.")
     if image_path is None:
         raise click.UsageError("Standalone mode needs --image_path FILE.")
-    response = standalone(settings, {"image_path": image_path, "request_id": request_id, **request_options})
-    click.echo(response.model_dump_json(indent=2))
+    try:
+        response = standalone(settings, {"image_path": image_path, "request_id": request_id, **request_options})
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
+    except KeyboardInterrupt:
+        fail("Interrupted before the files were written.", EXIT_INTERRUPTED)
+    try:
+        click.echo(response.model_dump_json(indent=2))
+    except OSError as exc:
+        fail(f"Cannot write the response to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
     sys.exit(0 if isinstance(response, SuccessResponse) else EXIT_ERROR_RESPONSE)
 
 
-REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir")
+def fail(message: str, status: int) -> NoReturn:
+    """End with one line on standard error."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(status)
 
 
 def standalone(settings: Settings, fields: Mapping[str, Any]) -> Response:
-    """The answer to the one request that the command line makes."""
+    """The answer to the one request that the command line makes.
+
+    Raises:
+        SetupError: the service cannot start.
+    """
     try:
         request = EncodeRequest.from_fields(fields, settings.request_defaults)
     except InvalidRequest as exc:
@@ -95,12 +117,25 @@ def standalone(settings: Settings, fields: Mapping[str, Any]) -> Response:
     # Imported here, so that --help and wrong usage do not wait for torch.
     from service import LatentEncoder
 
-    with redirect_stdout(sys.stderr):  # whatever ComfyUI's modules print, standard output is the response alone
-        try:
-            return LatentEncoder.set_up(settings).answer(request)
-        except SetupError as exc:
-            click.echo(f"Error: {exc}", err=True)
-            sys.exit(EXIT_SETUP_FAILED)
+    with stdout_on_stderr():
+        return LatentEncoder.set_up(settings).answer(request)
+
+
+@contextmanager
+def stdout_on_stderr() -> Iterator[None]:
+    """Send what is printed inside to standard error, so that standard output is the response alone.
+
+    By file descriptor: custom node packages start child processes, pip among them, which print too.
+    """
+    sys.stdout.flush()
+    saved = os.dup(STDOUT)
+    os.dup2(STDERR, STDOUT)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, STDOUT)
+        os.close(saved)
 
 
 if __name__ == "__main__":

@@ -94,18 +94,18 @@ def import_custom_nodes_minimal(comfyui: Path, node_ids: Iterable[str], packages
 
 def _find_extra_node(comfyui: Path, node_id: str) -> type:
     """The class of a node in `comfy_extras/`; only modules whose text has the node's id are imported."""
+    reason = "no module in comfy_extras/ has it"
     for file in sorted((comfyui / "comfy_extras").glob("*.py")):
         if f'"{node_id}"' not in file.read_text(encoding="utf-8"):
             continue
         try:
-            found = _node_classes(importlib.import_module(f"comfy_extras.{file.stem}")).get(node_id)
+            classes = _node_classes(importlib.import_module(f"comfy_extras.{file.stem}"))
         except Exception as exc:
-            raise SetupError(
-                f"ComfyUI's node {node_id} cannot be loaded from {file}: {one_line(exc)} ({TESTED_RELEASES})."
-            ) from exc
-        if found is not None:
-            return found
-    raise SetupError(f"The ComfyUI tree {comfyui} has no node {node_id} ({TESTED_RELEASES}).")
+            reason = f"{file.name} cannot be loaded: {one_line(exc)}"
+            continue
+        if node_id in classes:
+            return classes[node_id]
+    raise SetupError(f"The ComfyUI tree {comfyui} has no node {node_id}: {reason} ({TESTED_RELEASES}).")
 
 
 def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:

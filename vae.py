@@ -29,6 +29,8 @@ DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.")
 
 MAX_NAMES_SHOWN = 20
 
+_LOADING = threading.Lock()  # one at a time has torch's method wrapped
+
 Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -180,18 +182,19 @@ def _recorded_missing_keys() -> Iterator[dict[int, list[str]]]:
     a load in another thread is recorded too and harms nothing.
     """
     missing: dict[int, list[str]] = {}
-    original = torch.nn.Module.load_state_dict
 
     def recording(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = original(module, *args, **kwargs)
         missing[id(module)] = list(result.missing_keys)
         return result
 
-    torch.nn.Module.load_state_dict = recording  # type: ignore[assignment,method-assign]
-    try:
-        yield missing
-    finally:
-        torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
+    with _LOADING:
+        original = torch.nn.Module.load_state_dict
+        torch.nn.Module.load_state_dict = recording  # type: ignore[assignment,method-assign]
+        try:
+            yield missing
+        finally:
+            torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
 def _for_encoding(keys: Sequence[str]) -> list[str]:

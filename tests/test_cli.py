@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from uuid import UUID
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from config import VERSION
-from tests.conftest import IMAGES, TINY_VAE, RunMain, load_latent
+from tests.conftest import IMAGES, PROJECT, TINY_VAE, RunMain, load_latent
 
 TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
 
@@ -127,6 +129,29 @@ def test_settings_come_from_a_file_too(tmp_path: Path, run_main: RunMain) -> Non
     assert done.stderr.startswith("Error: No ComfyUI in /nowhere: ")
     assert "./setup_comfyui.sh" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_output_that_cannot_be_written_is_said(run_main: RunMain) -> None:
+    """A full disk behind standard output is status 3 and one line, not a traceback."""
+    done = run_main("--image_path", "x.png", "--megapixels", "17", prefix=["sh", "-c", 'exec "$@" >/dev/full', "sh"])
+    assert done.returncode == 3
+    assert done.stderr == "Error: Cannot write the response to standard output (No space left on device).\n"
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of an encode: status 130, one line, and not a file."""
+    arguments = ("--image_path", IMAGES / "astronaut.png", "--vae_model_name", TINY_VAE, "--megapixels", "16")
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        assert any("Requested to load" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
+    assert (process.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "Error: Interrupted before the files were written."
+    assert "Traceback" not in errors
+    assert list((tmp_path / "output").iterdir()) == []
 
 
 def powerless() -> list[str]:

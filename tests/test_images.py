@@ -160,6 +160,14 @@ def test_symlink_is_followed_and_names_the_files(encode: Encode, tmp_path: Path)
     assert response.metadata.image_sha256 == encode("photo.jpg").metadata.image_sha256
 
 
+@pytest.mark.parametrize("name", ["truncated.png", "truncated.jpg", "bad_checksum.png"])
+def test_damage_is_found_where_others_tolerate_it(name: str, answer: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Custom node packages set Pillow's tolerance for the whole process: our check is strict all the same."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert answer(name).error_code == ErrorCode.IMAGE_INVALID
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
 def test_pillow_is_as_strict_after_a_request_as_before(answer: Encode) -> None:
     """LoadImage's tolerance of truncated files does not outlive it."""
     answer("two_frames_mpo.jpg")

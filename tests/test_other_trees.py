@@ -119,8 +119,8 @@ def with_broken_yaml(tree: Path) -> None:
 
 SPOILED: dict[str, Callable[[Path], None]] = {
     "node ImageScaleToTotalPixels requires resolution_steps, which has no default (tested releases: ": without_default,
-    "has no node ImageScaleToTotalPixels (tested releases: ": without_node,
-    "node ImageScaleToTotalPixels cannot be loaded from": with_broken_node,
+    "has no node ImageScaleToTotalPixels: no module in comfy_extras/ has it (tested releases: ": without_node,
+    "has no node ImageScaleToTotalPixels: nodes_post_processing.py cannot be loaded: No module named": with_broken_node,
     "cannot be loaded: invalid syntax": with_broken_core,
     "extra_model_paths.yaml": with_broken_yaml,
 }

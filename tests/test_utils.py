@@ -127,5 +127,5 @@ def test_custom_node_packages_are_loaded_by_name(encoder: LatentEncoder) -> None
 
 def test_node_that_no_module_has_is_named(encoder: LatentEncoder) -> None:
     """With the releases that are known to have it."""
-    with pytest.raises(SetupError, match=r"has no node NoSuchNode \(tested releases: "):
+    with pytest.raises(SetupError, match=r"has no node NoSuchNode: no module in comfy_extras/ has it \(tested releases: "):
         import_custom_nodes_minimal(encoder.runtime.path, ["NoSuchNode"])
