@@ -80,11 +80,11 @@ def with_resolution_steps(tree: Path, *, default: str) -> None:
 
 
 def test_input_of_a_newer_node_takes_its_default(tree: Path, tmp_path: Path, run_main: RunMain) -> None:
-    """And a custom node package that prints while it is loaded does not reach standard output."""
+    """And what a custom node package, or a process that it starts, prints does not reach standard output."""
     with_resolution_steps(tree, default="default=1, ")
     (tree / "custom_nodes" / "my-nodes").mkdir()
     (tree / "custom_nodes" / "my-nodes" / "__init__.py").write_text(
-        "print('### loading my nodes')\nNODE_CLASS_MAPPINGS = {}\n"
+        "import os\nprint('### loading my nodes')\nos.system('echo from a child')\nNODE_CLASS_MAPPINGS = {}\n"
     )
     done = run_main(
         *("--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02"),
@@ -94,6 +94,7 @@ def test_input_of_a_newer_node_takes_its_default(tree: Path, tmp_path: Path, run
     response = json.loads(done.stdout)
     assert response["status"] == "success"
     assert "### loading my nodes" in done.stderr
+    assert "from a child" in done.stderr
     assert Path(response["latent_file_path"]).parent == tmp_path / "output"
 
 
