@@ -72,11 +72,13 @@ def test_readmes_first_command_encodes_the_portrait(project: Path) -> None:
 
 def test_api_examples_are_what_happens(project: Path) -> None:
     """Each command gives the JSON below it, but for times, versions and folders; the Python snippet runs on its files."""
-    commands, answers = blocks(API, "bash"), blocks(API, "json")
+    *commands, last = blocks(API, "bash")
+    answers = blocks(API, "json")
     assert len(commands) == len(answers) == 2
     for command, answer in zip(commands, answers, strict=True):
         done = run(command, project)
         assert stable(json.loads(done.stdout)) == stable(json.loads(answer))
+    assert json.loads(run(last, project).stdout)["status"] == "success"
     (snippet,) = blocks(API, "python")
     done = subprocess.run([sys.executable, "-c", snippet], cwd=project, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -94,6 +96,13 @@ def test_every_metadata_field_is_documented() -> None:
     assert len(notes) == 4
     for name in [*Metadata.model_fields, *notes]:
         assert f"`{name}`" in API or f'"{name}"' in API
+
+
+def test_file_structure_is_the_projects() -> None:
+    """API.md lists each module, and nothing that is not there."""
+    listed = re.findall(r"^([\w./]+) {2,}\S", blocks(API, "text")[-1], re.MULTILINE)
+    assert all((PROJECT / name).exists() for name in listed)
+    assert {path.name for path in PROJECT.glob("*.py")} <= set(listed)
 
 
 def test_links_lead_somewhere() -> None:
