@@ -20,7 +20,7 @@ from PIL import Image
 from errors import OutputDirNotWritable
 
 LONGEST_FRAME = len("scaled_image_") + len("_") + len(".png")  # what stands around stem and request id
-PNG_COMPRESS_LEVEL = 1  # a third of the default's time for a file a tenth larger
+PNG_COMPRESS_LEVEL = 1  # a quarter of the default's time for a file an eighth larger (a photo of 1 megapixel)
 
 
 @dataclass(frozen=True)
