@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from errors import LatentEncoderError
 from models import Megapixels, Text, UpscaleMethod, VaeModelName, describe
 
 VERSION = "0.1.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
-class SettingsError(Exception):
+class SettingsError(LatentEncoderError):
     """A setting has a value that cannot be used; the text names the variable."""
 
 

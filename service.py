@@ -91,11 +91,13 @@ class LatentEncoder:
                 source, image = self._load_image(request.image_path)
             with _timed(timings, "scale"):
                 scaled = self._scale(image, request, vae.factor)
+            original = _size(image)
+            del image  # a large photo's pixels must not stay in memory through the encode
             files = output_files(request.output_dir, request.image_path, request.request_id)
             prepare_output_dir(files.latent.parent)
             with _timed(timings, "encode"):
                 latent = self._encode(vae, scaled)
-            done = Encoded(request, files, vae, source, image, scaled, latent)
+            done = Encoded(request, files, vae, source, original, scaled, latent)
             metadata = self._write(done, timings)
         log.info(
             "request encoded", request_id=request.request_id, latent=str(files.latent), **metadata.timings_ms.model_dump()
@@ -156,7 +158,7 @@ class LatentEncoder:
         return metadata
 
     def _metadata(self, done: Encoded, latent_sha256: str, timings: Mapping[str, float]) -> Metadata:
-        original, scaled = _size(done.image), _size(done.scaled)
+        original, scaled = done.original, _size(done.scaled)
         batch, channels, height, width = done.latent.shape
         return Metadata(
             original_image_shape=(original.height, original.width, 3),
@@ -183,13 +185,13 @@ class LatentEncoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the steps of one request gave, from the source image to the latent."""
+    """What the steps of one request gave, from the checked source to the latent."""
 
     request: EncodeRequest
     files: OutputFiles
     vae: LoadedVae
     source: SourceImage
-    image: torch.Tensor
+    original: Size
     scaled: torch.Tensor
     latent: torch.Tensor
 

@@ -83,8 +83,9 @@ def main() -> None:
     dest: Path = options.dest.absolute()
     try:
         recover(dest)
-        if options.checkout is not None:
-            fill_from_checkout(dest, options.checkout.expanduser().resolve(), link=options.link)
+        checkout = options.checkout and options.checkout.expanduser().resolve()
+        if checkout is not None and checkout != dest.resolve():
+            fill_from_checkout(dest, checkout, link=options.link)
         else:
             fill_from_release(dest, RELEASES[options.release], replace=options.pinned)
     except (FillError, OSError) as exc:
@@ -104,7 +105,8 @@ def fill_from_release(dest: Path, release: Release, *, replace: bool) -> None:
         if wrong := wrong_files(tree, release.sums):
             raise FillError(f"what was fetched is not ComfyUI {release.version} ({shortened(wrong)}); nothing was changed.")
         place_runtime(tree, fresh, shutil.move)
-        finish(dest, fresh, release.wheel)
+        keep_users_own(dest, fresh)
+        swap_in(fresh, dest, release.wheel)
     print(f"ComfyUI: release {release.version} is in {dest}.")
 
 
@@ -114,12 +116,9 @@ def fill_from_checkout(dest: Path, checkout: Path, *, link: bool) -> None:
         raise FillError(f"{checkout} is no ComfyUI checkout: {', '.join(missing)} missing.")
     with workspace(dest) as (_, fresh):
         place_runtime(checkout, fresh, symlink if link else copy)
-        for folder in ("models/vae", "models/vae_approx"):
-            for file in sorted((checkout / folder).glob("*.*")):
-                link_name = fresh / folder / file.name
-                link_name.parent.mkdir(parents=True, exist_ok=True)
-                link_name.symlink_to(file)
-        finish(dest, fresh, str(checkout))
+        keep_users_own(dest, fresh)
+        link_vae_files(checkout, fresh)
+        swap_in(fresh, dest, str(checkout))
     pinned = RELEASES["0.3.75"]
     wrong = wrong_files(dest, pinned.sums)
     same = f"differs from release {pinned.version} in {len(wrong)} files" if wrong else f"is release {pinned.version}"
@@ -207,14 +206,29 @@ def symlink(source: Path, target: Path) -> None:
     target.symlink_to(source)
 
 
-def finish(dest: Path, fresh: Path, source: str) -> None:
-    """Carry the user's own files over, say where the runtime is from, and swap it in."""
+def keep_users_own(dest: Path, fresh: Path) -> None:
+    """Carry what is the user's own in `dest` over to `fresh`, and make the folders that a runtime needs."""
     for name in KEPT:
         carry_over(dest / name, fresh / name)
     if not (fresh / "custom_nodes").is_symlink():
         carry_over(dest / "custom_nodes", fresh / "custom_nodes")
     for name in MADE:
         (fresh / name).mkdir(parents=True, exist_ok=True)
+
+
+def link_vae_files(checkout: Path, fresh: Path) -> None:
+    """Link the checkout's VAE files, but those whose names are taken, and none into a folder that is elsewhere."""
+    for folder in ("models/vae", "models/vae_approx"):
+        if (fresh / folder).resolve() != fresh.resolve() / folder:
+            continue
+        for file in sorted((checkout / folder).glob("*.*")):
+            target = fresh / folder / file.name
+            if not (target.exists() or target.is_symlink()):
+                target.symlink_to(file)
+
+
+def swap_in(fresh: Path, dest: Path, source: str) -> None:
+    """Say where the runtime is from, and put it in the old one's place."""
     (fresh / MARKER).write_text(json.dumps({"source": source}) + "\n", encoding="utf-8")
     if dest.exists():
         dest.rename(aside(dest))

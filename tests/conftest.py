@@ -49,11 +49,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment without any of the service's settings, whatever the person who runs the tests has set."""
+    variables = {name.upper() for name in Settings.model_fields}
+    return {name: value for name, value in os.environ.items() if name not in variables}
+
+
 @pytest.fixture(scope="session")
 def settings(model_dir: Path) -> Settings:
-    """The defaults, whatever the environment of the person who runs the tests says."""
-    variables = {name.upper() for name in Settings.model_fields}
-    for name in variables & os.environ.keys():
+    """The defaults, with what suits the tests."""
+    for name in os.environ.keys() - clean_environment().keys():
         del os.environ[name]
     return Settings(_env_file=None, model_dir=model_dir, vae_model_name=TINY_VAE, megapixels=0.02, device="cpu")
 
@@ -102,9 +107,7 @@ def run_main(tmp_path: Path) -> RunMain:
 
     def run_main(*arguments: str | Path, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> Any:
         command = [*prefix, sys.executable, PROJECT / "main.py", *arguments]
-        variables = {name.upper() for name in Settings.model_fields}
-        clean = {name: value for name, value in os.environ.items() if name not in variables}
-        variables_in_force = {**clean, **(env or {})}
-        return subprocess.run(command, env=variables_in_force, cwd=tmp_path, capture_output=True, text=True, check=False)
+        environment = {**clean_environment(), **(env or {})}
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return run_main

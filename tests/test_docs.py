@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from config import Settings
 from errors import ErrorCode
 from models import Metadata, SuccessResponse
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, clean_environment
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 API = (PROJECT / "API.md").read_text(encoding="utf-8")
@@ -38,9 +37,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    variables = {name.upper() for name in Settings.model_fields}
-    environment = {name: value for name, value in os.environ.items() if name not in variables}
-    environment |= {"VENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    environment = clean_environment() | {"VENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
     return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

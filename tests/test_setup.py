@@ -153,6 +153,31 @@ def test_checkout_is_copied_and_the_users_own_is_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"comfyui", "checkout", "big"}
 
 
+def test_users_own_vae_is_not_replaced_by_the_checkouts(tmp_path: Path) -> None:
+    """A VAE file that is there stays, whatever the checkout has under its name. Caused by links being made first."""
+    dest = tmp_path / "comfyui"
+    own = dest / "models" / "vae" / TINY_VAE
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert fill(dest, "--from", COMFYUI).returncode == 0
+    assert own.read_text() == "mine"
+    assert not own.is_symlink()
+
+
+@pytest.mark.parametrize("by_symlink", [False, True])
+def test_comfyui_as_its_own_checkout_keeps_its_models(tmp_path: Path, by_symlink: bool) -> None:
+    """`COMFYUI_PATH` may well name our own `comfyui/`: nothing to fill. Caused by model files linked to themselves."""
+    dest = tmp_path / "comfyui"
+    assert fill(dest, "--from", COMFYUI).returncode == 0
+    own = dest / "models" / "vae" / "mine.safetensors"
+    own.write_text("mine")
+    (tmp_path / "link").symlink_to(dest)
+    done = fill(dest, "--from", tmp_path / "link" if by_symlink else dest)
+    assert done.returncode == 0, done.stderr
+    assert own.read_text() == "mine"
+    assert source_of(dest) == str(COMFYUI)
+
+
 def test_linked_checkout_works(tmp_path: Path, run_main: RunMain) -> None:
     """With --link, each part is a symlink, and the service runs on them."""
     dest = tmp_path / "comfyui"
