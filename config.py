@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from errors import LatentEncoderError
 from models import Megapixels, Text, UpscaleMethod, VaeModelName, describe
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
 class SettingsError(LatentEncoderError):
     """A setting has a value that cannot be used; the text names the variable."""
+
+
+TopicName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")]  # what Kafka allows
 
 
 def _split_names(value: object) -> object:
@@ -35,14 +38,64 @@ class Settings(BaseSettings):
         frozen=True, env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore"
     )
 
-    mode: Literal["standalone", "kafka"] = Field(
-        "standalone", description="`standalone` encodes one image and exits; `kafka` serves a topic."
+    mode: Literal["standalone", "kafka", "dlq-replay"] = Field(
+        "standalone",
+        description="`standalone` encodes one image and exits; `kafka` serves a topic; "
+        "`dlq-replay` sends dead letters back to their topic and exits.",
     )
 
-    kafka_bootstrap_servers: str = Field("localhost:9092", description="Kafka brokers, `host:port`, comma-separated.")
-    kafka_request_topic: str = Field("latent-encoder-requests", description="Topic that requests are consumed from.")
-    kafka_response_topic: str = Field("latent-encoder-responses", description="Topic that answers are produced to.")
-    kafka_consumer_group: str = Field("latent-encoder-group", description="Consumer group of the service.")
+    kafka_bootstrap_servers: Text = Field("localhost:9092", description="Kafka brokers, `host:port`, comma-separated.")
+    kafka_request_topic: TopicName = Field("latent-encoder-requests", description="Topic that requests are consumed from.")
+    kafka_response_topic: TopicName = Field("latent-encoder-responses", description="Topic that answers are produced to.")
+    kafka_dlq_topic: TopicName = Field("latent-encoder-requests-dlq", description="Topic of the dead letters.")
+    kafka_consumer_group: Text = Field("latent-encoder-group", description="Consumer group of the service.")
+    kafka_prefetch: int = Field(
+        2, ge=1, description="How many requests a worker holds: the one that is encoded, and those before and after it."
+    )
+    kafka_max_retries: int = Field(3, ge=0, description="How often a request is tried again after a transient error.")
+    kafka_retry_backoff_s: float = Field(
+        1.0, gt=0, le=3600, description="Seconds before the first retry, doubled each time up to 60, each varied by a quarter."
+    )
+    kafka_max_message_bytes: int = Field(1_048_576, ge=1, description="Largest request message; larger ones are dead letters.")
+    kafka_ack_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds for a broker that is there to acknowledge an answer; then it is logged, "
+        "and where a dead letter waits, the service ends.",
+    )
+    kafka_revoke_timeout_s: float = Field(
+        60.0, ge=0, description="Seconds to finish work on a partition that goes to another worker; then it is dropped there."
+    )
+    shutdown_timeout_s: float = Field(
+        120.0, ge=0, description="Seconds to finish the request in flight after SIGTERM or SIGINT."
+    )
+    kafka_transactional_id: Text | None = Field(
+        None, description="Makes each response and its offset one transaction; has to differ between the workers."
+    )
+
+    kafka_create_topics: bool = Field(False, description="Whether to create topics that do not exist.")
+    kafka_topic_partitions: int = Field(8, ge=1, description="Partitions of a topic that is created.")
+    kafka_topic_replication: int | None = Field(
+        None, ge=1, description="Replicas of a topic that is created; the broker's default where not set."
+    )
+
+    kafka_security_protocol: Annotated[
+        Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] | None, BeforeValidator(_upper)
+    ] = Field(None, description="`SSL`, `SASL_PLAINTEXT` or `SASL_SSL`; `PLAINTEXT` where not set.")
+    kafka_sasl_mechanism: Text | None = Field(
+        None, description="`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`, `GSSAPI` or `OAUTHBEARER`."
+    )
+    kafka_sasl_username: Text | None = Field(None, description="User for SASL.")
+    kafka_sasl_password: SecretStr | None = Field(None, description="Password for SASL.")
+    kafka_ssl_ca_location: Path | None = Field(
+        None, description="PEM file of the authorities that sign the brokers' certificates."
+    )
+    kafka_ssl_certificate_location: Path | None = Field(None, description="PEM file of our own certificate, for mutual TLS.")
+    kafka_ssl_key_location: Path | None = Field(None, description="PEM file of its private key.")
+    kafka_ssl_key_password: SecretStr | None = Field(None, description="Password of that key.")
+    kafka_client_config: Path | None = Field(
+        None, description="File of further librdkafka properties, `name=value` a line, but for those that would lose requests."
+    )
 
     model_dir: Path | None = Field(
         None, description="Folder searched first for VAE files, directly and in its `vae/` (TAESD pairs: `vae_approx/`)."
@@ -98,6 +151,13 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**given)
+        settings = Settings(**given)
     except ValidationError as exc:
         raise SettingsError(describe(exc, name=str.upper)) from exc
+    topics = (settings.kafka_request_topic, settings.kafka_response_topic, settings.kafka_dlq_topic)
+    if len(set(topics)) < len(topics):
+        raise SettingsError(
+            "KAFKA_REQUEST_TOPIC, KAFKA_RESPONSE_TOPIC, KAFKA_DLQ_TOPIC: must be three different topics, or the service "
+            f"would answer itself (got {', '.join(topics)})"
+        )
+    return settings

@@ -2,7 +2,7 @@
 
 A `RequestError` becomes an error response: each class owns its code and says whether trying the same request again can
 help. A `SetupError` means that the service itself cannot work; no request is answered. Foreign exceptions are translated
-into these once, where our code calls foreign code, by `translated`.
+into these once, where our code calls foreign code, by `translated`. `KafkaFailed` ends Kafka mode with nothing committed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import ClassVar
+
+OUT_OF_MEMORY = "memory ran out; ask for fewer megapixels or give the service more memory"
 
 
 class ErrorCode(StrEnum):
@@ -24,6 +26,8 @@ class ErrorCode(StrEnum):
     SCALING_FAILED = "SCALING_FAILED"
     ENCODING_FAILED = "ENCODING_FAILED"
     OUTPUT_DIR_NOT_WRITABLE = "OUTPUT_DIR_NOT_WRITABLE"
+    MESSAGE_UNUSABLE = "MESSAGE_UNUSABLE"
+    RESPONSE_REFUSED = "RESPONSE_REFUSED"
 
 
 class LatentEncoderError(Exception):
@@ -84,11 +88,44 @@ class EncodingFailed(RequestError):
     retryable = True
 
 
+class UnexpectedError(EncodingFailed):
+    """A fault of ours: something was raised that no code expects. `__cause__` is what was raised."""
+
+
 class OutputDirNotWritable(RequestError):
     """The output folder cannot be made, or a file in it cannot be written."""
 
     code = ErrorCode.OUTPUT_DIR_NOT_WRITABLE
     retryable = True
+
+
+class MessageUnusable(RequestError):
+    """A Kafka record holds no request at all: too large, not UTF-8, not JSON or not an object."""
+
+    code = ErrorCode.MESSAGE_UNUSABLE
+
+
+class ResponseRefused(RequestError):
+    """The response topic takes no record of the response's size; the request goes to the dead-letter queue instead."""
+
+    code = ErrorCode.RESPONSE_REFUSED
+
+
+class KafkaFailed(LatentEncoderError):
+    """Kafka mode cannot go on: authentication or authorisation refused, producer fenced, dead letter refused."""
+
+
+def as_request_error(exc: Exception) -> RequestError:
+    """`exc` itself where it is a `RequestError`, else one that it caused: memory ran out, or an `UnexpectedError`."""
+    if isinstance(exc, RequestError):
+        return exc
+    error = (
+        EncodingFailed(f"Request failed: {OUT_OF_MEMORY}")
+        if is_out_of_memory(exc)
+        else UnexpectedError(f"Unexpected error, please report it with the service's log: {one_line(exc)}")
+    )
+    error.__cause__ = exc
+    return error
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
@@ -117,6 +154,5 @@ def translated(error: type[RequestError], what: str) -> Iterator[None]:
         raise
     except Exception as exc:
         if is_out_of_memory(exc):
-            advice = "memory ran out; ask for fewer megapixels or give the service more memory"
-            raise EncodingFailed(f"{what}: {advice}") from exc
+            raise EncodingFailed(f"{what}: {OUT_OF_MEMORY}") from exc
         raise error(f"{what}: {one_line(exc)}") from exc

@@ -63,14 +63,20 @@ def read_image(path: str, max_pixels: int) -> SourceImage:
         ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is damaged, truncated or animated, or has
             more than `max_pixels` pixels.
     """
-    data = _read(path)
+    data = read_file(path)
     with translated(ImageInvalid, f"Image file is damaged: {path}"):
         notes = _inspect(path, data, max_pixels)
         _decode_strictly(data)
     return SourceImage(data, hashlib.sha256(data).hexdigest(), notes)
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """The bytes of the image file, unchecked.
+
+    Raises:
+        ImageNotFound: there is no such file.
+        ImageInvalid: it is empty, not a regular file, or cannot be read.
+    """
     try:
         # Non-blocking, so that a named pipe is refused below and not waited for.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

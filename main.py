@@ -1,14 +1,16 @@
 """The command line: parses, wires and exits.
 
 Exit status: 0 success, 1 an error response, 2 wrong usage or a setting that cannot be used, 3 the service cannot start or
-its response cannot be written, 130 interrupted.
+cannot go on, or its response cannot be written, 130 interrupted (143 by SIGTERM).
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, NoReturn, get_args
@@ -16,8 +18,9 @@ from typing import Any, NoReturn, get_args
 import click
 
 from config import VERSION, Settings, SettingsError, load_settings
-from errors import InvalidRequest, SetupError
-from logs import configure_logging
+from dlq_replay import Replay, Selection
+from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError
+from logs import configure_logging, get_logger
 from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, UpscaleMethod, request_id_of
 
 STDOUT, STDERR = 1, 2  # file descriptors
@@ -26,6 +29,7 @@ EXIT_ERROR_RESPONSE = 1
 EXIT_SERVICE_FAILED = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
+REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
 REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir")
 
 EPILOG = """
@@ -43,11 +47,12 @@ def choice_of(field: str) -> click.Choice[str]:
     epilog=EPILOG,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace("_", "-"),
+        # Option names with underscores too; error codes have theirs anyhow.
+        "token_normalize_func": lambda token: token if token.isupper() else token.replace("_", "-"),
         "max_content_width": 100,
     },
 )
-@click.option("--mode", type=choice_of("mode"), help="standalone encodes one image (default); kafka serves a topic.")
+@click.option("--mode", type=choice_of("mode"), help="See below; standalone is the default.")
 @click.option("--image-path", metavar="FILE", help="JPEG or PNG to encode. Required in standalone mode.")
 @click.option("--vae-model-name", metavar="NAME", help="VAE file in the model folders.")
 @click.option("--upscale-method", metavar="METHOD", help=f"One of {', '.join(get_args(UpscaleMethod))}.")
@@ -61,28 +66,58 @@ def choice_of(field: str) -> click.Choice[str]:
 @click.option("--kafka-bootstrap-servers", metavar="HOST:PORT,…", help="Kafka brokers.")
 @click.option("--request-topic", "kafka_request_topic", metavar="TOPIC", help="Topic of the requests.")
 @click.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the answers.")
+@click.option("--dlq-topic", "kafka_dlq_topic", metavar="TOPIC", help="Topic of the dead letters.")
 @click.option("--consumer-group", "kafka_consumer_group", metavar="GROUP", help="Consumer group of the service.")
+@click.option(
+    "--error-code",
+    "error_codes",
+    type=click.Choice(ErrorCode),
+    metavar="CODE",
+    multiple=True,
+    help="dlq-replay: only those with this code; may be given several times.",
+)
+@click.option(
+    "--since",
+    type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z"]),
+    metavar="TIME",
+    help="dlq-replay: only those written at 2026-11-23T12:00:00Z or later.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="dlq-replay: at most so many.")
+@click.option("--dry-run", is_flag=True, help="dlq-replay: send nothing, say what would be sent.")
 @click.option("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR.")
 @click.option("--log-format", type=click.Choice(["json", "text"]), help="How standard error is written.")
 @click.version_option(VERSION, prog_name="latent-encoder")
 def main(image_path: str | None, request_id: str | None, **options: Any) -> None:
-    r"""Encode an image to the latent that a diffusion model works on, with ComfyUI's own nodes.
-
-    Standalone mode prints the response as one JSON document on standard output; logs go to standard error.
-    Exit status: 0 success, 1 error response, 2 wrong usage, 3 the service cannot start, 130 interrupted.
+    """Encode images to the latents that a diffusion model works on, with ComfyUI's own nodes.
 
     \b
-    Example:
+    standalone  encodes one image; the response is one JSON document on standard output
+    kafka       answers requests from a topic until SIGTERM or SIGINT
+    dlq-replay  sends dead letters back to their topic; a line of JSON for each
+
+    Logs go to standard error.
+    Exit status: 0 success, 1 error response, 2 wrong usage, 3 the service cannot start or go on,
+    130 interrupted.
+
+    \b
+    Examples:
       python main.py --image_path photo.jpg --vae_model_name tiny_qwen_vae.safetensors
-    """
+      python main.py --mode kafka --kafka-bootstrap-servers localhost:9092
+      python main.py --mode dlq-replay --error-code OUTPUT_DIR_NOT_WRITABLE --dry-run
+    """  # noqa: D301  # click needs the character that \b stands for
     request_options = {name: options.pop(name) for name in REQUEST_OPTIONS}
+    replay_options = {name: options.pop(name) for name in REPLAY_OPTIONS}
     try:
         settings = load_settings(options)
+        if settings.mode == "kafka":  # where they are what requests get that leave them out
+            settings = load_settings({**options, **request_options})
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
     configure_logging(settings.log_level, settings.log_format)
     if settings.mode == "kafka":
-        raise click.UsageError("Kafka mode is not part of this release yet; use --mode standalone.")
+        serve(settings)
+    if settings.mode == "dlq-replay":
+        replay(settings, **replay_options)
     if image_path is None:
         raise click.UsageError("Standalone mode needs --image_path FILE.")
     try:
@@ -96,6 +131,63 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     except OSError as exc:
         fail(f"Cannot write the response to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
     sys.exit(0 if isinstance(response, SuccessResponse) else EXIT_ERROR_RESPONSE)
+
+
+def serve(settings: Settings) -> NoReturn:
+    """Kafka mode, until a signal ends it: the first SIGTERM or SIGINT after the work in hand, the second at once."""
+    # Imported here, so that --help and wrong usage do not wait for torch.
+    from kafka_handler import KafkaHandler
+    from service import LatentEncoder
+
+    try:
+        handler = KafkaHandler(settings)
+        stop_on_signals(handler.stop)
+        with stdout_on_stderr():
+            finished = handler.run(LatentEncoder.set_up(settings))
+    except SettingsError as exc:
+        raise click.UsageError(f"A setting cannot be used. {exc}") from exc
+    except (SetupError, KafkaFailed) as exc:
+        click.echo(f"Error: {exc} What was not answered is not committed.", err=True)
+        finished = False
+    except Exception:
+        get_logger("latent_encoder").exception("stopped by an unexpected error, please report it; nothing was lost")
+        finished = False
+    logging.shutdown()
+    # An encode that nobody waits for any more cannot be interrupted: Python's own way out would wait for it, or crash.
+    os._exit(0 if finished else EXIT_SERVICE_FAILED)
+
+
+def replay(
+    settings: Settings, *, error_codes: Sequence[ErrorCode], since: datetime | None, limit: int | None, dry_run: bool
+) -> NoReturn:
+    """Send dead letters back, with a line for each on standard output and the tally on standard error."""
+    run = Replay(settings, Selection(frozenset(error_codes), since, limit), dry_run, report=click.echo)
+    try:
+        run.run()
+    except SettingsError as exc:
+        raise click.UsageError(f"A setting cannot be used. {exc}") from exc
+    except KafkaFailed as exc:
+        fail(f"{exc} So far: {run.tally}.", EXIT_SERVICE_FAILED)
+    except KeyboardInterrupt:
+        fail(f"Interrupted. So far: {run.tally}.", EXIT_INTERRUPTED)
+    click.echo(f"Dead letters: {run.tally}.", err=True)
+    sys.exit(EXIT_ERROR_RESPONSE if run.tally.refused else 0)
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """Call `stop` on the first SIGTERM or SIGINT; end the process on the second."""
+    signals: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        signals.append(number)
+        if len(signals) == 1:
+            stop()
+        else:
+            os.write(STDERR, b"Error: Stopped at once by a second signal; what was not answered is delivered again.\n")
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
 
 
 def fail(message: str, status: int) -> NoReturn:

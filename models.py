@@ -31,8 +31,11 @@ def _inside_model_folders(name: str) -> str:
     return name
 
 
-Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-VaeModelName = Annotated[Text, AfterValidator(_inside_model_folders)]
+# The patterns say in the JSON Schema what the functions check.
+Text = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": r"^[^\x00]*$"}), AfterValidator(_no_nul)]
+VaeModelName = Annotated[
+    Text, Field(json_schema_extra={"not": {"pattern": r"^/|(^|/)\.\.(/|$)"}}), AfterValidator(_inside_model_folders)
+]
 Megapixels = Annotated[float, Field(ge=MIN_MEGAPIXELS, le=MAX_MEGAPIXELS, allow_inf_nan=False)]
 
 
@@ -41,12 +44,20 @@ class EncodeRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
-    image_path: Text
-    vae_model_name: VaeModelName = "qwen_image_vae.safetensors"
-    upscale_method: UpscaleMethod = "lanczos"
-    megapixels: Megapixels = 1.0
-    output_dir: Text = "./output"
-    request_id: Text = Field(default_factory=lambda: str(uuid4()))
+    image_path: Text = Field(description="Path to a JPEG or PNG.")
+    vae_model_name: VaeModelName = Field(
+        "qwen_image_vae.safetensors",
+        description="Name of a VAE file in the model folders, sub-folders included; no absolute path and no `..`.",
+    )
+    upscale_method: UpscaleMethod = Field("lanczos", description="How to scale; `nearest` is ComfyUI's `nearest-exact`.")
+    megapixels: Megapixels = Field(1.0, description="Size to scale to; one megapixel is 1024 x 1024 pixels, as in ComfyUI.")
+    output_dir: Text = Field("./output", description="Folder for the files; made if absent.")
+    request_id: Text = Field(
+        default_factory=lambda: str(uuid4()),
+        description="Comes back in the response and is part of the files' names; made by the service if absent.",
+    )
+    correlation_id: str | None = Field(None, description="Comes back in the response.")
+    timestamp: float | None = Field(None, description="When the request was made, in Unix seconds; not used.")
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> EncodeRequest:
@@ -77,10 +88,16 @@ def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
 
 def request_id_of(fields: Mapping[str, Any]) -> str:
     """The id to answer an invalid request under: its own where it is usable, else a new UUID4."""
+    return usable_text(fields, "request_id") or str(uuid4())
+
+
+def usable_text(fields: Mapping[str, Any], name: Literal["request_id", "correlation_id"]) -> str | None:
+    """That field of a request that may be invalid otherwise, or None where it cannot be used itself."""
     try:
-        return EncodeRequest.model_validate({"image_path": "-", "request_id": fields["request_id"]}).request_id
+        value: str | None = getattr(EncodeRequest.model_validate({"image_path": "-", name: fields[name]}), name)
     except (KeyError, ValidationError):
-        return str(uuid4())
+        return None
+    return value
 
 
 def utc_timestamp(moment: datetime) -> str:
@@ -126,6 +143,8 @@ class Metadata(BaseModel):
     image_sha256: str
     vae_sha256: str | None
     latent_sha256: str
+    scaled_image_sha256: str
+    fingerprint: str
 
 
 class SuccessResponse(BaseModel):
@@ -163,3 +182,28 @@ class ErrorResponse(BaseModel):
 
 
 Response = SuccessResponse | ErrorResponse
+
+
+class ResponseMessage(BaseModel):
+    """The answer as it goes to the response topic: one shape for both outcomes, null where a field does not apply."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request_id: str = Field(description="That of the request, or one made for it.")
+    correlation_id: str | None = Field(description="That of the request; null where it has none that can be used.")
+    status: Literal["success", "error"]
+    latent_file_path: str | None = Field(None, description="Absolute path of the latent.")
+    latent_shape: tuple[int, int, int, int] | None = Field(None, description="`[batch, channels, height, width]`.")
+    error_message: str | None = Field(None, description="What went wrong.")
+    timestamp: int = Field(description="Unix time in whole seconds.")
+
+    # What follows is ours; the specification has what stands above.
+    error_code: ErrorCode | None = None
+    scaled_image_path: str | None = Field(None, description="Absolute path of the scaled image, not yet cropped.")
+    metadata: Metadata | None = None
+
+    @classmethod
+    def of(cls, response: Response, correlation_id: str | None, moment: datetime) -> ResponseMessage:
+        """What `response` says, with the request's correlation id and the time of answering."""
+        fields = response.model_dump(exclude={"timestamp"})
+        return cls(**fields, correlation_id=correlation_id, timestamp=int(moment.timestamp()))

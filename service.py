@@ -6,21 +6,33 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from comfy_runtime import ComfyRuntime, load_runtime
 from config import PROJECT_DIR, Settings
-from errors import EncodingFailed, ImageInvalid, RequestError, ScalingFailed, one_line, translated
+from errors import (
+    EncodingFailed,
+    ImageInvalid,
+    ImageNotFound,
+    RequestError,
+    ScalingFailed,
+    UnexpectedError,
+    as_request_error,
+    translated,
+)
 from geometry import Size, latent_crop, scaled_size
-from images import PILLOW_LOCK, SourceImage, read_image
+from images import PILLOW_LOCK, SourceImage, read_file, read_image
 from logs import get_logger
 from models import (
     EncodeRequest,
@@ -67,21 +79,27 @@ class LatentEncoder:
     def answer(self, request: EncodeRequest) -> Response:
         """Encode, and answer whatever happens: every failure becomes an error response."""
         try:
-            response: Response = self.encode(request)
-        except RequestError as exc:
-            response = ErrorResponse.of(exc, request.request_id, self._clock())
-            log.warning("request failed", request_id=request.request_id, error_code=exc.code, reason=str(exc))
+            return self.encode(request)
         except Exception as exc:
-            fault = EncodingFailed(f"Unexpected error, please report it with the service's log: {one_line(exc)}")
-            response = ErrorResponse.of(fault, request.request_id, self._clock())
-            log.exception("request failed unexpectedly", request_id=request.request_id, error_code=fault.code)
-        return response
+            error = as_request_error(exc)
+            log_failure(error, request_id=request.request_id)
+            return ErrorResponse.of(error, request.request_id, self._clock())
 
     def encode(self, request: EncodeRequest) -> SuccessResponse:
         """Load the VAE, load the image, scale it, encode it, write the files.
 
         Raises:
             RequestError: of the class that says what failed. No file is left behind then.
+        """
+        return self.write(self.encode_prepared(self.prepare(request)))
+
+    # The three stages of `encode`. Each may run in a thread of its own, beside the others' work on other requests.
+
+    def prepare(self, request: EncodeRequest) -> Prepared:
+        """Load the VAE, load the image and scale it, and make sure that the output folder can be written to.
+
+        Raises:
+            RequestError: of the class that says what failed.
         """
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode():
@@ -91,24 +109,58 @@ class LatentEncoder:
                 source, image = self._load_image(request.image_path)
             with _timed(timings, "scale"):
                 scaled = self._scale(image, request, vae.factor)
-            original = _size(image)
-            del image  # a large photo's pixels must not stay in memory through the encode
-            files = output_files(request.output_dir, request.image_path, request.request_id)
-            prepare_output_dir(files.latent.parent)
-            with _timed(timings, "encode"):
-                latent = self._encode(vae, scaled)
-            done = Encoded(request, files, vae, source, original, scaled, latent)
-            metadata = self._write(done, timings)
-        log.info(
-            "request encoded", request_id=request.request_id, latent=str(files.latent), **metadata.timings_ms.model_dump()
-        )
-        return SuccessResponse(
-            request_id=request.request_id,
-            latent_file_path=str(files.latent),
-            latent_shape=metadata.latent_shape,
-            scaled_image_path=str(files.scaled_image),
-            metadata=metadata,
-        )
+        files = output_files(request.output_dir, request.image_path, request.request_id)
+        prepare_output_dir(files.latent.parent)
+        # The unscaled pixels end here: a large photo's must not stay in memory through the encode.
+        return Prepared(request, files, vae, source.sha256, source.notes, _size(image), scaled, timings)
+
+    def encode_prepared(self, prepared: Prepared) -> Encoded:
+        """The encode itself.
+
+        Raises:
+            EncodingFailed: the VAE gave no usable latent, or memory ran out.
+        """
+        with torch.inference_mode(), _timed(prepared.timings, "encode"):
+            return Encoded(prepared, self._encode(prepared.vae, prepared.scaled))
+
+    def write(self, encoded: Encoded) -> SuccessResponse:
+        """Write latent, scaled image and, last, metadata.
+
+        Raises:
+            OutputDirNotWritable: none of the files is left behind then.
+        """
+        prepared, files = encoded.prepared, encoded.prepared.files
+        with StagedFiles(files.latent.parent) as staged:
+            with _timed(prepared.timings, "save"):
+                latent, png = latent_bytes(encoded.latent), png_bytes(prepared.scaled)
+                staged.add(files.latent, latent)
+                staged.add(files.scaled_image, png)
+            metadata = self._metadata(encoded, latent, png)
+            staged.add(files.metadata, metadata.model_dump_json(indent=2).encode() + b"\n")
+            staged.publish()
+        request_id, timings = prepared.request.request_id, metadata.timings_ms.model_dump()
+        log.info("request encoded", request_id=request_id, latent=str(files.latent), **timings)
+        return _success(prepared.request, files, metadata)
+
+    def stored_answer(self, request: EncodeRequest) -> SuccessResponse | None:
+        """The answer that this request got before, where its three files are still there, whole and of this input.
+
+        Their checksums say whether they are whole, the fingerprint in the metadata whether they match. An image that is gone
+        since counts as unchanged: who got the first answer may have removed it.
+
+        Raises:
+            RequestError: the image or the VAE cannot be read.
+        """
+        files = output_files(request.output_dir, request.image_path, request.request_id)
+        metadata = _stored_metadata(files)
+        if metadata is None:
+            return None
+        try:
+            image_sha256 = hashlib.sha256(read_file(request.image_path)).hexdigest()
+        except ImageNotFound:
+            image_sha256 = metadata.image_sha256
+        expected = self._fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name))
+        return _success(request, files, metadata) if metadata.fingerprint == expected else None
 
     def _load_image(self, path: str) -> tuple[SourceImage, torch.Tensor]:
         """The checked source and its pixels, float32 `[1, height, width, 3]` in [0, 1]."""
@@ -122,10 +174,9 @@ class LatentEncoder:
         original = _size(image)
         target = scaled_size(original, request.megapixels)
         goal = f"the {original} image to {request.megapixels} megapixels ({target})"
+        method = COMFYUI_METHODS.get(request.upscale_method, request.upscale_method)
         with translated(ScalingFailed, f"Cannot scale {goal}"):
-            scaled = self.runtime.scale(
-                image, COMFYUI_METHODS.get(request.upscale_method, request.upscale_method), request.megapixels
-            )
+            scaled = self.runtime.scale(image, method, request.megapixels)
         if min(_size(scaled)) < factor:
             raise ScalingFailed(
                 f"Cannot encode after scaling {goal}: the VAE needs at least {factor} px a side. "
@@ -145,55 +196,97 @@ class LatentEncoder:
             raise EncodingFailed(f"VAE {vae.name} gave values that are not finite in {vae.dtype}; try VAE_PRECISION=fp32.")
         return samples.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
 
-    def _write(self, done: Encoded, timings: dict[str, float]) -> Metadata:
-        """Write latent, scaled image and, last, metadata."""
-        with StagedFiles(done.files.latent.parent) as staged:
-            with _timed(timings, "save"):
-                latent = latent_bytes(done.latent)
-                staged.add(done.files.latent, latent)
-                staged.add(done.files.scaled_image, png_bytes(done.scaled))
-            metadata = self._metadata(done, hashlib.sha256(latent).hexdigest(), timings)
-            staged.add(done.files.metadata, metadata.model_dump_json(indent=2).encode() + b"\n")
-            staged.publish()
-        return metadata
-
-    def _metadata(self, done: Encoded, latent_sha256: str, timings: Mapping[str, float]) -> Metadata:
-        original, scaled = done.original, _size(done.scaled)
-        batch, channels, height, width = done.latent.shape
+    def _metadata(self, encoded: Encoded, latent: bytes, png: bytes) -> Metadata:
+        prepared, request = encoded.prepared, encoded.prepared.request
+        original, scaled = prepared.original, _size(prepared.scaled)
+        batch, channels, height, width = encoded.latent.shape
         return Metadata(
             original_image_shape=(original.height, original.width, 3),
             scaled_image_shape=(scaled.height, scaled.width, 3),
             latent_shape=(batch, channels, height, width),
-            vae_model_name=done.request.vae_model_name,
-            processing_time_ms=round(sum(timings.values())),
+            vae_model_name=request.vae_model_name,
+            processing_time_ms=round(sum(prepared.timings.values())),
             timestamp=utc_timestamp(self._clock()),
-            timings_ms=Timings(**timings),
-            upscale_method=done.request.upscale_method,
-            megapixels=done.request.megapixels,
-            crop=latent_crop(scaled, done.vae.factor),
-            image_notes=done.source.notes,
-            latent_dtype=str(done.latent.dtype).removeprefix("torch."),
-            vae_dtype=done.vae.dtype,
-            device=done.vae.device,
+            timings_ms=Timings(**prepared.timings),
+            upscale_method=request.upscale_method,
+            megapixels=request.megapixels,
+            crop=latent_crop(scaled, prepared.vae.factor),
+            image_notes=prepared.image_notes,
+            latent_dtype=str(encoded.latent.dtype).removeprefix("torch."),
+            vae_dtype=prepared.vae.dtype,
+            device=prepared.vae.device,
             comfyui_version=self.runtime.version,
             torch_version=torch.__version__,
-            image_sha256=done.source.sha256,
-            vae_sha256=done.vae.sha256,
-            latent_sha256=latent_sha256,
+            image_sha256=prepared.image_sha256,
+            vae_sha256=prepared.vae.sha256,
+            latent_sha256=hashlib.sha256(latent).hexdigest(),
+            scaled_image_sha256=hashlib.sha256(png).hexdigest(),
+            fingerprint=self._fingerprint(request, prepared.files, prepared.image_sha256, prepared.vae),
         )
+
+    def _fingerprint(self, request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae) -> str:
+        """SHA-256 of everything that decides what the files hold and where they are."""
+        parts = (
+            image_sha256,
+            vae.sha256 or vae.name,
+            vae.dtype,
+            request.upscale_method,
+            request.megapixels,
+            self.runtime.version,
+            str(files.latent),
+        )
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What the steps of one request gave, from the checked source to the latent."""
+class Prepared:
+    """A request that is ready for the encode; `scaled` is float32 `[1, height, width, 3]`."""
 
     request: EncodeRequest
     files: OutputFiles
     vae: LoadedVae
-    source: SourceImage
+    image_sha256: str
+    image_notes: tuple[str, ...]
     original: Size
     scaled: torch.Tensor
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A request whose latent is there and not yet written: float32 `[batch, channels, height, width]`."""
+
+    prepared: Prepared
     latent: torch.Tensor
+
+
+def log_failure(error: RequestError, **fields: Any) -> None:
+    """Log why a request failed, with the traceback where it is a fault of ours."""
+    if isinstance(error, UnexpectedError):
+        log.error("request failed unexpectedly", error_code=error.code, exc_info=error.__cause__, **fields)
+    else:
+        log.warning("request failed", error_code=error.code, reason=str(error), **fields)
+
+
+def _success(request: EncodeRequest, files: OutputFiles, metadata: Metadata) -> SuccessResponse:
+    return SuccessResponse(
+        request_id=request.request_id,
+        latent_file_path=str(files.latent),
+        latent_shape=metadata.latent_shape,
+        scaled_image_path=str(files.scaled_image),
+        metadata=metadata,
+    )
+
+
+def _stored_metadata(files: OutputFiles) -> Metadata | None:
+    """The metadata of an earlier run where all three files are there and have the checksums that it states."""
+    try:
+        metadata = Metadata.model_validate_json(files.metadata.read_bytes())
+        latent, png = files.latent.read_bytes(), files.scaled_image.read_bytes()
+    except (OSError, ValidationError):
+        return None  # not there, or of another version: then the request is encoded
+    stated = (metadata.latent_sha256, metadata.scaled_image_sha256)
+    return metadata if stated == tuple(hashlib.sha256(data).hexdigest() for data in (latent, png)) else None
 
 
 def _search_model_folders(runtime: ComfyRuntime, model_dir: Path | None) -> None:

@@ -6,39 +6,25 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from config import Settings
-from models import EncodeRequest
 from service import LatentEncoder
-
-PROJECT = Path(__file__).resolve().parent.parent
-COMFYUI = PROJECT / "comfyui"
-IMAGES = PROJECT / "tests" / "fixtures" / "test_images"
-TINY_VAE = "tiny_qwen_vae.safetensors"
+from tests.broker import Broker, choose
+from tests.helpers import PROJECT, TINY_VAE, Encode, RunMain, clean_environment, request_for, stock
+from tests.kafka_tools import Bench, Events
 
 # No deadlines on a shared machine, and a first run that fills Hypothesis' tables is slow; CI tries the same inputs each time.
 hypothesis_settings.register_profile(
     "project", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 hypothesis_settings.load_profile("project")
-
-RunMain = Callable[..., "subprocess.CompletedProcess[str]"]
-Encode = Callable[..., Any]
-
-
-def stock(*arguments: str | Path, comfyui: Path = COMFYUI) -> None:
-    """Run plain ComfyUI, without our code, in a process of its own."""
-    command = [sys.executable, PROJECT / "tests" / "stock_comfyui.py", comfyui, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +33,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     stock("make-vaes", folder, "kl", "taesd", "wan")
     return folder
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without any of the service's settings, whatever the person who runs the tests has set."""
-    variables = {name.upper() for name in Settings.model_fields}
-    return {name: value for name, value in os.environ.items() if name not in variables}
 
 
 @pytest.fixture(scope="session")
@@ -90,17 +70,6 @@ def answer(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode
     return answer
 
 
-def request_for(settings: Settings, folder: Path, image: str | Path, fields: Mapping[str, Any]) -> EncodeRequest:
-    given = {"image_path": str(IMAGES / image), "output_dir": str(folder), "request_id": "test", **fields}
-    return EncodeRequest.from_fields(given, settings.request_defaults)
-
-
-def load_latent(path: str | Path) -> torch.Tensor:
-    latent = torch.load(path, weights_only=True)
-    assert isinstance(latent, torch.Tensor)
-    return latent
-
-
 @pytest.fixture
 def run_main(tmp_path: Path) -> RunMain:
     """Run the command line as a process, in an empty folder, with an environment that has no settings of its own."""
@@ -111,3 +80,63 @@ def run_main(tmp_path: Path) -> RunMain:
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return run_main
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-apache-kafka", action="store_true", help="Fail instead of testing with a broker that is not Apache Kafka."
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--require-apache-kafka") and not choose().is_apache_kafka:
+        raise pytest.UsageError("No Apache Kafka can be had here: it takes a Docker engine, or Java 17 and Maven.")
+
+
+def pytest_report_header() -> str:
+    """Which broker the Kafka tests will run against."""
+    return f"Kafka broker: {choose().name}"
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[Broker]:
+    """A broker that this session started, or was given."""
+    with choose()() as broker:
+        yield broker
+
+
+@pytest.fixture
+def make_bench(broker: Broker, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    """Topics of the test's own; `create=False` leaves creating them to the test."""
+    benches: list[Bench] = []
+
+    def make_bench(partitions: int = 1, *, create: bool = True, servers: str = broker.bootstrap_servers) -> Bench:
+        bench = Bench(servers, tmp_path, partitions)
+        benches.append(bench)
+        if create:
+            bench.create()
+        return bench
+
+    yield make_bench
+    for bench in benches:
+        bench.close()
+
+
+@pytest.fixture
+def bench(make_bench: Callable[..., Bench]) -> Bench:
+    """Topics of the test's own, with one partition."""
+    return make_bench()
+
+
+@pytest.fixture
+def apache_kafka(broker: Broker) -> None:
+    """For tests of what only Apache Kafka has."""
+    if not broker.is_apache_kafka:
+        pytest.skip(f"{broker.name} has no transactions and rebalances slowly")
+
+
+@pytest.fixture
+def events(caplog: pytest.LogCaptureFixture) -> Events:
+    """What a worker in this process logs."""
+    caplog.set_level("INFO")
+    return Events(caplog)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from config import VERSION
-from tests.conftest import IMAGES, PROJECT, TINY_VAE, RunMain, load_latent
+from tests.helpers import IMAGES, PROJECT, TINY_VAE, RunMain, load_latent
 
 TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
 
@@ -99,8 +99,13 @@ def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
         (["--image_path", "x.png"], {"MEGAPIXELS": "17"}, "MEGAPIXELS: Input should be less than or equal to 16"),
         (["--image_path", "x.png"], {"LOG_FORMAT": "xml"}, "LOG_FORMAT: Input should be 'json' or 'text'"),
         (["--image_path", "x.png", "--log-level", "loud"], {}, "LOG_LEVEL: Input should be 'DEBUG'"),
-        (["--mode", "kafka"], {}, "Kafka mode is not part of this release yet"),
-        ([], {"MODE": "kafka"}, "Kafka mode is not part of this release yet"),
+        (
+            ["--mode", "kafka"],
+            {"KAFKA_CLIENT_CONFIG": "none.properties"},
+            "KAFKA_CLIENT_CONFIG: none.properties cannot be read",
+        ),
+        (["--mode", "dlq-replay", "--error-code", "NO_SUCH"], {}, "'NO_SUCH' is not one of 'IMAGE_NOT_FOUND'"),
+        (["--mode", "dlq-replay", "--limit", "0"], {}, "Invalid value for '--limit'"),
     ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], env: dict[str, str], words: str, run_main: RunMain) -> None:

@@ -72,6 +72,13 @@ def test_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
         ("VAE_PRECISION", "fp8"),
         ("VAE_CACHE_SIZE", "0"),
         ("MAX_IMAGE_PIXELS", "-1"),
+        ("KAFKA_REQUEST_TOPIC", "a topic"),
+        ("KAFKA_PREFETCH", "0"),
+        ("KAFKA_MAX_RETRIES", "-1"),
+        ("KAFKA_RETRY_BACKOFF_S", "0"),
+        ("KAFKA_CREATE_TOPICS", "perhaps"),
+        ("KAFKA_SECURITY_PROTOCOL", "TLS"),
+        ("SHUTDOWN_TIMEOUT_S", "soon"),
     ],
 )
 def test_wrong_value_names_the_variable(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +106,8 @@ def shown_default(field: FieldInfo) -> str:
     default: Any = field.default
     if default is None or default == ():
         return ""
+    if isinstance(default, bool):
+        return str(default).lower()
     return f"./{default.relative_to(PROJECT_DIR)}" if isinstance(default, Path) else str(default)
 
 

@@ -13,17 +13,33 @@ from typing import Any
 import pytest
 
 from errors import ErrorCode
-from models import Metadata, SuccessResponse
-from tests.conftest import PROJECT, clean_environment
+from kafka_records import DLQ_HEADERS
+from models import EncodeRequest, Metadata, ResponseMessage, SuccessResponse
+from tests.broker.ports import free_ports
+from tests.helpers import PROJECT, clean_environment
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 API = (PROJECT / "API.md").read_text(encoding="utf-8")
-DIFFERS_BY_MACHINE = {"processing_time_ms", "timestamp", "timings_ms", "torch_version", "device", "latent_sha256"}
+DIFFERS_BY_MACHINE = {
+    "processing_time_ms",
+    "timestamp",
+    "timings_ms",
+    "torch_version",
+    "device",
+    "latent_sha256",
+    "scaled_image_sha256",
+    "fingerprint",
+}
 
 
 def blocks(document: str, language: str) -> list[str]:
     """The code blocks of a language, in order."""
     return re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL)
+
+
+def section(document: str, heading: str) -> str:
+    """What stands under that heading of the second level."""
+    return re.split(r"^## ", document.split(f"\n## {heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 @pytest.fixture
@@ -69,13 +85,13 @@ def test_readmes_first_command_encodes_the_portrait(project: Path) -> None:
 
 def test_api_examples_are_what_happens(project: Path) -> None:
     """Each command gives the JSON below it, but for times, versions and folders; the Python snippet runs on its files."""
-    *commands, last = blocks(API, "bash")
-    answers = blocks(API, "json")
+    outputs, usage = section(API, "Outputs"), section(API, "Example usage")
+    commands, answers = blocks(outputs, "bash"), blocks(outputs, "json")
     assert len(commands) == len(answers) == 2
     for command, answer in zip(commands, answers, strict=True):
         done = run(command, project)
         assert stable(json.loads(done.stdout)) == stable(json.loads(answer))
-    assert json.loads(run(last, project).stdout)["status"] == "success"
+    assert json.loads(run(blocks(usage, "bash")[0], project).stdout)["status"] == "success"
     (snippet,) = blocks(API, "python")
     done = subprocess.run([sys.executable, "-c", snippet], cwd=project, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -111,3 +127,50 @@ def test_links_lead_somewhere() -> None:
             assert not file or (PROJECT / file).exists(), target
             headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
             assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], target
+
+
+def test_messages_of_the_api_are_the_models() -> None:
+    """The request, and a response of each kind, have the fields that the service reads and writes, in its order."""
+    request, *responses = map(json.loads, blocks(section(API, "Kafka integration"), "json"))
+    assert EncodeRequest.from_fields(request, {}).model_dump() == request
+    assert request.keys() == EncodeRequest.model_fields.keys()
+    for response in responses:
+        assert list(response) == list(ResponseMessage.model_fields)
+        ResponseMessage.model_validate(response)
+    assert {response["status"] for response in responses} == {"success", "error"}
+
+
+def test_headers_of_dead_letters_are_documented() -> None:
+    """In the order in which they are added."""
+    assert tuple(re.findall(r"^\| `(dlq\.[\w.]+)` \|", API, re.MULTILINE)) == DLQ_HEADERS
+
+
+def test_readmes_kafka_example_works(project: Path) -> None:
+    """The three commands, each in its terminal: a broker, the service, and requests that are answered."""
+    commands = [command.strip() for command in blocks(section(README, "Kafka"), "bash")]
+    (port,) = free_ports(1)
+    commands[0] += f" --port {port}"
+    environment = clean_environment() | {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{port}"}
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for command, sign in zip(commands, ("Kafka", '"event": "ready"', ""), strict=True):
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {command}"],
+                cwd=project,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if sign else subprocess.PIPE,
+                text=True,
+            )
+            started.append(process)
+            assert process.stdout is not None
+            if sign:
+                assert any(sign in line for line in process.stdout)
+        stdout, stderr = started[-1].communicate(timeout=120)
+        assert started[-1].returncode == 0, stdout + stderr
+        assert [json.loads(line)["status"] for line in stdout.splitlines()] == ["success", "success"]
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.communicate(timeout=30)
+    assert [process.returncode for process in started] == [0, 0, 0]

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from errors import ErrorCode, ImageInvalid
 from images import read_image
 from models import ErrorResponse
-from tests.conftest import IMAGES, Encode, load_latent
+from tests.helpers import IMAGES, Encode, load_latent
 
 REFUSED = {
     "empty.png": "is empty",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from setup.fill_comfyui import copy as copy_entry
 from setup.fill_comfyui import place_runtime
-from tests.conftest import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
+from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
 
 RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"
 EXTRAS = "comfy_extras/nodes_post_processing.py"

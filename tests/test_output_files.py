@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from errors import OutputDirNotWritable
 from output_files import StagedFiles, latent_bytes, output_files, png_bytes, prepare_output_dir, safe_name
-from tests.conftest import PROJECT
+from tests.helpers import PROJECT
 
 
 @given(st.text(), st.integers(10, 255))

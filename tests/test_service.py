@@ -19,7 +19,7 @@ from errors import ErrorCode, ScalingFailed
 from geometry import Size, scaled_size
 from models import ErrorResponse, Metadata, SuccessResponse
 from service import LatentEncoder
-from tests.conftest import IMAGES, TINY_VAE, Encode, load_latent, request_for
+from tests.helpers import IMAGES, TINY_VAE, Encode, load_latent, request_for
 
 MOMENT = datetime(2024, 11, 6, 12, 0, 0, 999_999, tzinfo=UTC)
 

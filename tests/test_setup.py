@@ -18,7 +18,7 @@ from typing import ClassVar
 import pytest
 
 from setup.fill_comfyui import RELEASES, aside, from_git, source_of, wrong_files
-from tests.conftest import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain
+from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain
 
 PINNED = RELEASES["0.3.75"]
 LISTED = (

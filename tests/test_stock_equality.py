@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from service import COMFYUI_METHODS, LatentEncoder
-from tests.conftest import IMAGES, TINY_VAE, Encode, load_latent, stock
+from tests.helpers import IMAGES, TINY_VAE, Encode, load_latent, stock
 
 METHODS = ("lanczos", "nearest", "nearest-exact", "bilinear", "bicubic", "area")
 FAMILIES = (TINY_VAE, "random_wan.safetensors", "random_kl.safetensors", "taesd", "pixel_space")

@@ -16,7 +16,7 @@ from comfy_runtime import Vae
 from errors import ErrorCode
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
-from tests.conftest import PROJECT, TINY_VAE, Encode, load_latent
+from tests.helpers import PROJECT, TINY_VAE, Encode, load_latent
 from vae import VaeCache
 
 TINY = PROJECT / "tiny_vae" / TINY_VAE

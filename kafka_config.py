@@ -1,0 +1,175 @@
+"""librdkafka's properties, built in one place from the settings.
+
+Those that the guarantees rest on are fixed here and cannot be given otherwise. Every other property of librdkafka can be
+given in the file that `KAFKA_CLIENT_CONFIG` names: https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md
+"""
+
+from __future__ import annotations
+
+import configparser
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from confluent_kafka import Consumer, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+from pydantic import SecretStr
+
+from config import Settings, SettingsError
+from errors import one_line
+
+Properties = dict[str, Any]
+Client = TypeVar("Client", Consumer, Producer, AdminClient)
+
+# Why a property cannot be given. The names on the left are librdkafka's, aliases included.
+AT_LEAST_ONCE = "every request would no longer be answered before its offset is committed"
+IN_ORDER = "answers could be lost or sent twice when the connection breaks"
+OWN_SETTING = "there is a setting for it: "
+REFUSED = {
+    "enable.auto.commit": AT_LEAST_ONCE,
+    "auto.commit.enable": AT_LEAST_ONCE,
+    "auto.commit.interval.ms": AT_LEAST_ONCE,
+    "enable.auto.offset.store": AT_LEAST_ONCE,
+    "auto.offset.reset": "requests sent before the first start would be skipped",
+    "isolation.level": "requests of aborted transactions would be encoded",
+    "enable.idempotence": IN_ORDER,
+    "acks": IN_ORDER,
+    "request.required.acks": IN_ORDER,
+    "retries": IN_ORDER,
+    "message.send.max.retries": IN_ORDER,
+    "message.timeout.ms": "answers would be dropped while the broker is away",
+    "delivery.timeout.ms": "answers would be dropped while the broker is away",
+    "delivery.report.only.error": "no answer would count as acknowledged",
+    "offset.store.method": "offsets belong to the broker",
+    "message.max.bytes": "large dead letters would be dropped",
+    "partition.assignment.strategy": "a rebalance would take every worker's partitions",
+    "group.protocol": "only the classic group protocol is supported",
+    "enable.partition.eof": "it adds events that are no requests",
+    "statistics.interval.ms": "the service watches its connections by it",
+    "allow.auto.create.topics": OWN_SETTING + "KAFKA_CREATE_TOPICS",
+    "bootstrap.servers": OWN_SETTING + "KAFKA_BOOTSTRAP_SERVERS",
+    "metadata.broker.list": OWN_SETTING + "KAFKA_BOOTSTRAP_SERVERS",
+    "group.id": OWN_SETTING + "KAFKA_CONSUMER_GROUP",
+    "transactional.id": OWN_SETTING + "KAFKA_TRANSACTIONAL_ID",
+}
+
+# Larger than any broker's limit: whether a record is too large is for its topic to say.
+LARGEST_MESSAGE = 1_000_000_000
+
+STATISTICS_INTERVAL_MS = 1000
+
+SYSLOG_CRITICAL = 2
+
+SECTION = "properties"
+
+
+def consumer_properties(settings: Settings) -> Properties:
+    """Of the consumer of requests: commits by hand only, reads from the start, keeps its partitions in a rebalance.
+
+    Raises:
+        SettingsError: the file of further properties cannot be used.
+    """
+    return {
+        "queued.max.messages.kbytes": 4096,  # what librdkafka fetches ahead of KAFKA_PREFETCH, a partition
+        "fetch.wait.max.ms": 100,  # a partition that is resumed waits for the fetch under way
+        **_common(settings),
+        "group.id": settings.kafka_consumer_group,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",
+        "isolation.level": "read_committed",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "allow.auto.create.topics": False,
+        "statistics.interval.ms": STATISTICS_INTERVAL_MS,
+    }
+
+
+def producer_properties(settings: Settings) -> Properties:
+    """Of the producer of answers and dead letters: idempotent, acknowledged by all replicas, never giving up by itself.
+
+    Raises:
+        SettingsError: the file of further properties cannot be used.
+    """
+    transactional = settings.kafka_transactional_id
+    return {
+        "partitioner": "murmur2_random",  # as Java's producers: the same key, the same partition
+        "linger.ms": 0,
+        **_common(settings),
+        "enable.idempotence": True,
+        "acks": "all",
+        "message.max.bytes": LARGEST_MESSAGE,
+        # Without a transaction, an answer waits for the broker as long as it takes.
+        **({"transactional.id": transactional} if transactional else {"message.timeout.ms": 0}),
+    }
+
+
+def admin_properties(settings: Settings) -> Properties:
+    """Of the client that looks for topics and creates them.
+
+    Raises:
+        SettingsError: the file of further properties cannot be used.
+    """
+    return _common(settings)
+
+
+def make_client(kind: Callable[..., Client], properties: Properties, settings: Settings) -> Client:
+    """A client of that kind, which logs to `librdkafka`.
+
+    Raises:
+        SettingsError: librdkafka refuses a property; the text names it and holds no secret.
+    """
+    try:
+        return kind(properties, logger=logging.getLogger("librdkafka"))
+    except (KafkaException, ValueError, TypeError) as exc:
+        text = one_line(exc.args[0].str() if isinstance(exc, KafkaException) else exc)
+        for secret in (settings.kafka_sasl_password, settings.kafka_ssl_key_password):
+            text = text.replace(secret.get_secret_value(), "***") if secret else text
+        raise SettingsError(f"Kafka client: {text}") from exc
+
+
+def _common(settings: Settings) -> Properties:
+    named = {
+        "bootstrap.servers": settings.kafka_bootstrap_servers,
+        "security.protocol": settings.kafka_security_protocol,
+        "sasl.mechanism": settings.kafka_sasl_mechanism,
+        "sasl.username": settings.kafka_sasl_username,
+        "sasl.password": settings.kafka_sasl_password,
+        "ssl.ca.location": settings.kafka_ssl_ca_location,
+        "ssl.certificate.location": settings.kafka_ssl_certificate_location,
+        "ssl.key.location": settings.kafka_ssl_key_location,
+        "ssl.key.password": settings.kafka_ssl_key_password,
+    }
+    given = {name: _plain(value) for name, value in named.items() if value is not None}
+    # The service says itself, once, when its broker goes away; librdkafka would at every attempt to connect.
+    quiet = {} if settings.log_level == "DEBUG" else {"log_level": SYSLOG_CRITICAL}
+    return {"client.id": "latent-encoder", **quiet, **_from_file(settings.kafka_client_config), **given}
+
+
+def _plain(value: str | Path | SecretStr) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def _from_file(path: Path | None) -> Properties:
+    """The properties in a file of `name=value` lines; a line that starts with `#` is a comment."""
+    if path is None:
+        return {}
+    parser = configparser.ConfigParser(
+        delimiters=("=",), comment_prefixes=("#",), interpolation=None, default_section=SECTION, empty_lines_in_values=False
+    )
+    parser.optionxform = str  # type: ignore[assignment]  # names are taken as they stand, not in lower case
+    try:
+        parser.read_string(f"[{SECTION}]\n{path.read_text(encoding='utf-8')}", str(path))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"KAFKA_CLIENT_CONFIG: {path} cannot be read ({one_line(exc)}).") from exc
+    except configparser.Error as exc:
+        raise SettingsError(f"KAFKA_CLIENT_CONFIG: {path} is not a file of name=value lines.") from exc
+    properties = dict(parser.defaults())
+    _refuse(path, properties)
+    return properties
+
+
+def _refuse(path: Path, names: Iterable[str]) -> None:
+    refused = [f"{name} ({REFUSED[name]})" for name in names if name in REFUSED]
+    if refused:
+        raise SettingsError(f"KAFKA_CLIENT_CONFIG: {path} may not set {', '.join(refused)}. Remove it from the file.")

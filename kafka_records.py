@@ -1,0 +1,190 @@
+"""What the records of the three topics hold: a request read from one, a response and a dead letter made for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+from uuid import NAMESPACE_URL, uuid5
+
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Message
+
+from config import VERSION, Settings
+from errors import MessageUnusable, RequestError, one_line
+from models import EncodeRequest, ResponseMessage, usable_text
+
+Headers = tuple[tuple[str, bytes | None], ...]
+RawHeaders = list[tuple[str, str | bytes | None]]  # the client's stub also names a dict
+
+# The headers of a dead letter beside those that the record came with.
+ERROR_CODE = "dlq.error.code"
+ERROR_MESSAGE = "dlq.error.message"
+ERROR_CLASS = "dlq.error.class"
+ORIGINAL_TOPIC = "dlq.original.topic"
+ORIGINAL_PARTITION = "dlq.original.partition"
+ORIGINAL_OFFSET = "dlq.original.offset"
+ORIGINAL_TIMESTAMP = "dlq.original.timestamp"
+GROUP = "dlq.consumer.group"
+ATTEMPTS = "dlq.attempts"
+SERVICE_VERSION = "dlq.service.version"
+DLQ_HEADERS = (
+    ERROR_CODE,
+    ERROR_MESSAGE,
+    ERROR_CLASS,
+    ORIGINAL_TOPIC,
+    ORIGINAL_PARTITION,
+    ORIGINAL_OFFSET,
+    ORIGINAL_TIMESTAMP,
+    GROUP,
+    ATTEMPTS,
+    SERVICE_VERSION,
+)
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A record as it was consumed. `timestamp` is in milliseconds of Unix time, None where the record has none."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int | None
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+    @classmethod
+    def of(cls, message: Message) -> Incoming:
+        kind, timestamp = message.timestamp()
+        topic, partition, offset = message.topic(), message.partition(), message.offset()
+        assert topic is not None
+        assert partition is not None
+        assert offset is not None
+        return cls(
+            topic=topic,
+            partition=partition,
+            offset=offset,
+            timestamp=None if kind == TIMESTAMP_NOT_AVAILABLE else timestamp,
+            key=_bytes(message.key()),
+            value=_bytes(message.value()),
+            headers=tuple((name, _bytes(value)) for name, value in cast(RawHeaders, message.headers() or ())),
+        )
+
+    @property
+    def place(self) -> dict[str, str | int]:
+        """Where it is, as fields of a log event."""
+        return {"topic": self.topic, "partition": self.partition, "offset": self.offset}
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A record to produce."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who an answer goes to."""
+
+    request_id: str | None
+    correlation_id: str | None
+
+
+def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
+    """The request that a record holds. One without an id gets one made of its place, so that it keeps it when it comes again.
+
+    Raises:
+        MessageUnusable: the record holds no JSON object, or is larger than `KAFKA_MAX_MESSAGE_BYTES`.
+        InvalidRequest: a field is missing, of the wrong type or out of range.
+    """
+    fields = _read_fields(record.value, settings.kafka_max_message_bytes)
+    if fields.get("request_id") is None:
+        fields["request_id"] = _id_of_place(record)
+    return EncodeRequest.from_fields(fields, settings.request_defaults)
+
+
+def sender_of(record: Incoming, max_bytes: int) -> Sender:
+    """The ids of a request that may be invalid; an unusable message has an id only where exactly one can be found in it."""
+    try:
+        fields = _read_fields(record.value, max_bytes)
+    except MessageUnusable:
+        return Sender(_find_id(record, "request_id"), _find_id(record, "correlation_id"))
+    return Sender(usable_text(fields, "request_id") or _id_of_place(record), usable_text(fields, "correlation_id"))
+
+
+def _id_of_place(record: Incoming) -> str:
+    return str(uuid5(NAMESPACE_URL, f"kafka:{record.topic}/{record.partition}/{record.offset}"))
+
+
+def _read_fields(value: bytes | None, max_bytes: int) -> dict[str, Any]:
+    if value is None:
+        raise MessageUnusable("The message has no value; a request is a JSON object.")
+    if len(value) > max_bytes:
+        raise MessageUnusable(f"The message has {len(value)} bytes, more than KAFKA_MAX_MESSAGE_BYTES={max_bytes}.")
+    try:
+        fields = json.loads(value.decode("utf-8-sig"))
+    except UnicodeDecodeError as exc:
+        raise MessageUnusable(f"The message is not UTF-8: {one_line(exc)}.") from exc
+    except (ValueError, RecursionError) as exc:
+        raise MessageUnusable(f"The message is not JSON: {one_line(exc)}.") from exc
+    if not isinstance(fields, dict):
+        raise MessageUnusable(f"The message is JSON but not an object: {type(fields).__name__}.")
+    return fields
+
+
+def _find_id(record: Incoming, name: Literal["request_id", "correlation_id"]) -> str | None:
+    found = {usable_text({name: value}, name) for value in _strings(record.value or b"", name)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _strings(value: bytes, name: str) -> Iterator[str]:
+    """Every JSON string that stands after that name, wherever in the message."""
+    for literal in re.findall(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % name.encode(), value):
+        try:
+            yield json.loads(literal)
+        except ValueError:
+            continue  # broken itself: not UTF-8, or a control character in it
+
+
+def response_record(record: Incoming, message: ResponseMessage, topic: str) -> Outgoing:
+    """The response to a request's record: with its headers and its key, or the request id where it had none."""
+    key = message.request_id.encode() if record.key is None else record.key
+    return Outgoing(topic, key, message.model_dump_json().encode(), record.headers)
+
+
+def dead_letter(record: Incoming, error: RequestError, attempts: int, settings: Settings) -> Outgoing:
+    """The record as it came, with headers that say why it is here and where it was."""
+    cause = type(error.__cause__ or error)
+    why = {
+        ERROR_CODE: error.code,
+        ERROR_MESSAGE: str(error),
+        ERROR_CLASS: cause.__qualname__ if cause.__module__ == "builtins" else f"{cause.__module__}.{cause.__qualname__}",
+        ORIGINAL_TOPIC: record.topic,
+        ORIGINAL_PARTITION: record.partition,
+        ORIGINAL_OFFSET: record.offset,
+        ORIGINAL_TIMESTAMP: "" if record.timestamp is None else record.timestamp,
+        GROUP: settings.kafka_consumer_group,
+        ATTEMPTS: attempts,
+        SERVICE_VERSION: VERSION,
+    }
+    added = tuple((name, str(value).encode()) for name, value in why.items())
+    return Outgoing(settings.kafka_dlq_topic, record.key, record.value, record.headers + added)
+
+
+def revived(record: Incoming) -> Outgoing | None:
+    """The record that a dead letter was made of, for its original topic; None where the record is no dead letter."""
+    headers = dict(record.headers)
+    if any(headers.get(name) is None for name in DLQ_HEADERS):
+        return None
+    kept = tuple(header for header in record.headers if header[0] not in DLQ_HEADERS)
+    return Outgoing((headers[ORIGINAL_TOPIC] or b"").decode(), record.key, record.value, kept)
+
+
+def _bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value

@@ -1,0 +1,284 @@
+"""Write docs/schemas/: what the Kafka messages may hold as JSON Schema, and the service's side of Kafka as AsyncAPI.
+
+    python scripts/write_schemas.py
+
+All of it follows from models.py, config.py and kafka_records.py; what they do not know, such as the examples, stands here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.json_schema import GenerateJsonSchema
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import kafka_records
+from config import VERSION, Settings
+from errors import ImageNotFound
+from models import EncodeRequest, ErrorResponse, Metadata, ResponseMessage, SuccessResponse, Timings, utc_timestamp
+
+FOLDER = PROJECT / "docs" / "schemas"
+REQUEST = "request.schema.json"
+RESPONSE = "response.schema.json"
+ASYNCAPI = "asyncapi.yaml"
+
+Document = dict[str, Any]
+
+DEFAULTS = Settings.model_construct()  # whatever the environment says
+NULL = {"type": "null"}
+KAFKA_BINDING = {"bindingVersion": "0.5.0"}
+
+ANSWERED_AT = datetime(2024, 11, 6, 12, tzinfo=UTC)
+EXAMPLE_REQUEST: Document = {
+    "request_id": "0b9e3a52-5a1e-4f57-9c1c-0c6f7d1d3f0e",
+    "correlation_id": "workflow-7f2d",
+    "image_path": "/path/to/masked_person.jpg",
+    "vae_model_name": "qwen_image_vae.safetensors",
+    "output_dir": "/path/to/output",
+    "upscale_method": "lanczos",
+    "megapixels": 1.0,
+    "timestamp": 1730894395,
+}
+
+# The headers that are added to a dead letter. All are text in UTF-8, numbers in decimal digits.
+DLQ_HEADERS = {
+    kafka_records.ERROR_CODE: "Code of the error.",
+    kafka_records.ERROR_MESSAGE: "What went wrong.",
+    kafka_records.ERROR_CLASS: "Python class of the exception that caused it.",
+    kafka_records.ORIGINAL_TOPIC: "Topic that the record was consumed from.",
+    kafka_records.ORIGINAL_PARTITION: "Its partition there.",
+    kafka_records.ORIGINAL_OFFSET: "Its offset there.",
+    kafka_records.ORIGINAL_TIMESTAMP: "Its timestamp there, in milliseconds of Unix time; empty where it has none.",
+    kafka_records.GROUP: "Consumer group of the service.",
+    kafka_records.ATTEMPTS: "How often encoding it was tried; 0 where it never came to that.",
+    kafka_records.SERVICE_VERSION: "Version of the service.",
+}
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in documents().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+        print(f"{FOLDER.relative_to(PROJECT) / name} written")
+
+
+def documents() -> dict[str, str]:
+    """The text of each file, by its name."""
+    return {REQUEST: as_json(request_schema()), RESPONSE: as_json(response_schema()), ASYNCAPI: as_yaml(asyncapi())}
+
+
+def as_json(document: Document) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_yaml(document: Document) -> str:
+    return "# Written by scripts/write_schemas.py.\n" + yaml.safe_dump(
+        document, sort_keys=False, allow_unicode=True, width=120
+    )
+
+
+class UntitledFields(GenerateJsonSchema):
+    """A field's title would only repeat its name."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False
+
+
+def request_schema() -> Document:
+    """What `EncodeRequest.from_fields` takes."""
+    schema = EncodeRequest.model_json_schema(schema_generator=UntitledFields)
+    for name in schema["properties"].keys() - schema["required"]:
+        schema["properties"][name] = or_null(schema["properties"][name])
+    schema["description"] += " Null is as good as absent. The service's settings can change the defaults."
+    return finished(schema, EXAMPLE_REQUEST)
+
+
+def or_null(schema: Document) -> Document:
+    """The schema of a field that may be null as well; its description and default stay in front."""
+    if NULL in schema.get("anyOf", ()):
+        return schema
+    notes = {key: value for key, value in schema.items() if key in ("description", "default")}
+    restrictions = {key: value for key, value in schema.items() if key not in notes}
+    return {**notes, "anyOf": [restrictions, NULL]}
+
+
+def response_schema() -> Document:
+    """What a response holds: every field, so that no default says anything."""
+    schema = ResponseMessage.model_json_schema(mode="serialization", schema_generator=UntitledFields)
+    for field in schema["properties"].values():
+        field.pop("default", None)
+    schema["required"] = list(schema["properties"])
+    responses = (example_success(), example_error())
+    messages = (ResponseMessage.of(response, EXAMPLE_REQUEST["correlation_id"], ANSWERED_AT) for response in responses)
+    return finished(schema, *(message.model_dump(mode="json") for message in messages))
+
+
+def finished(schema: Document, *examples: Document) -> Document:
+    """The schema with its dialect and examples, what a reader looks for first at its top."""
+    head = {"$schema": GenerateJsonSchema.schema_dialect}
+    head |= {key: schema[key] for key in ("title", "description", "type", "required", "properties")}
+    return {**head, **schema, "examples": list(examples)}
+
+
+def example_success() -> SuccessResponse:
+    """What the example request gives for a square JPEG of one megapixel."""
+    request = EncodeRequest.from_fields(EXAMPLE_REQUEST, {})
+    files = f"masked_person_{request.request_id}"
+    timings = Timings(load_vae=0.1, load_image=12.4, scale=9.8, encode=402.5, save=25.2)
+    return SuccessResponse(
+        request_id=request.request_id,
+        latent_file_path=f"{request.output_dir}/latent_{files}.pt",
+        latent_shape=(1, 16, 128, 128),
+        scaled_image_path=f"{request.output_dir}/scaled_image_{files}.png",
+        metadata=Metadata(
+            original_image_shape=(1024, 1024, 3),
+            scaled_image_shape=(1024, 1024, 3),
+            latent_shape=(1, 16, 128, 128),
+            vae_model_name=request.vae_model_name,
+            processing_time_ms=450,
+            timestamp=utc_timestamp(ANSWERED_AT),
+            timings_ms=timings,
+            upscale_method=request.upscale_method,
+            megapixels=request.megapixels,
+            crop=(0, 0, 1024, 1024),
+            image_notes=(),
+            latent_dtype="float32",
+            vae_dtype="bfloat16",
+            device="cuda:0",
+            comfyui_version="0.3.75",
+            torch_version="2.14.1+cu130",
+            image_sha256=example_digest("image"),
+            vae_sha256=example_digest("vae"),
+            latent_sha256=example_digest("latent"),
+            scaled_image_sha256=example_digest("scaled image"),
+            fingerprint=example_digest("fingerprint"),
+        ),
+    )
+
+
+def example_error() -> ErrorResponse:
+    """What the example request gives where there is no image."""
+    request = EncodeRequest.from_fields(EXAMPLE_REQUEST, {})
+    return ErrorResponse.of(ImageNotFound(f"Image file not found: {request.image_path}"), request.request_id, ANSWERED_AT)
+
+
+def example_digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
+
+
+def asyncapi() -> Document:
+    """The service's side of its three topics; topics and group are the defaults of the settings."""
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "Latent Encoder",
+            "version": VERSION,
+            "description": "Encodes images to the latent space of diffusion models, with ComfyUI's own nodes. "
+            "The names of topics and consumer group are the defaults; the service's settings can change them.",
+            "license": {"name": "MIT"},
+        },
+        "defaultContentType": "application/json",
+        "channels": {
+            "requests": channel(DEFAULTS.kafka_request_topic, "What is to be encoded.", request=request_message()),
+            "responses": channel(DEFAULTS.kafka_response_topic, "The answers to the requests.", response=response_message()),
+            "deadLetters": channel(
+                DEFAULTS.kafka_dlq_topic, "Records that could not be dealt with.", deadLetter=dead_letter_message()
+            ),
+        },
+        "operations": {
+            "receiveRequest": operation(
+                "receive", "requests", "request", "Encode an image; its offset is committed after it was answered."
+            ),
+            "sendResponse": operation("send", "responses", "response", "Answer a request."),
+            "sendDeadLetter": operation(
+                "send",
+                "deadLetters",
+                "deadLetter",
+                "Put aside a record that holds no request, one that failed for a reason that may pass and is not tried again, "
+                "or one whose response was refused for its size.",
+            ),
+        },
+    }
+
+
+def channel(topic: str, description: str, **messages: Document) -> Document:
+    return {"address": topic, "description": description, "messages": messages}
+
+
+def operation(action: str, channel: str, message: str, description: str) -> Document:
+    described = {
+        "action": action,
+        "channel": {"$ref": f"#/channels/{channel}"},
+        "description": description,
+        "messages": [{"$ref": f"#/channels/{channel}/messages/{message}"}],
+    }
+    if action == "receive":
+        group = {"type": "string", "const": DEFAULTS.kafka_consumer_group}
+        described["bindings"] = {"kafka": {"groupId": group, **KAFKA_BINDING}}
+    return described
+
+
+def request_message() -> Document:
+    limit = DEFAULTS.kafka_max_message_bytes
+    return json_message(
+        REQUEST,
+        title="Request",
+        description=f"A JSON object in UTF-8 of at most {limit} bytes, unless `KAFKA_MAX_MESSAGE_BYTES` says otherwise.",
+        headers="Any; they come back in the response.",
+        key="Any or none; it comes back as the key of the response.",
+    )
+
+
+def response_message() -> Document:
+    return json_message(
+        RESPONSE,
+        title="Response",
+        description="The answer to one request.",
+        headers="Those of the request.",
+        key="That of the request, or the response's `request_id` where the request has none.",
+    )
+
+
+def json_message(schema: str, *, title: str, description: str, headers: str, key: str) -> Document:
+    return {
+        "title": title,
+        "description": description,
+        "contentType": "application/json",
+        "correlationId": {"location": "$message.payload#/correlation_id"},
+        "headers": {"type": "object", "description": headers},
+        "payload": {"$ref": f"./{schema}"},
+        "bindings": kafka_key(key),
+    }
+
+
+def dead_letter_message() -> Document:
+    added = {name: {"type": "string", "description": meaning} for name, meaning in DLQ_HEADERS.items()}
+    return {
+        "title": "Dead letter",
+        "description": "A record of the request topic as it came, with headers that say why it is here and where it was.",
+        "contentType": "application/octet-stream",
+        "headers": {
+            "type": "object",
+            "description": "Those of the record, untouched, and these after them: UTF-8, numbers in decimal digits.",
+            "required": list(added),
+            "properties": added,
+        },
+        "payload": {"description": "The value of the record, byte for byte; none where it has none."},
+        "bindings": kafka_key("That of the record."),
+    }
+
+
+def kafka_key(description: str) -> Document:
+    return {"kafka": {"key": {"description": description}, **KAFKA_BINDING}}
+
+
+if __name__ == "__main__":
+    main()

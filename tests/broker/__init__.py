@@ -1,0 +1,25 @@
+"""A Kafka-protocol broker for the tests, the best that the machine offers."""
+
+from __future__ import annotations
+
+import os
+
+from tests.broker.apache_kafka import ApacheKafka
+from tests.broker.docker_engine import DockerKafka, docker_answers
+from tests.broker.interface import GIVEN, Broker, BrokerError, GivenBroker
+from tests.broker.maven import java_and_maven_are_here
+from tests.broker.tansu import Tansu
+
+__all__ = ["ApacheKafka", "Broker", "BrokerError", "DockerKafka", "GivenBroker", "Tansu", "choose", "choose_local"]
+
+
+def choose() -> type[GivenBroker] | type[DockerKafka] | type[ApacheKafka] | type[Tansu]:
+    """The first kind of broker that can be had here; it is called to start one."""
+    if os.environ.get(GIVEN):
+        return GivenBroker
+    return DockerKafka if docker_answers() else choose_local()
+
+
+def choose_local() -> type[ApacheKafka] | type[Tansu]:
+    """The broker that can be had here without Docker."""
+    return ApacheKafka if java_and_maven_are_here() else Tansu

@@ -1,0 +1,60 @@
+"""A broker for work on the service, with its topics: `python -m tests.broker`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+import click
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from tests.broker import ApacheKafka, BrokerError, Tansu, choose_local
+
+TOPICS = ["latent-encoder-requests", "latent-encoder-responses", "latent-encoder-requests-dlq"]
+
+
+@click.command()
+@click.option("--port", default=9092, show_default=True, type=click.IntRange(1, 65535), help="Where it listens.")
+@click.option("--partitions", default=8, show_default=True, type=click.IntRange(min=1), help="How many each topic has.")
+@click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the data there for the next start.")
+def main(port: int, partitions: int, data_dir: Path | None) -> None:
+    """Run a Kafka broker on this machine until Ctrl-C, with the service's topics."""
+    asked_to_stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked_to_stop.set())
+    try:
+        with start(port, data_dir) as broker:
+            create_topics(broker.bootstrap_servers, partitions)
+            click.echo(f"{broker.name} at {broker.bootstrap_servers}")
+            while not asked_to_stop.wait(1):
+                broker.check()
+    except BrokerError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def start(port: int, data_dir: Path | None) -> ApacheKafka | Tansu:
+    """Start the broker that can be had here."""
+    kind = choose_local()
+    if kind is ApacheKafka:
+        return ApacheKafka(port, data_dir)
+    if data_dir:
+        raise click.UsageError("--data-dir needs Java 17 or newer and Maven: the broker for machines without keeps no data")
+    return Tansu(port)
+
+
+def create_topics(bootstrap_servers: str, partitions: int) -> None:
+    """Create the service's topics where they do not exist yet."""
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 4})
+    for created in admin.create_topics([NewTopic(topic, partitions, 1) for topic in TOPICS]).values():
+        try:
+            created.result()
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""A real Apache Kafka on this machine, without Docker."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.broker.certificates import Certificates, write_certificates
+from tests.broker.interface import Broker, BrokerError, wait_for_answer
+from tests.broker.maven import class_path, kafka_version
+from tests.broker.ports import free_ports, require_free
+from tests.broker.process import Process
+from tests.broker.properties import Properties, listeners, single_node
+
+CLUSTER_ID = "latent-encoder-testing"  # any 16 bytes in URL-safe base64
+# The process lives for seconds and minutes: what makes Java fast in the long run only makes it start late.
+JAVA = ["java", "-Xmx400m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dorg.slf4j.simpleLogger.showDateTime=true"]
+
+
+class ApacheKafka(Broker):
+    """One broker with a listener for everybody, one for passwords and one for certificates; it can be restarted."""
+
+    name = f"Apache Kafka {kafka_version()} (KRaft, jars from Maven Central)"
+    username = "service"
+    password = "service-secret"  # noqa: S105 - of a broker that only this machine reaches
+    secure_bootstrap_servers: str
+    """Where it speaks SASL_SSL, with SCRAM-SHA-512 or PLAIN. A client's certificate is optional but has to be right."""
+    mutual_tls_bootstrap_servers: str
+    """Where it speaks SSL, with nobody but clients that show a certificate."""
+    ca_file: Path
+    client_certificate: Path
+    client_key: Path
+
+    def __init__(self, port: int | None = None, folder: Path | None = None) -> None:
+        """Start it, on a given port or any, with the data of a given folder, which is kept, or new data."""
+        open_port, secure_port, mutual_tls_port, controller_port = free_ports(4)
+        self._ports = {"PLAINTEXT": port or open_port, "SASL_SSL": secure_port, "SSL": mutual_tls_port}
+        self._addresses = {name: f"127.0.0.1:{number}" for name, number in self._ports.items()}
+        self._ports["CONTROLLER"] = controller_port
+        self.bootstrap_servers = self._addresses["PLAINTEXT"]
+        self.secure_bootstrap_servers = self._addresses["SASL_SSL"]
+        self.mutual_tls_bootstrap_servers = self._addresses["SSL"]
+        self._class_path = class_path()
+        self._keep_data = folder is not None
+        self._folder = (folder or Path(tempfile.mkdtemp(prefix="latent-encoder-kafka-"))).absolute()
+        self._process: Process | None = None
+        try:
+            self._prepare()
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Start it with the data it had, on the ports it had, and wait until it answers."""
+        require_free(self._ports.values())
+        self._process = Process(self._java("kafka.Kafka", str(self._properties)), self._folder / "kafka.log")
+        wait_for_answer(self.bootstrap_servers, self._process.check)
+
+    def stop(self) -> None:
+        """End it in good order; its data stays."""
+        if self._process:
+            self._process.stop()
+            self._process = None
+
+    def freeze(self) -> None:
+        """Let it stand still, its connections open, until it is killed."""
+        if self._process:
+            self._process.freeze()
+
+    def kill(self) -> None:
+        """End it without a chance to put anything in order; its data stays as it is."""
+        if self._process:
+            self._process.kill()
+            self._process = None
+
+    def check(self) -> None:
+        """Raise if it has ended by itself."""
+        if self._process:
+            self._process.check()
+
+    def close(self) -> None:
+        """Stop it, and delete its data unless the folder was given."""
+        self.stop()
+        if not self._keep_data:
+            shutil.rmtree(self._folder)
+
+    @property
+    def _properties(self) -> Path:
+        return self._folder / "server.properties"
+
+    def _java(self, main_class: str, *arguments: str) -> list[str]:
+        return [*JAVA, "-cp", self._class_path, main_class, *arguments]
+
+    def _prepare(self) -> None:
+        """Write what it starts from."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        certificates = write_certificates(self._folder / "certificates")
+        self.ca_file = certificates.authority
+        self.client_certificate = certificates.client
+        self.client_key = certificates.client_key
+
+        properties = single_node() | listeners("127.0.0.1", self._ports, self._addresses) | access_rules()
+        properties |= tls("ssl", certificates, "required") | tls("sasl_ssl", certificates, "requested")
+        properties |= passwords("sasl_ssl", self.username, self.password)
+        properties["log.dirs"] = str(self._folder / "data")
+        self._properties.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+
+        user = f"SCRAM-SHA-512=[name={self.username},password={self.password}]"
+        arguments = ["format", "--ignore-formatted", "-t", CLUSTER_ID, "-c", str(self._properties), "--add-scram", user]
+        command = self._java("kafka.tools.StorageTool", *arguments)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode != 0:
+            raise BrokerError(f"Apache Kafka cannot prepare its data:\n{done.stdout}")
+
+
+def tls(listener: str, certificates: Certificates, client_auth: str) -> Properties:
+    """The listener's certificate, and whether a client needs one."""
+    prefix = f"listener.name.{listener}.ssl"
+    return {
+        f"{prefix}.keystore.type": "PEM",
+        f"{prefix}.keystore.location": str(certificates.server),
+        f"{prefix}.truststore.type": "PEM",
+        f"{prefix}.truststore.location": str(certificates.authority),
+        f"{prefix}.client.auth": client_auth,
+    }
+
+
+def passwords(listener: str, username: str, password: str) -> Properties:
+    """How a user can log in; SCRAM's passwords are not among the settings but in the data."""
+    prefix = f"listener.name.{listener}"
+    modules = "org.apache.kafka.common.security"
+    return {
+        f"{prefix}.sasl.enabled.mechanisms": "SCRAM-SHA-512,PLAIN",
+        f"{prefix}.scram-sha-512.sasl.jaas.config": f"{modules}.scram.ScramLoginModule required;",
+        f"{prefix}.plain.sasl.jaas.config": f'{modules}.plain.PlainLoginModule required user_{username}="{password}";',
+    }
+
+
+def access_rules() -> Properties:
+    """Rules can be added. They are for users with a name; clients without one may do everything, and so may the broker."""
+    return {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "allow.everyone.if.no.acl.found": "true",
+        "super.users": "User:ANONYMOUS",
+    }

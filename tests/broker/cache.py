@@ -1,0 +1,13 @@
+"""Where things are kept that one test run fetches and later ones use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """The project's folder among the user's caches."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-encoder"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,58 @@
+"""A broker's process, which never outlives the one that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.broker.interface import BrokerError
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+STOP_TIMEOUT = 30
+LOG_TAIL = 3000
+
+
+class Process:
+    """A command whose output goes to the end of a file."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", SUPERVISOR, *command],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us; we stop the broker when nothing needs it any more
+            )
+
+    def check(self) -> None:
+        """Raise what it last wrote if it has ended."""
+        if self._supervisor.poll() is not None:
+            tail = self.log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+            raise BrokerError(f"the broker has ended with status {self._supervisor.returncode}:\n{tail}")
+
+    def stop(self) -> None:
+        """Ask it to end, and wait until it has; kill it if it takes too long."""
+        assert self._supervisor.stdin
+        with self._supervisor:
+            with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+                self._supervisor.stdin.write(b".")
+            self._supervisor.wait(STOP_TIMEOUT)
+
+    def freeze(self) -> None:
+        """Let it stand still, its connections open, until it is killed."""
+        for command in psutil.Process(self._supervisor.pid).children():
+            command.suspend()
+
+    def kill(self) -> None:
+        """End it at once."""
+        assert self._supervisor.stdin
+        self._supervisor.stdin.close()
+        self._supervisor.wait()

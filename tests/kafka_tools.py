@@ -1,0 +1,300 @@
+"""What the Kafka tests share: topics of their own, a sender and readers, and workers as threads or as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from config import Settings
+from kafka_handler import KafkaHandler
+from kafka_records import Headers, Incoming
+from service import LatentEncoder
+from tests.helpers import IMAGES, PROJECT, clean_environment
+
+PATIENCE_S = 60.0
+QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
+
+
+@dataclass
+class Topic:
+    """A topic that is read from its start, by committed transactions only; what was read is kept."""
+
+    name: str
+    consumer: Consumer
+    partitions: int
+    records: list[Incoming] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.consumer.assign([TopicPartition(self.name, n, 0) for n in range(self.partitions)])
+
+    def read(self, enough: Callable[[list[Incoming]], bool], patience: float = PATIENCE_S) -> list[Incoming]:
+        """All records so far, as soon as they are enough."""
+        deadline = time.monotonic() + patience
+        while not enough(self.records):
+            assert time.monotonic() < deadline, f"{self.name} has only {len(self.records)} records after {patience} s"
+            message = self.consumer.poll(0.2)
+            if message is not None and message.error() is None:
+                self.records.append(Incoming.of(message))
+        return self.records
+
+    def take(self, count: int, patience: float = PATIENCE_S) -> list[Incoming]:
+        """The first `count` records, in the order of their arrival."""
+        return self.read(lambda records: len(records) >= count, patience)[:count]
+
+    def all_within(self, seconds: float) -> list[Incoming]:
+        """What is there after that time."""
+        deadline = time.monotonic() + seconds
+        return self.read(lambda _: time.monotonic() > deadline, seconds + 1)
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a worker in this process logs."""
+
+    caplog: pytest.LogCaptureFixture
+
+    def __call__(self, name: str) -> list[dict[str, Any]]:
+        """The events of that name, with their fields."""
+        return [vars(record) for record in self.caplog.records if record.getMessage() == name]
+
+
+def answers(topic: Topic, count: int, patience: float = PATIENCE_S) -> list[dict[str, Any]]:
+    """The first `count` responses, parsed."""
+    return [json.loads(record.value or b"") for record in topic.take(count, patience)]
+
+
+class Bench:
+    """Topics for one test, on the session's broker, and all that a test does with them."""
+
+    def __init__(self, bootstrap_servers: str, folder: Path, partitions: int = 1) -> None:
+        self.servers = bootstrap_servers
+        self.folder = folder
+        self.partitions = partitions
+        name = uuid4().hex[:12]
+        self.request_topic, self.response_topic, self.dlq_topic = f"{name}-requests", f"{name}-responses", f"{name}-dlq"
+        self.group = f"{name}-group"
+        self.admin = AdminClient({**QUIET, "bootstrap.servers": bootstrap_servers})
+        self._closing: list[Callable[[], object]] = []
+        self._producer = Producer({**QUIET, "bootstrap.servers": bootstrap_servers, "linger.ms": 0})
+
+    def create(self, *names: str, config: Mapping[str, str] | None = None, partitions: int | None = None) -> None:
+        """Create topics, those of the test where none is named."""
+        wanted = names or (self.request_topic, self.response_topic, self.dlq_topic)
+        new = [NewTopic(name, partitions or self.partitions, 1, config=dict(config or {})) for name in wanted]
+        for created in self.admin.create_topics(new).values():
+            created.result()
+
+    def settings(self, base: Settings, **changes: Any) -> Settings:
+        """`base` for this bench."""
+        return base.model_copy(
+            update={
+                "mode": "kafka",
+                "kafka_bootstrap_servers": self.servers,
+                "kafka_request_topic": self.request_topic,
+                "kafka_response_topic": self.response_topic,
+                "kafka_dlq_topic": self.dlq_topic,
+                "kafka_consumer_group": self.group,
+                "output_dir": str(self.folder / "output"),
+                "megapixels": 0.01,
+                **changes,
+            }
+        )
+
+    def send(
+        self,
+        value: Mapping[str, Any] | bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Headers = (),
+        partition: int = -1,
+    ) -> tuple[int, int]:
+        """Send one record, a request that names an image where it does not say otherwise; its partition and offset."""
+        if isinstance(value, Mapping):
+            value = json.dumps({"image_path": str(IMAGES / "photo.jpg"), **value}).encode()
+        places: list[tuple[int, int]] = []
+        self._producer.produce(
+            self.request_topic,
+            value=value,
+            key=key,
+            headers=list(headers),
+            partition=partition,
+            on_delivery=lambda _, message: places.append((message.partition() or 0, message.offset() or 0)),
+        )
+        assert self._producer.flush(30) == 0
+        return places[0]
+
+    def topic(self, name: str) -> Topic:
+        """A topic, read from its start whatever the group says."""
+        properties = {
+            **QUIET,
+            "bootstrap.servers": self.servers,
+            "group.id": f"{name}-reader",
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+        }
+        consumer = Consumer(properties)
+        self._closing.append(consumer.close)
+        return Topic(name, consumer, self.partitions)
+
+    @property
+    def responses(self) -> Topic:
+        """The responses, read from the start by each who asks."""
+        return self.topic(self.response_topic)
+
+    @property
+    def dead_letters(self) -> Topic:
+        """The dead letters, likewise."""
+        return self.topic(self.dlq_topic)
+
+    def committed(self) -> dict[int, int]:
+        """The group's offsets, by partition; of those that have one."""
+        wanted = [TopicPartition(self.request_topic, n) for n in range(self.partitions)]
+        found = self.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(self.group, wanted)])[self.group].result()
+        return {place.partition: place.offset for place in found.topic_partitions if place.offset >= 0}
+
+    def wait_for_commit(self, expected: Mapping[int, int], patience: float = PATIENCE_S) -> None:
+        """Wait until the group's offsets are these."""
+        wait_until(lambda: self.committed() == expected, f"offsets {expected}", patience)
+
+    @contextmanager
+    def worker(self, encoder: LatentEncoder, settings: Settings) -> Iterator[Worker]:
+        """A worker in a thread, which is stopped at the end, and must not end before unless the test looks at how it did."""
+        worker = Worker(KafkaHandler(settings), encoder)
+        worker.start()
+        try:
+            yield worker
+        finally:
+            worker.handler.stop()
+            worker.end()
+            if isinstance(worker.outcome, Exception) and not worker.looked_at:
+                raise worker.outcome
+
+    @contextmanager
+    def process(self, *arguments: str, **environment: str) -> Iterator[Process]:
+        """A worker as a process, which is killed at the end if it is still there."""
+        process = Process(self, arguments, environment)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+    def close(self) -> None:
+        for close in self._closing:
+            close()
+
+
+class Worker(threading.Thread):
+    """A `KafkaHandler` in a thread; `outcome` is what `run` returned or raised."""
+
+    def __init__(self, handler: KafkaHandler, encoder: LatentEncoder) -> None:
+        super().__init__(name="worker", daemon=True)
+        self.handler = handler
+        self.outcome: bool | Exception | None = None
+        self.looked_at = False
+        self._encoder = encoder
+
+    def run(self) -> None:
+        try:
+            self.outcome = self.handler.run(self._encoder)
+        except Exception as exc:
+            self.outcome = exc
+
+    def end(self) -> None:
+        """Wait until it ends."""
+        self.join(PATIENCE_S)
+        assert not self.is_alive()
+
+    def failure(self) -> Exception:
+        """Why it ends by itself."""
+        self.end()
+        self.looked_at = True
+        assert isinstance(self.outcome, Exception)
+        return self.outcome
+
+
+class Process:
+    """`python main.py --mode kafka` with the tiny VAE; its log lines are JSON in a file."""
+
+    def __init__(self, bench: Bench, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+        self.log_file = bench.folder / f"worker-{uuid4().hex[:6]}.log"
+        variables = {
+            "KAFKA_BOOTSTRAP_SERVERS": bench.servers,
+            "KAFKA_REQUEST_TOPIC": bench.request_topic,
+            "KAFKA_RESPONSE_TOPIC": bench.response_topic,
+            "KAFKA_DLQ_TOPIC": bench.dlq_topic,
+            "KAFKA_CONSUMER_GROUP": bench.group,
+            "OUTPUT_DIR": str(bench.folder / "output"),
+            "VAE_MODEL_NAME": "tiny_qwen_vae.safetensors",
+            "MEGAPIXELS": "0.01",
+            "DEVICE": "cpu",
+            **environment,
+        }
+        with self.log_file.open("wb") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, PROJECT / "main.py", "--mode", "kafka", *arguments],
+                env=clean_environment() | variables,
+                cwd=bench.folder,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+
+    def log(self) -> list[dict[str, Any]]:
+        """Its events so far; a line that is no JSON is an event of that text."""
+        lines = self.log_file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) if line.startswith("{") and line.endswith("}") else {"event": line} for line in lines]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Those of that name."""
+        return [event for event in self.log() if event["event"] == name]
+
+    def wait_for(self, event: str, count: int = 1, patience: float = PATIENCE_S) -> None:
+        """Wait until it has logged the event so many times."""
+        wait_until(lambda: self.popen.poll() is not None or len(self.events(event)) >= count, event, patience)
+        assert len(self.events(event)) >= count, self.log_file.read_text()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def end(self, patience: float = PATIENCE_S) -> int:
+        """Its exit status, when it ends by itself; it prints nothing on standard output."""
+        stdout, _ = self.popen.communicate(timeout=patience)
+        assert stdout == b""
+        return self.popen.returncode
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        if self.popen.poll() is None:
+            os.kill(self.popen.pid, signal.SIGKILL)
+        self.popen.communicate()
+
+
+def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIENCE_S) -> None:
+    """Wait until the condition holds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {patience} s: {what}"
+        time.sleep(0.1)
+
+
+def client_config(folder: Path, **properties: object) -> Path:
+    """A file of librdkafka properties, whose names have underscores for dots here."""
+    file = folder / f"{uuid4().hex[:6]}.properties"
+    file.write_text("".join(f"{name.replace('_', '.')}={value}\n" for name, value in properties.items()))
+    return file

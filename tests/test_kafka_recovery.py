@@ -1,0 +1,281 @@
+"""Nothing is lost: crashes, signals, rebalances, a broker that goes away, encodes longer than every time-out."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from config import Settings
+from errors import KafkaFailed
+from models import Metadata
+from service import LatentEncoder
+from tests.broker import ApacheKafka, Broker
+from tests.helpers import IMAGES, load_latent
+from tests.kafka_tools import Bench, Events, Topic, answers, client_config, wait_until
+
+MakeBench = Callable[..., Bench]
+
+PORTRAIT = str(IMAGES / "astronaut.png")
+REQUESTS = 200
+KILLS = 5
+SECONDS_LONG = {"image_path": PORTRAIT, "megapixels": 0.5}  # some seconds with the tiny VAE
+TEN_SECONDS_LONG = {"image_path": PORTRAIT, "megapixels": 1.0}
+
+apache_kafka = pytest.mark.usefixtures("apache_kafka")
+
+
+@pytest.fixture
+def own(broker: Broker) -> Iterator[ApacheKafka]:
+    """A broker for one test, which may stop it, kill it, and start it again with its log."""
+    if not isinstance(broker, ApacheKafka):
+        pytest.skip(f"{broker.name} cannot be stopped and started again with its log")
+    with ApacheKafka() as own:
+        yield own
+
+
+def quick_failover(folder: Path) -> dict[str, str]:
+    """A group that notices a dead worker soon."""
+    return {"KAFKA_CLIENT_CONFIG": str(client_config(folder, session_timeout_ms=2000, heartbeat_interval_ms=500))}
+
+
+def request_ids(topic: Topic) -> Counter[str]:
+    """How often each request was answered, of what was read."""
+    return Counter(json.loads(record.value or b"")["request_id"] for record in topic.records)
+
+
+def assert_whole(folder: Path) -> None:
+    """Every file under a final name is whole, and belongs to the others of its request."""
+    metadata_files = list(folder.glob("*.pt.json"))
+    assert metadata_files
+    for file in metadata_files:
+        metadata = Metadata.model_validate_json(file.read_bytes())
+        latent = file.with_suffix("")
+        assert list(load_latent(latent).shape) == list(metadata.latent_shape)
+    assert {file.with_suffix("") for file in metadata_files} == set(folder.glob("*.pt"))
+
+
+@apache_kafka
+@pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
+@pytest.mark.timeout(600)
+def test_killed_worker_loses_nothing(make_bench: MakeBench, transactional: bool) -> None:
+    """200 requests, five times `kill -9`: each is answered, in one transaction each exactly once; no partial file."""
+    bench = make_bench(partitions=4)
+    for n in range(REQUESTS):
+        bench.send({"request_id": f"r{n}"})
+    expected = {f"r{n}" for n in range(REQUESTS)}
+    responses = bench.responses
+    environment = quick_failover(bench.folder) | ({"KAFKA_TRANSACTIONAL_ID": bench.group} if transactional else {})
+
+    moments = random.Random()  # noqa: S311  # nothing secret; differs from run to run, on purpose
+    for answered in sorted(moments.sample(range(2, REQUESTS - 10), KILLS)):
+        with bench.process(**environment):
+            responses.read(lambda _, answered=answered: len(request_ids(responses)) >= answered)  # type: ignore[misc]
+            time.sleep(moments.uniform(0, 0.2))
+    with bench.process(**environment) as last:
+        responses.read(lambda _: request_ids(responses).keys() >= expected)
+        wait_until(lambda: sum(bench.committed().values()) >= REQUESTS, "all offsets")
+        last.signal(signal.SIGTERM)
+        assert last.end() == 0
+        responses.all_within(1)
+
+    counts = request_ids(responses)
+    print(f"{sum(counts.values())} answers to {REQUESTS} requests, {KILLS} kills")
+    assert counts.keys() == expected
+    if transactional:
+        assert set(counts.values()) == {1}
+    assert_whole(bench.folder / "output")
+    assert bench.dead_letters.all_within(0.5) == []
+
+
+@apache_kafka
+def test_zombie_answers_nothing(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
+    """A worker that froze until the group gave its work to another wakes up: its answer is refused, nothing is doubled."""
+    bench = make_bench()
+    responses = bench.responses
+    environment = quick_failover(bench.folder)
+    bench.send({"request_id": "r", **SECONDS_LONG})
+    with bench.process(**environment, KAFKA_TRANSACTIONAL_ID=f"{bench.group}-1") as zombie:
+        wait_until((bench.folder / "output").exists, "the encode")
+        zombie.signal(signal.SIGSTOP)
+        with bench.worker(encoder, bench.settings(settings, kafka_transactional_id=f"{bench.group}-2")):
+            assert answers(responses, 1)[0]["request_id"] == "r"
+            bench.wait_for_commit({0: 1})
+            zombie.signal(signal.SIGCONT)
+            zombie.wait_for("partitions lost")
+            responses.all_within(4)
+            assert request_ids(responses) == {"r": 1}
+            assert bench.committed() == {0: 1}
+
+
+@apache_kafka
+def test_workers_share_and_hand_over(
+    make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, events: Events
+) -> None:
+    """One joins and one leaves in the middle of the work: every request is answered once."""
+    bench = make_bench(partitions=4)
+    responses = bench.responses
+    for n in range(120):
+        bench.send({"request_id": f"r{n}"}, partition=n % 4)
+    with bench.process() as first:
+        responses.take(5)
+        with bench.worker(encoder, bench.settings(settings)):
+            wait_until(lambda: len(events("request encoded")) >= 5, "the work of the second")
+            first.signal(signal.SIGTERM)
+            assert first.end() == 0
+            responses.take(120)
+            bench.wait_for_commit(dict.fromkeys(range(4), 30))
+    assert first.events("partitions revoked")
+    responses.all_within(0.5)
+    assert request_ids(responses) == {f"r{n}": 1 for n in range(120)}
+
+
+@apache_kafka
+def test_work_on_a_revoked_partition_is_dropped_at_the_deadline(
+    make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
+) -> None:
+    """It is not committed, and the new owner answers it."""
+    bench = make_bench(partitions=2)
+    responses = bench.responses
+    for partition in range(2):
+        bench.send({"request_id": f"r{partition}", **TEN_SECONDS_LONG}, partition=partition)
+    with bench.process(KAFKA_REVOKE_TIMEOUT_S="0") as first:
+        wait_until((bench.folder / "output").exists, "the encode")
+        with bench.worker(encoder, bench.settings(settings)):
+            first.wait_for("partitions revoked")
+            assert first.events("partitions revoked")[0]["dropped"] == 1
+            responses.take(2)
+            bench.wait_for_commit({0: 1, 1: 1})
+            responses.all_within(1)
+    assert request_ids(responses) == {"r0": 1, "r1": 1}
+
+
+def test_encode_longer_than_the_poll_interval(
+    bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
+) -> None:
+    """The worker keeps its partition, and the request is encoded and answered once."""
+    config = client_config(bench.folder, session_timeout_ms=6000, heartbeat_interval_ms=1000, max_poll_interval_ms=6000)
+    responses = bench.responses
+    with bench.worker(encoder, bench.settings(settings, kafka_client_config=config)):
+        bench.send({"request_id": "long", **TEN_SECONDS_LONG})
+        bench.send({"request_id": "next"})
+        long, following = answers(responses, 2, patience=120)
+        bench.wait_for_commit({0: 2})
+    assert (long["request_id"], following["request_id"]) == ("long", "next")
+    assert long["metadata"]["timings_ms"]["encode"] > 6000, "the encode was too quick to show anything"
+    assert len(responses.records) == 2
+    assert len(events("request encoded")) == 2
+    assert len(events("partitions assigned")) == 1
+    assert not events("partitions lost")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
+def test_broker_that_goes_away_is_waited_for(
+    own: ApacheKafka,
+    make_bench: MakeBench,
+    encoder: LatentEncoder,
+    settings: Settings,
+    events: Events,
+    transactional: bool,
+) -> None:
+    """Away at the start, and killed for 20 s in the middle: said once each time, and all is answered."""
+    bench = make_bench(servers=own.bootstrap_servers)
+    own.stop()
+    config = client_config(bench.folder, transaction_timeout_ms=10_000)  # the broker aborts a transaction meanwhile
+    changes = {"kafka_transactional_id": "worker", "kafka_client_config": config} if transactional else {}
+    with bench.worker(encoder, bench.settings(settings, **changes)) as worker:
+        wait_until(lambda: bool(events("broker is away, waiting for it")), "the first message")
+        own.start()
+        for n in range(30):
+            bench.send({"request_id": f"r{n}"})
+        responses = bench.responses
+        responses.take(5)
+        own.kill()
+        time.sleep(20)
+        own.start()
+        for n in range(30, 40):
+            bench.send({"request_id": f"r{n}"})
+        responses.read(lambda _: len(request_ids(responses)) == 40)
+        bench.wait_for_commit({0: 40})
+    assert worker.outcome is True
+    assert not transactional or set(request_ids(responses).values()) == {1}
+    assert [len(events(name)) for name in ("broker is away, waiting for it", "broker is back")] == [2, 2]
+    assert [len(events(name)) for name in ("ready", "not ready")] == [2, 1]
+
+
+def test_dead_letter_that_is_not_acknowledged_stops_the_service(
+    own: ApacheKafka, make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, events: Events
+) -> None:
+    """The broker is there and does not store it: the service ends. A response that waits so is logged, and waited for."""
+    bench = make_bench(servers=own.bootstrap_servers, partitions=2)
+    config = client_config(bench.folder, socket_timeout_ms=6000)  # or leaving the group would take a minute
+    changes = {"kafka_ack_timeout_s": 2, "shutdown_timeout_s": 1, "kafka_client_config": config}
+    impatient = bench.settings(settings, **changes)
+    with bench.worker(encoder, impatient) as worker:
+        bench.send({"request_id": "r", **SECONDS_LONG}, partition=0)
+        wait_until((bench.folder / "output").exists, "the encode")
+        own.freeze()
+        wait_until(lambda: bool(events("answer is not acknowledged")), "the message")
+        assert worker.is_alive()
+    assert worker.outcome is False
+    own.kill()
+    own.start()
+    with bench.worker(encoder, bench.settings(impatient, kafka_max_retries=1, kafka_retry_backoff_s=3)) as worker:
+        bench.send({"request_id": "bad", "output_dir": "/dev/null"}, partition=1)
+        wait_until(lambda: bool(events("request failed")), "the first attempt")
+        own.freeze()
+        failure = worker.failure()
+    own.kill()
+    assert isinstance(failure, KafkaFailed)
+    assert f"KAFKA_ACK_TIMEOUT_S=2 for a dead letter in topic {bench.dlq_topic}" in str(failure)
+
+
+def test_sigterm_finishes_the_request_in_flight(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
+    """Its answer is sent and committed, the exit status is 0; the request behind it is left to the next worker."""
+    responses = bench.responses
+    bench.send({"request_id": "first", **SECONDS_LONG})
+    bench.send({"request_id": "second"})
+    with bench.process() as process:
+        wait_until((bench.folder / "output").exists, "the encode")
+        process.signal(signal.SIGTERM)
+        assert process.end() == 0
+        assert not process.events("request failed")
+    assert bench.committed() == {0: 1}
+    responses.all_within(0.5)
+    assert request_ids(responses) == {"first": 1}
+    with bench.worker(encoder, bench.settings(settings)):
+        responses.take(2)
+        bench.wait_for_commit({0: 2})
+
+
+def test_second_signal_stops_at_once(bench: Bench) -> None:
+    """Uncommitted, unanswered, and with the status of a signal."""
+    bench.send({"request_id": "r", **TEN_SECONDS_LONG})
+    with bench.process() as process:
+        wait_until((bench.folder / "output").exists, "the encode")
+        process.signal(signal.SIGINT)
+        process.wait_for("stopping")
+        process.signal(signal.SIGTERM)
+        assert process.end(patience=2) == 128 + signal.SIGTERM
+        assert process.log()[-1]["event"].startswith("Error: Stopped at once by a second signal")
+    assert bench.committed() == {}
+    assert bench.responses.all_within(0.5) == []
+
+
+def test_shutdown_that_takes_too_long_is_given_up(bench: Bench) -> None:
+    """The request is left uncommitted, and the exit status says so."""
+    bench.send({"request_id": "r", **TEN_SECONDS_LONG})
+    with bench.process(SHUTDOWN_TIMEOUT_S="0.5") as process:
+        wait_until((bench.folder / "output").exists, "the encode")
+        process.signal(signal.SIGTERM)
+        assert process.end(patience=6) == 3
+        (event,) = process.events("stopped before all was answered; it will be delivered again")
+        assert event["unfinished"] == 1
+    assert bench.committed() == {}

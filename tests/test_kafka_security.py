@@ -1,0 +1,119 @@
+"""Brokers that ask who is there: TLS, passwords, access rules; refusal ends the service, and no secret is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from confluent_kafka.admin._acl import AclBinding, AclOperation, AclPermissionType
+from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
+from pydantic import SecretStr
+
+from config import Settings
+from errors import KafkaFailed
+from service import LatentEncoder
+from tests.broker import ApacheKafka, Broker
+from tests.kafka_tools import Bench, Events, answers, wait_until
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture
+def secure(broker: Broker) -> ApacheKafka:
+    """The session's broker, where it has a listener with passwords."""
+    if not isinstance(broker, ApacheKafka):
+        pytest.skip(f"{broker.name} has no listener that asks for a password")
+    return broker
+
+
+def credentials(broker: ApacheKafka, password: str | None = None) -> dict[str, Any]:
+    """The settings for the listener with passwords."""
+    return {
+        "kafka_bootstrap_servers": broker.secure_bootstrap_servers,
+        "kafka_security_protocol": "SASL_SSL",
+        "kafka_sasl_mechanism": "SCRAM-SHA-512",
+        "kafka_sasl_username": broker.username,
+        "kafka_sasl_password": password or broker.password,
+        "kafka_ssl_ca_location": str(broker.ca_file),
+    }
+
+
+def as_environment(settings: dict[str, Any]) -> dict[str, str]:
+    return {name.upper(): str(value) for name, value in settings.items()}
+
+
+def test_passwords_and_tls(secure: ApacheKafka, bench: Bench) -> None:
+    """A request is served over SASL_SSL, and even at the most talkative level the log has no password."""
+    bench.send({"request_id": "r"})
+    with bench.process(**as_environment(credentials(secure)), LOG_LEVEL="DEBUG") as process:
+        assert answers(bench.responses, 1)[0]["status"] == "success"
+    assert secure.password not in process.log_file.read_text()
+
+
+def test_client_certificate(secure: ApacheKafka, bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
+    """A request is served where the broker asks for our certificate."""
+    changes = {
+        "kafka_bootstrap_servers": secure.mutual_tls_bootstrap_servers,
+        "kafka_security_protocol": "SSL",
+        "kafka_ssl_ca_location": secure.ca_file,
+        "kafka_ssl_certificate_location": secure.client_certificate,
+        "kafka_ssl_key_location": secure.client_key,
+    }
+    with bench.worker(encoder, bench.settings(settings, **changes)):
+        bench.send({"request_id": "r"})
+        assert answers(bench.responses, 1)[0]["status"] == "success"
+
+
+def test_wrong_password_ends_the_service(secure: ApacheKafka, bench: Bench) -> None:
+    """With status 3 and one message that has no password in it, and nothing is consumed."""
+    bench.send({"request_id": "r"})
+    with bench.process(**as_environment(credentials(secure, "wrong-secret"))) as process:
+        assert process.end() == 3
+    last = process.log()[-1]["event"]
+    assert last.startswith(f"Error: The broker at {secure.secure_bootstrap_servers} refuses this service: ")
+    text = process.log_file.read_text()
+    assert "wrong-secret" not in text
+    assert "Traceback" not in text
+    assert bench.committed() == {}
+
+
+def test_certificate_that_is_not_trusted_is_waited_for(
+    secure: ApacheKafka, bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
+) -> None:
+    """Certificates are renewed: it counts as a broker that is away, said once, with the reason."""
+    changes = {"kafka_bootstrap_servers": secure.secure_bootstrap_servers, "kafka_security_protocol": "SSL"}
+    with bench.worker(encoder, bench.settings(settings, **changes)):
+        wait_until(lambda: bool(events("broker is away, waiting for it")), "the message")
+    (event,) = events("broker is away, waiting for it")
+    assert "certificate verify failed" in event["reason"]
+
+
+@pytest.mark.parametrize("topic", ["response_topic", "dlq_topic"])
+def test_topic_that_may_not_be_written_ends_the_service(
+    secure: ApacheKafka, bench: Bench, encoder: LatentEncoder, settings: Settings, topic: str
+) -> None:
+    """Nothing of what could not be answered is committed."""
+    name = getattr(bench, topic)
+    rule = AclBinding(
+        ResourceType.TOPIC,
+        name,
+        ResourcePatternType.LITERAL,
+        f"User:{secure.username}",
+        "*",
+        AclOperation.WRITE,
+        AclPermissionType.DENY,
+    )
+    everything_else = AclBinding(
+        ResourceType.TOPIC, name, ResourcePatternType.LITERAL, "User:*", "*", AclOperation.ALL, AclPermissionType.ALLOW
+    )
+    for created in bench.admin.create_acls([rule, everything_else]).values():
+        created.result()
+    changes = credentials(secure) | {"kafka_sasl_password": SecretStr(secure.password)}
+    with bench.worker(encoder, bench.settings(settings, **changes)) as worker:
+        bench.send({"request_id": "r"} if topic == "response_topic" else b"not JSON")
+        failure = worker.failure()
+    assert isinstance(failure, KafkaFailed)
+    assert "TOPIC_AUTHORIZATION_FAILED" in str(failure)
+    assert name in str(failure)
+    assert bench.committed() == {}
