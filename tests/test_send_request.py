@@ -1,0 +1,114 @@
+"""`scripts/send_request.py` as its users run it, against a real broker and a worker."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import Settings
+from service import LatentEncoder
+from tests.helpers import IMAGES, PROJECT, clean_environment
+from tests.kafka_tools import Bench, answers
+
+MakeBench = Callable[..., Bench]
+
+
+def send(bench: Bench, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the script with the bench's topics in its environment, in the folder of the test images."""
+    topics = {
+        "KAFKA_BOOTSTRAP_SERVERS": bench.servers,
+        "KAFKA_REQUEST_TOPIC": bench.request_topic,
+        "KAFKA_RESPONSE_TOPIC": bench.response_topic,
+        "KAFKA_DLQ_TOPIC": bench.dlq_topic,
+        "KAFKA_CONSUMER_GROUP": bench.group,
+        "KAFKA_TRANSACTIONAL_ID": "the-workers-own",
+    }
+    command = [sys.executable, PROJECT / "scripts" / "send_request.py", *arguments]
+    environment = clean_environment() | topics
+    return subprocess.run(command, env=environment, cwd=IMAGES, capture_output=True, text=True, timeout=120, check=False)
+
+
+def responses(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def one_line_of(done: subprocess.CompletedProcess[str]) -> str:
+    """The only line on standard error."""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+def test_an_error_among_the_answers(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
+    """Each image is answered, the missing one with an error, under one correlation id; nothing on standard error."""
+    with bench.worker(encoder, bench.settings(settings)):
+        done = send(bench, "photo.jpg", "grey.png", "/no/such.jpg")
+        bench.wait_for_commit({0: 3})
+    assert (done.returncode, done.stderr) == (1, "")
+    first, second, third = responses(done)
+    assert [answer["status"] for answer in (first, second, third)] == ["success", "success", "error"]
+    assert third["error_code"] == "IMAGE_NOT_FOUND"
+    assert len({answer["request_id"] for answer in (first, second, third)}) == 3
+    assert len({answer["correlation_id"] for answer in (first, second, third)}) == 1
+
+
+def test_options_are_sent(bench: Bench, encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
+    """Every field that is given goes into the request, and answers to others are left alone."""
+    options = ["--request-id", "r-1", "--correlation-id", "c-1", "--vae-model-name", "tiny_qwen_vae.safetensors"]
+    options += ["--upscale-method", "area", "--megapixels", "0.02", "--output-dir", str(tmp_path / "mine")]
+    with bench.worker(encoder, bench.settings(settings)):
+        bench.send({"request_id": "another"})
+        answers(bench.responses, 1)
+        done = send(bench, "photo.jpg", *options)
+    (answer,) = responses(done)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (answer["request_id"], answer["correlation_id"]) == ("r-1", "c-1")
+    assert (answer["metadata"]["upscale_method"], answer["metadata"]["megapixels"]) == ("area", 0.02)
+    assert answer["latent_file_path"] == str(tmp_path / "mine" / "latent_photo_r-1.pt")
+
+
+def test_count_sends_each_image_so_many_times(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
+    """With ids of their own, over several partitions."""
+    bench = make_bench(3)
+    with bench.worker(encoder, bench.settings(settings)):
+        done = send(bench, "photo.jpg", "grey.png", "--count", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len({answer["request_id"] for answer in responses(done)}) == 6
+
+
+def test_topic_that_does_not_exist(make_bench: MakeBench) -> None:
+    """It is named, and not created."""
+    bench = make_bench(create=False)
+    done = send(bench, "photo.jpg")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert bench.request_topic in one_line_of(done)
+    assert bench.request_topic not in bench.admin.list_topics(timeout=10).topics
+
+
+def test_answers_that_do_not_come(bench: Bench) -> None:
+    """The number of those missing is said when the time is over."""
+    done = send(bench, "photo.jpg", "grey.png", "--timeout", "2")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "2 of 2 answers" in one_line_of(done)
+
+
+def test_broker_that_is_not_there(make_bench: MakeBench) -> None:
+    """One line that names its address."""
+    bench = make_bench(create=False, servers="127.0.0.1:1")
+    done = send(bench, "photo.jpg", "--timeout", "1")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "127.0.0.1:1" in one_line_of(done)
+
+
+@pytest.mark.parametrize("arguments", [("photo.jpg", "grey.png"), ("photo.jpg", "--count", "2")])
+def test_request_id_is_for_one_request(make_bench: MakeBench, arguments: tuple[str, ...]) -> None:
+    """Wrong usage otherwise."""
+    done = send(make_bench(create=False, servers="127.0.0.1:1"), *arguments, "--request-id", "r-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--request-id" in done.stderr
