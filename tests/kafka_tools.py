@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from service import LatentEncoder
 from tests.helpers import IMAGES, PROJECT, clean_environment
 
 PATIENCE_S = 60.0
+SECONDS_LONG = {"image_path": str(IMAGES / "astronaut.png"), "megapixels": 0.5}  # a request that takes some, with the tiny VAE
 QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
 
 
@@ -77,6 +79,11 @@ class Events:
 def answers(topic: Topic, count: int, patience: float = PATIENCE_S) -> list[dict[str, Any]]:
     """The first `count` responses, parsed."""
     return [json.loads(record.value or b"") for record in topic.take(count, patience)]
+
+
+def request_ids(topic: Topic) -> Counter[str]:
+    """How often each request was answered, of what was read."""
+    return Counter(json.loads(record.value or b"")["request_id"] for record in topic.records)
 
 
 class Bench:
@@ -200,6 +207,9 @@ class Bench:
             close()
 
 
+MakeBench = Callable[..., Bench]
+
+
 class Worker(threading.Thread):
     """A `KafkaHandler` in a thread; `outcome` is what `run` returned or raised."""
 
@@ -298,3 +308,8 @@ def client_config(folder: Path, **properties: object) -> Path:
     file = folder / f"{uuid4().hex[:6]}.properties"
     file.write_text("".join(f"{name.replace('_', '.')}={value}\n" for name, value in properties.items()))
     return file
+
+
+def quick_failover(folder: Path) -> dict[str, str]:
+    """A group that notices a dead worker soon."""
+    return {"KAFKA_CLIENT_CONFIG": str(client_config(folder, session_timeout_ms=2000, heartbeat_interval_ms=500))}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -15,9 +14,7 @@ from errors import ErrorCode, KafkaFailed
 from models import Metadata
 from service import LatentEncoder
 from tests.helpers import IMAGES, load_latent
-from tests.kafka_tools import Bench, Events, answers, wait_until
-
-MakeBench = Callable[..., Bench]
+from tests.kafka_tools import Bench, Events, MakeBench, answers, wait_until
 
 IMAGE = str(IMAGES / "photo.jpg")
 

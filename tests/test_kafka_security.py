@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ from errors import KafkaFailed
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
 from tests.kafka_tools import Bench, Events, answers, wait_until
-
-MakeBench = Callable[..., Bench]
 
 
 @pytest.fixture

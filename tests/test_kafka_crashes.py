@@ -1,0 +1,83 @@
+"""Workers that die or freeze at any moment: nothing is lost, and in transactions nothing is doubled."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from config import Settings
+from models import Metadata
+from service import LatentEncoder
+from tests.helpers import load_latent
+from tests.kafka_tools import SECONDS_LONG, MakeBench, answers, quick_failover, request_ids, wait_until
+
+REQUESTS = 200
+KILLS = 5
+
+pytestmark = pytest.mark.usefixtures("apache_kafka")
+
+
+def assert_whole(folder: Path) -> None:
+    """Every file under a final name is whole, and belongs to the others of its request."""
+    metadata_files = list(folder.glob("*.pt.json"))
+    assert metadata_files
+    for file in metadata_files:
+        metadata = Metadata.model_validate_json(file.read_bytes())
+        latent = file.with_suffix("")
+        assert list(load_latent(latent).shape) == list(metadata.latent_shape)
+    assert {file.with_suffix("") for file in metadata_files} == set(folder.glob("*.pt"))
+
+
+@pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
+@pytest.mark.timeout(600)
+def test_killed_worker_loses_nothing(make_bench: MakeBench, transactional: bool) -> None:
+    """200 requests, five times `kill -9`: each is answered, in one transaction each exactly once; no partial file."""
+    bench = make_bench(partitions=4)
+    for n in range(REQUESTS):
+        bench.send({"request_id": f"r{n}"})
+    expected = {f"r{n}" for n in range(REQUESTS)}
+    responses = bench.responses
+    environment = quick_failover(bench.folder) | ({"KAFKA_TRANSACTIONAL_ID": bench.group} if transactional else {})
+
+    moments = random.Random()  # noqa: S311  # nothing secret; differs from run to run, on purpose
+    for answered in sorted(moments.sample(range(2, REQUESTS - 10), KILLS)):
+        with bench.process(**environment):
+            responses.read(lambda _, answered=answered: len(request_ids(responses)) >= answered)  # type: ignore[misc]
+            time.sleep(moments.uniform(0, 0.2))
+    with bench.process(**environment) as last:
+        responses.read(lambda _: request_ids(responses).keys() >= expected)
+        wait_until(lambda: sum(bench.committed().values()) >= REQUESTS, "all offsets")
+        last.signal(signal.SIGTERM)
+        assert last.end() == 0
+        responses.all_within(1)
+
+    counts = request_ids(responses)
+    print(f"{sum(counts.values())} answers to {REQUESTS} requests, {KILLS} kills")
+    assert counts.keys() == expected
+    if transactional:
+        assert set(counts.values()) == {1}
+    assert_whole(bench.folder / "output")
+    assert bench.dead_letters.all_within(0.5) == []
+
+
+def test_zombie_answers_nothing(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
+    """A worker that froze until the group gave its work to another wakes up: its answer is refused, nothing is doubled."""
+    bench = make_bench()
+    responses = bench.responses
+    environment = quick_failover(bench.folder)
+    bench.send({"request_id": "r", **SECONDS_LONG})
+    with bench.process(**environment, KAFKA_TRANSACTIONAL_ID=f"{bench.group}-1") as zombie:
+        wait_until((bench.folder / "output").exists, "the encode")
+        zombie.signal(signal.SIGSTOP)
+        with bench.worker(encoder, bench.settings(settings, kafka_transactional_id=f"{bench.group}-2")):
+            assert answers(responses, 1)[0]["request_id"] == "r"
+            bench.wait_for_commit({0: 1})
+            zombie.signal(signal.SIGCONT)
+            zombie.wait_for("partitions lost")
+            responses.all_within(4)
+            assert request_ids(responses) == {"r": 1}
+            assert bench.committed() == {0: 1}
