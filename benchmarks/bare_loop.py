@@ -1,0 +1,87 @@
+"""What the service is measured against: ComfyUI's four nodes in a plain loop, and the same writes, in a process of its own.
+
+Without the service's pipeline: no checks of the image, no checksums, no Kafka, one step after the other. Started by
+`BareLoop` in `kafka_bench.py`: a round as a line of JSON on standard input, what it took as a line on standard output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import torch
+
+from comfy_runtime import ComfyRuntime, Vae, load_runtime
+from config import Settings
+from output_files import OutputFiles, StagedFiles, latent_bytes, output_files, png_bytes
+
+
+@dataclass(frozen=True)
+class Round:
+    """One image, encoded `count` times, with the files in a `folder` that is made and removed again."""
+
+    image: str
+    megapixels: float
+    count: int
+    folder: str
+
+
+def main() -> None:
+    """Run rounds until standard input ends; the arguments are the device and the VAE's name."""
+    device, vae_name = sys.argv[1:]
+    settings = Settings(_env_file=None, device=device)
+    runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision)
+    with torch.inference_mode():
+        vae = runtime.load_vae(vae_name)
+        for line in sys.stdin:
+            click.echo(json.dumps(run(runtime, vae, Round(**json.loads(line)))))
+
+
+def run(runtime: ComfyRuntime, vae: Vae, wanted: Round) -> dict[str, Any]:
+    """Requests per second, the median seconds of the encode and of the rest of a request, the latent's SHA-256."""
+    folder = Path(wanted.folder)
+    folder.mkdir()
+    encodes, rests, ends = [], [], []
+    for n in range(wanted.count):
+        start = time.perf_counter()
+        scaled = runtime.scale(runtime.load_image(wanted.image), "lanczos", wanted.megapixels)
+        encode_start = time.perf_counter()
+        latent = runtime.encode(vae, scaled)
+        encode_end = time.perf_counter()
+        data = write(scaled, latent, output_files(wanted.folder, wanted.image, str(n)))
+        ends.append(time.perf_counter())
+        encodes.append(encode_end - encode_start)
+        rests.append(ends[-1] - start - encodes[-1])
+    shutil.rmtree(folder)
+    return {
+        "per_second": (wanted.count - 1) / (ends[-1] - ends[0]),
+        "encode_s": median(encodes),
+        "rest_s": median(rests),
+        "latent_sha256": hashlib.sha256(data).hexdigest(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write(scaled: torch.Tensor, latent: torch.Tensor, files: OutputFiles) -> bytes:
+    """Write three files, as the service does; the bytes of the latent's."""
+    frame = latent.squeeze(2).to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+    data, png = latent_bytes(frame), png_bytes(scaled)
+    metadata = {"latent_shape": list(frame.shape), "scaled_image_shape": list(scaled.shape[1:])}
+    with StagedFiles(files.latent.parent) as staged:
+        staged.add(files.latent, data)
+        staged.add(files.scaled_image, png)
+        staged.add(files.metadata, json.dumps(metadata, indent=2).encode())
+        staged.publish()
+    return data
+
+
+if __name__ == "__main__":
+    main()

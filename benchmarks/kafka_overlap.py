@@ -1,0 +1,219 @@
+"""Requests per second through Kafka, one worker, against the bare loop: `python -m benchmarks.kafka_overlap`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from benchmarks.kafka_bench import Answer, BareLoop, answered, machine, per_second, requests_for, running_workers, table
+from models import Timings
+from tests.broker import Broker, choose
+from tests.helpers import IMAGES
+from tests.kafka_tools import Bench, Topic
+
+PORTRAIT = IMAGES / "astronaut.png"
+LARGE = (4000, 3000)  # pixels
+WARM_UP = 5  # requests
+STEPS = tuple(Timings.model_fields)
+HEADER = ("case", "prefetch", "bare loop req/s", "Kafka req/s", "ratio median [min-max]", "goal")
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a case is measured."""
+
+    broker: Broker
+    folder: Path
+    device: str
+    prefetch: tuple[int, ...]
+    pairs: int
+    count: int
+    """Requests in a round."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image, a size and the ratio to be reached."""
+
+    name: str
+    image: Path
+    megapixels: float
+    threads: int
+    goal: str
+
+
+@dataclass(frozen=True)
+class Kafka:
+    """A worker and its topics."""
+
+    prefetch: int
+    bench: Bench
+    responses: Topic
+
+    def run(self, case: Case, count: int) -> list[Answer]:
+        """Let the worker encode the case's image so many times."""
+        folder = self.bench.folder / "kafka"
+        answers = answered(
+            self.bench,
+            self.responses,
+            requests_for(case.image, count, megapixels=case.megapixels, output_dir=str(folder)),
+        )
+        assert [answer.response["status"] for answer in answers] == ["success"] * count
+        shutil.rmtree(folder)
+        return answers
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--case", "cases", type=click.Choice(["a", "b"]), multiple=True, default=["a", "b"], help="Both if absent.")
+@click.option("--pairs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of each side, in turns.")
+@click.option("--count", type=click.IntRange(min=2), default=20, show_default=True, help="Requests in a round.")
+@click.option(
+    "--prefetch",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=[2],
+    help="KAFKA_PREFETCH, 2 if absent; several are measured side by side.",
+)
+@click.option(
+    "--megapixels-b", type=float, help="Size of case b; if absent, one at which the encode takes as long as the rest."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="On both sides.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
+def main(cases: Sequence[str], megapixels_b: float | None, json_file: Path | None, **options: Any) -> None:
+    """Measure one worker behind Kafka against ComfyUI's four nodes in a plain loop.
+
+    \b
+    a  the portrait at 0.25 megapixels, all threads: what Kafka and the service's own work cost
+    b  a photo of 12 megapixels, one thread, the encode as long as the rest: what doing them side by side gains
+    """  # noqa: D301  # click needs the character that \b stands for
+    with tempfile.TemporaryDirectory(prefix="kafka-overlap-") as name, choose()() as broker:
+        plan = Plan(broker, Path(name), **options)
+        result: Result = {"machine": machine(broker), "pairs": plan.pairs, "count": plan.count, "cases": []}
+        click.echo("  ".join(f"{key}={value}" for key, value in result["machine"].items()))
+        for letter in cases:
+            case = case_a() if letter == "a" else case_b(plan, megapixels_b)
+            result["cases"].append(measure(case, plan))
+            click.echo(f"\n{explain(result['cases'][-1])}")
+    click.echo("\n" + table(HEADER, [row for case in result["cases"] for row in rows(case)]))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def case_a() -> Case:
+    return Case("a: portrait, 0.25 MP", PORTRAIT, 0.25, os.cpu_count() or 1, ">= 0.95")
+
+
+def case_b(plan: Plan, megapixels: float | None) -> Case:
+    """The large photo, at a size at which the bare loop's encode takes as long as the rest where none is given."""
+    image = plan.folder / "large.jpg"
+    large_photo().save(image, quality=92)
+    size = megapixels or 0.1
+    if megapixels is None:
+        with BareLoop(plan.folder, plan.device, threads=1) as loop:
+            for _ in range(3):
+                took = loop.run(image, size, count=4)
+                size = round(min(max(size * took["rest_s"] / took["encode_s"], 0.01), 16.0), 3)
+    return Case(f"b: 12 MP photo, {size:g} MP", image, size, 1, "> 1.3")
+
+
+def large_photo() -> Image.Image:
+    """The portrait at 12 megapixels, with noise as a camera's, so that it cannot be compressed away."""
+    pixels = np.asarray(Image.open(PORTRAIT).convert("RGB").resize(LARGE, Image.Resampling.BICUBIC), dtype=np.float32)
+    noise = np.random.default_rng(0).normal(0, 8, pixels.shape)
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+
+
+def measure(case: Case, plan: Plan) -> Result:
+    """Rounds of the bare loop and of Kafka in turns; each process is there all the time and idle in the other's round."""
+    with ExitStack() as stack:
+        loop = stack.enter_context(BareLoop(plan.folder, plan.device, case.threads))
+        sides = [start(case, plan, prefetch, stack) for prefetch in plan.prefetch]
+        loop.run(case.image, case.megapixels, WARM_UP)
+        for side in sides:
+            side.run(case, WARM_UP)
+        bare: list[Result] = []
+        kafka: dict[int, list[list[Answer]]] = {side.prefetch: [] for side in sides}
+        for _ in range(plan.pairs):
+            bare.append(loop.run(case.image, case.megapixels, plan.count))
+            for side in sides:
+                kafka[side.prefetch].append(side.run(case, plan.count))
+    return {
+        "case": case.name,
+        "goal": case.goal,
+        "threads": case.threads,
+        "megapixels": case.megapixels,
+        "bare": bare,
+        "kafka": [side_result(prefetch, rounds, bare) for prefetch, rounds in kafka.items()],
+    }
+
+
+def start(case: Case, plan: Plan, prefetch: int, stack: ExitStack) -> Kafka:
+    bench = Bench(plan.broker.bootstrap_servers, plan.folder)
+    stack.callback(bench.close)
+    bench.create()
+    environment = {"OMP_NUM_THREADS": str(case.threads), "KAFKA_PREFETCH": str(prefetch), "DEVICE": plan.device}
+    stack.enter_context(running_workers(bench, 1, **environment))
+    return Kafka(prefetch, bench, bench.responses)
+
+
+def side_result(prefetch: int, rounds: Sequence[Sequence[Answer]], bare: Sequence[Result]) -> Result:
+    """The rates and ratios of one worker, and its own split of the time; its latents must be the bare loop's."""
+    metadata = [answer.response["metadata"] for answers in rounds for answer in answers]
+    latents = {entry["latent_sha256"] for entry in metadata} | {entry["latent_sha256"] for entry in bare}
+    assert len(latents) == 1, "the latents differ"
+    rates = [per_second(answers) for answers in rounds]
+    return {
+        "prefetch": prefetch,
+        "comfyui": metadata[0]["comfyui_version"],
+        "device": metadata[0]["device"],
+        "per_second": rates,
+        "ratios": [rate / entry["per_second"] for rate, entry in zip(rates, bare, strict=True)],
+        "timings_ms": {step: median(entry["timings_ms"][step] for entry in metadata) for step in STEPS},
+    }
+
+
+def explain(result: Result) -> str:
+    """Where the time of a request goes, on both sides."""
+    encode, rest = (median(entry[name] for entry in result["bare"]) * 1000 for name in ("encode_s", "rest_s"))
+    lines = [
+        f"{result['case']}: {result['threads']} torch threads, ComfyUI {result['kafka'][0]['comfyui']}, "
+        f"device {result['kafka'][0]['device']}, latents equal on both sides",
+        f"  bare loop: encode {encode:.0f} ms, rest {rest:.0f} ms",
+    ]
+    for side in result["kafka"]:
+        steps = ", ".join(f"{step} {took:.0f} ms" for step, took in side["timings_ms"].items())
+        lines.append(f"  Kafka, prefetch {side['prefetch']}: {steps}")
+    return "\n".join(lines)
+
+
+def rows(result: Result) -> list[tuple[str, ...]]:
+    bare = median(entry["per_second"] for entry in result["bare"])
+    return [
+        (
+            result["case"],
+            str(side["prefetch"]),
+            f"{bare:.2f}",
+            f"{median(side['per_second']):.2f}",
+            f"{median(side['ratios']):.3f} [{min(side['ratios']):.3f}-{max(side['ratios']):.3f}]",
+            result["goal"],
+        )
+        for side in result["kafka"]
+    ]
+
+
+if __name__ == "__main__":
+    main()
