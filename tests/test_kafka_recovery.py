@@ -26,6 +26,7 @@ def own(broker: Broker) -> Iterator[ApacheKafka]:
         pytest.skip(f"{broker.name} cannot be stopped and started again with its log")
     with ApacheKafka() as own:
         yield own
+        own.kill()  # it may stand still
 
 
 @apache_kafka
@@ -129,9 +130,7 @@ def test_dead_letter_that_is_not_acknowledged_stops_the_service(
 ) -> None:
     """The broker is there and does not store it: the service ends. A response that waits so is logged, and waited for."""
     bench = make_bench(servers=own.bootstrap_servers, partitions=2)
-    config = client_config(bench.folder, session_timeout_ms=2000, heartbeat_interval_ms=500)
-    changes = {"kafka_ack_timeout_s": 2, "shutdown_timeout_s": 1, "kafka_client_config": config}
-    impatient = bench.settings(settings, **changes)
+    impatient = bench.settings(settings, kafka_ack_timeout_s=2, shutdown_timeout_s=1)
     with bench.worker(encoder, impatient) as worker:
         bench.send({"request_id": "r", **SECONDS_LONG}, partition=0)
         wait_until((bench.folder / "output").exists, "the encode")
@@ -141,12 +140,13 @@ def test_dead_letter_that_is_not_acknowledged_stops_the_service(
     assert worker.outcome is False
     own.kill()
     own.start()
-    with bench.worker(encoder, bench.settings(impatient, kafka_max_retries=1, kafka_retry_backoff_s=3)) as worker:
+    # In a group of its own: the other one waits until the session of the worker before is over.
+    changes = {"kafka_consumer_group": "another", "kafka_max_retries": 1, "kafka_retry_backoff_s": 3}
+    with bench.worker(encoder, bench.settings(impatient, **changes)) as worker:
         bench.send({"request_id": "bad", "output_dir": "/dev/null"}, partition=1)
         wait_until(lambda: bool(events("request failed")), "the first attempt")
         own.freeze()
         failure = worker.failure()
-    own.kill()
     assert isinstance(failure, KafkaFailed)
     assert f"KAFKA_ACK_TIMEOUT_S=2 for a dead letter in topic {bench.dlq_topic}" in str(failure)
 
