@@ -37,14 +37,15 @@ def failure(what: str, error: KafkaError) -> KafkaFailed:
 
 
 class Connection:
-    """Follows the connection to the brokers by librdkafka's statistics, and says once when it is lost or there again."""
+    """Follows the connection to the brokers, and says once when it is lost or there again."""
 
     def __init__(self, servers: str) -> None:
         self._servers = servers
+        self._reason = "no connection"
+        self._observed: bool | None = None
+        self._last_statistics = True
         self._up: bool | None = None
         self._since = 0.0
-        self._last = True
-        self._reason = "no connection"
         self.fatal: KafkaFailed | None = None
         """Set when an error came in that ends the service."""
 
@@ -65,18 +66,22 @@ class Connection:
 
     def on_statistics(self, statistics: str) -> None:
         """The consumer's `stats_cb`, every second."""
-        brokers = json.loads(statistics)["brokers"].values()
-        up = any(broker["state"] == "UP" for broker in brokers)
-        if up or not self._last:  # one alone may be older than the connection
-            self.seen(up=up)
-        self._last = up
+        up = any(broker["state"] == "UP" for broker in json.loads(statistics)["brokers"].values())
+        if up or not self._last_statistics:  # one alone may be older than the connection
+            self.observed(up=up)
+        self._last_statistics = up
 
-    def seen(self, *, up: bool) -> None:
+    def observed(self, *, up: bool) -> None:
         """A broker was reached, or none was."""
-        if up and self._up is False:
-            log.info("broker is back", servers=self._servers)
-        elif not up and self._up is not False:
+        self._observed = up
+
+    def settle(self) -> None:
+        """Say what changed. Called after a poll, so that the reason is known, which comes in by a callback of its own."""
+        if self._observed == self._up:
+            return
+        if not self._observed:
             log.warning("broker is away, waiting for it", servers=self._servers, reason=self._reason)
-        if up != self._up:
-            self._since = time.monotonic()
-        self._up = up
+        elif self._up is False:
+            log.info("broker is back", servers=self._servers)
+        self._up = self._observed
+        self._since = time.monotonic()

@@ -125,20 +125,20 @@ class KafkaHandler:
         while not self._stopping:
             try:
                 missing = set(topics_of(self._settings)) - self._consumer.list_topics(timeout=TOPICS_RETRY_S).topics.keys()
-                self._connection.seen(up=True)
+                self._connection.observed(up=True)
                 if missing and self._settings.kafka_create_topics:
                     create_topics(self._settings, missing)
                     missing = set()
             except KafkaException:
-                self._consumer.poll(0)  # for its callbacks, which know the reason
-                self._connection.seen(up=False)
+                self._connection.observed(up=False)
             else:
                 if not missing:
                     return
                 if missing != said:
                     log.warning("waiting for topics: create them, or set KAFKA_CREATE_TOPICS=true", missing=sorted(missing))
                 said = missing
-            self._consumer.poll(TOPICS_RETRY_S)
+            self._consumer.poll(TOPICS_RETRY_S)  # for its callbacks
+            self._connection.settle()
             self._raise_failure()
 
     def _finish(self) -> bool:
@@ -202,6 +202,7 @@ class KafkaHandler:
             self._paused = pause
 
     def _say_whether_ready(self) -> None:
+        self._connection.settle()
         ready = self._joined and self._connection.up
         if ready != self._ready:
             log.info("ready" if ready else "not ready", group=self._settings.kafka_consumer_group)
