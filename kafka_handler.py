@@ -66,6 +66,7 @@ class KafkaHandler:
         }
         max_poll_interval = float(properties.get("max.poll.interval.ms", DEFAULT_MAX_POLL_INTERVAL_MS)) / 1000
         self._revoke_timeout = min(settings.kafka_revoke_timeout_s, 0.8 * max_poll_interval)
+        self._pause_after = min(PAUSE_AFTER_S, 0.25 * max_poll_interval)
         self._consumer = make_client(Consumer, properties, settings)
 
         self._lanes = Lanes()
@@ -163,7 +164,7 @@ class KafkaHandler:
             self._full_since = time.monotonic()
             self._work(0)
         else:
-            if time.monotonic() - self._full_since > PAUSE_AFTER_S:
+            if time.monotonic() - self._full_since > self._pause_after:
                 self._pause(pause=True)
                 self._poll(0)
             self._work(patience)

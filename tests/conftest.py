@@ -132,7 +132,7 @@ def bench(make_bench: Callable[..., Bench]) -> Bench:
 def apache_kafka(broker: Broker) -> None:
     """For tests of what only Apache Kafka has."""
     if not broker.is_apache_kafka:
-        pytest.skip(f"{broker.name} has no transactions and rebalances slowly")
+        pytest.skip(f"{broker.name} has no transactions, no limits of a topic's own, and no quick rebalances")
 
 
 @pytest.fixture

@@ -105,6 +105,7 @@ def test_command_prints_what_it_did(filled: Bench, run_main: RunMain) -> None:
     assert done.stderr.splitlines()[-1].endswith("2 chosen, 2 sent, 0 refused.")
 
 
+@pytest.mark.usefixtures("apache_kafka")
 def test_topic_that_is_gone_is_refused(filled: Bench, run_main: RunMain) -> None:
     """The original topic is no longer there: each record is said to be refused, with the reason; status 1."""
     for deleted in filled.admin.delete_topics([filled.request_topic]).values():

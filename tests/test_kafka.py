@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
+import pytest
+
 from config import VERSION, Settings
 from errors import ErrorCode, KafkaFailed
 from models import Metadata
@@ -252,6 +254,7 @@ def test_request_that_comes_again_is_answered_without_encoding(
         assert encodes() == 3
 
 
+@pytest.mark.usefixtures("apache_kafka")
 def test_response_that_its_topic_refuses_becomes_a_dead_letter(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
 ) -> None:
@@ -271,6 +274,7 @@ def test_response_that_its_topic_refuses_becomes_a_dead_letter(
     assert b"max.message.bytes" in (dict(letter.headers)["dlq.error.message"] or b"")
 
 
+@pytest.mark.usefixtures("apache_kafka")
 def test_dead_letter_that_is_refused_stops_the_service(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
 ) -> None:
