@@ -17,6 +17,7 @@ from config import Settings
 from errors import ErrorCode, KafkaFailed
 from kafka_config import consumer_properties, make_client, producer_properties
 from kafka_connection import Connection, failure
+from kafka_publishers import produce
 from kafka_records import (
     ERROR_CODE,
     ERROR_MESSAGE,
@@ -86,28 +87,27 @@ class Replay:
         """
         connection = Connection(self.settings.kafka_bootstrap_servers)
         callbacks = {"error_cb": connection.on_error}
-        # Not in the service's name: a transactional id would end the worker that has it.
-        settings = self.settings.model_copy(update={"kafka_transactional_id": None})
+        settings = self.settings
         group = {"group.id": f"{settings.kafka_consumer_group}-dlq-replay", "enable.partition.eof": True}
         consumer = make_client(Consumer, consumer_properties(settings) | group | callbacks, settings)
-        producer = make_client(Producer, producer_properties(settings) | callbacks, settings)
+        producer = make_client(Producer, producer_properties(settings, transactional=False) | callbacks, settings)
         try:
-            for record in self._dead_letters(consumer, connection):
-                self._send(producer, record)
+            for record, original in self._dead_letters(consumer, connection):
+                self._send(producer, record, original)
                 producer.poll(0)
         finally:
             consumer.close()
             while producer.flush(POLL_S) and connection.fatal is None:
                 pass
-        _raise(connection)
+        connection.check()
         return self.tally
 
-    def _dead_letters(self, consumer: Consumer, connection: Connection) -> Iterator[Incoming]:
-        """Those chosen, of every partition, up to where it ended when the run began."""
+    def _dead_letters(self, consumer: Consumer, connection: Connection) -> Iterator[tuple[Incoming, Outgoing]]:
+        """Those chosen, each with its original, of every partition, up to where it ended when the run began."""
         ends = self._assign(consumer, connection)
         while ends and self.tally.chosen != self.selection.limit:
             message = consumer.poll(POLL_S)
-            _raise(connection)
+            connection.check()
             if message is None:
                 continue
             if self._is_past_end(message, ends):
@@ -115,11 +115,12 @@ class Replay:
                 continue
             record = Incoming.of(message)
             self.tally.read += 1
-            if revived(record) is None:
+            original = revived(record)
+            if original is None:
                 self.tally.foreign += 1
             elif self.selection.takes(record):
                 self.tally.chosen += 1
-                yield record
+                yield record, original
 
     def _is_past_end(self, message: Message, ends: dict[int, int]) -> bool:
         error = message.error()
@@ -136,7 +137,8 @@ class Replay:
             partitions = consumer.list_topics(topic, timeout=CONNECT_TIMEOUT_S).topics[topic].partitions
             marks = {n: consumer.get_watermark_offsets(TopicPartition(topic, n), CONNECT_TIMEOUT_S) for n in partitions}
         except KafkaException as exc:
-            _raise(connection)
+            consumer.poll(0)  # for its callback, which knows whether access was refused
+            connection.check()
             raise failure(f"Cannot read topic {topic} at {self.settings.kafka_bootstrap_servers}", exc.args[0]) from exc
         if not partitions:
             raise KafkaFailed(f"Topic {topic} does not exist; KAFKA_DLQ_TOPIC or --dlq-topic names another.")
@@ -144,14 +146,12 @@ class Replay:
         consumer.assign([TopicPartition(topic, n, low) for n, (low, _) in filled.items()])
         return {n: high for n, (_, high) in filled.items()}
 
-    def _send(self, producer: Producer, record: Incoming) -> None:
-        outgoing = revived(record)
-        assert outgoing is not None
+    def _send(self, producer: Producer, record: Incoming, original: Outgoing) -> None:
         if self.dry_run:
             self._say(record, "would be sent")
             return
 
-        def delivered(error: KafkaError | None, _: Message) -> None:
+        def delivered(_: Outgoing, error: KafkaError | None) -> None:
             if error is None:
                 self.tally.sent += 1
                 self._say(record, "sent")
@@ -159,7 +159,13 @@ class Replay:
                 self.tally.refused += 1
                 self._say(record, "refused", reason=error.str())
 
-        _produce(producer, outgoing, delivered)
+        while True:
+            try:
+                produce(producer, original, delivered)
+            except BufferError:
+                producer.poll(POLL_S)  # its queue is full
+            else:
+                return
 
     def _say(self, record: Incoming, action: str, **more: str) -> None:
         headers = {name: (value or b"").decode(errors="replace") for name, value in record.headers}
@@ -171,21 +177,3 @@ class Replay:
             "error_message": headers[ERROR_MESSAGE],
         }
         self.report(json.dumps(line | more, ensure_ascii=False))
-
-
-def _produce(producer: Producer, record: Outgoing, delivered: Callable[[KafkaError | None, Message], None]) -> None:
-    """Produce, waiting while the producer's queue is full."""
-    while True:
-        try:
-            producer.produce(
-                record.topic, value=record.value, key=record.key, headers=list(record.headers), on_delivery=delivered
-            )
-        except BufferError:
-            producer.poll(POLL_S)
-        else:
-            return
-
-
-def _raise(connection: Connection) -> None:
-    if connection.fatal is not None:
-        raise connection.fatal

@@ -85,13 +85,15 @@ def consumer_properties(settings: Settings) -> Properties:
     }
 
 
-def producer_properties(settings: Settings) -> Properties:
+def producer_properties(settings: Settings, *, transactional: bool = True) -> Properties:
     """Of the producer of answers and dead letters: idempotent, acknowledged by all replicas, never giving up by itself.
+
+    Tools that produce beside the service are not `transactional`: with its transactional id they would end the worker.
 
     Raises:
         SettingsError: the file of further properties cannot be used.
     """
-    transactional = settings.kafka_transactional_id
+    transactional_id = settings.kafka_transactional_id if transactional else None
     return {
         "partitioner": "murmur2_random",  # as Java's producers: the same key, the same partition
         "linger.ms": 0,
@@ -100,7 +102,7 @@ def producer_properties(settings: Settings) -> Properties:
         "acks": "all",
         "message.max.bytes": LARGEST_MESSAGE,
         # Without a transaction, an answer waits for the broker as long as it takes.
-        **({"transactional.id": transactional} if transactional else {"message.timeout.ms": 0}),
+        **({"transactional.id": transactional_id} if transactional_id else {"message.timeout.ms": 0}),
     }
 
 

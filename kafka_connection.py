@@ -57,6 +57,11 @@ class Connection:
         """Whether it has been there for so long; `now` is the monotonic clock's."""
         return self.up and now - self._since >= seconds
 
+    def check(self) -> None:
+        """Raise what ends the service, if it came in."""
+        if self.fatal is not None:
+            raise self.fatal
+
     def on_error(self, error: KafkaError) -> None:
         """The clients' `error_cb`: why a connection failed, or that access is refused."""
         if error.code() in FATAL:

@@ -223,9 +223,9 @@ class KafkaHandler:
                 job.overdue = True
 
     def _raise_failure(self) -> None:
-        fatal = self._failure or self._connection.fatal
-        if fatal is not None:
-            raise fatal
+        if self._failure is not None:
+            raise self._failure
+        self._connection.check()
 
     # A request's way.
 

@@ -111,7 +111,7 @@ class AnswerThenCommit:
             end()
         for record in records:
             try:
-                _produce(self._producer, record, delivered)
+                produce(self._producer, record, delivered)
             except KafkaException as exc:
                 delivered(record, exc.args[0])
 
@@ -194,7 +194,7 @@ class AnswerWithCommit:
         self._inbox.put((job, self._consumer.consumer_group_metadata()))
 
     def poll(self) -> None:
-        """Nothing to do: the calls of a transaction serve its acknowledgements. But a refused log-in is told here."""
+        """Serve what comes in between transactions, such as a refused log-in; their own calls serve the rest."""
         self._producer.poll(0)
 
     def on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> bool:  # noqa: ARG002
@@ -217,7 +217,7 @@ class AnswerWithCommit:
     def close(self) -> None:
         self._closing.set()
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(2 * CALL_TIMEOUT_S)  # a call that hangs must not keep the service from ending
 
     def _run(self) -> None:
         try:
@@ -258,7 +258,7 @@ class AnswerWithCommit:
 
         self._producer.begin_transaction()
         for record in job.answer or ():
-            _produce(self._producer, record, delivered)
+            produce(self._producer, record, delivered)
         self._producer.send_offsets_to_transaction([_next_offset(job)], group_metadata, CALL_TIMEOUT_S)
         self._patiently(lambda: self._producer.commit_transaction(CALL_TIMEOUT_S))
 
@@ -297,7 +297,14 @@ class _Closing(Exception):
     """The service ends while a transaction waits for the broker."""
 
 
-def _produce(producer: Producer, record: Outgoing, delivered: Callable[[Outgoing, KafkaError | None], None]) -> None:
+def produce(producer: Producer, record: Outgoing, delivered: Callable[[Outgoing, KafkaError | None], None]) -> None:
+    """Give a record to the producer; `delivered` is called with it when the broker took it, or with why it did not.
+
+    Raises:
+        KafkaException: the producer does not take it.
+        BufferError: its queue is full.
+    """
+
     def on_delivery(error: KafkaError | None, _: Message) -> None:
         delivered(record, error)
 

@@ -109,14 +109,12 @@ def run(settings: Settings, requests: Sequence[dict[str, Any]], timeout: float) 
             seconds.
     """
     deadline = time.monotonic() + timeout
-    # Not in the service's name: a transactional id would end the worker that has it.
-    settings = settings.model_copy(update={"kafka_transactional_id": None})
     connection = Connection(settings.kafka_bootstrap_servers)
     callbacks = {"error_cb": connection.on_error}
     consumer = make_client(Consumer, consumer_properties(settings) | callbacks, settings)
     try:
         assign_ends(consumer, connection, settings, min(CONNECT_TIMEOUT_S, timeout))
-        producer = make_client(Producer, producer_properties(settings) | callbacks, settings)
+        producer = make_client(Producer, producer_properties(settings, transactional=False) | callbacks, settings)
         send(producer, connection, settings.kafka_request_topic, requests, deadline)
         ids = {key_of(request) for request in requests}
         statuses = set()
@@ -150,7 +148,7 @@ def assign_ends(consumer: Consumer, connection: Connection, settings: Settings, 
             _, partition.offset = consumer.get_watermark_offsets(partition, timeout)
     except KafkaException as exc:
         consumer.poll(0)  # for its callback, which knows whether access was refused
-        check(connection)
+        connection.check()
         raise failure(f"Cannot use the broker at {settings.kafka_bootstrap_servers}", exc.args[0]) from exc
     consumer.assign(partitions)
 
@@ -174,9 +172,9 @@ def send(producer: Producer, connection: Connection, topic: str, requests: Seque
                 break
             except BufferError:
                 producer.poll(POLL_S)
-                check(connection)
+                connection.check()
     while unsent := producer.flush(POLL_S):
-        check(connection)
+        connection.check()
         if time.monotonic() > deadline:
             raise KafkaFailed(f"{unsent} of {len(requests)} requests could not be sent in time.")
     if refused:
@@ -191,7 +189,7 @@ def answers(consumer: Consumer, connection: Connection, keys: set[bytes], deadli
     """
     while keys and time.monotonic() < deadline:
         message = consumer.poll(min(POLL_S, max(0.0, deadline - time.monotonic())))
-        check(connection)
+        connection.check()
         if message is None:
             continue
         error = message.error()
@@ -206,11 +204,6 @@ def key_of(request: dict[str, Any]) -> bytes:
     """The record's key: the request id. The answer has the same one, even where the service cannot use the id."""
     request_id: str = request["request_id"]
     return request_id.encode("utf-8", "surrogateescape")
-
-
-def check(connection: Connection) -> None:
-    if connection.fatal is not None:
-        raise connection.fatal
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -26,7 +26,7 @@ from config import Settings
 from kafka_handler import KafkaHandler
 from kafka_records import Headers, Incoming
 from service import LatentEncoder
-from tests.helpers import IMAGES, PROJECT, clean_environment
+from tests.helpers import IMAGES, PROJECT, TINY_VAE, clean_environment
 
 PATIENCE_S = 60.0
 SECONDS_LONG = {"image_path": str(IMAGES / "astronaut.png"), "megapixels": 0.5}  # a request that takes some, with the tiny VAE
@@ -251,7 +251,7 @@ class Process:
             "KAFKA_DLQ_TOPIC": bench.dlq_topic,
             "KAFKA_CONSUMER_GROUP": bench.group,
             "OUTPUT_DIR": str(bench.folder / "output"),
-            "VAE_MODEL_NAME": "tiny_qwen_vae.safetensors",
+            "VAE_MODEL_NAME": TINY_VAE,
             "MEGAPIXELS": "0.01",
             "DEVICE": "cpu",
             **environment,

@@ -13,6 +13,7 @@ from config import Settings
 from errors import KafkaFailed
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
+from tests.helpers import RunMain
 from tests.kafka_tools import Bench, Events, answers, wait_until
 
 
@@ -73,6 +74,15 @@ def test_wrong_password_ends_the_service(secure: ApacheKafka, bench: Bench) -> N
     assert "wrong-secret" not in text
     assert "Traceback" not in text
     assert bench.committed() == {}
+
+
+def test_wrong_password_ends_a_replay(secure: ApacheKafka, bench: Bench, run_main: RunMain) -> None:
+    """It says that access is refused, not that the broker cannot be reached."""
+    environment = as_environment(credentials(secure, "wrong-secret")) | {"KAFKA_DLQ_TOPIC": bench.dlq_topic}
+    done = run_main("--mode", "dlq-replay", env=environment)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"Error: The broker at {secure.secure_bootstrap_servers} refuses this service: ")
+    assert "wrong-secret" not in done.stderr
 
 
 def test_certificate_that_is_not_trusted_is_waited_for(
