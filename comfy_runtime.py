@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from errors import SetupError, one_line
+from lazy_imports import lazy_imports
 from utils import (
     TESTED_RELEASES,
     add_comfyui_directory_to_sys_path,
@@ -28,6 +29,20 @@ from utils import (
 )
 
 NODE_IDS = ("VAELoader", "LoadImage", "ImageScaleToTotalPixels", "VAEEncode")
+
+# What ComfyUI imports at its start and the four nodes never use: sampling, text encoders, diffusion models, an audio VAE. They
+# alone bring transformers, scipy and torchsde, and torchvision brings torch's compiler. A release may lack some of them.
+NOT_USED = (
+    "comfy.controlnet",
+    "comfy.ldm.ace.*",
+    "comfy.model_base",
+    "comfy.samplers",
+    "comfy.sd1_clip",
+    "comfy.sdxl_clip",
+    "comfy.supported_models",
+    "comfy.text_encoders.*",
+    "torchvision",
+)
 
 
 class Vae(Protocol):
@@ -165,8 +180,9 @@ def load_runtime(comfyui_path: Path, device: str, precision: str, custom_nodes: 
     with _contained(path):
         add_comfyui_directory_to_sys_path(path)
         try:
-            _configure(importlib.import_module("comfy.cli_args").args, device, precision)
-            importlib.import_module("nodes")
+            with lazy_imports(*NOT_USED):
+                _configure(importlib.import_module("comfy.cli_args").args, device, precision)
+                import_custom_nodes_minimal(path, NODE_IDS)
             add_extra_model_paths(path)
             return ComfyRuntime(path, custom_nodes)
         except SetupError:

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from errors import LatentEncoderError
 from models import Megapixels, Text, UpscaleMethod, VaeModelName, describe
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
@@ -128,6 +128,22 @@ class Settings(BaseSettings):
     )
     vae_precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="Precision that the VAE runs in; `auto` leaves it to ComfyUI (float32 on a CPU)."
+    )
+    encoder: Literal["auto", "stock"] = Field(
+        "auto",
+        description="`auto` encodes with the single-frame encoder where it fits the VAE; `stock` leaves it to ComfyUI's own.",
+    )
+    compile: bool = Field(
+        False,
+        description="Whether the single-frame encoder is compiled when a VAE is loaded; that needs a C++ compiler.",
+    )
+    oom_policy: Literal["fail", "tile"] = Field(
+        "fail",
+        description="Where memory runs out, `fail` answers with an error, "
+        "`tile` lets ComfyUI encode in tiles, for a slightly different latent.",
+    )
+    torch_num_threads: int | None = Field(
+        None, ge=1, description="Threads for the encode; as many as this container has CPUs where not set."
     )
     vae_cache_size: int = Field(2, ge=1, description="How many VAEs stay loaded; the least recently used goes first.")
     max_image_pixels: int = Field(

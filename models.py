@@ -15,6 +15,7 @@ from errors import ErrorCode, InvalidRequest, RequestError
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
 
+EncoderKind = Literal["single-frame", "stock"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
 
 
@@ -137,6 +138,8 @@ class Metadata(BaseModel):
     image_notes: tuple[str, ...]
     latent_dtype: str
     vae_dtype: str
+    encoder: EncoderKind
+    tiled: bool
     device: str
     comfyui_version: str
     torch_version: str

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from PIL import Image
+from isal import isal_zlib
 
 from errors import OutputDirNotWritable
 
 LONGEST_FRAME = len("scaled_image_") + len("_") + len(".png")  # what stands around stem and request id
-PNG_COMPRESS_LEVEL = 1  # a quarter of the default's time for a file an eighth larger (a photo of 1 megapixel)
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_FILTER_UP = 2  # each row holds the differences from the one above
+DEFLATE_LEVEL = 1
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,24 @@ def latent_bytes(latent: torch.Tensor) -> bytes:
 
 
 def png_bytes(image: torch.Tensor) -> bytes:
-    """The first image of a float tensor `[batch, height, width, 3]` as an 8-bit PNG; values outside [0, 1] are clipped."""
-    pixels = image[0].mul(255).round().clamp(0, 255).to(torch.uint8)
-    buffer = BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL)
-    return buffer.getvalue()
+    """The first image of a float tensor `[batch, height, width, 3]` as an 8-bit RGB PNG; values outside [0, 1] are clipped.
+
+    Written here, since the libraries' encoders take as long as all other file work five times over. The format: PNG
+    Specification (Third Edition), W3C 2025, sections 5.2, 9.2 and 11.2.
+    """
+    pixels = image[0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    height, width, _ = pixels.shape
+    scanlines = torch.empty(height, 1 + 3 * width, dtype=torch.uint8)
+    scanlines[:, 0] = PNG_FILTER_UP
+    scanlines[0, 1:] = pixels[0].flatten()
+    torch.sub(pixels[1:].flatten(1), pixels[:-1].flatten(1), out=scanlines[1:, 1:])  # modulo 256
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a sample, RGB, not interlaced
+    data = isal_zlib.compress(scanlines.numpy(), DEFLATE_LEVEL)
+    return PNG_SIGNATURE + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(kind)))
 
 
 class StagedFiles:

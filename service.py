@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ class LatentEncoder:
         self._settings = settings
         self.runtime = runtime
         self._clock = clock
-        self.vaes = VaeCache(runtime, settings.vae_cache_size)
+        self.vaes = VaeCache(runtime, settings)
+        self._encoding = threading.Lock()  # a VAE's `encode` is replaced for the length of a VAEEncode
 
     @classmethod
     def set_up(cls, settings: Settings) -> LatentEncoder:
@@ -71,6 +73,7 @@ class LatentEncoder:
         Raises:
             SetupError: ComfyUI is not there, lacks a node, or cannot run on the device.
         """
+        torch.set_num_threads(settings.torch_num_threads or usable_cpus())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
         _search_model_folders(runtime, settings.model_dir)
         Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # one limit, for LoadImage too
@@ -120,8 +123,8 @@ class LatentEncoder:
         Raises:
             EncodingFailed: the VAE gave no usable latent, or memory ran out.
         """
-        with torch.inference_mode(), _timed(prepared.timings, "encode"):
-            return Encoded(prepared, self._encode(prepared.vae, prepared.scaled))
+        with self._encoding, torch.inference_mode(), _timed(prepared.timings, "encode"):
+            return Encoded(prepared, *self._encode(prepared.vae, prepared.scaled))
 
     def write(self, encoded: Encoded) -> SuccessResponse:
         """Write latent, scaled image and, last, metadata.
@@ -184,17 +187,17 @@ class LatentEncoder:
             )
         return scaled
 
-    def _encode(self, vae: LoadedVae, scaled: torch.Tensor) -> torch.Tensor:
-        """The latent as one contiguous float32 tensor `[batch, channels, height, width]` on the CPU."""
+    def _encode(self, vae: LoadedVae, scaled: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """The latent as one contiguous float32 tensor `[batch, channels, height, width]` on the CPU, and whether of tiles."""
         with translated(EncodingFailed, f"VAE {vae.name} failed to encode a {_size(scaled)} image"):
-            samples = self.runtime.encode(vae.vae, scaled)
+            samples, tiled = vae.encode(self.runtime, scaled, self._settings.oom_policy)
         if samples.ndim == 5 and samples.shape[2] == 1:
             samples = samples.squeeze(2)  # VAEs for video say that it is one frame
         if samples.ndim != 4:
             raise EncodingFailed(f"VAE {vae.name} gave a tensor of shape {list(samples.shape)}, not the latent of one image.")
         if not torch.isfinite(samples).all():
             raise EncodingFailed(f"VAE {vae.name} gave values that are not finite in {vae.dtype}; try VAE_PRECISION=fp32.")
-        return samples.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        return samples.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format), tiled
 
     def _metadata(self, encoded: Encoded, latent: bytes, png: bytes) -> Metadata:
         prepared, request = encoded.prepared, encoded.prepared.request
@@ -214,6 +217,8 @@ class LatentEncoder:
             image_notes=prepared.image_notes,
             latent_dtype=str(encoded.latent.dtype).removeprefix("torch."),
             vae_dtype=prepared.vae.dtype,
+            encoder=prepared.vae.encoder,
+            tiled=encoded.tiled,
             device=prepared.vae.device,
             comfyui_version=self.runtime.version,
             torch_version=torch.__version__,
@@ -230,6 +235,7 @@ class LatentEncoder:
             image_sha256,
             vae.sha256 or vae.name,
             vae.dtype,
+            vae.encoder,
             request.upscale_method,
             request.megapixels,
             self.runtime.version,
@@ -258,6 +264,7 @@ class Encoded:
 
     prepared: Prepared
     latent: torch.Tensor
+    tiled: bool
 
 
 def log_failure(error: RequestError, **fields: Any) -> None:
@@ -296,6 +303,13 @@ def _search_model_folders(runtime: ComfyRuntime, model_dir: Path | None) -> None
         if model_dir is not None:
             runtime.search_vae_folder(model_dir / kind, kind, first=True)
             runtime.search_vae_folder(model_dir, kind, first=True)
+
+
+def usable_cpus() -> int:
+    """How many threads the encode gets: torch's own choice, but no more than the container's CPU quota allows."""
+    from loky import cpu_count  # it takes a while to import, and knows what a control group allows
+
+    return min(torch.get_num_threads(), int(cpu_count()))
 
 
 def _size(image: torch.Tensor) -> Size:

@@ -21,11 +21,13 @@ import torch
 from safetensors import SafetensorError
 
 from comfy_runtime import ComfyRuntime, Vae
+from config import Settings
+from encoders import DECODER_PARTS, prepare_for_encoding
 from errors import VaeModelInvalid, VaeModelNotFound, one_line, translated
-
-# Parts of ComfyUI's VAE classes that only decoding uses: SD-style and Wan decoders, SD's and Wan's convolution in front of
-# them, TAESD's decoder. Any other tensor counts as needed.
-DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.")
+from geometry import Size, latent_crop
+from models import EncoderKind
+from single_frame import SingleFrameEncoder
+from tiling import OomPolicy, watched
 
 MAX_NAMES_SHOWN = 20
 
@@ -42,6 +44,28 @@ class LoadedVae:
     vae: Vae
     sha256: str | None
     """Of its file's bytes; of the encoder's and the decoder's one after the other for a TAESD pair; None without a file."""
+    single_frame: SingleFrameEncoder | None
+    """What encodes in place of the model's own `encode`; None where nothing does."""
+
+    @property
+    def encoder(self) -> EncoderKind:
+        return "single-frame" if self.single_frame is not None else "stock"
+
+    def encode(self, runtime: ComfyRuntime, pixels: torch.Tensor, oom_policy: OomPolicy) -> tuple[torch.Tensor, bool]:
+        """The latent that VAEEncode gives of an image, and whether it was encoded in tiles. Not for two threads at once.
+
+        Raises:
+            EncodingFailed: memory ran out, and the policy is `fail`.
+        """
+        whole = latent_crop(Size(width=pixels.shape[2], height=pixels.shape[1]), self.factor).size
+        vae = self.vae
+        if self.single_frame is not None and pixels.shape[0] > 1:
+            vae = runtime.load_vae(self.name)  # several frames are a matter for ComfyUI's own encoder, with all its weights
+        model: Any = vae.first_stage_model
+        encode = model.encode if vae is not self.vae or self.single_frame is None else self.single_frame
+        with watched(model, encode, whole, oom_policy) as watch:
+            samples = runtime.encode(vae, pixels)
+        return samples, watch.tiled
 
     @property
     def factor(self) -> int:
@@ -58,11 +82,11 @@ class LoadedVae:
 
 
 class VaeCache:
-    """The VAEs that were used last, at most `size` of them. A file that was replaced is loaded anew. Thread-safe."""
+    """The VAEs that were used last, as many as VAE_CACHE_SIZE. A file that was replaced is loaded anew. Thread-safe."""
 
-    def __init__(self, runtime: ComfyRuntime, size: int) -> None:
+    def __init__(self, runtime: ComfyRuntime, settings: Settings) -> None:
         self._runtime = runtime
-        self._size = size
+        self._settings = settings
         self._lock = threading.Lock()
         self._loaded: OrderedDict[tuple[str, ...], tuple[Stamp, LoadedVae]] = OrderedDict()
 
@@ -81,9 +105,9 @@ class VaeCache:
             cached = self._loaded.pop(key, None)
             if cached is None or cached[0] != stamp:
                 del cached  # the replaced one's memory goes before the new one's comes
-                while len(self._loaded) >= self._size:
+                while len(self._loaded) >= self._settings.vae_cache_size:
                     self._loaded.popitem(last=False)
-                cached = (stamp, load_vae(self._runtime, name, files))
+                cached = (stamp, load_vae(self._runtime, name, files, self._settings))
                 if _stamp(files) != stamp:
                     raise VaeModelInvalid(f"VAE model {name} changed while it was being loaded; send the request again.")
             self._loaded[key] = cached
@@ -120,8 +144,8 @@ def _stamp(files: Sequence[Path]) -> Stamp:
         return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
 
 
-def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path]) -> LoadedVae:
-    """Load a VAE with VAELoader and make sure that it can encode.
+def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: Settings) -> LoadedVae:
+    """Load a VAE with VAELoader, make sure that it can encode, and give it the encoder that the settings want.
 
     Raises:
         VaeModelInvalid: the file cannot be read, is not plain weights, or lacks what its architecture needs to encode.
@@ -138,7 +162,11 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path]) -> LoadedV
             raise
     if fault := _fault(vae, missing):
         raise VaeModelInvalid(f"{refusal}: {fault}.")
-    return LoadedVae(name=name, vae=vae, sha256=sha256)
+    with torch.inference_mode():
+        single_frame = None
+        if settings.encoder == "auto":
+            single_frame = prepare_for_encoding(vae.first_stage_model, name, compiled=settings.compile)
+    return LoadedVae(name=name, vae=vae, sha256=sha256, single_frame=single_frame)
 
 
 def _reason(exc: Exception) -> str | None:

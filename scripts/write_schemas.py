@@ -152,6 +152,8 @@ def example_success() -> SuccessResponse:
             image_notes=(),
             latent_dtype="float32",
             vae_dtype="bfloat16",
+            encoder="single-frame",
+            tiled=False,
             device="cuda:0",
             comfyui_version="0.3.75",
             torch_version="2.14.1+cu130",

@@ -14,7 +14,7 @@ from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
 from tests.kafka_tools import SECONDS_LONG, Bench, Events, MakeBench, answers, client_config, request_ids, wait_until
 
-TEN_SECONDS_LONG = {**SECONDS_LONG, "megapixels": 1.0}
+TEN_SECONDS_LONG = {**SECONDS_LONG, "megapixels": 5.0}
 
 apache_kafka = pytest.mark.usefixtures("apache_kafka")
 

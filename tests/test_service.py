@@ -18,7 +18,7 @@ from config import Settings
 from errors import ErrorCode, ScalingFailed
 from geometry import Size, scaled_size
 from models import ErrorResponse, Metadata, SuccessResponse
-from service import LatentEncoder
+from service import LatentEncoder, usable_cpus
 from tests.helpers import IMAGES, TINY_VAE, Encode, load_latent, request_for
 
 MOMENT = datetime(2024, 11, 6, 12, 0, 0, 999_999, tzinfo=UTC)
@@ -52,7 +52,8 @@ def test_scale_gives_the_size_that_the_formula_says(
 def test_encode_gives_the_latent_of_the_architecture(encoder: LatentEncoder) -> None:
     """Stage four: VAEEncode's own tensor, five-dimensional for this family, one cell for 8 x 8 pixels."""
     with torch.inference_mode():
-        samples = encoder.runtime.encode(encoder.vaes.get(TINY_VAE).vae, torch.rand(1, 40, 64, 3))
+        samples, tiled = encoder.vaes.get(TINY_VAE).encode(encoder.runtime, torch.rand(1, 40, 64, 3), "fail")
+    assert not tiled
     assert samples.shape == (1, 16, 1, 5, 8)
     assert samples.dtype == torch.float32
 
@@ -172,3 +173,22 @@ def test_unexpected_fault_is_answered_and_logged(
     assert "the clock stopped" in response.error_message
     assert "ZeroDivisionError: the clock stopped" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_are_as_many_as_set(encoder: LatentEncoder, settings: Settings) -> None:
+    """TORCH_NUM_THREADS; a tree that is loaded already can be set up again."""
+    before = torch.get_num_threads()
+    try:
+        again = LatentEncoder.set_up(settings.model_copy(update={"torch_num_threads": 1}))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert again.runtime.path == encoder.runtime.path
+
+
+def test_threads_are_no_more_than_the_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """loky counts them, from affinity and control group; its own limit stands for a quota here."""
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert usable_cpus() == 1
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1000")
+    assert 1 <= usable_cpus() <= torch.get_num_threads()

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from config import Settings
 from service import COMFYUI_METHODS, LatentEncoder
-from tests.helpers import IMAGES, TINY_VAE, Encode, load_latent, stock
+from tests.helpers import IMAGES, TINY_VAE, Encode, load_latent, request_for, stock
 
 METHODS = ("lanczos", "nearest", "nearest-exact", "bilinear", "bicubic", "area")
 FAMILIES = (TINY_VAE, "random_wan.safetensors", "random_kl.safetensors", "taesd", "pixel_space")
@@ -50,17 +51,36 @@ def stock_results(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return load_file(folder / "out.safetensors")
 
 
+@pytest.fixture(scope="module")
+def encoders(encoder: LatentEncoder, settings: Settings) -> dict[str, LatentEncoder]:
+    """By the value of ENCODER."""
+    stock_settings = settings.model_copy(update={"encoder": "stock"})
+    return {"auto": encoder, "stock": LatentEncoder(stock_settings, encoder.runtime)}
+
+
+@pytest.mark.parametrize("kind", ["auto", "stock"])
 @pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
-def test_files_hold_what_the_stock_nodes_give(number: int, stock_results: dict[str, torch.Tensor], encode: Encode) -> None:
-    """The latent is equal to the last bit, and the PNG is the scaled image in 8 bits."""
+def test_files_hold_what_the_stock_nodes_give(
+    number: int,
+    kind: str,
+    stock_results: dict[str, torch.Tensor],
+    encoders: dict[str, LatentEncoder],
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    """The latent is equal, with ENCODER=stock to the last bit; the PNG is the scaled image in 8 bits."""
     name, vae, method, megapixels = CASES[number]
-    response = encode(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels)
+    fields = {"vae_model_name": vae, "upscale_method": method, "megapixels": megapixels}
+    response = encoders[kind].encode(request_for(settings, tmp_path, name, fields))
     stock_latent, stock_scaled = stock_results[f"{number}.latent"], stock_results[f"{number}.scaled"]
+    single_frame = kind == "auto" and stock_latent.ndim == 5
+    assert response.metadata.encoder == ("single-frame" if single_frame else "stock")
 
     latent = load_latent(response.latent_file_path)
     assert latent.dtype == torch.float32
     assert latent.is_contiguous()
-    assert torch.equal(latent, stock_latent.squeeze(2) if stock_latent.ndim == 5 else stock_latent)
+    stock_latent = stock_latent.squeeze(2) if stock_latent.ndim == 5 else stock_latent
+    torch.testing.assert_close(latent, stock_latent, atol=2e-5 if kind == "auto" else 0, rtol=0)
     assert list(response.latent_shape) == list(latent.shape) == list(response.metadata.latent_shape)
 
     with Image.open(response.scaled_image_path) as png:
@@ -83,7 +103,7 @@ def test_crop_says_what_the_latent_covers(
     assert 0 <= upper < lower <= height
     cropped = stock_results[f"{number}.scaled"][:, upper:lower, left:right]
     with torch.inference_mode():
-        again = encoder.runtime.encode(encoder.vaes.get(vae).vae, cropped)
+        again, _ = encoder.vaes.get(vae).encode(encoder.runtime, cropped, "fail")
     assert torch.equal(again.view(response.latent_shape), load_latent(response.latent_file_path))
 
 

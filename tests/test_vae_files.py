@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfy_runtime import Vae
+from config import Settings
 from errors import ErrorCode
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
@@ -162,15 +163,15 @@ def vae_of(cache: VaeCache, name: str) -> Vae:
     return cache.get(name).vae
 
 
-def test_vae_stays_loaded(encoder: LatentEncoder) -> None:
+def test_vae_stays_loaded(encoder: LatentEncoder, settings: Settings) -> None:
     """A second request uses the very same object."""
-    cache = VaeCache(encoder.runtime, size=2)
+    cache = VaeCache(encoder.runtime, settings)
     assert vae_of(cache, TINY_VAE) is vae_of(cache, TINY_VAE)
 
 
-def test_least_recently_used_vae_goes_first(encoder: LatentEncoder) -> None:
+def test_least_recently_used_vae_goes_first(encoder: LatentEncoder, settings: Settings) -> None:
     """With room for two, a third one pushes out the one that was used longest ago."""
-    cache = VaeCache(encoder.runtime, size=2)
+    cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 2}))
     tiny, pixel = vae_of(cache, TINY_VAE), vae_of(cache, "pixel_space")
     assert vae_of(cache, TINY_VAE) is tiny
     vae_of(cache, "taesd")

@@ -1,0 +1,263 @@
+"""The encode against ComfyUI's own and diffusers': `python -m benchmarks.encode_bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.encode_difference import difference_text, measure_differences
+from benchmarks.encode_diffusers import HOW_TO_INSTALL, diffusers_version
+from benchmarks.encode_files import files_text, measure_files
+from benchmarks.encode_goals import HEADER, Results, goal_rows
+from benchmarks.encode_others import measure_others, others_text
+from benchmarks.encode_plot import draw
+from benchmarks.encode_processes import Bench, measure_memory, memory_text
+from benchmarks.encode_report import markdown, progress
+from benchmarks.encode_sides import Workbench
+from benchmarks.encode_start import measure_start, start_text
+from benchmarks.encode_time import measure_time, time_text
+from logs import configure_logging
+from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS
+from service import usable_cpus
+from tests.helpers import COMFYUI, clean_environment, stock
+
+SECTIONS = ("time", "difference", "memory", "start", "files", "others")
+FAMILIES = ("wan", "kl", "taesd")
+PAIRS, QUICK_PAIRS = 5, 1
+MEGAPIXELS, QUICK_MEGAPIXELS = (0.25, 1.0, 4.0, 16.0), (0.25,)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and with what."""
+
+    comfyui_path: Path
+    sizes: tuple[float, ...]
+    """Megapixels, ascending."""
+    stock_up_to: float
+    pairs: int
+    timeout_s: float
+
+    @property
+    def stock_sizes(self) -> list[float]:
+        """Those at which ComfyUI's own encode and diffusers' run too."""
+        return [size for size in self.sizes if size <= self.stock_up_to]
+
+    @cached_property
+    def temporary_folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="encode-bench-")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.temporary_folder.name)
+
+    @cached_property
+    def model_dir(self) -> Path:
+        progress("making VAEs of the real architectures with random weights")
+        folder = self.folder / "models"
+        stock("make-vaes", folder, *FAMILIES)  # by the pinned release, whichever is measured: the same weights then
+        return folder
+
+    @cached_property
+    def bench(self) -> Workbench:
+        bench = Workbench(self.comfyui_path, self.model_dir)
+        # After ComfyUI is loaded, which sets it too. An empty folder: or what compiling takes would not be seen.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
+        return bench
+
+    @cached_property
+    def processes(self) -> Bench:
+        return Bench(self.comfyui_path, self.model_dir, self.folder, self.timeout_s)
+
+
+class Sizes(click.ParamType[tuple[float, ...]]):
+    """Megapixels, separated by commas."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            sizes = tuple(sorted({float(part) for part in value.split(",")}))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers", param, ctx)
+        if not all(MIN_MEGAPIXELS <= size <= MAX_MEGAPIXELS for size in sizes):
+            self.fail(f"{value!r}: sizes go from {MIN_MEGAPIXELS} to {MAX_MEGAPIXELS:g} megapixels", param, ctx)
+        return sizes
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="This section, and others named so; all if absent.")
+@click.option("--pairs", type=click.IntRange(min=1), help=f"Rounds, of each side once; {PAIRS} if absent.")
+@click.option("--sizes", type=Sizes(), metavar="N,N,…", help="Megapixels, 1 being 1024 x 1024; 0.25,1,4,16 if absent.")
+@click.option(
+    "--stock-up-to",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="N",
+    help="Megapixels up to which the other sides run too; ComfyUI's own takes 7 GB for one.",
+)
+@click.option("--quick", is_flag=True, help="One round and 0.25 megapixels, where not said otherwise.")
+@click.option(
+    "--timeout", "timeout_s", type=float, default=3600, show_default=True, metavar="S", help="Seconds for a process."
+)
+@click.option(
+    "--comfyui-path",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
+    default=COMFYUI,
+    envvar="COMFYUI_PATH",
+    help="ComfyUI tree to measure instead of ./comfyui; so does the variable COMFYUI_PATH.",
+)
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the section memory there.")
+def main(
+    only: Sequence[str],
+    pairs: int | None,
+    sizes: tuple[float, ...] | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    **options: Any,
+) -> None:
+    """Measure the encode of one image, ours against ComfyUI's own and diffusers', on the CPU.
+
+    \b
+    time        one VAEEncode with the full-size Qwen/Wan VAE, in turns, and against the convolutions' floor
+    difference  of the latents, in float32 and in bfloat16
+    memory      peak of a process that does the whole job
+    start       until the nodes can be called
+    files       what a request takes beside the nodes
+    others      SD-style VAE and TAESD
+
+    Results go to standard output as Markdown, section by section, what is done meanwhile to standard error.
+    OMP_NUM_THREADS sets the threads of all sides.
+    """  # noqa: D301  # click needs the character that \b stands for
+    wanted = [name for name in SECTIONS if not only or name in only]
+    quick = options.pop("quick")
+    plan = Plan(
+        sizes=sizes or (QUICK_MEGAPIXELS if quick else MEGAPIXELS),
+        pairs=pairs or (QUICK_PAIRS if quick else PAIRS),
+        **options,
+    )
+    refuse(wanted, plan, plot_file)
+    for name in os.environ.keys() - clean_environment().keys():
+        del os.environ[name]  # the service's settings: each side gets its own
+    configure_logging("WARNING", "text")
+    os.environ["OMP_NUM_THREADS"] = str(usable_cpus())  # in every process, ours or not
+    results = Results(machine(plan.comfyui_path), plan.pairs)
+    with plan.temporary_folder, torch.inference_mode():
+        click.echo("\n".join(f"- {name}: {value}" for name, value in {**results.machine, "rounds": plan.pairs}.items()))
+        for name, text in run(plan, results, wanted):
+            click.echo(f"\n### {name}\n\n{text}")
+            if json_file is not None:  # after each section, so that a failure costs no more than its own
+                json_file.write_text(json.dumps(asdict(results), indent=2) + "\n", encoding="utf-8")
+    click.echo(f"\n### results\n\n{markdown(HEADER, goal_rows(results))}")
+    if plot_file is not None:
+        draw(results.memory, results.machine, plot_file)
+
+
+def refuse(wanted: Sequence[str], plan: Plan, plot_file: Path | None) -> None:
+    """Tell of what cannot work before an hour has gone by.
+
+    Raises:
+        click.UsageError: the options do not fit each other, or something is not installed.
+    """
+    if plot_file is not None and "memory" not in wanted:
+        raise click.UsageError("--plot draws what the section memory measures.")
+    if plot_file is not None and find_spec("matplotlib") is None:
+        raise click.UsageError(f"--plot needs matplotlib: {HOW_TO_INSTALL}")
+    with_stock = [name for name in wanted if name not in ("memory", "start")]
+    if with_stock and not plan.stock_sizes:
+        raise click.UsageError(f"--sizes: {', '.join(with_stock)} need one of at most {plan.stock_up_to:g} (--stock-up-to).")
+
+
+def run(plan: Plan, results: Results, wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Measure, section by section; the name of each and its tables."""
+    sections: dict[str, Callable[[Plan, Results], str]] = {
+        "time": run_time,
+        "difference": run_difference,
+        "memory": run_memory,
+        "start": run_start,
+        "files": run_files,
+        "others": run_others,
+    }
+    for name in wanted:
+        if name not in ("time", "difference") and "bench" in vars(plan):
+            plan.bench.forget()
+        yield name, sections[name](plan, results)
+
+
+def run_time(plan: Plan, results: Results) -> str:
+    results.time = measure_time(plan.bench, plan.stock_sizes, plan.pairs)
+    return time_text(results.time)
+
+
+def run_difference(plan: Plan, results: Results) -> str:
+    results.difference = measure_differences(plan.bench, plan.stock_sizes)
+    return difference_text(results.difference)
+
+
+def run_memory(plan: Plan, results: Results) -> str:
+    results.memory = measure_memory(plan.processes, plan.sizes, plan.stock_sizes)
+    return memory_text(results.memory)
+
+
+def run_start(plan: Plan, results: Results) -> str:
+    results.start = measure_start(plan.comfyui_path, plan.folder, plan.pairs)
+    return start_text(results.start)
+
+
+def run_files(plan: Plan, results: Results) -> str:
+    results.files = measure_files(plan.bench, plan.folder, plan.stock_sizes[-1])
+    return files_text(results.files)
+
+
+def run_others(plan: Plan, results: Results) -> str:
+    results.others = measure_others(plan.bench, plan.processes, plan.sizes[0], plan.pairs)
+    return others_text(results.others)
+
+
+def machine(comfyui_path: Path) -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    return {
+        "cpu": cpu_model(),
+        "cpus": os.cpu_count(),
+        "threads": usable_cpus(),
+        "load average at start": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ComfyUI": comfyui_version(comfyui_path),
+        "ComfyUI's tree": "the project's" if comfyui_path.samefile(COMFYUI) else "another",
+        "diffusers": diffusers_version(),
+    }
+
+
+def cpu_model() -> str:
+    """What the processor calls itself."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def comfyui_version(path: Path) -> str:
+    """The release that a tree says it is; nothing of it is run."""
+    file = path / "comfyui_version.py"
+    found = re.search(r"""__version__\s*=\s*["']([^"']+)""", file.read_text(encoding="utf-8")) if file.exists() else None
+    return found[1] if found else "unknown"
+
+
+if __name__ == "__main__":
+    main()

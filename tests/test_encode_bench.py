@@ -1,0 +1,281 @@
+"""The encode benchmark's arithmetic, its counting of work, and its processes; what it measures is not tested."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.encode_bench import comfyui_version, main
+from benchmarks.encode_difference import BFLOAT16, FLOAT32, Difference, Differences, distance
+from benchmarks.encode_diffusers import diffusers_key, scaled
+from benchmarks.encode_files import FileWork, TimedRuntime
+from benchmarks.encode_flops import Flops, attention_flops, convolution_flops, count_flops
+from benchmarks.encode_goals import NOT_MEASURED, Results, goal_rows
+from benchmarks.encode_processes import Job, outcome, planned, run_process
+from benchmarks.encode_report import Spread, gigabytes, markdown
+from benchmarks.encode_sides import COMFYUI, COMPILED, DIFFUSERS, OURS, Side
+from benchmarks.encode_start import Starts
+from benchmarks.encode_time import Run, SideTimes, SizeTimes, compile_s, side_times
+from service import LatentEncoder
+from tests.helpers import COMFYUI as TREE
+
+FLOPS = Flops(convolutions=400, linear=0, attention=0)
+WAN_DIMS = [(96, 96), (96, 192), (192, 384), (384, 384)]  # in and out, of the four levels of the full-size encoder
+
+
+def test_spread_is_median_and_range() -> None:
+    """One run has no range; a factor changes the unit."""
+    assert Spread((3.0, 1.0, 2.0)).text() == "2.00 [1.00-3.00]"
+    assert Spread((0.0123,)).text(1, 1e3) == "12.3"
+
+
+def test_table_is_markdown() -> None:
+    """A header, a rule and a line for each row."""
+    assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_convolution_counts_the_last_slice_in_time_only() -> None:
+    """A kernel with three slices costs one frame as much as its 2-D counterpart."""
+    plane, video = nn.Conv2d(4, 6, 3, padding=1), nn.Conv3d(4, 6, 3, padding=1)
+    out = (1, 6, 10, 12)
+    assert convolution_flops(plane.weight.shape, out) == 2 * (6 * 10 * 12) * 4 * 9
+    assert convolution_flops(video.weight.shape, (1, 6, 1, 10, 12)) == convolution_flops(plane.weight.shape, out)
+
+
+def not_computed(*_: Tensor) -> Tensor:
+    raise AssertionError("the attention was computed")
+
+
+class ToyVae(nn.Module):
+    """A convolution that halves, one of a single pixel, an attention, and one layer that only decoding uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.mix = nn.Conv2d(8, 8, 1)
+        self.optimized_attention = not_computed
+        self.decoder = nn.Conv2d(8, 3, 3)
+
+    def encode(self, frame: Tensor) -> Tensor:
+        mixed = self.mix(self.down(frame))
+        return self.optimized_attention(mixed, mixed, mixed)
+
+
+def test_work_is_counted_by_kind() -> None:
+    """From the model by shape; the model stays as it was, and layers that do not run do not count."""
+    model = ToyVae()
+    expected = Flops(
+        convolutions=2 * (8 * 16 * 16) * 3 * 9, linear=2 * (8 * 16 * 16) * 8, attention=attention_flops(16 * 16, 8)
+    )
+    assert count_flops(model, (1, 3, 32, 32)) == expected
+    assert model.optimized_attention is not_computed
+    assert model.down.weight.device.type == "cpu"
+
+
+def test_work_of_the_full_size_vae(encoder: LatentEncoder) -> None:
+    """ComfyUI's own class has the layers that its architecture says, down to the last operation."""
+    assert encoder.runtime.version  # ComfyUI is imported
+    with torch.device("meta"):
+        model = importlib.import_module("comfy.ldm.wan.vae").WanVAE(
+            dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True]
+        )
+    side = 64
+    convolutions = 2 * side**2 * 3 * 96 * 9
+    linear = 0
+    for level, (first, last) in enumerate(WAN_DIMS):
+        pixels = (side >> level) ** 2
+        convolutions += 2 * pixels * 9 * (first * last + 3 * last * last)  # two blocks of two convolutions
+        linear += 2 * pixels * first * last if first != last else 0  # the shortcut
+        convolutions += 2 * (pixels // 4) * 9 * last * last if level < 3 else 0  # half the size
+    tokens = (side // 8) ** 2
+    convolutions += 2 * tokens * 9 * (4 * 384 * 384 + 384 * 32)  # the middle and the head
+    linear += 2 * tokens * (384 * 3 * 384 + 384 * 384 + 32 * 32)
+    assert count_flops(model, (1, 3, 1, side, side)) == Flops(convolutions, linear, 4 * tokens**2 * 384)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("conv1.weight", "quant_conv.weight"),
+        ("encoder.conv1.bias", "encoder.conv_in.bias"),
+        ("encoder.downsamples.3.shortcut.weight", "encoder.down_blocks.3.conv_shortcut.weight"),
+        ("encoder.downsamples.5.time_conv.weight", "encoder.down_blocks.5.time_conv.weight"),
+        ("encoder.middle.1.to_qkv.bias", "encoder.mid_block.attentions.0.to_qkv.bias"),
+        ("encoder.middle.2.residual.6.weight", "encoder.mid_block.resnets.1.conv2.weight"),
+        ("encoder.head.0.gamma", "encoder.norm_out.gamma"),
+        ("decoder.upsamples.2.residual.3.gamma", "decoder.up_blocks.0.resnets.2.norm2.gamma"),
+        ("decoder.upsamples.7.resample.1.bias", "decoder.up_blocks.1.upsamplers.0.resample.1.bias"),
+        ("decoder.upsamples.12.residual.2.bias", "decoder.up_blocks.3.resnets.0.conv1.bias"),
+    ],
+)
+def test_key_has_diffusers_name(key: str, expected: str) -> None:
+    """Each kind of layer, and the decoder's, which the file numbers through."""
+    assert diffusers_key(key) == expected
+
+
+def test_pixels_for_diffusers_have_sides_of_whole_cells() -> None:
+    """About as many pixels as asked for, in [0, 1]."""
+    pixels = scaled(Image.new("RGB", (1000, 700), "white"), 0.1)
+    assert pixels.shape == (264, 384, 3)  # of 271 x 387
+    assert float(pixels.max()) == 1.0
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    """Not of medians: a slow round of both sides does not change them."""
+    side = Side(OURS, "single-frame", 1.0, nn.Identity(), torch.neg)
+    runs, stock = [Run(1.0, 500.0), Run(10.0, 50.0)], [Run(4.0, 500.0), Run(40.0, 50.0)]
+    times = side_times(side, first_s=7.5, runs=runs, stock=stock, flops=FLOPS)
+    assert times.speedup.runs == (4.0, 4.0)
+    assert times.to_floor.runs == (1.25, 1.25)
+    assert times.cold_s == 2.0
+
+
+def test_compiling_costs_what_loading_and_the_first_encode_take_more() -> None:
+    """There is no figure where one of the two was not measured."""
+    assert compile_s(size_times(0.25, [side_of(OURS, 1.0), side_of(COMPILED, 1.0, load_s=9.0, first_s=3.0)])) == 10.0
+    assert compile_s(size_times(0.25, [side_of(OURS, 1.0)])) is None
+
+
+def side_of(name: str, seconds: float, load_s: float = 1.0, first_s: float = 1.0) -> SideTimes:
+    return SideTimes(name, "single-frame", load_s, first_s, Spread((seconds,)), Spread((4 / seconds,)), Spread((seconds,)))
+
+
+def size_times(megapixels: float, sides: list[SideTimes]) -> SizeTimes:
+    return SizeTimes(megapixels, 512, 512, FLOPS, Spread((400.0,)), 0.0, sides, {})
+
+
+def test_distance_is_in_float32() -> None:
+    """Largest and mean difference, and the spread of what is expected."""
+    expected = torch.tensor([1.0, 2.0, 3.0])
+    given = torch.tensor([1.0, 2.5, 3.0], dtype=torch.bfloat16)
+    assert distance(given, expected) == pytest.approx((0.5, 0.5 / 3, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "timed_out", "expected"),
+    [
+        (0, "", False, "ok"),
+        (-9, "", True, "not done in time"),
+        (-9, "", False, "killed by the system, out of memory"),
+        (-11, "", False, "ended by SIGSEGV"),
+        (1, "RuntimeError: DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes", False, "out of memory"),
+        (1, "one\nImportError: no such thing\n", False, "exit status 1: ImportError: no such thing"),
+        (3, "", False, "exit status 3: "),
+    ],
+)
+def test_process_that_fails_says_why(status: int, output: str, timed_out: bool, expected: str) -> None:
+    """For lack of memory, of time, or for another reason."""
+    assert outcome(status, output, timed_out=timed_out) == expected
+
+
+def test_peak_is_that_of_the_process_itself(tmp_path: Path) -> None:
+    """And not of the process that starts it, which has torch loaded."""
+    small = run_process([sys.executable, "-c", "print('there')"], tmp_path, timeout_s=60)
+    large = run_process([sys.executable, "-c", "held = b'x' * 200_000_000"], tmp_path, timeout_s=60)
+    assert (small.outcome, small.stdout) == ("ok", "there\n")
+    assert small.peak_bytes < 60e6
+    assert 200e6 < large.peak_bytes < 260e6
+
+
+def test_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    """It is a result, not a crash of the benchmark."""
+    late = run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, timeout_s=0.5)
+    assert late.outcome == "not done in time"
+    assert late.seconds < 30
+
+
+def test_others_run_at_their_sizes_only() -> None:
+    """Ours at the floor and at every size."""
+    sides = [side for side in planned((1.0, 16.0), (1.0,)) if side[0] != DIFFUSERS]
+    assert sides == [(OURS, 0.01), (OURS, 1.0), (COMFYUI, 1.0), (OURS, 16.0)]
+
+
+def test_time_inside_the_nodes_is_counted(encoder: LatentEncoder) -> None:
+    """Of the four nodes, whatever else is asked of the runtime."""
+    runtime = TimedRuntime(encoder.runtime)
+    assert runtime.version == encoder.runtime.version
+    assert runtime.seconds == 0.0
+    runtime.scale(torch.zeros(1, 64, 64, 3), "bilinear", 0.01)
+    assert runtime.seconds > 0.0
+
+
+def test_goal_without_a_measurement_says_so() -> None:
+    """No row is left out, and none has a figure of another size."""
+    rows = goal_rows(Results(machine={}, pairs=1, time=[size_times(4.0, [side_of(COMFYUI, 4.0), side_of(OURS, 1.0)])]))
+    assert len(rows) == 12
+    assert {measured for _, _, measured in rows} == {NOT_MEASURED}
+
+
+def test_goals_are_held_against_what_was_measured() -> None:
+    """Of the encoder that is the default, at the goal's own size."""
+    mb = 1_000_000
+    results = Results(
+        machine={},
+        pairs=1,
+        time=[size_times(size, [side_of(COMFYUI, 4.0), side_of(OURS, 1.0), side_of(COMPILED, 0.5)]) for size in (0.25, 1.0)],
+        difference=Differences(
+            [
+                Difference(1.0, FLOAT32, OURS, "single-frame", 3e-6, 1e-6, 0.5),
+                Difference(1.0, FLOAT32, COMPILED, "single-frame", 1.0, 1.0, 0.5),
+                Difference(1.0, BFLOAT16, COMFYUI, "stock", 0.04, 0.02, 0.5),
+                Difference(1.0, BFLOAT16, OURS, "single-frame", 0.03, 0.01, 0.5),
+            ],
+            {},
+        ),
+        memory=[
+            Job(OURS, "single-frame", "full", 0.01, 1.0, 900 * mb, "ok"),
+            Job(OURS, "single-frame", "full", 1.0, 1.0, 1300 * mb, "ok"),
+            Job(COMFYUI, "stock", "full", 1.0, 1.0, 6900 * mb, "ok"),
+            Job(OURS, "single-frame", "full", 16.0, 1.0, 4000 * mb, "not done in time"),
+        ],
+        start=Starts(Spread((2.0, 2.5, 3.0)), Spread((7.0,))),
+        files=FileWork(1.0, "single-frame", Spread((0.9,)), Spread((0.08, 0.09, 0.1))),
+    )
+    assert [measured for _, _, measured in goal_rows(results)] == [
+        "4.00 (4.0 s to 1.0 s)",
+        "1.00",
+        "4.00 (4.0 s to 1.0 s)",
+        "1.00",
+        "1.30 GB (ComfyUI's: 6.90 GB)",
+        NOT_MEASURED,
+        "not done in time",
+        "3.0e-06",
+        "0.75 (1 MP)",
+        "0.50 (1 MP)",
+        "2.50 [2.00-3.00] s (ComfyUI's modules, plainly imported: 7.00 s)",
+        "90 [80-100] ms",
+    ]
+
+
+def test_version_of_a_tree_is_read_without_running_it(tmp_path: Path) -> None:
+    """It is unknown where the tree does not say it."""
+    assert comfyui_version(TREE) != "unknown"
+    assert comfyui_version(tmp_path) == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--sizes", "1,x"], "not a list of numbers"),
+        (["--sizes", "0.25,17"], "0.01 to 16 megapixels"),
+        (["--sizes", "4", "--only", "time"], "--stock-up-to"),
+        (["--plot", "plot.png", "--only", "time"], "section memory"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_at_once(arguments: list[str], reason: str) -> None:
+    """Before anything is measured."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert reason in result.output
+
+
+def test_gigabytes_are_powers_of_ten() -> None:
+    """So that a limit in GB is the stricter one."""
+    assert gigabytes(1_500_000_000) == "1.50 GB"

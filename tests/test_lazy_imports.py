@@ -1,0 +1,273 @@
+"""Imports that wait: who imports cannot tell, except by what has not run yet."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lazy_imports import lazy_imports
+from setup.fill_comfyui import copy as copy_entry
+from setup.fill_comfyui import place_runtime
+from tests.helpers import COMFYUI, PROJECT, TINY_VAE
+
+RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"
+
+# A package that tells when it runs, and runs one of its modules itself, as most do.
+PARCEL = {
+    "parcel/__init__.py": 'print("parcel runs"); from parcel import inner\nclass Thing: pass',
+    "parcel/inner.py": 'print("inner runs"); number = 1',
+    "parcel/extra.py": 'print("extra runs"); number = 2',
+    "parcel/deep/__init__.py": 'print("deep runs")',
+    "parcel/deep/other.py": 'print("other runs"); number = 6',
+    "parcel/deep/down.py": 'print("down runs"); from parcel import extra; number = 3',
+}
+
+Write = Callable[[str, str], None]
+Import = Callable[..., Any]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Write a module that can be imported while the test runs."""
+    written = set()
+
+    def write(file: str, code: str) -> None:
+        path = tmp_path / file
+        written.add(file.partition("/")[0].removesuffix(".py"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+        importlib.invalidate_caches()
+
+    monkeypatch.syspath_prepend(tmp_path)
+    for file, code in PARCEL.items():
+        write(file, code)
+    yield write
+    forget(*written)
+
+
+@pytest.fixture
+def import_lazily(write: Write) -> Import:
+    """Run code that imports, with what has one of these names (or else `parcel`) waiting; gives what the code defined."""
+
+    def import_lazily(code: str, *names: str) -> Any:
+        write("importing.py", code)
+        forget("importing")
+        with lazy_imports(*(names or ("parcel",))):
+            return importlib.import_module("importing")
+
+    return import_lazily
+
+
+def forget(*packages: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
+def ran(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Which modules have run since the last call."""
+    return [line.removesuffix(" runs") for line in capsys.readouterr().out.splitlines()]
+
+
+def test_module_runs_when_it_is_used(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, however often it is imported and used; before, `sys.modules` does not have it."""
+    user = import_lazily("import parcel\nimport parcel as again\nimport parcel.inner, parcel.deep.down")
+    assert ran(capsys) == []
+    assert not any(name.startswith("parcel") for name in sys.modules)
+    assert user.parcel.Thing is user.again.Thing
+    assert user.parcel.Thing is sys.modules["parcel"].Thing
+    assert ran(capsys) == ["parcel", "inner"]
+
+
+def test_submodules_run_one_by_one(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each after the packages around it, and once, even where its package runs it too."""
+    user = import_lazily("import parcel.inner, parcel.extra, parcel.deep.down")
+    assert user.parcel.inner.number == 1
+    assert ran(capsys) == ["parcel", "inner"]
+    assert user.parcel.deep.down.number == 3
+    assert ran(capsys) == ["deep", "down", "extra"]
+    assert user.parcel.extra is sys.modules["parcel.extra"]
+    assert user.parcel.inner is sys.modules["parcel.inner"]
+    assert ran(capsys) == []
+
+
+def test_what_comes_out_is_the_modules_own(import_lazily: Import) -> None:
+    """Instances, subclasses, pickles, what is set and deleted, and what `dir`, `vars` and `repr` say."""
+    stand_in = import_lazily("import parcel").parcel
+    thing = stand_in.Thing()
+    real = sys.modules["parcel"]
+    assert isinstance(thing, real.Thing)
+    assert issubclass(type("Mine", (stand_in.Thing,), {}), real.Thing)
+    assert type(pickle.loads(pickle.dumps(thing))) is real.Thing  # noqa: S301
+    assert (dir(stand_in), vars(stand_in), repr(stand_in)) == (dir(real), vars(real), repr(real))
+    stand_in.added = 1
+    assert vars(real)["added"] == 1
+    del stand_in.added
+    assert "added" not in vars(real)
+    with pytest.raises(AttributeError, match="module 'parcel' has no attribute 'nothing'"):
+        _ = stand_in.nothing
+    assert isinstance(stand_in, ModuleType)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from parcel import Thing",
+        "import parcel\nclass Mine(parcel.Thing): pass\nThing = Mine.__base__",
+        "import parcel, parcel.extra\nfrom parcel.inner import number\nfrom parcel import Thing",
+        "import parcel.deep.down as down\nnumber = down.number\nfrom parcel import Thing",
+    ],
+)
+def test_use_while_importing_is_an_import_as_always(
+    code: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The package runs at once, with all that it needs of itself."""
+    thing = import_lazily(code).Thing
+    assert ran(capsys)[:2] == ["parcel", "inner"]
+    assert thing is importlib.import_module("parcel").Thing
+    assert sys.modules["parcel"].inner is importlib.import_module("parcel.inner")
+    assert importlib.import_module("parcel.extra") is sys.modules["parcel"].extra
+    assert not set(ran(capsys)) & {"parcel", "inner"}
+
+
+def test_names_can_mean_what_is_in_a_package(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
+    """With `package.*` its modules wait, each for itself; the package, and packages in it, do not."""
+    user = import_lazily("from parcel.extra import number\nimport parcel.deep.down\nfrom parcel import deep", "parcel.*")
+    assert ran(capsys) == ["parcel", "extra", "deep"]
+    assert importlib.import_module("parcel.deep.other").number == 6
+    assert ran(capsys) == ["other"]
+    assert user.deep.down.number == 3
+    assert user.parcel.inner.number == 1
+    assert ran(capsys) == ["down", "inner"]
+    assert user.parcel.inner is sys.modules["parcel.inner"]
+
+
+def test_missing_module_is_missed_at_the_import(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where `except ImportError` expects it, for a submodule too."""
+    guarded = "try:\n    import {0}\nexcept ModuleNotFoundError as exc:\n    print(exc.name)\n"
+    import_lazily(guarded.format("nowhere") + guarded.format("parcel.nowhere"), "nowhere", "parcel")
+    assert capsys.readouterr().out.split() == ["nowhere", "parcel.nowhere"]
+
+
+def test_failing_module_fails_at_each_use(write: Write, import_lazily: Import) -> None:
+    """With its own error, until it can be imported."""
+    write("broken.py", "raise ImportError('libbroken.so is missing')")
+    user = import_lazily("import broken", "broken")
+    for _ in range(2):
+        with pytest.raises(ImportError, match=r"libbroken\.so is missing"):
+            _ = user.broken.number
+    write("broken.py", "number = 'mended now'")
+    assert user.broken.number == "mended now"
+
+
+def test_module_may_put_another_object_in_its_place(write: Write, import_lazily: Import) -> None:
+    """As packages with lazy modules of their own do."""
+    write("swapped.py", "import sys, types\nsys.modules[__name__] = types.SimpleNamespace(number=4)")
+    assert import_lazily("import swapped", "swapped").swapped.number == 4
+
+
+def test_threads_see_only_modules_that_have_run(
+    write: Write, import_lazily: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of several that use a module at once, one runs it and the others wait."""
+    write("slow.py", "import time\nprint('slow runs')\ntime.sleep(0.1)\nnumber = 5")
+    stand_in, together = import_lazily("import slow", "slow").slow, Barrier(4)
+
+    def use() -> int:
+        together.wait()
+        number: int = stand_in.number
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [task.result() for task in [pool.submit(use) for _ in range(4)]] == [5] * 4
+    assert ran(capsys) == ["slow"]
+
+
+def test_afterwards_all_is_as_before(write: Write, import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if an import fails: no finder is left, an import runs the module, and its stand-in knows."""
+    write("early.py", "import parcel\nfrom parcel.deep import no_such_name")
+    finders = sys.meta_path[:]
+    with pytest.raises(ImportError, match="no_such_name"), lazy_imports("parcel"):
+        importlib.import_module("early")
+    assert sys.meta_path == finders
+    assert ran(capsys) == ["parcel", "inner", "deep"]
+    forget("parcel")
+    stand_in = import_lazily("import parcel").parcel
+    assert ran(capsys) == []
+    real = importlib.import_module("parcel")
+    assert ran(capsys) == ["parcel", "inner"]
+    assert stand_in.Thing is real.Thing
+    assert import_lazily("import parcel").parcel.Thing is real.Thing
+
+
+# ComfyUI
+
+
+def run_python(code: str, *arguments: object) -> None:
+    """Run code in a process of its own, after `encoder` was set up on the tree that the first argument names."""
+    set_up = (
+        "import importlib, sys; from pathlib import Path; from config import Settings; from service import LatentEncoder\n"
+        "meta_path = sys.meta_path[:]\n"
+        "settings = Settings(_env_file=None, comfyui_path=Path(sys.argv[1]), device='cpu', megapixels=0.02)\n"
+        "encoder = LatentEncoder.set_up(settings)\n"
+        "heavy = {'scipy', 'tokenizers', 'torch._dynamo', 'torchsde', 'torchvision', 'transformers'}\n"
+    )
+    command = [sys.executable, "-c", set_up + code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_encoding_uses_none_of_it_and_others_get_all_of_it(tmp_path: Path) -> None:
+    """The packages that take most of ComfyUI's start stay away; what its other parts take from them is the real thing."""
+    run_python(
+        "from models import EncodeRequest\n"
+        "fields = {'image_path': sys.argv[2], 'vae_model_name': sys.argv[3], 'output_dir': sys.argv[4]}\n"
+        "encoder.encode(EncodeRequest.from_fields(fields, settings.request_defaults))\n"
+        "assert not heavy & sys.modules.keys()\n"
+        "nodes, sd = map(importlib.import_module, ('nodes', 'comfy.sd'))\n"
+        "assert 'euler' in nodes.KSampler.INPUT_TYPES()['required']['sampler_name'][0]\n"
+        "import comfy.k_diffusion.sampling, scipy.integrate, torchsde\n"
+        "assert comfy.k_diffusion.sampling.integrate is scipy.integrate\n"
+        "assert comfy.k_diffusion.sampling.torchsde is torchsde\n"
+        "assert comfy.samplers.scipy.stats is sys.modules['scipy.stats']\n"
+        "import transformers\n"
+        "assert sd.sd1_clip.CLIPTokenizer is transformers.CLIPTokenizer\n"
+        "assert issubclass(comfy.text_encoders.sd2_clip.SD2Tokenizer, comfy.sd1_clip.SD1Tokenizer)\n"
+        "coder = sys.modules['comfy.ldm.cascade.stage_c_coder']\n"
+        "compose = coder.torchvision.transforms.Compose\n"
+        "import torchvision.transforms\n"
+        "assert compose is torchvision.transforms.Compose\n",
+        *(COMFYUI, PROJECT / "tests/fixtures/test_images/photo.jpg", TINY_VAE, tmp_path),
+    )
+
+
+def test_it_stays_away_on_an_older_release() -> None:
+    """And nothing of ours is left in `sys.meta_path`."""
+    run_python("assert not heavy & sys.modules.keys(); assert sys.meta_path == meta_path", RELEASE_0_3_52)
+
+
+def test_tree_that_uses_it_while_it_is_imported_works(tmp_path: Path) -> None:
+    """As a later release may: then it is imported as always."""
+    place_runtime(COMFYUI, tmp_path, copy_entry)
+    with (tmp_path / "nodes.py").open("a") as file:
+        file.write(
+            "\nimport torchvision, comfy.model_base\nfrom torchvision import transforms\n"
+            "class OwnTransform(torchvision.transforms.Compose): pass\n"
+            "class OwnModel(comfy.model_base.BaseModel): pass\n"
+        )
+    run_python(
+        "nodes, torchvision, model_base = map(importlib.import_module, ('nodes', 'torchvision', 'comfy.model_base'))\n"
+        "assert nodes.OwnTransform.__base__ is torchvision.transforms.Compose\n"
+        "assert nodes.transforms is torchvision.transforms\n"
+        "assert nodes.OwnModel.__base__ is model_base.BaseModel\n",
+        tmp_path,
+    )
