@@ -1,4 +1,6 @@
-"""What the service is measured against: ComfyUI's four nodes in a plain loop, and the same writes, in a process of its own.
+"""What the service is measured against: the four nodes in a plain loop, and the same writes, in a process of its own.
+
+With the service's encoder, for it is not the encode that is compared.
 
 Without the service's pipeline: no checks of the image, no checksums, no Kafka, one step after the other. Started by
 `BareLoop` in `kafka_bench.py`: a round as a line of JSON on standard input, what it took as a line on standard output.
@@ -19,9 +21,10 @@ from typing import Any
 import click
 import torch
 
-from comfy_runtime import ComfyRuntime, Vae, load_runtime
+from comfy_runtime import ComfyRuntime, load_runtime
 from config import Settings
 from output_files import OutputFiles, StagedFiles, latent_bytes, output_files, png_bytes
+from vae import LoadedVae, VaeCache
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ def main() -> None:
     settings = Settings(_env_file=None, device=device)
     runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision)
     with torch.inference_mode():
-        vae = runtime.load_vae(vae_name)
+        vae = VaeCache(runtime, settings).get(vae_name)
         for line in sys.stdin:
             click.echo(json.dumps(run(runtime, vae, Round(**json.loads(line)))))
 
 
-def run(runtime: ComfyRuntime, vae: Vae, wanted: Round) -> dict[str, Any]:
+def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
     """Requests per second, the median seconds of the encode and of the rest of a request, the latent's SHA-256."""
     folder = Path(wanted.folder)
     folder.mkdir()
@@ -54,7 +57,7 @@ def run(runtime: ComfyRuntime, vae: Vae, wanted: Round) -> dict[str, Any]:
         start = time.perf_counter()
         scaled = runtime.scale(runtime.load_image(wanted.image), "lanczos", wanted.megapixels)
         encode_start = time.perf_counter()
-        latent = runtime.encode(vae, scaled)
+        latent, _ = vae.encode(runtime, scaled, "fail")
         encode_end = time.perf_counter()
         data = write(scaled, latent, output_files(wanted.folder, wanted.image, str(n)))
         ends.append(time.perf_counter())
