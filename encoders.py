@@ -18,8 +18,6 @@ log = get_logger("latent_encoder")
 DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.")
 WITHOUT_DECODER = ("WanVAE", "AutoencoderKL", "AutoencodingEngine", "TAESD")
 
-CHANNELS_LAST = ("TAESD",)  # a tenth faster, within 2e-5 of the same latent; AutoencoderKL is no faster
-
 # How far the latents of the test picture may be apart, as a part of the largest value. An encoder that does not fit is off by
 # about that value itself.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -31,11 +29,8 @@ def prepare_for_encoding(model: nn.Module, name: str, *, compiled: bool) -> Sing
     Returns its single-frame encoder, which is a part of the model from now on, so that it moves with it to another device, and
     the only part that still has its weights; None where the model's own `encode` has to be used.
     """
-    family = type(model).__name__
-    if family in WITHOUT_DECODER:
+    if type(model).__name__ in WITHOUT_DECODER:
         drop_weights(model, DECODER_PARTS)
-    if family in CHANNELS_LAST:
-        model.to(memory_format=torch.channels_last)
     single_frame = _single_frame_encoder(model, name, compiled)
     if single_frame is not None:
         drop_weights(model, ("",))

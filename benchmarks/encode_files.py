@@ -14,7 +14,9 @@ from PIL import Image
 from benchmarks.encode_report import Spread, markdown, megapixels_text, progress
 from benchmarks.encode_sides import Workbench
 from comfy_runtime import ComfyRuntime
-from models import EncodeRequest, SuccessResponse
+from config import Settings
+from images import read_image
+from models import EncodeRequest
 from service import LatentEncoder
 from tests.helpers import TINY_VAE
 
@@ -30,6 +32,10 @@ class FileWork:
     encoder: str
     total: Spread
     beside_nodes: Spread
+    checking: Spread
+    """Of which: reading the image, its hash, and decoding it once more, strictly, as LoadImage does not."""
+    writing: Spread
+    """Of which: latent, PNG, JSON and their checksums, flushed to disk."""
 
 
 class TimedRuntime:
@@ -62,8 +68,7 @@ def measure_files(bench: Workbench, folder: Path, megapixels: float) -> FileWork
     runtime = TimedRuntime(bench.runtime)
     encoder = LatentEncoder(bench.settings(), cast("ComfyRuntime", runtime))
     took = [_one_request(encoder, runtime, _request(image, folder, megapixels, n)) for n in range(REQUESTS + 1)]
-    totals, rests = zip(*took[1:], strict=True)
-    return FileWork(megapixels, encoder.vaes.get(TINY_VAE).encoder, Spread(totals), Spread(rests))
+    return FileWork(megapixels, encoder.vaes.get(TINY_VAE).encoder, *map(Spread, zip(*took[1:], strict=True)))
 
 
 def _request(image: Path, folder: Path, megapixels: float, number: int) -> EncodeRequest:
@@ -77,16 +82,20 @@ def _request(image: Path, folder: Path, megapixels: float, number: int) -> Encod
     )
 
 
-def _one_request(encoder: LatentEncoder, runtime: TimedRuntime, request: EncodeRequest) -> tuple[float, float]:
-    """Seconds in all, and beside the nodes."""
+def _one_request(encoder: LatentEncoder, runtime: TimedRuntime, request: EncodeRequest) -> tuple[float, float, float, float]:
+    """Seconds in all, beside the nodes, of checking the image once more, and of writing."""
     runtime.seconds = 0.0
     start = time.perf_counter()
-    response = encoder.answer(request)
-    total = time.perf_counter() - start
-    assert isinstance(response, SuccessResponse), response
-    return total, total - runtime.seconds
+    encoded = encoder.encode_prepared(encoder.prepare(request))
+    before_writing = time.perf_counter()
+    encoder.write(encoded)
+    end = time.perf_counter()
+    read_image(request.image_path, Settings().max_image_pixels)
+    return end - start, end - start - runtime.seconds, time.perf_counter() - end, end - before_writing
 
 
 def files_text(work: FileWork) -> str:
-    row = (megapixels_text(work.megapixels), work.encoder, work.total.text(0, 1e3), work.beside_nodes.text(0, 1e3))
-    return markdown(("size", "encoder of the tiny VAE", "a request, ms", "of which beside the nodes, ms"), [row])
+    spreads = (work.total, work.beside_nodes, work.checking, work.writing)
+    row = (megapixels_text(work.megapixels), work.encoder, *(spread.text(0, 1e3) for spread in spreads))
+    header = ("size", "encoder of the tiny VAE", "a request, ms", "beside the nodes, ms", "reading and checking", "writing")
+    return markdown(header, [row])

@@ -236,7 +236,7 @@ def test_goals_are_held_against_what_was_measured() -> None:
             Job(OURS, "single-frame", "full", 16.0, 1.0, 4000 * mb, "not done in time"),
         ],
         start=Starts(Spread((2.0, 2.5, 3.0)), Spread((7.0,))),
-        files=FileWork(1.0, "single-frame", Spread((0.9,)), Spread((0.08, 0.09, 0.1))),
+        files=FileWork(1.0, "single-frame", Spread((0.9,)), Spread((0.18,)), Spread((0.08,)), Spread((0.08, 0.09, 0.1))),
     )
     assert [measured for _, _, measured in goal_rows(results)] == [
         "4.00 (4.0 s to 1.0 s)",
@@ -250,7 +250,7 @@ def test_goals_are_held_against_what_was_measured() -> None:
         "0.75 (1 MP)",
         "0.50 (1 MP)",
         "2.50 [2.00-3.00] s (ComfyUI's modules, plainly imported: 7.00 s)",
-        "90 [80-100] ms",
+        "90 [80-100] ms, and 80 ms to check the image",
     ]
 
 
