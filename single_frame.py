@@ -145,10 +145,15 @@ def norm_silu(rows: Tensor, gamma: Tensor, out: Tensor) -> None:
     """SiLU of the RMS norm of `rows` over their channels, computed in float32 and written to `out`."""
     wide = rows.float()
     result = out if out.dtype == wide.dtype else torch.empty_like(wide)
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(EPSILON)
-    functional.silu(torch.div(wide, length, out=result).mul_(gamma), inplace=True)
+    functional.silu(rms_norm(wide, gamma, result), inplace=True)
     if result is not out:
         out.copy_(result)
+
+
+def rms_norm(rows: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    """The RMS norm of float32 `rows` over their channels, written to `out`; `gamma` is a `scaled_gamma`."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(EPSILON)
+    return torch.div(rows, length, out=out).mul_(gamma)
 
 
 def scaled_gamma(norm: Any) -> Tensor:
@@ -271,9 +276,9 @@ class Attention(nn.Module):
     def forward(self, stream: Stream) -> Stream:
         picture = _joined(stream)
         pixels = picture.flatten(0, 1).float()
-        length = torch.linalg.vector_norm(pixels, dim=-1, keepdim=True).clamp_min_(EPSILON)
-        q, k, v = self.to_qkv((pixels / length).mul_(self.gamma).to(picture.dtype))[None, None].chunk(3, dim=-1)
-        del pixels
+        normed = rms_norm(pixels, self.gamma, torch.empty_like(pixels)).to(picture.dtype)
+        q, k, v = self.to_qkv(normed)[None, None].chunk(3, dim=-1)
+        del pixels, normed
         attended = functional.scaled_dot_product_attention(q, k, v)[0, 0]
         del q, k, v
         picture += self.proj(attended).view_as(picture)

@@ -152,7 +152,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stderr is not None
         assert any("Requested to load" in line for line in process.stderr)
-        time.sleep(1)  # past ComfyUI's preparations, some of which swallow whatever is raised in them
+        time.sleep(1)  # into the encode: a signal right after that line was once without effect, why is not known
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
     assert (process.returncode, output) == (130, "")
