@@ -97,6 +97,7 @@ class ComfyRuntime:
         self._folder_paths = importlib.import_module("folder_paths")
         self.nodes = import_custom_nodes_minimal(path, NODE_IDS, custom_nodes)
         self.version = _version()
+        self.device = str(importlib.import_module("comfy.model_management").vae_device())
         self._vae_loader = self._node("VAELoader", "vae_name")
         self._load_image = self._node("LoadImage", "image")
         self._scale = self._node("ImageScaleToTotalPixels", "image", "upscale_method", "megapixels")

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from errors import LatentEncoderError
 from models import Megapixels, Text, UpscaleMethod, VaeModelName, describe
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
@@ -38,10 +38,10 @@ class Settings(BaseSettings):
         frozen=True, env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore"
     )
 
-    mode: Literal["standalone", "kafka", "dlq-replay"] = Field(
+    mode: Literal["standalone", "kafka", "dlq-replay", "health"] = Field(
         "standalone",
         description="`standalone` encodes one image and exits; `kafka` serves a topic; "
-        "`dlq-replay` sends dead letters back to their topic and exits.",
+        "`dlq-replay` sends dead letters back to their topic and exits; `health` says how a worker is and exits.",
     )
 
     kafka_bootstrap_servers: Text = Field("localhost:9092", description="Kafka brokers, `host:port`, comma-separated.")
@@ -95,6 +95,19 @@ class Settings(BaseSettings):
     kafka_ssl_key_password: SecretStr | None = Field(None, description="Password of that key.")
     kafka_client_config: Path | None = Field(
         None, description="File of further librdkafka properties, `name=value` a line, but for those that would lose requests."
+    )
+
+    http_port: int = Field(
+        8080, ge=0, le=65535, description="Port of `/healthz`, `/readyz` and `/metrics` in Kafka mode; 0 turns it off."
+    )
+    http_host: Text = Field("0.0.0.0", description="Address that it listens on; `127.0.0.1` for this machine only.")  # noqa: S104
+    encode_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="Seconds that one step of a request, or the start, may take before the worker counts as hung.",
+    )
+    warmup: bool = Field(
+        True, description="Whether Kafka mode loads the VAE and encodes a small picture before it takes requests."
     )
 
     model_dir: Path | None = Field(

@@ -115,7 +115,7 @@ class KafkaFailed(LatentEncoderError):
     """Kafka mode cannot go on: authentication or authorisation refused, producer fenced, dead letter refused."""
 
 
-def as_request_error(exc: Exception) -> RequestError:
+def as_request_error(exc: BaseException) -> RequestError:
     """`exc` itself where it is a `RequestError`, else one that it caused: memory ran out, or an `UnexpectedError`."""
     if isinstance(exc, RequestError):
         return exc

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from confluent_kafka import KafkaError
 
@@ -53,6 +54,11 @@ class Connection:
     def up(self) -> bool:
         return self._up is True
 
+    @property
+    def fault(self) -> str | None:
+        """Why no broker can be reached; None where one is."""
+        return None if self.up else f"{self._servers} cannot be reached ({self._reason})"
+
     def up_for(self, now: float, seconds: float) -> bool:
         """Whether it has been there for so long; `now` is the monotonic clock's."""
         return self.up and now - self._since >= seconds
@@ -69,9 +75,9 @@ class Connection:
         elif error.code() != KafkaError._ALL_BROKERS_DOWN:  # says nothing about why
             self._reason = error.str()
 
-    def on_statistics(self, statistics: str) -> None:
-        """The consumer's `stats_cb`, every second."""
-        up = any(broker["state"] == "UP" for broker in json.loads(statistics)["brokers"].values())
+    def on_statistics(self, brokers: Mapping[str, Any]) -> None:
+        """The `brokers` of the consumer's statistics, every second."""
+        up = any(broker["state"] == "UP" for broker in brokers.values())
         if up or not self._last_statistics:  # one alone may be older than the connection
             self.observed(up=up)
         self._last_statistics = up

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import random
 import time
 from collections.abc import Callable, Collection
@@ -18,8 +19,10 @@ from queue import Empty, SimpleQueue
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from config import Settings
+import kafka_telemetry
+from config import VERSION, Settings
 from errors import KafkaFailed, MessageUnusable, RequestError, ResponseRefused, as_request_error
+from health import Health
 from kafka_config import consumer_properties, make_client, producer_properties
 from kafka_connection import Connection, failure, is_fatal
 from kafka_lanes import Job, Lanes, Partition
@@ -27,6 +30,7 @@ from kafka_publishers import AnswerThenCommit, AnswerWithCommit, Publisher, Refu
 from kafka_records import Incoming, Outgoing, dead_letter, read_request, response_record, sender_of
 from kafka_topics import create_topics, topics_of
 from logs import get_logger
+from metrics import IN_FLIGHT, INFO, REBALANCES, RETRIES, observe_lag
 from models import ErrorResponse, Response, ResponseMessage, SuccessResponse
 from service import LatentEncoder, log_failure, utc_now
 from stages import Stages
@@ -58,10 +62,11 @@ class KafkaHandler:
         """
         self._settings = settings
         self._clock = clock
+        self.health = Health(settings.encode_timeout_s)
         self._connection = Connection(settings.kafka_bootstrap_servers)
         properties = consumer_properties(settings) | {
             "error_cb": self._connection.on_error,
-            "stats_cb": self._connection.on_statistics,
+            "stats_cb": self._on_statistics,
             "on_commit": self._on_commit,
         }
         max_poll_interval = float(properties.get("max.poll.interval.ms", DEFAULT_MAX_POLL_INTERVAL_MS)) / 1000
@@ -69,13 +74,14 @@ class KafkaHandler:
         self._pause_after = min(PAUSE_AFTER_S, 0.25 * max_poll_interval)
         self._consumer = make_client(Consumer, properties, settings)
 
-        self._lanes = Lanes()
+        self._lanes = Lanes(kafka_telemetry.dropped)
+        self._answered_offsets: dict[Partition, int] = {}
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._timers: list[Timer] = []
         self._timer_numbers = itertools.count()
         self._paused = False
         self._full_since = 0.0
-        self._joined = False
+        self._group_fault: str | None = "not joined yet"
         self._ready = False
         self._stopping = False
         self._failure: KafkaFailed | None = None
@@ -97,7 +103,10 @@ class KafkaHandler:
         Raises:
             KafkaFailed: the service cannot go on. What was not answered is not committed.
         """
-        self._stages = Stages(encoder, self._posted(self._finished))
+        self._stages = Stages(encoder, self._posted(self._finished), self.health)
+        self.health.needs([*self._stages.threads, *self._publisher.threads])
+        self.health.ready_if("model", None)
+        INFO.info({"version": VERSION, **encoder.versions})
         try:
             self._wait_for_topics()
             self._consumer.subscribe(
@@ -135,17 +144,21 @@ class KafkaHandler:
             else:
                 if not missing:
                     return
+                self._group_fault = f"waiting for topics: {', '.join(sorted(missing))}"
                 if missing != said:
                     log.warning("waiting for topics: create them, or set KAFKA_CREATE_TOPICS=true", missing=sorted(missing))
                 said = missing
             self._consumer.poll(TOPICS_RETRY_S)  # for its callbacks
-            self._connection.settle()
+            self.health.turn()
+            self._say_whether_ready()
             self._raise_failure()
 
     def _finish(self) -> bool:
         """Finish what is being encoded or answered, within the time there is for it."""
         deadline = time.monotonic() + self._settings.shutdown_timeout_s
+        self._group_fault = "stopping"
         self._lanes.drop_unstarted()
+        self._say_whether_ready()
         log.info("stopping", in_flight=len(self._lanes))
         while (self._lanes or not self._publisher.settled) and time.monotonic() < deadline:
             self._tick()
@@ -168,6 +181,7 @@ class KafkaHandler:
                 self._pause(pause=True)
                 self._poll(0)
             self._work(patience)
+        IN_FLIGHT.set(len(self._lanes))
         self._say_whether_ready()
         self._look_for_overdue_answers()
         self._raise_failure()
@@ -183,6 +197,7 @@ class KafkaHandler:
 
     def _work(self, wait: float) -> None:
         """Everything but polling the consumer: acknowledgements, outcomes, retries that are due, answers whose turn it is."""
+        self.health.turn()
         self._publisher.poll()
         try:
             self._events.get(timeout=wait)() if wait else self._events.get_nowait()()
@@ -204,7 +219,9 @@ class KafkaHandler:
 
     def _say_whether_ready(self) -> None:
         self._connection.settle()
-        ready = self._joined and self._connection.up
+        self.health.ready_if("broker", self._connection.fault)
+        self.health.ready_if("group", self._group_fault)
+        ready = self.health.ready().ok
         if ready != self._ready:
             log.info("ready" if ready else "not ready", group=self._settings.kafka_consumer_group)
             self._ready = ready
@@ -235,6 +252,7 @@ class KafkaHandler:
             self._consumer_error(error)
         elif not self._stopping:
             job = Job(Incoming.of(message))
+            kafka_telemetry.taken(job, self._settings)
             self._lanes.add(job)
             try:
                 job.request = read_request(job.record, self._settings)
@@ -248,13 +266,14 @@ class KafkaHandler:
             job.attempts += 1
             self._stages.submit(job)
 
-    def _finished(self, job: Job, outcome: SuccessResponse | Exception) -> None:
+    def _finished(self, job: Job, outcome: SuccessResponse | BaseException) -> None:
         if job.dropped:
             return
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             self._failed(job, as_request_error(outcome))
         else:
             assert job.request is not None
+            job.outcome = outcome
             job.answer = (self._response(job, outcome, job.request.correlation_id),)
 
     def _failed(self, job: Job, error: RequestError) -> None:
@@ -263,11 +282,13 @@ class KafkaHandler:
         log_failure(error, request_id=sender.request_id, attempt=job.attempts, **job.record.place)
         if error.retryable and job.attempts <= self._settings.kafka_max_retries:
             job.encoding = False
+            RETRIES.inc()
             if self._stopping:
                 self._lanes.drop_unstarted()
             else:
                 self._later(self._backoff(job.attempts), partial(self._begin, job))
             return
+        job.outcome = error
         answer: tuple[Outgoing, ...] = ()
         if sender.request_id is not None:
             response = ErrorResponse.of(error, sender.request_id, self._clock())
@@ -294,6 +315,8 @@ class KafkaHandler:
     def _answered(self, job: Job) -> None:
         if not job.dropped:
             self._lanes.answered(job)
+            self._answered_offsets[job.partition] = job.record.offset + 1
+            kafka_telemetry.answered(job, self._settings)
 
     def _refused(self, job: Job, refusals: list[Refusal]) -> None:
         """A response that its topic does not take becomes a dead letter; a dead letter that is not taken ends the service."""
@@ -308,6 +331,7 @@ class KafkaHandler:
                 refused = ResponseRefused(
                     f"Topic {record.topic} refused the response: {error.str()}. Raise its max.message.bytes."
                 )
+                job.outcome = refused
                 instead = () if job.dead_lettered else (self._dead_letter(job, refused),)
                 job.answer = tuple(other for other in job.answer or () if other is not record) + instead
             else:
@@ -331,7 +355,8 @@ class KafkaHandler:
         consumer.incremental_assign(partitions)
         if self._paused:
             consumer.pause(partitions)
-        self._joined = True
+        self._group_fault = None
+        REBALANCES.labels("assigned").inc()
         log.info("partitions assigned", partitions=_numbers(partitions))
 
     def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
@@ -345,6 +370,7 @@ class KafkaHandler:
         if self._failure is None:
             self._publisher.settle(keys)
         self._publisher.forget(keys)
+        REBALANCES.labels("revoked").inc()
         log.info("partitions revoked", partitions=_numbers(partitions), dropped=len(dropped))
 
     def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
@@ -352,8 +378,15 @@ class KafkaHandler:
         keys = _keys(partitions)
         dropped = self._lanes.drop(keys)
         self._publisher.forget(keys)
-        self._joined = False
+        self._group_fault = "partitions lost"
+        REBALANCES.labels("lost").inc()
         log.warning("partitions lost", partitions=_numbers(partitions), dropped=len(dropped))
+
+    def _on_statistics(self, statistics: str) -> None:
+        """The consumer's `stats_cb`, every second."""
+        found = json.loads(statistics)
+        self._connection.on_statistics(found["brokers"])
+        observe_lag(found["topics"], self._answered_offsets)
 
     def _consumer_error(self, error: KafkaError) -> None:
         if is_fatal(error):

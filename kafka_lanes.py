@@ -7,11 +7,17 @@ so an offset that is committed never lies past work that is not answered.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING
 
+from errors import RequestError
 from kafka_records import Incoming, Outgoing
-from models import EncodeRequest
+from models import EncodeRequest, SuccessResponse
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 Partition = tuple[str, int]
 
@@ -22,9 +28,17 @@ class Job:
 
     record: Incoming
     request: EncodeRequest | None = None
+    taken_at: float = field(default_factory=monotonic)
+    """In seconds of the monotonic clock."""
+    span: Span | None = None
+    """Of OpenTelemetry, where that is installed."""
     attempts: int = 0
     encoding: bool = False
     """Whether the encode has begun, so that it pays to finish it."""
+    redelivered: bool = False
+    """Whether it was answered from the files of an earlier answer."""
+    outcome: SuccessResponse | RequestError | None = None
+    """What it came to; None until that is known."""
     answer: tuple[Outgoing, ...] | None = None
     """What is still to be acknowledged before the offset is committed; None until it is known."""
     dead_lettered: bool = False
@@ -43,7 +57,9 @@ class Job:
 class Lanes:
     """The jobs that are held, by partition."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropped: Callable[[Job], None] = lambda _: None) -> None:
+        """`dropped` is told of each job that is forgotten."""
+        self._dropped = dropped
         self._lanes: dict[Partition, deque[Job]] = {}
 
     def __len__(self) -> int:
@@ -81,9 +97,7 @@ class Lanes:
         dropped = list(self.jobs(partitions))
         for partition in {job.partition for job in dropped}:
             del self._lanes[partition]
-        for job in dropped:
-            job.dropped = True
-        return dropped
+        return self._forgotten(dropped)
 
     def drop_unstarted(self, partitions: Collection[Partition] | None = None) -> list[Job]:
         """Forget each lane from the first job on whose encode has not begun and that has no answer yet."""
@@ -94,6 +108,10 @@ class Lanes:
             if first:
                 self._lanes[partition] = deque(jobs[:first])
             dropped += jobs[first:]
-        for job in dropped:
+        return self._forgotten(dropped)
+
+    def _forgotten(self, jobs: list[Job]) -> list[Job]:
+        for job in jobs:
             job.dropped = True
-        return dropped
+            self._dropped(job)
+        return jobs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -15,6 +15,7 @@ from kafka_connection import FATAL, failure, is_fatal
 from kafka_lanes import Job, Partition
 from kafka_records import Outgoing
 from logs import get_logger
+from metrics import COMMITS
 
 log = get_logger("latent_encoder.kafka")
 
@@ -47,6 +48,9 @@ class Reports:
 class Publisher(Protocol):
     """Publishes the answers of jobs and commits their offsets. The jobs of a partition come one at a time, in order."""
 
+    threads: Sequence[threading.Thread]
+    """Those that it cannot work without."""
+
     def publish(self, job: Job) -> None:
         """Begin to publish `job.answer`; returns at once."""
 
@@ -78,6 +82,8 @@ class AnswerThenCommit:
 
     Everything runs in the thread that polls.
     """
+
+    threads: Sequence[threading.Thread] = ()
 
     def __init__(self, consumer: Consumer, make_producer: Callable[[], Producer], reports: Reports) -> None:
         self._consumer = consumer
@@ -134,6 +140,7 @@ class AnswerThenCommit:
         for partition in partitions:
             refused = error or partition.error
             key = (partition.topic, partition.partition)
+            COMMITS.labels("ok" if refused is None else "refused").inc()
             if refused is None:
                 if self._unconfirmed.get(key) == partition.offset:
                     del self._unconfirmed[key]
@@ -188,6 +195,7 @@ class AnswerWithCommit:
         self._closing = threading.Event()
         self._inbox: SimpleQueue[tuple[Job, Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="transactions", daemon=True)
+        self.threads: Sequence[threading.Thread] = (self._thread,)
         self._thread.start()
 
     def publish(self, job: Job) -> None:
@@ -243,13 +251,19 @@ class AnswerWithCommit:
                 raise
             log.warning("transaction failed", reason=error.str(), error_code=error.name(), **job.record.place)
             if not self._undone(job, error):
-                self._reports.answered(job)
-            elif refusals:
+                self._committed(job)
+                return
+            COMMITS.labels("refused").inc()
+            if refusals:
                 self._reports.refused(job, refusals)
             else:
                 self._reports.again(job)
         else:
-            self._reports.answered(job)
+            self._committed(job)
+
+    def _committed(self, job: Job) -> None:
+        COMMITS.labels("ok").inc()
+        self._reports.answered(job)
 
     def _transact(self, job: Job, group_metadata: Any, refusals: list[Refusal]) -> None:
         def delivered(record: Outgoing, error: KafkaError | None) -> None:

@@ -1,25 +1,28 @@
 """The command line: parses, wires and exits.
 
-Exit status: 0 success, 1 an error response, 2 wrong usage or a setting that cannot be used, 3 the service cannot start or
-cannot go on, or its response cannot be written, 130 interrupted (143 by SIGTERM).
+Exit status: 0 success, 1 an error response or a worker that is not alive, 2 wrong usage or a setting that cannot be used, 3
+the service cannot start or cannot go on, or its response cannot be written, 130 interrupted (143 by SIGTERM).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import click
 
 from config import VERSION, Settings, SettingsError, load_settings
 from dlq_replay import Replay, Selection
-from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError
+from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError, one_line
 from logs import configure_logging, get_logger
 from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, UpscaleMethod, request_id_of
 
@@ -28,6 +31,8 @@ STDOUT, STDERR = 1, 2  # file descriptors
 EXIT_ERROR_RESPONSE = 1
 EXIT_SERVICE_FAILED = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+Result = TypeVar("Result")
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
 REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir")
@@ -68,6 +73,7 @@ def choice_of(field: str) -> click.Choice[str]:
 @click.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the answers.")
 @click.option("--dlq-topic", "kafka_dlq_topic", metavar="TOPIC", help="Topic of the dead letters.")
 @click.option("--consumer-group", "kafka_consumer_group", metavar="GROUP", help="Consumer group of the service.")
+@click.option("--http-port", metavar="PORT", help="kafka, health: port of health and metrics; 0 turns it off.")
 @click.option(
     "--error-code",
     "error_codes",
@@ -94,10 +100,11 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     standalone  encodes one image; the response is one JSON document on standard output
     kafka       answers requests from a topic until SIGTERM or SIGINT
     dlq-replay  sends dead letters back to their topic; a line of JSON for each
+    health      asks the worker on this machine how it is, and prints its answer as JSON
 
     Logs go to standard error.
-    Exit status: 0 success, 1 error response, 2 wrong usage, 3 the service cannot start or go on,
-    130 interrupted.
+    Exit status: 0 success, 1 error response or a worker that is not alive, 2 wrong usage, 3 the
+    service cannot start or go on, 130 interrupted.
 
     \b
     Examples:
@@ -118,6 +125,8 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
         serve(settings)
     if settings.mode == "dlq-replay":
         replay(settings, **replay_options)
+    if settings.mode == "health":
+        show_health(settings)
     if image_path is None:
         raise click.UsageError("Standalone mode needs --image_path FILE.")
     try:
@@ -125,7 +134,8 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
     except KeyboardInterrupt:
-        fail("Interrupted before the files were written.", EXIT_INTERRUPTED)
+        click.echo("Error: Interrupted.", err=True)
+        os._exit(EXIT_INTERRUPTED)  # an encode cannot be interrupted, and Python's own way out would wait for it
     try:
         click.echo(response.model_dump_json(indent=2))
     except OSError as exc:
@@ -136,14 +146,20 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
 def serve(settings: Settings) -> NoReturn:
     """Kafka mode, until a signal ends it: the first SIGTERM or SIGINT after the work in hand, the second at once."""
     # Imported here, so that --help and wrong usage do not wait for torch.
+    import tracing
+    from http_server import http_server
     from kafka_handler import KafkaHandler
     from service import LatentEncoder
 
     try:
         handler = KafkaHandler(settings)
         stop_on_signals(handler.stop)
-        with stdout_on_stderr():
-            finished = handler.run(LatentEncoder.set_up(settings))
+        with http_server(settings, handler.health), stdout_on_stderr(), tracing.exported():
+            with handler.health.busy("start"):
+                encoder = LatentEncoder.set_up(settings)
+                if settings.warmup:
+                    encoder.warm_up()
+            finished = handler.run(encoder)
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
     except (SetupError, KafkaFailed) as exc:
@@ -172,6 +188,20 @@ def replay(
         fail(f"Interrupted. So far: {run.tally}.", EXIT_INTERRUPTED)
     click.echo(f"Dead letters: {run.tally}.", err=True)
     sys.exit(EXIT_ERROR_RESPONSE if run.tally.refused else 0)
+
+
+def show_health(settings: Settings) -> NoReturn:
+    """Print what the worker on this machine says of itself."""
+    from http_server import ask
+
+    if not settings.http_port:
+        raise click.UsageError("HTTP_PORT=0: a worker without an HTTP port cannot be asked.")
+    try:
+        answer, alive = ask(settings)
+    except (OSError, ValueError) as exc:
+        fail(f"No worker answers on HTTP_PORT={settings.http_port}: {one_line(exc)}.", EXIT_ERROR_RESPONSE)
+    click.echo(json.dumps(answer, indent=2))
+    sys.exit(0 if alive else EXIT_ERROR_RESPONSE)
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:
@@ -207,10 +237,32 @@ def standalone(settings: Settings, fields: Mapping[str, Any]) -> Response:
     except InvalidRequest as exc:
         return ErrorResponse.of(exc, request_id_of(fields), datetime.now(UTC))
     # Imported here, so that --help and wrong usage do not wait for torch.
+    from output_files import WRITING
     from service import LatentEncoder
 
     with stdout_on_stderr():
-        return LatentEncoder.set_up(settings).answer(request)
+        return in_a_thread(lambda: LatentEncoder.set_up(settings).answer(request), WRITING)
+
+
+def in_a_thread(call: Callable[[], Result], writing: threading.Lock) -> Result:
+    """What `call` returns or raises. Ctrl-C ends the wait for it, but for files that are being written just then.
+
+    Python raises KeyboardInterrupt in the main thread, wherever that is, and ComfyUI swallows it in many a bare `except:`.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name="request", daemon=True).start()
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        writing.acquire()
+        raise
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ LONGEST_FRAME = len("scaled_image_") + len("_") + len(".png")  # what stands aro
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_FILTER_UP = 2  # each row holds the differences from the one above
 DEFLATE_LEVEL = 1
+
+# Held from the first byte that is written until all is published: whoever ends the process at once takes it first.
+WRITING = threading.Lock()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from errors import (
     ImageNotFound,
     RequestError,
     ScalingFailed,
+    SetupError,
     UnexpectedError,
     as_request_error,
     translated,
@@ -35,6 +36,7 @@ from errors import (
 from geometry import Size, latent_crop, scaled_size
 from images import PILLOW_LOCK, SourceImage, read_file, read_image
 from logs import get_logger
+from metrics import STAGE_SECONDS
 from models import (
     EncodeRequest,
     ErrorResponse,
@@ -44,12 +46,16 @@ from models import (
     Timings,
     utc_timestamp,
 )
-from output_files import OutputFiles, StagedFiles, latent_bytes, output_files, png_bytes, prepare_output_dir
+from output_files import WRITING, OutputFiles, StagedFiles, latent_bytes, output_files, png_bytes, prepare_output_dir
+from tracing import step as traced_step
 from vae import LoadedVae, VaeCache
 
 log = get_logger("latent_encoder")
 
 COMFYUI_METHODS = {"nearest": "nearest-exact"}  # the specification's name for it; the others are ComfyUI's own
+
+
+WARMUP_SIDE = 256  # pixels
 
 
 def utc_now() -> datetime:
@@ -65,6 +71,15 @@ class LatentEncoder:
         self._clock = clock
         self.vaes = VaeCache(runtime, settings)
         self._encoding = threading.Lock()  # a VAE's `encode` is replaced for the length of a VAEEncode
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What it runs on, by the names of a metric's labels."""
+        return {
+            "comfyui_version": self.runtime.version,
+            "torch_version": torch.__version__,
+            "device": self.runtime.device,
+        }
 
     @classmethod
     def set_up(cls, settings: Settings) -> LatentEncoder:
@@ -94,7 +109,26 @@ class LatentEncoder:
         Raises:
             RequestError: of the class that says what failed. No file is left behind then.
         """
-        return self.write(self.encode_prepared(self.prepare(request)))
+        response = self.write(self.encode_prepared(self.prepare(request)))
+        timings = response.metadata.timings_ms.model_dump()
+        log.info("request encoded", request_id=request.request_id, latent=response.latent_file_path, **timings)
+        return response
+
+    def warm_up(self) -> None:
+        """Load the VAE of the requests that name none and encode a grey picture, so that the first request waits for neither.
+
+        Raises:
+            SetupError: it fails, as every such request would.
+        """
+        try:
+            vae = self.vaes.get(self._settings.vae_model_name)
+            with self._encoding, torch.inference_mode():
+                self._encode(vae, torch.full((1, WARMUP_SIDE, WARMUP_SIDE, 3), 0.5))
+        except RequestError as exc:
+            raise SetupError(
+                f"The warm-up failed: {exc} VAE_MODEL_NAME names the VAE; WARMUP=false starts without, "
+                "where every request names one of its own."
+            ) from exc
 
     # The three stages of `encode`. Each may run in a thread of its own, beside the others' work on other requests.
 
@@ -133,7 +167,7 @@ class LatentEncoder:
             OutputDirNotWritable: none of the files is left behind then.
         """
         prepared, files = encoded.prepared, encoded.prepared.files
-        with StagedFiles(files.latent.parent) as staged:
+        with WRITING, StagedFiles(files.latent.parent) as staged:
             with _timed(prepared.timings, "save"):
                 latent, png = latent_bytes(encoded.latent), png_bytes(prepared.scaled)
                 staged.add(files.latent, latent)
@@ -141,8 +175,6 @@ class LatentEncoder:
             metadata = self._metadata(encoded, latent, png)
             staged.add(files.metadata, metadata.model_dump_json(indent=2).encode() + b"\n")
             staged.publish()
-        request_id, timings = prepared.request.request_id, metadata.timings_ms.model_dump()
-        log.info("request encoded", request_id=request_id, latent=str(files.latent), **timings)
         return _success(prepared.request, files, metadata)
 
     def stored_answer(self, request: EncodeRequest) -> SuccessResponse | None:
@@ -319,7 +351,8 @@ def _size(image: torch.Tensor) -> Size:
 
 @contextmanager
 def _timed(timings: dict[str, float], step: str) -> Iterator[None]:
-    """Put the milliseconds that the block takes into `timings[step]`."""
+    """Put the milliseconds that the block takes into `timings[step]`; metrics and traces get them too."""
     start = time.perf_counter()
-    yield
+    with traced_step(step), STAGE_SECONDS.labels(step).time():
+        yield
     timings[step] = round((time.perf_counter() - start) * 1000, 1)

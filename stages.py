@@ -7,24 +7,31 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+import tracing
+from health import Health
 from kafka_lanes import Job
 from models import SuccessResponse
 from service import Encoded, LatentEncoder, Prepared
 
 Inbox = SimpleQueue[tuple[Job, Any] | None]
-Report = Callable[[Job, SuccessResponse | Exception], None]
+Report = Callable[[Job, SuccessResponse | BaseException], None]
 
 
 class Stages:
     """Three threads in a row: prepare, encode, write. Requests leave them in the order in which they came."""
 
-    def __init__(self, encoder: LatentEncoder, report: Report) -> None:
+    def __init__(self, encoder: LatentEncoder, report: Report, health: Health) -> None:
         """`report` is called with the outcome of each job, from one of the threads; not for one that was dropped."""
         self._encoder = encoder
         self._report = report
+        self._health = health
         self._inboxes: list[Inbox] = [SimpleQueue() for _ in range(3)]
-        for n, stage in enumerate((self._prepare, self._encode, self._write)):
-            threading.Thread(target=self._run, args=(stage, n), name=stage.__name__.strip("_"), daemon=True).start()
+        self.threads = [
+            threading.Thread(target=self._run, args=(stage, n), name=stage.__name__.strip("_"), daemon=True)
+            for n, stage in enumerate((self._prepare, self._encode, self._write))
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def submit(self, job: Job) -> None:
         """Begin a job that has a request."""
@@ -48,18 +55,21 @@ class Stages:
         if job.dropped:
             return True
         try:
-            result = stage(job, value)
-        except Exception as exc:
+            with self._health.busy(self.threads[n].name), tracing.within(job.span):
+                result = stage(job, value)
+        except BaseException as exc:  # `sys.exit` in foreign code would end the thread, and nothing would be answered any more
             result = exc
-        if isinstance(result, SuccessResponse | Exception):
+        if isinstance(result, SuccessResponse | BaseException):
             self._report(job, result)
         else:
             self._inboxes[n + 1].put((job, result))
         return True
 
-    def _prepare(self, _: Job, request: Any) -> Prepared | SuccessResponse:
+    def _prepare(self, job: Job, request: Any) -> Prepared | SuccessResponse:
         """A request that comes again and whose files are whole needs no work."""
-        return self._encoder.stored_answer(request) or self._encoder.prepare(request)
+        stored = self._encoder.stored_answer(request)
+        job.redelivered = stored is not None
+        return stored or self._encoder.prepare(request)
 
     def _encode(self, job: Job, prepared: Prepared) -> Encoded:
         job.encoding = True

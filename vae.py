@@ -25,6 +25,7 @@ from config import Settings
 from encoders import DECODER_PARTS, prepare_for_encoding
 from errors import VaeModelInvalid, VaeModelNotFound, one_line, translated
 from geometry import Size, latent_crop
+from metrics import VAE_CACHE
 from models import EncoderKind
 from single_frame import SingleFrameEncoder
 from tiling import OomPolicy, watched
@@ -103,7 +104,9 @@ class VaeCache:
             key = tuple(map(str, files)) or (name,)
             stamp = _stamp(files)
             cached = self._loaded.pop(key, None)
-            if cached is None or cached[0] != stamp:
+            hit = cached is not None and cached[0] == stamp
+            VAE_CACHE.labels("hit" if hit else "miss").inc()
+            if cached is None or not hit:
                 del cached  # the replaced one's memory goes before the new one's comes
                 while len(self._loaded) >= self._settings.vae_cache_size:
                     self._loaded.popitem(last=False)

@@ -254,6 +254,7 @@ class Process:
             "VAE_MODEL_NAME": TINY_VAE,
             "MEGAPIXELS": "0.01",
             "DEVICE": "cpu",
+            "HTTP_PORT": "0",
             **environment,
         }
         with self.log_file.open("wb") as log:

@@ -148,9 +148,9 @@ def test_headers_of_dead_letters_are_documented() -> None:
 def test_readmes_kafka_example_works(project: Path) -> None:
     """The three commands, each in its terminal: a broker, the service, and requests that are answered."""
     commands = [command.strip() for command in blocks(section(README, "Kafka"), "bash")]
-    (port,) = free_ports(1)
+    port, http_port = free_ports(2)
     commands[0] += f" --port {port}"
-    environment = clean_environment() | {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{port}"}
+    environment = clean_environment() | {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{port}", "HTTP_PORT": f"{http_port}"}
     started: list[subprocess.Popen[str]] = []
     try:
         for command, sign in zip(commands, ("Kafka", '"event": "ready"', ""), strict=True):
