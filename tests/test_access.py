@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import access
 from access import AllowedFolders
 from config import Settings
 from errors import AccessDenied, ErrorCode, ImageInvalid, ImageNotFound, OutputDirNotWritable, RequestError
@@ -100,6 +101,15 @@ def test_path_that_leads_inside_is_read(path: str, root: str, site: Site) -> Non
     """By itself, through `..`, through symlinks, and where the folder that is allowed is a symlink itself."""
     limits = ImageLimits(site.allowing(root), 1_000_000, 1_000_000)
     assert read_file(str(site.base / path), limits) == PHOTO
+
+
+def test_system_without_a_flag_for_passing_folders_will_do(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then those on the way are opened to be read."""
+    monkeypatch.setattr(access, "PASS", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    assert read_file(str(site.base / "inside/in.jpg"), ImageLimits(site.allowing(), 1_000_000, 1_000_000)) == PHOTO
+    with open_output_folder(site.base / "inside" / "new", site.allowing()) as folder:
+        folder.create("file").close()
+    assert (site.base / "inside" / "new" / "file").exists()
 
 
 @pytest.mark.parametrize("root", ["inside", "link"])
@@ -233,9 +243,15 @@ def test_folder_that_is_swapped_while_it_is_written_gets_nothing_outside(tmp_pat
             staged.publish()
         return True
 
+    before = open_descriptors()
     with swapped(tmp_path / "inside" / "a", tmp_path / "outside"):
         assert attempts(2, write, (AccessDenied, OutputDirNotWritable))
     assert list((tmp_path / "outside").iterdir()) == []
+    assert open_descriptors() == before
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 @pytest.fixture
@@ -292,6 +308,20 @@ def test_answer_that_is_stored_outside_is_not_looked_at(confined: LatentEncoder,
     (site.base / "inside" / "deep" / "new").symlink_to(site.base / "outside" / "new")
     with pytest.raises(AccessDenied):
         confined.stored_answer(request)
+
+
+def test_folder_that_leads_outside_after_the_encode_gets_no_files(
+    confined: LatentEncoder, settings: Settings, site: Site
+) -> None:
+    """It is judged again for the write."""
+    inside, outside = site.base / "inside" / "deep" / "new", site.base / "outside" / "new"
+    paths = {"image_path": str(site.base / "inside/in.jpg"), "output_dir": str(inside)}
+    encoded = confined.encode_prepared(confined.prepare(request_for(settings, site.base, "", paths)))
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    with pytest.raises(AccessDenied):
+        confined.write(encoded)
+    assert list(outside.iterdir()) == []
 
 
 def test_command_line_says_the_same_of_what_is_there_and_what_is_not(site: Site, run_main: RunMain) -> None:

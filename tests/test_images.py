@@ -16,10 +16,12 @@ import torch
 from PIL import Image, ImageFile
 
 from access import ANYWHERE
+from config import Settings
 from errors import ErrorCode, ImageInvalid, ImageNotFound
 from images import ImageLimits, read_image
 from models import ErrorResponse
-from tests.helpers import IMAGES, Encode, load_latent
+from service import LatentEncoder
+from tests.helpers import IMAGES, Encode, load_latent, request_for
 
 LIMITS = ImageLimits(ANYWHERE, max_bytes=1_000_000, max_pixels=1_000_000)
 
@@ -113,6 +115,15 @@ def test_byte_limit_is_checked() -> None:
     with pytest.raises(ImageInvalid, match=rf"has {size} bytes, more than MAX_IMAGE_BYTES={size - 1}: {path}"):
         read_image(str(path), replace(LIMITS, max_bytes=size - 1))
     assert read_image(str(path), replace(LIMITS, max_bytes=size)).data == path.read_bytes()
+
+
+def test_service_has_the_byte_limit_of_its_settings(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
+    """MAX_IMAGE_BYTES."""
+    limited = LatentEncoder(settings.model_copy(update={"max_image_bytes": 100}), encoder.runtime)
+    response = limited.answer(request_for(settings, tmp_path, "photo.jpg", {}))
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == ErrorCode.IMAGE_INVALID
+    assert "more than MAX_IMAGE_BYTES=100" in response.error_message
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system has no file with more bytes than it states")

@@ -103,8 +103,8 @@ def test_importing_our_modules_does_nothing() -> None:
     code = (
         "import sys, logging, threading; before = sys.path[:]\n"
         "import access, comfy_runtime, config, dlq_replay, encoders, errors, geometry, images, kafka_config\n"
-        "import kafka_connection, kafka_handler, kafka_lanes, kafka_publishers, kafka_records, kafka_topics, lazy_imports, logs\n"
-        "import main, models, output_files, service, single_frame, stages, tiling, utils, vae, winograd\n"
+        "import kafka_connection, kafka_handler, kafka_lanes, kafka_publishers, kafka_records, kafka_topics, lazy_imports\n"
+        "import logs, main, models, output_files, service, single_frame, stages, tiling, utils, vae, winograd\n"
         "assert sys.path == before and not logging.getLogger().handlers and threading.active_count() == 1\n"
         "assert not {'comfy', 'nodes', 'folder_paths'} & sys.modules.keys()\n"
     )
