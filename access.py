@@ -44,7 +44,10 @@ class AllowedFolders:
         place = _resolved(path)
         if self.folders is None or any(place.is_relative_to(_resolved(str(folder))) for folder in self.folders):
             return place
-        raise AccessDenied(f"Access denied: {path} does not lead into a folder of {self.setting}.")
+        raise AccessDenied(
+            f"Access denied: {path} does not lead into a folder of {self.setting}; "
+            "name one that does, or add its folder there."
+        )
 
     @contextmanager
     def open_file(self, path: str) -> Iterator[int]:

@@ -111,7 +111,10 @@ def _read_regular(path: str, descriptor: int, max_bytes: int) -> bytes:
     if not stat.S_ISREG(state.st_mode):
         raise ImageInvalid(f"Image path is not a regular file: {path}")
     if state.st_size > max_bytes:
-        raise ImageInvalid(f"Image file has {state.st_size} bytes, more than MAX_IMAGE_BYTES={max_bytes}: {path}")
+        raise ImageInvalid(
+            f"Image file has {state.st_size} bytes, more than MAX_IMAGE_BYTES={max_bytes}; "
+            f"make it smaller, or raise the limit: {path}"
+        )
     with open(descriptor, "rb", closefd=False) as file:
         data = file.read(state.st_size + 1)  # and no more, however it grows meanwhile
     if len(data) > state.st_size:

@@ -67,6 +67,12 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path / "site")
 
 
+def denied(path: str | Path) -> str:
+    """All that a request outside is told."""
+    setting = "ALLOWED_INPUT_DIRS"
+    return f"Access denied: {path} does not lead into a folder of {setting}; name one that does, or add its folder there."
+
+
 INSIDE = (
     "inside/deep/photo.jpg",
     "inside/deep/../deep/photo.jpg",
@@ -119,7 +125,7 @@ def test_path_that_leads_outside_is_refused(path: str, root: str, site: Site) ->
     given = f"{site.base}/{path}"
     with pytest.raises(AccessDenied) as caught:
         read_file(given, ImageLimits(site.allowing(root), 1_000_000, 1_000_000))
-    assert str(caught.value) == f"Access denied: {given} does not lead into a folder of ALLOWED_INPUT_DIRS."
+    assert str(caught.value) == denied(given)
     with pytest.raises(AccessDenied), open_output_folder(Path(given), site.allowing(root)):
         pass
 
@@ -335,8 +341,7 @@ def test_command_line_says_the_same_of_what_is_there_and_what_is_not(site: Site,
         response = json.loads(done.stdout)
         assert response.pop("timestamp")
         told.append((done.returncode, response))
-    message = f"Access denied: {path} does not lead into a folder of ALLOWED_INPUT_DIRS."
-    expected = {"status": "error", "request_id": "r", "error_code": "ACCESS_DENIED", "error_message": message}
+    expected = {"status": "error", "request_id": "r", "error_code": "ACCESS_DENIED", "error_message": denied(path)}
     assert told == [(1, expected), (1, expected)]
 
 

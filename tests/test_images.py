@@ -112,7 +112,7 @@ def test_byte_limit_is_checked() -> None:
     """Likewise, before a byte is read."""
     path = IMAGES / "photo.jpg"
     size = path.stat().st_size
-    with pytest.raises(ImageInvalid, match=rf"has {size} bytes, more than MAX_IMAGE_BYTES={size - 1}: {path}"):
+    with pytest.raises(ImageInvalid, match=rf"has {size} bytes, more than MAX_IMAGE_BYTES={size - 1}; .*: {path}$"):
         read_image(str(path), replace(LIMITS, max_bytes=size - 1))
     assert read_image(str(path), replace(LIMITS, max_bytes=size)).data == path.read_bytes()
 
