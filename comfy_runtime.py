@@ -52,6 +52,7 @@ class Vae(Protocol):
     vae_dtype: torch.dtype
     device: torch.device
     latent_dim: int
+    latent_channels: int
 
     def spacial_compression_encode(self) -> int: ...
 

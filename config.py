@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from errors import LatentEncoderError
-from models import Megapixels, Text, UpscaleMethod, VaeModelName, describe
+from models import MAX_MEGAPIXELS, Megapixels, Text, UpscaleMethod, VaeModelName, describe
 
 VERSION = "0.4.0"
 PROJECT_DIR = Path(__file__).resolve().parent
@@ -27,8 +27,23 @@ def _split_names(value: object) -> object:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
+def _split_folders(value: object) -> object:
+    names = _split_names(value)
+    if not isinstance(names, list):
+        return value
+    if not names:
+        raise ValueError("must name a folder")  # a list of none must not pass for one that was not set
+    try:
+        return tuple(Path(name).expanduser().absolute() for name in names)
+    except RuntimeError as exc:
+        raise ValueError(str(exc)) from exc  # there is no such user
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
+
+
+Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)]
 
 
 class Settings(BaseSettings):
@@ -116,6 +131,22 @@ class Settings(BaseSettings):
     vae_model_name: VaeModelName = Field("qwen_image_vae.safetensors", description="VAE file for requests that name none.")
     output_dir: Text = Field("./output", description="Folder for the files of requests that name none.")
 
+    allowed_input_dirs: Folders | None = Field(
+        None, description="Folders that images may be read from, comma-separated; any where not set."
+    )
+    allowed_output_dirs: Folders | None = Field(
+        None, description="Folders that files may be written to, comma-separated; any where not set."
+    )
+    max_image_bytes: int = Field(104_857_600, ge=1, description="Largest input image file, in bytes.")
+    max_image_pixels: int = Field(
+        89_478_485,
+        ge=1,
+        description="Largest input image, in pixels, judged from its header; the default is Pillow's own warning limit.",
+    )
+    max_output_megapixels: Megapixels = Field(
+        MAX_MEGAPIXELS, description="Most megapixels that a request may ask for, at most 16.0."
+    )
+
     comfyui_path: Path = Field(
         PROJECT_DIR / "comfyui", description="ComfyUI tree to run; the one that `setup_comfyui.sh` filled where not set."
     )
@@ -159,11 +190,6 @@ class Settings(BaseSettings):
         None, ge=1, description="Threads for the encode; as many as this container has CPUs where not set."
     )
     vae_cache_size: int = Field(2, ge=1, description="How many VAEs stay loaded; the least recently used goes first.")
-    max_image_pixels: int = Field(
-        89_478_485,
-        ge=1,
-        description="Largest input image, in pixels, judged from its header; the default is Pillow's own warning limit.",
-    )
 
     @property
     def request_defaults(self) -> dict[str, Any]:
@@ -183,6 +209,10 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
         settings = Settings(**given)
     except ValidationError as exc:
         raise SettingsError(describe(exc, name=str.upper)) from exc
+    if settings.megapixels > settings.max_output_megapixels:
+        raise SettingsError(
+            f"MEGAPIXELS: must be at most MAX_OUTPUT_MEGAPIXELS={settings.max_output_megapixels} (got {settings.megapixels})"
+        )
     topics = (settings.kafka_request_topic, settings.kafka_response_topic, settings.kafka_dlq_topic)
     if len(set(topics)) < len(topics):
         raise SettingsError(

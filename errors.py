@@ -23,6 +23,7 @@ class ErrorCode(StrEnum):
     VAE_MODEL_NOT_FOUND = "VAE_MODEL_NOT_FOUND"
     VAE_MODEL_INVALID = "VAE_MODEL_INVALID"
     INVALID_REQUEST = "INVALID_REQUEST"
+    ACCESS_DENIED = "ACCESS_DENIED"
     SCALING_FAILED = "SCALING_FAILED"
     ENCODING_FAILED = "ENCODING_FAILED"
     OUTPUT_DIR_NOT_WRITABLE = "OUTPUT_DIR_NOT_WRITABLE"
@@ -49,6 +50,12 @@ class InvalidRequest(RequestError):
     """A field of the request is missing, of the wrong type or out of range; the text names the field."""
 
     code = ErrorCode.INVALID_REQUEST
+
+
+class AccessDenied(RequestError):
+    """A path of the request leads out of the folders that the settings allow; the text does not tell what is there."""
+
+    code = ErrorCode.ACCESS_DENIED
 
 
 class ImageNotFound(RequestError):

@@ -20,6 +20,8 @@ from typing import BinaryIO, cast
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from access import AllowedFolders
+from config import Settings
 from errors import ImageInvalid, ImageNotFound, translated
 from geometry import Size
 
@@ -27,6 +29,20 @@ FORMATS = ("JPEG", "PNG")  # Pillow opens a JPEG with further pictures in it as 
 
 # LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES for a moment: nobody may decode strictly just then.
 PILLOW_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Where an input image may lie, and how large it may be."""
+
+    folders: AllowedFolders
+    max_bytes: int
+    max_pixels: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> ImageLimits:
+        folders = AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs)
+        return cls(folders, settings.max_image_bytes, settings.max_image_pixels)
 
 
 @dataclass(frozen=True)
@@ -55,40 +71,54 @@ def _anonymous_file() -> BinaryIO:
     return cast(BinaryIO, tempfile.TemporaryFile())
 
 
-def read_image(path: str, max_pixels: int) -> SourceImage:
+def read_image(path: str, limits: ImageLimits) -> SourceImage:
     """Read and check the image file at `path`. Hold `PILLOW_LOCK` meanwhile.
 
     Raises:
+        AccessDenied: it is in none of the folders that are allowed.
         ImageNotFound: there is no such file.
-        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is damaged, truncated or animated, or has
-            more than `max_pixels` pixels.
+        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is damaged, truncated or animated, or is
+            larger than the limits allow.
     """
-    data = read_file(path)
+    data = read_file(path, limits)
     with translated(ImageInvalid, f"Image file is damaged: {path}"):
-        notes = _inspect(path, data, max_pixels)
+        notes = _inspect(path, data, limits.max_pixels)
         _decode_strictly(data)
     return SourceImage(data, hashlib.sha256(data).hexdigest(), notes)
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of the image file, unchecked.
+def read_file(path: str, limits: ImageLimits) -> bytes:
+    """The bytes of the image file, unchecked but for their number.
 
     Raises:
+        AccessDenied: it is in none of the folders that are allowed.
         ImageNotFound: there is no such file.
-        ImageInvalid: it is empty, not a regular file, or cannot be read.
+        ImageInvalid: it is empty, too large, growing, not a regular file, or cannot be read.
     """
     try:
-        # Non-blocking, so that a named pipe is refused below and not waited for.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ImageInvalid(f"Image path is not a regular file: {path}")
-            data = file.read()
+        with limits.folders.open_file(path) as descriptor:
+            return _read_regular(path, descriptor, limits.max_bytes)
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise ImageNotFound(f"Image file not found: {path}") from exc
-    except IsADirectoryError as exc:
-        raise ImageInvalid(f"Image path is a folder: {path}") from exc
     except OSError as exc:
         raise ImageInvalid(f"Image file cannot be read: {path} ({exc.strerror})") from exc
+
+
+def _read_regular(path: str, descriptor: int, max_bytes: int) -> bytes:
+    state = os.fstat(descriptor)
+    if stat.S_ISDIR(state.st_mode):
+        raise ImageInvalid(f"Image path is a folder: {path}")
+    if not stat.S_ISREG(state.st_mode):
+        raise ImageInvalid(f"Image path is not a regular file: {path}")
+    if state.st_size > max_bytes:
+        raise ImageInvalid(
+            f"Image file has {state.st_size} bytes, more than MAX_IMAGE_BYTES={max_bytes}; "
+            f"make it smaller, or raise the limit: {path}"
+        )
+    with open(descriptor, "rb", closefd=False) as file:
+        data = file.read(state.st_size + 1)  # and no more, however it grows meanwhile
+    if len(data) > state.st_size:
+        raise ImageInvalid(f"Image file grew while it was read; send the request again when it is whole: {path}")
     if not data:
         raise ImageInvalid(f"Image file is empty: {path}")
     return data

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 import click
 
+from access import log_missing_limits
 from config import VERSION, Settings, SettingsError, load_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError, one_line
@@ -151,6 +152,7 @@ def serve(settings: Settings) -> NoReturn:
     from kafka_handler import KafkaHandler
     from service import LatentEncoder
 
+    log_missing_limits(settings)
     try:
         handler = KafkaHandler(settings)
         stop_on_signals(handler.stop)

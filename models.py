@@ -14,6 +14,7 @@ from errors import ErrorCode, InvalidRequest, RequestError
 
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
+MAX_PATH_LENGTH = 4096  # Linux takes no longer ones; resolving one takes time that grows with its square
 
 EncoderKind = Literal["single-frame", "stock"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
@@ -34,6 +35,7 @@ def _inside_model_folders(name: str) -> str:
 
 # The patterns say in the JSON Schema what the functions check.
 Text = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": r"^[^\x00]*$"}), AfterValidator(_no_nul)]
+PathText = Annotated[Text, Field(max_length=MAX_PATH_LENGTH)]
 VaeModelName = Annotated[
     Text, Field(json_schema_extra={"not": {"pattern": r"^/|(^|/)\.\.(/|$)"}}), AfterValidator(_inside_model_folders)
 ]
@@ -45,14 +47,14 @@ class EncodeRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
-    image_path: Text = Field(description="Path to a JPEG or PNG.")
+    image_path: PathText = Field(description="Path to a JPEG or PNG.")
     vae_model_name: VaeModelName = Field(
         "qwen_image_vae.safetensors",
         description="Name of a VAE file in the model folders, sub-folders included; no absolute path and no `..`.",
     )
     upscale_method: UpscaleMethod = Field("lanczos", description="How to scale; `nearest` is ComfyUI's `nearest-exact`.")
     megapixels: Megapixels = Field(1.0, description="Size to scale to; one megapixel is 1024 x 1024 pixels, as in ComfyUI.")
-    output_dir: Text = Field("./output", description="Folder for the files; made if absent.")
+    output_dir: PathText = Field("./output", description="Folder for the files; made if absent.")
     request_id: Text = Field(
         default_factory=lambda: str(uuid4()),
         description="Comes back in the response and is part of the files' names; made by the service if absent.",

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import secrets
+import stat
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import torch
 from isal import isal_zlib
 
+from access import AllowedFolders, absolute
 from errors import OutputDirNotWritable
+from geometry import Size
 
 LONGEST_FRAME = len("scaled_image_") + len("_") + len(".png")  # what stands around stem and request id
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_FILTER_UP = 2  # each row holds the differences from the one above
 DEFLATE_LEVEL = 1
+
+FIXED_BYTES = 32_768  # more than the metadata, what the formats add, and the rest of each file's last block
 
 # Held from the first byte that is written until all is published: whoever ends the process at once takes it first.
 WRITING = threading.Lock()
@@ -39,13 +45,17 @@ class OutputFiles:
     scaled_image: Path
     metadata: Path
 
+    @property
+    def folder(self) -> Path:
+        return self.latent.parent
+
 
 def output_files(output_dir: str, image_path: str, request_id: str) -> OutputFiles:
     """The files' names: `latent_<stem>_<request_id>.pt` and its siblings.
 
     `stem` is that of the image's name. Stem and request id are made safe by `safe_name`.
     """
-    folder = Path(output_dir).absolute()
+    folder = absolute(output_dir)
     limit = (_longest_name(folder) - LONGEST_FRAME) // 2
     unique = f"{safe_name(Path(image_path).stem, limit)}_{safe_name(request_id, limit)}"
     latent = folder / f"latent_{unique}.pt"
@@ -71,17 +81,95 @@ def _longest_name(folder: Path) -> int:
         return os.pathconf(existing, "PC_NAME_MAX")
 
 
-def prepare_output_dir(folder: Path) -> None:
-    """Make the folder where it is missing, and make sure that a file can be written in it.
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that is open. What is done in it goes through its descriptor, wherever its path leads by now."""
+
+    path: Path
+    descriptor: int
+
+    def create(self, name: str) -> BinaryIO:
+        """A new file, to be written.
+
+        Raises:
+            OSError: it is there already, or cannot be made.
+        """
+        return open(name, "xb", opener=self._opener)
+
+    def read(self, name: str) -> bytes:
+        """What is in the file, which has to be a regular one itself: no symlink, nothing that would be waited for.
+
+        Raises:
+            OSError: it is not, or cannot be read.
+        """
+        with open(name, "rb", opener=self._opener) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "Not a regular file")
+            return file.read()
+
+    def rename(self, name: str, new: str) -> None:
+        """Give the file another name; what had that name is gone."""
+        os.replace(name, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove the file where it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.descriptor)
+
+    def flush(self) -> None:
+        """Make what was renamed survive a power cut."""
+        os.fsync(self.descriptor)
+
+    def free_bytes(self) -> int | None:
+        """How much may be written; None where the file system does not say, as some in user space do not."""
+        state = os.fstatvfs(self.descriptor)
+        return state.f_bavail * state.f_frsize if state.f_blocks else None
+
+    def _opener(self, name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=self.descriptor)
+
+
+@contextmanager
+def open_output_folder(path: Path, allowed: AllowedFolders) -> Iterator[OutputFolder]:
+    """The folder, made where it is missing, open as long as the context lasts.
 
     Raises:
-        OutputDirNotWritable: it cannot.
+        AccessDenied: it is in none of the folders that are allowed.
+        OutputDirNotWritable: it cannot be made or opened.
     """
-    with _reported(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary_name(folder)
-        probe.touch()
-        probe.unlink()
+    with ExitStack() as stack:
+        with _reported(path):
+            descriptor = stack.enter_context(allowed.open_folder(str(path), create=True))
+        yield OutputFolder(path, descriptor)
+
+
+def prepare_output_dir(path: Path, allowed: AllowedFolders, needed: int) -> None:
+    """Make the folder where it is missing, and make sure that files of so many bytes can be written in it.
+
+    Raises:
+        AccessDenied: it is in none of the folders that are allowed.
+        OutputDirNotWritable: they cannot.
+    """
+    with open_output_folder(path, allowed) as folder, _reported(path):
+        probe = _temporary_name()
+        folder.create(probe).close()
+        folder.remove(probe)
+        free = folder.free_bytes()
+    if free is not None and free < needed:
+        raise OutputDirNotWritable(
+            f"Cannot write to output directory: {path} (the files may need {_megabytes(needed)}, {_megabytes(free)} are free)"
+        )
+
+
+def space_needed(scaled: Size, factor: int, channels: int) -> int:
+    """How many bytes the three files take at most: of an image that does not compress, and of its latent's `channels`."""
+    latent = 4 * channels * (scaled.width // factor) * (scaled.height // factor)
+    scanlines = (1 + 3 * scaled.width) * scaled.height
+    return latent + scanlines + scanlines // 100 + FIXED_BYTES
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
 
 
 def latent_bytes(latent: torch.Tensor) -> bytes:
@@ -123,45 +211,37 @@ class StagedFiles:
         OutputDirNotWritable: from each method, where the file system refuses.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: OutputFolder) -> None:
         self._folder = folder
-        self._staged: list[tuple[Path, Path]] = []
+        self._staged: list[tuple[str, str]] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         for temporary, _ in self._staged:
-            temporary.unlink(missing_ok=True)
+            self._folder.remove(temporary)
 
-    def add(self, final: Path, data: bytes) -> None:
-        temporary = _temporary_name(self._folder)
-        with _reported(self._folder), temporary.open("xb") as file:
+    def add(self, final: str, data: bytes) -> None:
+        """Write a file that gets the name `final`."""
+        temporary = _temporary_name()
+        with _reported(self._folder.path), self._folder.create(temporary) as file:
             self._staged.append((temporary, final))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
     def publish(self) -> None:
-        with _reported(self._folder):
-            self._staged[-1][1].unlink(missing_ok=True)
+        with _reported(self._folder.path):
+            self._folder.remove(self._staged[-1][1])
             for temporary, final in self._staged:
-                temporary.replace(final)
-            _flush_folder(self._folder)
+                self._folder.rename(temporary, final)
+            self._folder.flush()
         self._staged.clear()
 
 
-def _temporary_name(folder: Path) -> Path:
-    return folder / f".latent-encoder-{secrets.token_hex(8)}.tmp"
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the renames themselves survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _temporary_name() -> str:
+    return f".latent-encoder-{secrets.token_hex(8)}.tmp"
 
 
 @contextmanager

@@ -20,12 +20,14 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from access import AllowedFolders
 from comfy_runtime import ComfyRuntime, load_runtime
 from config import PROJECT_DIR, Settings
 from errors import (
     EncodingFailed,
     ImageInvalid,
     ImageNotFound,
+    InvalidRequest,
     RequestError,
     ScalingFailed,
     SetupError,
@@ -34,7 +36,7 @@ from errors import (
     translated,
 )
 from geometry import Size, latent_crop, scaled_size
-from images import PILLOW_LOCK, SourceImage, read_file, read_image
+from images import PILLOW_LOCK, ImageLimits, SourceImage, read_file, read_image
 from logs import get_logger
 from metrics import STAGE_SECONDS
 from models import (
@@ -46,7 +48,18 @@ from models import (
     Timings,
     utc_timestamp,
 )
-from output_files import WRITING, OutputFiles, StagedFiles, latent_bytes, output_files, png_bytes, prepare_output_dir
+from output_files import (
+    WRITING,
+    OutputFiles,
+    OutputFolder,
+    StagedFiles,
+    latent_bytes,
+    open_output_folder,
+    output_files,
+    png_bytes,
+    prepare_output_dir,
+    space_needed,
+)
 from tracing import step as traced_step
 from vae import LoadedVae, VaeCache
 
@@ -69,6 +82,8 @@ class LatentEncoder:
         self._settings = settings
         self.runtime = runtime
         self._clock = clock
+        self._images = ImageLimits.of(settings)
+        self._outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
         self.vaes = VaeCache(runtime, settings)
         self._encoding = threading.Lock()  # a VAE's `encode` is replaced for the length of a VAEEncode
 
@@ -138,6 +153,7 @@ class LatentEncoder:
         Raises:
             RequestError: of the class that says what failed.
         """
+        self._admit(request)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode():
             with _timed(timings, "load_vae"):
@@ -147,7 +163,7 @@ class LatentEncoder:
             with _timed(timings, "scale"):
                 scaled = self._scale(image, request, vae.factor)
         files = output_files(request.output_dir, request.image_path, request.request_id)
-        prepare_output_dir(files.latent.parent)
+        prepare_output_dir(files.folder, self._outputs, space_needed(_size(scaled), vae.factor, vae.channels))
         # The unscaled pixels end here: a large photo's must not stay in memory through the encode.
         return Prepared(request, files, vae, source.sha256, source.notes, _size(image), scaled, timings)
 
@@ -164,16 +180,16 @@ class LatentEncoder:
         """Write latent, scaled image and, last, metadata.
 
         Raises:
-            OutputDirNotWritable: none of the files is left behind then.
+            AccessDenied, OutputDirNotWritable: none of the files is left behind then.
         """
         prepared, files = encoded.prepared, encoded.prepared.files
-        with WRITING, StagedFiles(files.latent.parent) as staged:
+        with WRITING, open_output_folder(files.folder, self._outputs) as folder, StagedFiles(folder) as staged:
             with _timed(prepared.timings, "save"):
                 latent, png = latent_bytes(encoded.latent), png_bytes(prepared.scaled)
-                staged.add(files.latent, latent)
-                staged.add(files.scaled_image, png)
+                staged.add(files.latent.name, latent)
+                staged.add(files.scaled_image.name, png)
             metadata = self._metadata(encoded, latent, png)
-            staged.add(files.metadata, metadata.model_dump_json(indent=2).encode() + b"\n")
+            staged.add(files.metadata.name, metadata.model_dump_json(indent=2).encode() + b"\n")
             staged.publish()
         return _success(prepared.request, files, metadata)
 
@@ -184,23 +200,39 @@ class LatentEncoder:
         since counts as unchanged: who got the first answer may have removed it.
 
         Raises:
-            RequestError: the image or the VAE cannot be read.
+            RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
+        self._admit(request)
         files = output_files(request.output_dir, request.image_path, request.request_id)
-        metadata = _stored_metadata(files)
+        metadata = _stored_metadata(files, self._outputs)
         if metadata is None:
             return None
         try:
-            image_sha256 = hashlib.sha256(read_file(request.image_path)).hexdigest()
+            image_sha256 = hashlib.sha256(read_file(request.image_path, self._images)).hexdigest()
         except ImageNotFound:
             image_sha256 = metadata.image_sha256
         expected = self._fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name))
         return _success(request, files, metadata) if metadata.fingerprint == expected else None
 
+    def _admit(self, request: EncodeRequest) -> None:
+        """Refuse what the settings do not allow, before anything is looked at for it.
+
+        Raises:
+            InvalidRequest: more megapixels than MAX_OUTPUT_MEGAPIXELS.
+            AccessDenied: a path that leads out of the allowed folders.
+        """
+        limit = self._settings.max_output_megapixels
+        if request.megapixels > limit:
+            raise InvalidRequest(
+                f"Invalid request: megapixels: must be at most MAX_OUTPUT_MEGAPIXELS={limit} (got {request.megapixels})"
+            )
+        self._images.folders.resolve(request.image_path)
+        self._outputs.resolve(request.output_dir)
+
     def _load_image(self, path: str) -> tuple[SourceImage, torch.Tensor]:
         """The checked source and its pixels, float32 `[1, height, width, 3]` in [0, 1]."""
         with PILLOW_LOCK:
-            source = read_image(path, self._settings.max_image_pixels)
+            source = read_image(path, self._images)
             with translated(ImageInvalid, f"ComfyUI cannot load the image file {path}"), source.as_file() as file:
                 return source, self.runtime.load_image(file)
 
@@ -317,11 +349,13 @@ def _success(request: EncodeRequest, files: OutputFiles, metadata: Metadata) -> 
     )
 
 
-def _stored_metadata(files: OutputFiles) -> Metadata | None:
+def _stored_metadata(files: OutputFiles, allowed: AllowedFolders) -> Metadata | None:
     """The metadata of an earlier run where all three files are there and have the checksums that it states."""
     try:
-        metadata = Metadata.model_validate_json(files.metadata.read_bytes())
-        latent, png = files.latent.read_bytes(), files.scaled_image.read_bytes()
+        with allowed.open_folder(str(files.folder)) as descriptor:
+            folder = OutputFolder(files.folder, descriptor)
+            metadata = Metadata.model_validate_json(folder.read(files.metadata.name))
+            latent, png = folder.read(files.latent.name), folder.read(files.scaled_image.name)
     except (OSError, ValidationError):
         return None  # not there, or of another version: then the request is encoded
     stated = (metadata.latent_sha256, metadata.scaled_image_sha256)

@@ -74,6 +74,11 @@ class LoadedVae:
         return int(self.vae.spacial_compression_encode())
 
     @property
+    def channels(self) -> int:
+        """How many channels its latents have."""
+        return int(self.vae.latent_channels)
+
+    @property
     def dtype(self) -> str:
         return str(self.vae.vae_dtype).removeprefix("torch.")
 

@@ -21,9 +21,10 @@ from typing import Any
 import click
 import torch
 
+from access import ANYWHERE
 from comfy_runtime import ComfyRuntime, load_runtime
 from config import Settings
-from output_files import OutputFiles, StagedFiles, latent_bytes, output_files, png_bytes
+from output_files import OutputFiles, StagedFiles, latent_bytes, open_output_folder, output_files, png_bytes
 from vae import LoadedVae, VaeCache
 
 
@@ -78,10 +79,10 @@ def write(scaled: torch.Tensor, latent: torch.Tensor, files: OutputFiles) -> byt
     frame = latent.squeeze(2).to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
     data, png = latent_bytes(frame), png_bytes(scaled)
     metadata = {"latent_shape": list(frame.shape), "scaled_image_shape": list(scaled.shape[1:])}
-    with StagedFiles(files.latent.parent) as staged:
-        staged.add(files.latent, data)
-        staged.add(files.scaled_image, png)
-        staged.add(files.metadata, json.dumps(metadata, indent=2).encode())
+    with open_output_folder(files.folder, ANYWHERE) as folder, StagedFiles(folder) as staged:
+        staged.add(files.latent.name, data)
+        staged.add(files.scaled_image.name, png)
+        staged.add(files.metadata.name, json.dumps(metadata, indent=2).encode())
         staged.publish()
     return data
 

@@ -15,7 +15,7 @@ from benchmarks.encode_report import Spread, markdown, megapixels_text, progress
 from benchmarks.encode_sides import Workbench
 from comfy_runtime import ComfyRuntime
 from config import Settings
-from images import read_image
+from images import ImageLimits, read_image
 from models import EncodeRequest
 from service import LatentEncoder
 from tests.helpers import TINY_VAE
@@ -90,7 +90,7 @@ def _one_request(encoder: LatentEncoder, runtime: TimedRuntime, request: EncodeR
     before_writing = time.perf_counter()
     encoder.write(encoded)
     end = time.perf_counter()
-    read_image(request.image_path, Settings().max_image_pixels)
+    read_image(request.image_path, ImageLimits.of(Settings()))
     return end - start, end - start - runtime.seconds, time.perf_counter() - end, end - before_writing
 
 

@@ -187,8 +187,8 @@ def test_read_only_output_folder_is_not_writable(tmp_path: Path, run_main: RunMa
     assert response["error_message"] == f"Cannot write to output directory: {folder} (Permission denied)"
 
 
-def test_full_disk_leaves_nothing(tmp_path: Path, run_main: RunMain) -> None:
-    """OUTPUT_DIR_NOT_WRITABLE, and not a byte of the files that did not fit."""
+def test_full_disk_is_found_before_the_encode(tmp_path: Path, run_main: RunMain) -> None:
+    """OUTPUT_DIR_NOT_WRITABLE with what is needed and what is there, and not a file."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=16k tmpfs '{disk}' && \"$@\"; status=$?; ls -A '{disk}' >&2; exit $status"
@@ -198,5 +198,17 @@ def test_full_disk_leaves_nothing(tmp_path: Path, run_main: RunMain) -> None:
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", disk, prefix=prefix)
     response = json.loads(done.stdout)
     assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
-    assert response["error_message"] == f"Cannot write to output directory: {disk} (No space left on device)"
+    start = f"Cannot write to output directory: {disk} (the files may need 0."
+    assert response["error_message"].startswith(start)
+    assert response["error_message"].endswith(" MB, 0.0 MB are free)")
     assert json.loads(done.stderr.splitlines()[-1])["event"] == "request failed", "a file was left on the disk"
+
+
+def test_file_that_does_not_fit_leaves_nothing(tmp_path: Path, run_main: RunMain) -> None:
+    """A disk that fills up during the encode, stood for by the largest file that this process may write, is as good."""
+    prefix = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash"]  # kilobytes: more than the image, less than the latent
+    done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", tmp_path / "out", prefix=prefix)
+    response = json.loads(done.stdout)
+    assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
+    assert response["error_message"] == f"Cannot write to output directory: {tmp_path / 'out'} (File too large)"
+    assert list((tmp_path / "out").iterdir()) == []

@@ -72,6 +72,10 @@ def test_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
         ("VAE_PRECISION", "fp8"),
         ("VAE_CACHE_SIZE", "0"),
         ("MAX_IMAGE_PIXELS", "-1"),
+        ("MAX_IMAGE_BYTES", "0"),
+        ("MAX_OUTPUT_MEGAPIXELS", "17"),
+        ("ALLOWED_INPUT_DIRS", ","),
+        ("ALLOWED_OUTPUT_DIRS", "~nobody-of-that-name/x"),
         ("KAFKA_REQUEST_TOPIC", "a topic"),
         ("KAFKA_PREFETCH", "0"),
         ("KAFKA_MAX_RETRIES", "-1"),
@@ -94,6 +98,22 @@ def test_lists_and_levels_are_read_as_people_write_them(monkeypatch: pytest.Monk
     monkeypatch.setenv("LOG_LEVEL", "debug")
     settings = load_settings({})
     assert (settings.custom_nodes, settings.log_level) == (("one", "two"), "DEBUG")
+
+
+def test_allowed_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the working folder on; `~` is a home. Not set means no limit, which is not the same as a list of none."""
+    assert load_settings({}).allowed_input_dirs is None
+    monkeypatch.setenv("ALLOWED_INPUT_DIRS", "./images, ~/photos,/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_settings({}).allowed_input_dirs == (tmp_path / "images", Path("/home/me/photos"), Path("/data"))
+
+
+def test_default_megapixels_are_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or requests that name none would all be refused."""
+    monkeypatch.setenv("MAX_OUTPUT_MEGAPIXELS", "0.5")
+    with pytest.raises(SettingsError, match=r"^MEGAPIXELS: must be at most MAX_OUTPUT_MEGAPIXELS=0\.5 \(got 1\.0\)"):
+        load_settings({})
+    assert load_settings({"megapixels": 0.5}).max_output_megapixels == 0.5
 
 
 def test_settings_are_frozen() -> None:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageFile
 
-from errors import ErrorCode, ImageInvalid
-from images import read_image
+from access import ANYWHERE
+from config import Settings
+from errors import ErrorCode, ImageInvalid, ImageNotFound
+from images import ImageLimits, read_image
 from models import ErrorResponse
-from tests.helpers import IMAGES, Encode, load_latent
+from service import LatentEncoder
+from tests.helpers import IMAGES, Encode, load_latent, request_for
+
+LIMITS = ImageLimits(ANYWHERE, max_bytes=1_000_000, max_pixels=1_000_000)
 
 REFUSED = {
     "empty.png": "is empty",
@@ -95,8 +104,71 @@ def test_pixel_limit_is_checked() -> None:
     """A limit below the image's size refuses it and says both; at the limit it is accepted."""
     path = str(IMAGES / "photo.jpg")
     with pytest.raises(ImageInvalid, match=r"MAX_IMAGE_PIXELS=6143 pixels.*96 x 64 px"):
-        read_image(path, max_pixels=96 * 64 - 1)
-    assert read_image(path, max_pixels=96 * 64).notes == ()
+        read_image(path, replace(LIMITS, max_pixels=96 * 64 - 1))
+    assert read_image(path, replace(LIMITS, max_pixels=96 * 64)).notes == ()
+
+
+def test_byte_limit_is_checked() -> None:
+    """Likewise, before a byte is read."""
+    path = IMAGES / "photo.jpg"
+    size = path.stat().st_size
+    with pytest.raises(ImageInvalid, match=rf"has {size} bytes, more than MAX_IMAGE_BYTES={size - 1}; .*: {path}$"):
+        read_image(str(path), replace(LIMITS, max_bytes=size - 1))
+    assert read_image(str(path), replace(LIMITS, max_bytes=size)).data == path.read_bytes()
+
+
+def test_service_has_the_byte_limit_of_its_settings(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
+    """MAX_IMAGE_BYTES."""
+    limited = LatentEncoder(settings.model_copy(update={"max_image_bytes": 100}), encoder.runtime)
+    response = limited.answer(request_for(settings, tmp_path, "photo.jpg", {}))
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == ErrorCode.IMAGE_INVALID
+    assert "more than MAX_IMAGE_BYTES=100" in response.error_message
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system has no file with more bytes than it states")
+def test_file_is_not_read_beyond_its_size() -> None:
+    """One that grows while it is read; those in /proc state 0 bytes and have many."""
+    with pytest.raises(ImageInvalid, match="grew while it was read"):
+        read_image("/proc/self/smaps", LIMITS)
+
+
+def test_what_is_no_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """However often a request names a folder or a pipe."""
+    pipe(tmp_path / "pipe")
+    before = len(list(Path("/dev/fd").iterdir()))
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "nothing", "/"):
+        with pytest.raises((ImageInvalid, ImageNotFound)):
+            read_image(str(path), LIMITS)
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+BOMB = zlib.compress(bytes(100_000_000), 9)  # a tenth of a megabyte
+HIDDEN = {
+    "colour profile": chunk(b"iCCP", b"profile\0\0" + BOMB),
+    "compressed text": chunk(b"zTXt", b"text\0\0" + BOMB),
+    "international text": chunk(b"iTXt", b"text\0\1\0\0\0" + BOMB),
+    "many texts": 70 * chunk(b"zTXt", b"text\0\0" + zlib.compress(bytes(1_000_000), 9)),
+}
+
+
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_bomb_beside_the_pixels_is_refused(name: str, place: bytes, answer: Encode, tmp_path: Path) -> None:
+    """What a small PNG has compressed in it before or after its pixels does not fill the memory either."""
+    before, after = (IMAGES / "rgba.png").read_bytes().split(place, 1)
+    image = tmp_path / "bomb.png"
+    image.write_bytes(before[:-4] + HIDDEN[name] + before[-4:] + place + after)
+    tracemalloc.start()
+    response = answer(image)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (response.error_code, list(tmp_path.iterdir())) == (ErrorCode.IMAGE_INVALID, [image])
+    assert peak < 80_000_000
 
 
 NOTES = {

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from access import ANYWHERE
 from errors import OutputDirNotWritable
-from output_files import StagedFiles, latent_bytes, output_files, png_bytes, prepare_output_dir, safe_name
+from geometry import Size
+from output_files import (
+    StagedFiles,
+    latent_bytes,
+    open_output_folder,
+    output_files,
+    png_bytes,
+    prepare_output_dir,
+    safe_name,
+    space_needed,
+)
 from tests.helpers import PROJECT
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[StagedFiles]:
+    with open_output_folder(path, ANYWHERE) as folder, StagedFiles(folder) as staged:
+        yield staged
 
 
 @given(st.text(), st.integers(10, 255))
@@ -58,7 +77,7 @@ def test_changed_name_has_eight_digits_of_its_hash(tmp_path: Path) -> None:
 def test_longest_names_can_be_written(tmp_path: Path) -> None:
     """A stem and an id of any length give names that the file system takes."""
     files = output_files(str(tmp_path / "not" / "yet" / "there"), "s" * 5000 + ".png", "r" * 5000)
-    prepare_output_dir(files.latent.parent)
+    prepare_output_dir(files.folder, ANYWHERE, 0)
     for path in (files.latent, files.scaled_image, files.metadata):
         path.touch()
         assert len(path.name) <= os.pathconf(tmp_path, "PC_NAME_MAX")
@@ -67,7 +86,8 @@ def test_longest_names_can_be_written(tmp_path: Path) -> None:
 def test_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the working folder."""
     monkeypatch.chdir(tmp_path)
-    assert output_files("./output", "x.png", "1").latent == tmp_path / "output" / "latent_x_1.pt"
+    for folder in ("./output", "output/there/..", f"/{tmp_path}/there/../output"):
+        assert output_files(folder, "x.png", "1").latent == tmp_path / "output" / "latent_x_1.pt"
 
 
 def test_latent_bytes_depend_on_the_tensor_alone() -> None:
@@ -88,9 +108,9 @@ def test_png_clips_and_rounds() -> None:
 
 def test_nothing_appears_before_all_is_there(tmp_path: Path) -> None:
     """Until they are published, no file has its name; afterwards no temporary one is left."""
-    with StagedFiles(tmp_path) as staged:
-        staged.add(tmp_path / "a", b"a")
-        staged.add(tmp_path / "b", b"b")
+    with staging(tmp_path) as staged:
+        staged.add("a", b"a")
+        staged.add("b", b"b")
         assert not {"a", "b"} & {path.name for path in tmp_path.iterdir()}
         staged.publish()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"a", "b": b"b"}
@@ -100,8 +120,8 @@ def test_nothing_is_left_of_what_failed(tmp_path: Path) -> None:
     """An exception in the middle removes the temporary files."""
 
     def fail() -> None:
-        with StagedFiles(tmp_path) as staged:
-            staged.add(tmp_path / "a", b"a")
+        with staging(tmp_path) as staged:
+            staged.add("a", b"a")
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -111,8 +131,8 @@ def test_nothing_is_left_of_what_failed(tmp_path: Path) -> None:
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
     """Another service's user can read them, where the umask lets it."""
-    with StagedFiles(tmp_path) as staged:
-        staged.add(tmp_path / "a", b"a")
+    with staging(tmp_path) as staged:
+        staged.add("a", b"a")
         staged.publish()
     mask = os.umask(0)
     os.umask(mask)
@@ -123,24 +143,71 @@ def test_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     """OUTPUT_DIR_NOT_WRITABLE names the path and the system's reason."""
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(OutputDirNotWritable, match=rf"{file} \(File exists\)"):
-        prepare_output_dir(file)
-    with pytest.raises(OutputDirNotWritable, match=r"Not a directory"):
-        prepare_output_dir(file / "below")
+    for path in (file, file / "below"):
+        with pytest.raises(OutputDirNotWritable, match=rf"{path} \(Not a directory\)"):
+            prepare_output_dir(path, ANYWHERE, 0)
+
+
+def test_folder_is_made_as_others_make_it(tmp_path: Path) -> None:
+    """With all above it, and with the umask's permissions."""
+    prepare_output_dir(tmp_path / "a" / "b", ANYWHERE, 0)
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "a").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_space_is_checked(tmp_path: Path) -> None:
+    """More than the file system has is refused with both figures, and nothing is left but the folder."""
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    with pytest.raises(OutputDirNotWritable, match=r"\(the files may need \d+\.\d MB, \d+\.\d MB are free\)"):
+        prepare_output_dir(tmp_path / "a", ANYWHERE, free + 10**12)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+@given(st.integers(8, 400), st.integers(8, 400), st.sampled_from([(8, 4), (8, 16), (1, 3), (16, 48)]))
+def test_space_is_never_less_than_what_is_written(width: int, height: int, vae: tuple[int, int]) -> None:
+    """Of noise, which does not compress; metadata have a few kilobytes."""
+    factor, channels = vae
+    needed = space_needed(Size(width, height), factor, channels)
+    latent = latent_bytes(torch.zeros(1, channels, height // factor, width // factor))
+    assert len(latent) + len(png_bytes(torch.rand(1, height, width, 3))) + 8192 <= needed
+
+
+def test_file_that_is_read_back_is_one(tmp_path: Path) -> None:
+    """A symlink, a folder and a pipe that nobody writes to are none."""
+    (tmp_path / "file").write_bytes(b"data")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with open_output_folder(tmp_path, ANYWHERE) as folder:
+        assert folder.read("file") == b"data"
+        for name in ("link", "folder", "pipe", "nothing"):
+            with pytest.raises(OSError, match=r"."):
+                folder.read(name)
+
+
+def test_renamed_folder_is_still_the_one_that_was_opened(tmp_path: Path) -> None:
+    """What takes its name afterwards gets none of the files."""
+    with open_output_folder(tmp_path / "a", ANYWHERE) as folder, StagedFiles(folder) as staged:
+        (tmp_path / "a").rename(tmp_path / "b")
+        (tmp_path / "a").mkdir()
+        staged.add("x", b"x")
+        staged.publish()
+    assert list((tmp_path / "a").iterdir()) == []
+    assert (tmp_path / "b" / "x").read_bytes() == b"x"
 
 
 WRITER = """
 import hashlib, json, sys
 from pathlib import Path
-from output_files import StagedFiles
-folder = Path(sys.argv[1])
+from access import ANYWHERE
+from output_files import StagedFiles, open_output_folder
 print("started", flush=True)
 for number in range(10**9):
     data = number.to_bytes(8, "big") * 200_000
-    with StagedFiles(folder) as staged:
-        staged.add(folder / "latent.pt", data)
-        staged.add(folder / "scaled.png", data)
-        staged.add(folder / "latent.pt.json", json.dumps({"sha256": hashlib.sha256(data).hexdigest()}).encode())
+    with open_output_folder(Path(sys.argv[1]), ANYWHERE) as folder, StagedFiles(folder) as staged:
+        staged.add("latent.pt", data)
+        staged.add("scaled.png", data)
+        staged.add("latent.pt.json", json.dumps({"sha256": hashlib.sha256(data).hexdigest()}).encode())
         staged.publish()
 """
 
