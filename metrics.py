@@ -10,6 +10,8 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics
 
+from errors import ErrorCode
+
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of when it began
 
 # A GPU takes 50 ms for a megapixel, two CPU cores ten seconds to a minute, and ten minutes for sixteen of them.
@@ -44,6 +46,21 @@ CONSUMER_LAG = Gauge(
     ["topic", "partition"],
 )
 VAE_CACHE = Counter("latent_encoder_vae_cache", "Uses of a VAE that was loaded (hit) or had to be loaded (miss).", ["result"])
+
+# Known from the start, so that Prometheus sees them grow from zero.
+for _code in ("", *ErrorCode):
+    REQUESTS.labels("error" if _code else "success", _code)
+for _code in ErrorCode:
+    DEAD_LETTERS.labels(_code)
+for _metric, _values in (
+    (COMMITS, ("ok", "refused")),
+    (REBALANCES, ("assigned", "revoked", "lost")),
+    (VAE_CACHE, ("hit", "miss")),
+    (STAGE_SECONDS, ("load_vae", "load_image", "scale", "encode", "save")),
+):
+    for _value in _values:
+        _metric.labels(_value)
+REQUESTS.labels("dropped", "")
 
 
 def observe_lag(topics: Mapping[str, Any], answered: Mapping[tuple[str, int], int]) -> None:

@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import tracing
+from encoders import give_back_freed_memory
 from health import Health
 from kafka_lanes import Job
 from models import SuccessResponse
@@ -44,7 +45,7 @@ class Stages:
 
     def _run(self, stage: Callable[[Job, Any], Any], n: int) -> None:
         while self._step(stage, n):
-            pass
+            give_back_freed_memory()  # a job's large tensors, each of another size, leave holes that the C library would keep
 
     def _step(self, stage: Callable[[Job, Any], Any], n: int) -> bool:
         """One job. A function of its own, so that nothing keeps the job's tensors while the thread waits for the next."""
@@ -58,11 +59,13 @@ class Stages:
             with self._health.busy(self.threads[n].name), tracing.within(job.span):
                 result = stage(job, value)
         except BaseException as exc:  # `sys.exit` in foreign code would end the thread, and nothing would be answered any more
-            result = exc
-        if isinstance(result, SuccessResponse | BaseException):
-            self._report(job, result)
+            # Not kept in a variable: with its traceback, which holds this frame, it would keep the job's tensors alive.
+            self._report(job, exc)
         else:
-            self._inboxes[n + 1].put((job, result))
+            if isinstance(result, SuccessResponse):
+                self._report(job, result)
+            else:
+                self._inboxes[n + 1].put((job, result))
         return True
 
     def _prepare(self, job: Job, request: Any) -> Prepared | SuccessResponse:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from config import Settings
-from errors import ErrorCode, SetupError
+from errors import ErrorCode, ImageInvalid, SetupError
 from health import HEARTBEAT_LIMIT_S, Health
 from http_server import http_server
 from kafka_lanes import Job
@@ -286,3 +289,27 @@ def test_failed_warm_up_ends_the_start(bench: Bench) -> None:
     with bench.process(VAE_MODEL_NAME="none.safetensors", WARMUP="false"):
         (answer,) = answers(bench.responses, 1)
     assert answer["error_code"] == "VAE_MODEL_NOT_FOUND"
+
+
+def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
+    """Not its tensors, nor its VAE, until the garbage collector comes by."""
+    held: list[weakref.ref[Any]] = []
+
+    class Failing(LatentEncoder):
+        """Holds something large when it fails."""
+
+        def prepare(self, request: EncodeRequest) -> Any:
+            pixels = torch.zeros(1)
+            held.append(weakref.ref(pixels))
+            raise ImageInvalid(f"{request.image_path} does not fit into {pixels.shape}")
+
+    reported: list[str] = []
+    stages = Stages(Failing(settings, encoder.runtime), lambda _, outcome: reported.append(str(outcome)), Health(60))
+    gc.disable()
+    try:
+        stages.submit(request_job(tmp_path, settings))
+        wait_until(lambda: bool(reported), "the outcome")
+        wait_until(lambda: held[0]() is None, "the end of what it held", patience=10)
+    finally:
+        gc.enable()
+        stages.close()
