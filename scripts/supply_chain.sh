@@ -10,7 +10,8 @@ Usage: scripts/supply_chain.sh COMMAND
 
   lock [UV OPTIONS]   write setup/lock/*.txt, the exact versions and SHA-256 sums, from the lists of requirements;
                       what is locked stays, but for --upgrade (all) or --upgrade-package NAME
-  audit               ask PyPI for known vulnerabilities of what is locked; fails where there is one, or no answer
+  audit [OPTIONS]     ask PyPI for known vulnerabilities of what is locked; fails where there is one, or no answer;
+                      options are pip-audit's, such as --vulnerability-service osv
   sbom [ENVIRONMENT]  write a CycloneDX 1.6 bill of materials, in JSON, to standard output: the packages in that virtual
                       environment (.venv), ComfyUI's runtime and the tiny VAE
 
@@ -57,7 +58,7 @@ audit() {
     local file status=0
     for file in setup/lock/*.txt; do
         printf '%s\n' "$file" >&2
-        "$tools/bin/pip-audit" --strict --require-hashes --disable-pip --requirement "$file" || status=1
+        "$tools/bin/pip-audit" --strict --require-hashes --disable-pip --requirement "$file" "$@" || status=1
     done
     return "$status"
 }

@@ -364,8 +364,8 @@ def test_altered_wheel_is_refused(tmp_path: Path, nearly_set_up: Path, lock: str
 def test_package_that_is_not_locked_is_named(tmp_path: Path) -> None:
     """Where a list is longer than its lock, with what to do, instead of leaving it out silently."""
     (tmp_path / "requirements.txt").write_text("click>=8.2\nUvloop_x[fast]>=1  # new\n")
-    command = [sys.executable, PROJECT / "setup/satisfied.py", "--lock", PROJECT / "setup/lock/runtime.txt"]
-    done = subprocess.run([*command, tmp_path / "requirements.txt"], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(PROJECT / "setup/satisfied.py"), "--lock", str(PROJECT / "setup/lock/runtime.txt")]
+    done = subprocess.run([*command, str(tmp_path / "requirements.txt")], capture_output=True, text=True, check=False)
     said = f"Error: uvloop-x of {tmp_path / 'requirements.txt'} not locked; run scripts/supply_chain.sh lock.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
