@@ -352,6 +352,7 @@ def test_altered_wheel_is_refused(tmp_path: Path, nearly_set_up: Path, lock: str
         metadata = nearly_set_up / f"{module.name}-0.0.1.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n")
+        metadata.with_name("RECORD").touch()  # without it, pip would not take it away
     (nearly_set_up / "torch.py").write_text("raise ImportError")
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index"), "TORCH_INDEX_URL": ""}
     done = set_up(env={"VENV": str(tmp_path / "venv"), **index})
