@@ -18,7 +18,7 @@ import psutil
 from benchmarks.encode_report import markdown, progress
 from benchmarks.kafka_bench import PATIENCE_S, machine
 from benchmarks.soak_ledger import SUCCESS, Ledger
-from benchmarks.soak_requests import REPEATED, SETTINGS, Generator, Planned, prepare
+from benchmarks.soak_requests import REPEATED, Generator, Planned, environment, prepare
 from benchmarks.soak_samples import Sample, Series, Trend, take_sample, total
 from kafka_records import Incoming
 from tests.broker import Broker, choose
@@ -150,7 +150,7 @@ def soak(broker: Broker, folder: Path, plan: Plan) -> Result:
     bench.create()
     (port,) = free_ports(1)
     try:
-        with bench.process(MODEL_DIR=str(folder / "models"), HTTP_PORT=str(port), **SETTINGS) as worker:
+        with bench.process(HTTP_PORT=str(port), **environment(folder)) as worker:
             worker.wait_for("ready", patience=PATIENCE_S)
             traffic = Traffic(bench, worker, port, Generator(folder, images, plan.seed), plan.every)
             progress("warming up")

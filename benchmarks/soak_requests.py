@@ -17,15 +17,7 @@ from errors import ErrorCode
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS, UpscaleMethod
 from tests.helpers import IMAGES, TINY_VAE, stock
 
-# What the service is set to, so that each kind of request is cheap to make.
 MAX_MESSAGE_BYTES = 100_000
-MAX_RETRIES = 2
-SETTINGS = {
-    "KAFKA_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES),
-    "KAFKA_MAX_RETRIES": str(MAX_RETRIES),
-    "KAFKA_RETRY_BACKOFF_S": "0.05",
-    "VAE_CACHE_SIZE": "2",  # one less than there are VAEs: they take turns in memory
-}
 
 FIXTURES = (
     "astronaut.png",
@@ -87,6 +79,17 @@ class Planned:
     stored: Mapping[str, Any] | None = None
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """What the service is set to, so that it has the models and each kind of request is cheap to make."""
+    return {
+        "MODEL_DIR": str(folder / "models"),
+        "VAE_CACHE_SIZE": str(len(VAES) - 1),  # they take turns in memory
+        "KAFKA_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES),
+        "KAFKA_MAX_RETRIES": "2",
+        "KAFKA_RETRY_BACKOFF_S": "0.05",
+    }
+
+
 def as_json(fields: Fields) -> bytes:
     return json.dumps(fields).encode()
 
@@ -108,7 +111,11 @@ def bad_kinds(folder: Path) -> tuple[Kind, ...]:
     nobody = Expected(code.MESSAGE_UNUSABLE, response=False, dead_letter=True)
     return (
         Kind("missing image", Expected(code.IMAGE_NOT_FOUND), {"image_path": str(folder / "missing.png")}),
-        Kind("missing image, no id", Expected(code.IMAGE_NOT_FOUND), {"image_path": "/missing", "request_id": None}),
+        Kind(
+            "missing image, no id",
+            Expected(code.IMAGE_NOT_FOUND),
+            {"image_path": str(folder / "missing.png"), "request_id": None},
+        ),
         Kind("truncated image", Expected(code.IMAGE_INVALID), {"image_path": str(IMAGES / "truncated.jpg")}),
         Kind("image with a bad checksum", Expected(code.IMAGE_INVALID), {"image_path": str(IMAGES / "bad_checksum.png")}),
         Kind("image that is text", Expected(code.IMAGE_INVALID), {"image_path": str(IMAGES / "text.png")}),
