@@ -19,6 +19,7 @@ from kafka_records import ERROR_CODE, ORIGINAL_OFFSET, ORIGINAL_PARTITION, Incom
 from tests.helpers import IMAGES
 
 PLACE = (2, 7)
+FIRST = {NUMBER: 0}  # headers of the first request
 BOTH = Expected(ErrorCode.OUTPUT_DIR_NOT_WRITABLE, dead_letter=True)
 
 
@@ -28,9 +29,8 @@ def ledger() -> Ledger:
     return Ledger(lambda *_: None, lambda: float(next(seconds)))
 
 
-def record(value: bytes, number: int = 0, **headers: object) -> Incoming:
-    named: dict[str, object] = {NUMBER: number} | headers
-    return Incoming("topic", *PLACE, 0, None, value, tuple((name, str(text).encode()) for name, text in named.items()))
+def record(value: bytes, headers: Mapping[str, object] = FIRST) -> Incoming:
+    return Incoming("topic", *PLACE, 0, None, value, tuple((name, str(text).encode()) for name, text in headers.items()))
 
 
 def response(code: str | None = None, files: Path | None = None, **fields: Any) -> Incoming:
@@ -47,8 +47,8 @@ def response(code: str | None = None, files: Path | None = None, **fields: Any) 
     return record(json.dumps(given).encode())
 
 
-def dead_letter(code: str, offset: int = PLACE[1]) -> Incoming:
-    return record(b"", **{ERROR_CODE: code, ORIGINAL_PARTITION: PLACE[0], ORIGINAL_OFFSET: offset})
+def dead_letter(code: str, offset: int = PLACE[1], number: int = 0) -> Incoming:
+    return record(b"", {NUMBER: number, ERROR_CODE: code, ORIGINAL_PARTITION: PLACE[0], ORIGINAL_OFFSET: offset})
 
 
 @pytest.fixture
@@ -99,11 +99,9 @@ def test_other_answers_are_wrong(ledger: Ledger, expected: Expected, answer: Inc
 def test_dead_letters_say_why_and_of_what(ledger: Ledger) -> None:
     """Another code or another record's place is wrong."""
     expected = Expected(ErrorCode.MESSAGE_UNUSABLE, response=False, dead_letter=True)
-    for letter in (dead_letter("MESSAGE_UNUSABLE"), dead_letter("ENCODING_FAILED"), dead_letter("MESSAGE_UNUSABLE", offset=8)):
+    for number, (code, offset) in enumerate((("MESSAGE_UNUSABLE", 7), ("ENCODING_FAILED", 7), ("MESSAGE_UNUSABLE", 8))):
         ledger.sent(Planned("kind", b"", expected, None), PLACE)
-        number = len(ledger.entries) - 1
-        headers = dict(letter.headers) | {NUMBER: str(number).encode()}
-        ledger.dead_letter(record(b"", **{name: (value or b"").decode() for name, value in headers.items()}))
+        ledger.dead_letter(dead_letter(code, offset, number))
     assert [entry.wrong for entry in ledger.entries] == [False, True, True]
 
 
