@@ -36,15 +36,15 @@ PHOTOS = ((640, 480), (480, 853), (1280, 720), (1080, 1920), (2000, 1500), (3000
 
 @dataclass(frozen=True)
 class Share:
-    """A VAE, how many of a hundred requests use it, and the largest size that they ask for."""
+    """A VAE, how many of twenty requests in a row use it, and the largest size that they ask for."""
 
     vae: str
-    percent: int
+    of_twenty: int
     megapixels: float
 
 
 # The SD-style one is of its real size: a hundred times the others in memory, and slow.
-VAES = (Share(TINY_VAE, 55, 0.5), Share("taesd", 10, 0.5), Share("random_kl.safetensors", 35, 0.03))
+VAES = (Share(TINY_VAE, 11, 0.5), Share("taesd", 2, 0.5), Share("random_kl.safetensors", 7, 0.03))
 
 GOOD_PERCENT = 70
 NO_ID_PERCENT = 2  # of those
@@ -168,6 +168,7 @@ class Generator:
         self._images = images
         self._bad = bad_kinds(folder)
         self._answered: deque[tuple[Planned, Response]] = deque()
+        self._pack: list[Share] = []
 
     def one_of_each(self) -> Iterator[Planned]:
         """Every VAE at its largest size, a request without an id, and every bad kind."""
@@ -204,8 +205,15 @@ class Generator:
         fields = self._fields() | kind.fields
         return Planned(kind.name, kind.message(fields), kind.expected, fields["request_id"])
 
+    def _share(self) -> Share:
+        """One of a shuffled pack, so that each VAE is in memory for as long at the end as at the start."""
+        if not self._pack:
+            self._pack = [share for share in VAES for _ in range(share.of_twenty)]
+            self._random.shuffle(self._pack)
+        return self._pack.pop()
+
     def _fields(self) -> Fields:
-        (share,) = self._random.choices(VAES, [share.percent for share in VAES])
+        share = self._share()
         return {
             "request_id": str(UUID(int=self._random.getrandbits(128), version=4)),
             "image_path": str(self._random.choice(self._images)),
