@@ -43,7 +43,7 @@ class Share:
     megapixels: float
 
 
-# The SD-style one is of its real size: a hundred times the others in memory, and slow.
+# The SD-style one is of its real size: far larger than the others, and slow.
 VAES = (Share(TINY_VAE, 11, 0.5), Share("taesd", 2, 0.5), Share("random_kl.safetensors", 7, 0.03))
 
 GOOD_PERCENT = 70
