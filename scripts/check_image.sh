@@ -24,6 +24,7 @@ buildah() { command buildah --root "$store/images" --runroot "$work/run" --stora
 
 # crun refuses to start where both versions of control groups are mounted, needed or not: it gets to see neither.
 crun() {
+    # shellcheck disable=SC2016  # for the inner shell
     unshare --mount sh -c 'mount -t tmpfs none /sys/fs/cgroup && exec "$0" "$@"' \
         "$(type -P crun)" --cgroup-manager=disabled --root "$work/containers" "$@"
 }
@@ -113,7 +114,7 @@ check_worker() {
     crun run --bundle "$work/bundle" worker >"$work/log" 2>&1 &
     local started=$! waited=0 status=0
     until grep -q '"event"' "$work/log"; do
-        ((waited++ < 60)) && kill -0 "$started" || fail "Kafka mode did not start: $(cat "$work/log")"
+        { ((waited++ < 60)) && kill -0 "$started"; } || fail "Kafka mode did not start: $(cat "$work/log")"
         sleep 1
     done
     must_be 'process 1' "$(crun exec worker cat /proc/1/comm)" tini
