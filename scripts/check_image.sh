@@ -43,6 +43,8 @@ provide_base() {
     debootstrap --variant=minbase --include=python3-venv bookworm "$work/debian" >"$work/debootstrap.log" ||
         fail "debootstrap failed: $(tail -n 3 "$work/debootstrap.log")"
     rm -rf "$work"/debian/var/cache/apt/archives/*.deb "$work"/debian/var/lib/apt/lists/*
+    # As in Debian's own images: apt keeps no cache, which would be 80 MB in each layer that installs something.
+    printf 'Dir::Cache::%s "";\n' pkgcache srcpkgcache >"$work/debian/etc/apt/apt.conf.d/docker-clean"
     local made
     made=$(buildah from scratch)
     buildah add --quiet "$made" "$work/debian" / >/dev/null
@@ -94,14 +96,14 @@ check_sample() {
     must_be 'their owner' "$(find "$output" -type f -printf '%U\n' | sort -u)" "$1"
     must_be 'the latent, loaded' "$(inside . /app/.venv/bin/python -c '
 import sys, torch
-print(list(torch.load(sys.argv[1], weights_only=True).shape))' "$(jq -r .latent_path "$work/response.json")")" '[1, 16, 128, 128]'
+print(list(torch.load(sys.argv[1], weights_only=True).shape))' "$(jq -r .latent_file_path "$work/response.json")")" '[1, 16, 128, 128]'
 }
 
 check_nothing_else_is_written() {
+    new_output
     must_be 'writable for the user' "$(inside . find / ! -readable -prune -o -path /proc -prune -o -path /dev -prune -o \
         -writable ! -type l -print)" /output
-    must_be 'not owned by root' "$(find "$root" -xdev ! -user root ! -path '*/var/cache/apt/*' ! -path '*/var/log/*' \
-        -printf '/%P %U\n')" "/output $user"
+    must_be 'not owned by root' "$(find "$root" -xdev ! -user root ! -path "$root/var/*" -printf '/%P %U\n')" "/output $user"
     new_output 0
     touch "$work/start"
     run '.root.readonly = false | .process.user = {uid: 0, gid: 0}' --image_path /data/sample.png >/dev/null 2>&1
@@ -158,6 +160,7 @@ check_sample "$user"
 say "The sample, as a user that the image does not know"
 check_sample 1000
 say "No arguments: what MODE says"
+new_output
 status=0
 run . 2>"$work/log" || status=$?
 must_be 'standalone without an image: status' "$status" 2
