@@ -134,7 +134,7 @@ check_worker() {
 
 print_sizes() {
     local digest
-    jq -r '.[] | .["diff-digest"] + " " + (.["diff-size"] / 1e6 | floor | tostring)' \
+    jq -r '.[] | select(.["diff-size"]) | .["diff-digest"] + " " + (.["diff-size"] / 1e6 | floor | tostring)' \
         "$store"/images/*-layers/layers.json >"$work/layers"
     say "Layers, in MB, uncompressed"
     jq -r '.rootfs.diff_ids[]' <<<"$(buildah inspect --type image "$image" | jq .OCIv1)" |
