@@ -1,35 +1,95 @@
-# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. See docker-compose.yml for how it is run.
+# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. README.md says how it is built and run.
 #
 #   docker build -t latent-encoder .
-#   docker build -t latent-encoder --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
-FROM python:3.11-slim-bookworm
+#   docker build -t latent-encoder --build-arg VARIANT=cpu .
+#
+# The base has the Python that the venv refers to, so every stage has the same one.
+ARG BASE=python:3.11-slim-bookworm
+
+# hadolint ignore=DL3006  # it has its tag above
+FROM ${BASE} AS dependencies
 
 # setup_comfyui.sh takes ComfyUI from upstream's git repository, and from PyPI only where that cannot be reached.
 # Not pinned: Debian removes superseded versions from its mirrors, and the build would break with every fix.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends git \
+    && apt-get install --yes --no-install-recommends ca-certificates git \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
 
-# What is large and seldom changes comes first, so that a change of the code does not install torch again.
+# cuda is the build of torch on PyPI, which runs on GPUs and CPUs; cpu has no NVIDIA package in it. TORCH_INDEX_URL names
+# another wheel index, say for ROCm.
+ARG VARIANT=cuda
 ARG TORCH_INDEX_URL=""
 COPY setup_comfyui.sh requirements.txt ./
 COPY setup/ setup/
 COPY tiny_vae/ tiny_vae/
-RUN TORCH_INDEX_URL="$TORCH_INDEX_URL" PIP_NO_CACHE_DIR=1 ./setup_comfyui.sh
+# The secrets are for networks with a package index of their own: they are there in this step, and in no layer.
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    --mount=type=secret,id=ca.crt \
+    case "$VARIANT" in \
+        cpu) index=https://download.pytorch.org/whl/cpu ;; \
+        cuda) index="" ;; \
+        *) echo "VARIANT is cpu or cuda, not $VARIANT." >&2; exit 1 ;; \
+    esac \
+    && TORCH_INDEX_URL="${TORCH_INDEX_URL:-$index}" PIP_NO_CACHE_DIR=1 ./setup_comfyui.sh \
+    && .venv/bin/python -m compileall -q -j 0 comfyui
 
-# The service writes nothing but the files of its answers: /app belongs to root, /output to the service.
-RUN useradd --uid 10001 --user-group --create-home encoder \
+
+# hadolint ignore=DL3006
+FROM ${BASE} AS service
+
+# tini is process 1: it hands signals on to Python, and clears away what Python's own children leave.
+# The official image comes without its library's bytecode, and on a read-only root nobody could write it later.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends tini \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin encoder \
     && install --directory --owner=encoder --group=encoder /output \
-    && mkdir /models
-ENV MODEL_DIR=/models \
-    OUTPUT_DIR=/output
+    && install --directory /models /data \
+    && python3 -m compileall -q -j 0 -x '/(site|dist)-packages/|/tests?/' \
+        "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
+WORKDIR /app
+
+# What is large and seldom changes comes first, so that a change of the code rebuilds, pushes and pulls the code alone.
+COPY --from=dependencies /app/.venv .venv
+COPY --from=dependencies /app/comfyui comfyui
+COPY tests/fixtures/test_images/astronaut.png /data/sample.png
 COPY LICENSE *.py ./
+RUN .venv/bin/python -m compileall -q ./*.py
 
+# With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. Whoever runs it
+# in production names a real VAE.
+ENV MODEL_DIR=/models \
+    VAE_MODEL_NAME=tiny_qwen_vae.safetensors \
+    OUTPUT_DIR=/output \
+    ALLOWED_INPUT_DIRS=/data \
+    ALLOWED_OUTPUT_DIRS=/output \
+    HTTP_PORT=8080
+VOLUME ["/models", "/output"]
+EXPOSE 8080
+
+# The service writes nothing but the files of its answers: all else belongs to root, and may be read-only.
 USER 10001:10001
 STOPSIGNAL SIGTERM
-# No shell in between: signals reach Python, which finishes the request in hand.
-ENTRYPOINT ["/app/.venv/bin/python", "main.py"]
+# No shell in between: the first signal lets Python finish the request in hand.
+ENTRYPOINT ["/usr/bin/tini", "--", "/app/.venv/bin/python", "/app/main.py"]
+# A worker that loads a large VAE from a slow volume takes its time before it answers.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
+    CMD ["/app/.venv/bin/python", "/app/main.py", "--mode", "health"]
+
+ARG VERSION=0.4.0
+ARG REVISION=""
+ARG CREATED=""
+ARG SOURCE=""
+LABEL org.opencontainers.image.title="Latent Encoder" \
+      org.opencontainers.image.description="Encodes images to diffusion latents with ComfyUI's own nodes" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.documentation="${SOURCE}" \
+      org.opencontainers.image.licenses="MIT AND GPL-3.0-only"

@@ -9,5 +9,6 @@ bin=${VENV:-${VIRTUAL_ENV:-$PWD/.venv}}/bin
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/shellcheck" setup_comfyui.sh scripts/*.sh .ci/run
+"$bin/hadolint" Dockerfile
 # Two processes: each loads ComfyUI and keeps VAEs in memory, so more would need several GB each.
 "$bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
-from config import Settings
+from config import VERSION, Settings
 from kafka_topics import DLQ_CONFIG, topics_of
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,27 @@ def manifest(kind: str) -> Any:
 
 
 def instructions(name: str) -> Iterator[list[str]]:
-    return (words[1:] for words in DOCKERFILE if words[0] == name)
+    """The words of each instruction of that name, without options."""
+    return ([word for word in words[1:] if not word.startswith("--")] for words in DOCKERFILE if words[0] == name)
+
+
+def json_form(instruction: str) -> Any:
+    """The list of the only instruction that begins so: no shell runs it."""
+    text = (PROJECT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (found,) = re.findall(rf"^{instruction}[^[\n]*(\[.*\])$", text, re.MULTILINE)
+    return yaml.safe_load(found)
+
+
+def copied_from_the_project() -> list[str]:
+    """What the image takes from the project's folder, and not from another stage."""
+    copied = [words for words in DOCKERFILE if words[0] == "COPY" and not words[1].startswith("--from")]
+    return [source for _, *sources, _ in copied for source in sources]
+
+
+def container() -> Any:
+    """The only container of the Deployment's pods."""
+    (found,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
+    return found
 
 
 def without_shell(value: str) -> str:
@@ -52,8 +73,7 @@ def compose_environment() -> dict[str, str]:
 
 
 def kubernetes_environment() -> dict[str, str]:
-    (container,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
-    own = {variable["name"]: variable.get("value", "from elsewhere") for variable in container.get("env", [])}
+    own = {variable["name"]: variable.get("value", "from elsewhere") for variable in container().get("env", [])}
     return {**manifest("ConfigMap")["data"], **manifest("Secret")["stringData"], **own}
 
 
@@ -135,16 +155,16 @@ def test_grace_periods_exceed_the_shutdown_timeout() -> None:
 def test_manifests_refer_to_what_is_there() -> None:
     """Names of ConfigMap, Secret, volumes and Deployment, and the labels by which pods are found, match."""
     pod = manifest("Deployment")["spec"]["template"]
-    (container,) = pod["spec"]["containers"]
-    sources = {next(iter(source.values()))["name"] for source in container["envFrom"]}
+    sources = {next(iter(source.values()))["name"] for source in container()["envFrom"]}
     secret = manifest("Secret")
     assert sources == {manifest("ConfigMap")["metadata"]["name"], secret["metadata"]["name"]}
     for reference in manifest("TriggerAuthentication")["spec"]["secretTargetRef"]:
         assert reference["name"] == secret["metadata"]["name"]
         assert reference["key"] in secret["stringData"]
     claims = {each["metadata"]["name"] for each in MANIFESTS if each["kind"] == "PersistentVolumeClaim"}
-    assert claims == {volume["persistentVolumeClaim"]["claimName"] for volume in pod["spec"]["volumes"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["spec"]["volumes"]}
+    claimed = [volume["persistentVolumeClaim"] for volume in pod["spec"]["volumes"] if "persistentVolumeClaim" in volume]
+    assert claims == {claim["claimName"] for claim in claimed}
+    assert {mount["name"] for mount in container()["volumeMounts"]} == {volume["name"] for volume in pod["spec"]["volumes"]}
     for kind in ("Deployment", "PodDisruptionBudget"):
         assert manifest(kind)["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
     scaled = manifest("ScaledObject")["spec"]
@@ -155,19 +175,19 @@ def test_manifests_refer_to_what_is_there() -> None:
 @pytest.mark.parametrize("name", ["docker-compose.yml", "kubernetes.yaml"])
 def test_folders_of_the_settings_are_mounted(name: str, settings_of: Any) -> None:
     """Models come from a volume that cannot be written, and answers go to one that can."""
-    (container,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
     volumes = COMPOSE["services"]["latent-encoder"]["volumes"]
     writable = {
         "docker-compose.yml": {volume["target"]: not volume.get("read_only") for volume in volumes},
-        "kubernetes.yaml": {mount["mountPath"]: not mount.get("readOnly") for mount in container["volumeMounts"]},
+        "kubernetes.yaml": {mount["mountPath"]: not mount.get("readOnly") for mount in container()["volumeMounts"]},
     }[name]
     settings = settings_of(ENVIRONMENTS[name])
+    writable.pop("/tmp", None)  # noqa: S108  # in memory, and gone with the container
     assert writable == {str(settings.model_dir): False, "/data": False, settings.output_dir: True}
 
 
 def test_copied_paths_exist_and_reach_the_builder() -> None:
-    """All that the Dockerfile copies is in the project, and `.dockerignore` excludes nothing of it."""
-    sources = [source for *copied, _ in instructions("COPY") for source in copied]
+    """All that the Dockerfile copies is in the project, and `.dockerignore` excludes nothing of it, and all else."""
+    sources = copied_from_the_project()
     assert [source for source in sources if not list(PROJECT.glob(source))] == []
     excluding, *sent = [line for line in (PROJECT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert excluding == "*"
@@ -184,8 +204,72 @@ def test_image_has_all_that_setting_up_reads() -> None:
     assert read | {"setup_comfyui.sh"} == set(before)
 
 
-def test_entry_point_is_what_setting_up_makes() -> None:
-    """Python in the environment beside the code, by its absolute path and without a shell."""
-    (folder,) = instructions("WORKDIR")
-    (text,) = re.findall(r"^ENTRYPOINT (.*)$", (PROJECT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert yaml.safe_load(text) == [f"{folder[0]}/.venv/bin/python", "main.py"]
+def test_venv_stays_where_it_was_made() -> None:
+    """Both stages work in one folder and take one base, since a venv knows both; two folders go from one to the other."""
+    stages = [words for words in DOCKERFILE if words[0] == "FROM"]
+    assert [words[1] for words in stages] == ["${BASE}", "${BASE}"]
+    (folder,) = {words[0] for words in instructions("WORKDIR")}
+    taken = [words for words in DOCKERFILE if words[0] == "COPY" and words[1].startswith("--from")]
+    assert [words[1:] for words in taken] == [[f"--from={stages[0][3]}", f"{folder}/{it}", it] for it in (".venv", "comfyui")]
+
+
+def test_image_runs_python_under_an_init_and_asks_it_for_its_health() -> None:
+    """Entry point and health check run what the setup has made, by absolute paths, as a user with a number."""
+    (folder,) = {words[0] for words in instructions("WORKDIR")}
+    service = [f"{folder}/.venv/bin/python", f"{folder}/main.py"]
+    assert json_form("ENTRYPOINT") == ["/usr/bin/tini", "--", *service]
+    assert json_form("HEALTHCHECK") == [*service, "--mode", "health"]
+    pod = manifest("Deployment")["spec"]["template"]["spec"]["securityContext"]
+    assert list(instructions("USER")) == [[f"{pod['runAsUser']}:{pod['runAsGroup']}"]]
+
+
+def test_image_tests_itself(settings_of: Any) -> None:
+    """The VAE that it names is one that setting up puts into it, and an image lies in a folder that may be read."""
+    settings = settings_of(ENVIRONMENTS["Dockerfile"])
+    assert (PROJECT / "tiny_vae" / settings.vae_model_name).is_file()
+    (sample,) = [words[-1] for words in instructions("COPY") if words[-1].endswith(".png")]
+    assert str(Path(sample).parent) == ENVIRONMENTS["Dockerfile"]["ALLOWED_INPUT_DIRS"]
+    assert set(json_form("VOLUME")) == {str(settings.model_dir), settings.output_dir}
+
+
+def test_versions_are_the_services() -> None:
+    """The image's label, and the tag of the image that Kubernetes runs."""
+    assert [words[0] for words in instructions("ARG") if words[0].startswith("VERSION")] == [f"VERSION={VERSION}"]
+    assert container()["image"].split(":") == ["latent-encoder", VERSION]
+
+
+def test_port_is_one_everywhere() -> None:
+    """The setting, what Kubernetes probes and Prometheus scrapes, and what Compose publishes on this machine only."""
+    port = ENVIRONMENTS["Dockerfile"]["HTTP_PORT"]
+    assert ENVIRONMENTS["kubernetes.yaml"]["HTTP_PORT"] == port
+    assert list(instructions("EXPOSE")) == [[port]]
+    assert COMPOSE["services"]["latent-encoder"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert container()["ports"] == [{"name": "http", "containerPort": int(port)}]
+    annotations = manifest("Deployment")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == port
+
+
+@pytest.mark.parametrize(("probe", "path"), [("startup", "/healthz"), ("liveness", "/healthz"), ("readiness", "/readyz")])
+def test_probes_ask_the_port(probe: str, path: str) -> None:
+    """Only readiness asks for the broker and the model: nobody kills a worker for those."""
+    assert container()[f"{probe}Probe"]["httpGet"] == {"path": path, "port": container()["ports"][0]["name"]}
+
+
+def test_containers_have_no_rights_to_spare() -> None:
+    """The root cannot be written, no capability is left, and none can be gained."""
+    compose = COMPOSE["services"]["latent-encoder"]
+    assert (compose["read_only"], compose["cap_drop"], compose["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
+    assert container()["securityContext"] == {
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+KUBERNETES_OWN = [each for each in MANIFESTS if not each["apiVersion"].startswith("keda.sh/")]
+
+
+@pytest.mark.parametrize("document", KUBERNETES_OWN, ids=lambda document: document["kind"])
+def test_manifests_are_what_kubernetes_takes(document: Any) -> None:
+    """By the schemas of the newest release that is known; a field that they do not have is refused."""
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
