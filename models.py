@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -74,6 +75,11 @@ class EncodeRequest(BaseModel):
             raise InvalidRequest(f"Invalid request: {describe(exc)}") from exc
 
 
+# Python's own `repr` of what is nested deeply raises, and takes long of what is large.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
 def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
     """What pydantic found, as `field: reason (got value)`, one after the other; `name` turns a field into what is shown."""
     return "; ".join(_describe_one(dict(error), name) for error in exc.errors(include_url=False))
@@ -82,7 +88,7 @@ def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
 def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] != "missing":
-        value = repr(error["input"])
+        value = _SHORT.repr(error["input"])
         reason += f" (got {value if len(value) <= 80 else value[:79] + '…'})"
     return f"{name(str(error['loc'][0]))}: {reason}"
 
