@@ -26,6 +26,14 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError("must be text that can be written in UTF-8: no lone surrogates") from exc
+    return text
+
+
 def _inside_model_folders(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
@@ -58,7 +66,7 @@ class EncodeRequest(BaseModel):
         default_factory=lambda: str(uuid4()),
         description="Comes back in the response and is part of the files' names; made by the service if absent.",
     )
-    correlation_id: str | None = Field(None, description="Comes back in the response.")
+    correlation_id: Annotated[str, AfterValidator(_encodable)] | None = Field(None, description="Comes back in the response.")
     timestamp: float | None = Field(None, description="When the request was made, in Unix seconds; not used.")
 
     @classmethod

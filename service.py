@@ -33,7 +33,7 @@ from errors import (
     translated,
 )
 from geometry import Size, latent_crop, scaled_size
-from images import PILLOW_LOCK, SourceImage, read_file, read_image
+from images import PILLOW_LOCK, SourceImage, quiet_pillow, read_file, read_image
 from logs import get_logger
 from models import (
     EncodeRequest,
@@ -167,7 +167,7 @@ class LatentEncoder:
 
     def _load_image(self, path: str) -> tuple[SourceImage, torch.Tensor]:
         """The checked source and its pixels, float32 `[1, height, width, 3]` in [0, 1]."""
-        with PILLOW_LOCK:
+        with PILLOW_LOCK, quiet_pillow():
             source = read_image(path, self._settings.max_image_pixels)
             with translated(ImageInvalid, f"ComfyUI cannot load the image file {path}"), source.as_file() as file:
                 return source, self.runtime.load_image(file)

@@ -16,8 +16,8 @@ from config import Settings
 from fuzz.cases import Case, Corpus, make_case
 from fuzz.corpus import make_corpus
 from fuzz.process import Folders, Result
-from fuzz.report import Outcome, figures, report
-from fuzz.watch import Limits, Watched
+from fuzz.report import figures, report
+from fuzz.watch import Watched
 
 MAX_IMAGE_PIXELS = 4_000_000  # small, so that what an image may take is too
 
@@ -48,7 +48,8 @@ MAX_IMAGE_PIXELS = 4_000_000  # small, so that what an image may take is too
     help="Where inputs that were answered wrongly are kept.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures there too.")
-def main(
+def main(  # noqa: PLR0913  # click hands over each option
+    *,
     inputs: int,
     seconds: float | None,
     seed: int,
@@ -86,19 +87,19 @@ def main(
             vae_cache_size=3,  # two that are sound, and the damaged one
         )
         corpus = Corpus.read(folders.corpus)
-        outcomes = []
+        results = []
         with Watched(folders, settings, seed, patience) as watched:
             for number in progress(numbers, seconds):
-                case, result = make_case(corpus, seed, number), watched.result(number)
-                outcomes.append(Outcome(case.kind, case.mutation, result))
+                result = watched.result(number)
+                results.append(result)
                 if result.faults:
-                    keep(findings, case, result, seed)
+                    keep(findings, make_case(corpus, seed, number), result, seed)
             limits = watched.limits
     took = time.monotonic() - started
-    click.echo(report(outcomes, limits, seed, took))
+    click.echo(report(results, limits, seed, took))
     if json_file is not None:
-        json_file.write_text(json.dumps(figures(outcomes, limits, seed, took), indent=2) + "\n")
-    sys.exit(1 if any(outcome.result.faults for outcome in outcomes) else 0)
+        json_file.write_text(json.dumps(figures(results, limits, seed, took), indent=2) + "\n")
+    sys.exit(1 if any(result.faults for result in results) else 0)
 
 
 def progress(numbers: Sequence[int], seconds: float | None) -> Iterator[int]:

@@ -24,7 +24,7 @@ def somewhere(data: bytes | bytearray, rng: Random) -> int:
 
 
 def flip_bits(data: bytearray, rng: Random, _: bytes) -> None:
-    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+    for _bit in range(rng.choice((1, 1, 2, 8, 64))):
         data[somewhere(data, rng)] ^= 1 << rng.randrange(8)
 
 

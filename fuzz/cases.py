@@ -15,7 +15,7 @@ from fuzz.bytewise import damaged
 from models import UpscaleMethod
 
 Kind = Literal["png", "jpeg", "safetensors", "pickle", "json"]
-SHARES: Mapping[Kind, int] = {"png": 32, "jpeg": 24, "safetensors": 9, "pickle": 3, "json": 32}  # weights are slow to load
+SHARES: Mapping[Kind, int] = {"png": 30, "jpeg": 22, "safetensors": 7, "pickle": 3, "json": 38}  # weights are slow to load
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "json": ".json"}
 METHODS = get_args(UpscaleMethod)

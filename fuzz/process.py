@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from config import Settings
-from errors import ErrorCode, MessageUnusable, RequestError, as_request_error
+from errors import ErrorCode, MessageUnusable, RequestError
 from fuzz.cases import TINY_VAE, Case, Corpus, make_case
 from fuzz.pickles import EXECUTED
 from fuzz.records import PICTURE
@@ -70,6 +70,8 @@ class Result:
     """What came of one input. `peak` is the largest resident memory meanwhile, in bytes; `faults` should be empty."""
 
     number: int
+    kind: str
+    mutation: str
     answer: str
     seconds: float
     peak: int
@@ -142,7 +144,7 @@ class Fuzzer:
         if Path(EXECUTED).exists():
             faults.append("code in the file was executed")
         self._clean_up()
-        return Result(case.number, said, seconds, peak, tuple(faults))
+        return Result(case.number, case.kind, case.mutation, said, seconds, peak, tuple(faults))
 
     def _with_image(self, case: Case) -> tuple[str, list[str]]:
         path = self._folders.inputs / f"image{case.suffix}"

@@ -90,7 +90,7 @@ TEXTS = (
     ),
 )
 NUMBERS = (0, -1, 1, 0.01, 0.0099, 16, 16.1, 1e-320, 1e308, -0.0, 2**31, 2**63, 2**64, 10**300, float("nan"), float("inf"))
-OTHERS = (None, True, False, [], {}, [1], {"a": 1}, [[]], ["photo.jpg"], {"image_path": "photo.jpg"})
+OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [1], {"a": 1}, [[]], ["photo.jpg"], {"image_path": "photo.jpg"})
 RAW = (
     *(
         "1e999",

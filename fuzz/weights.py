@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Self
 
-import fuzz.bytewise as bytewise
-
 DTYPES = (
     "BOOL",
     "U8",
