@@ -14,7 +14,16 @@ from tests.helpers import PROJECT, clean_environment
 
 
 def fuzz(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fuzz", "--findings", folder / "findings", "--json", folder / "figures.json", *arguments]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "fuzz",
+        "--findings",
+        folder / "findings",
+        "--json",
+        folder / "figures.json",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=PROJECT, env=clean_environment(), capture_output=True, text=True, check=False)
 
 

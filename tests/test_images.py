@@ -224,6 +224,6 @@ def test_odd_exif_is_no_reason_to_warn_or_fail(encode: Encode, tmp_path: Path) -
     segments, rest = jpegs.parse((IMAGES / "photo.jpg").read_bytes())
     path = tmp_path / "exif.jpg"
     path.write_bytes(jpegs.build([exif, *segments], rest))
-    with Image.open(path) as image, pytest.warns(UserWarning, match="Truncated File Read|Tag data larger"):
-        image.getexif().get(0)
+    with pytest.warns(UserWarning, match="Tag data larger than file"), Image.open(path) as image:
+        image.getexif()
     assert encode(path).metadata.image_notes == ()
