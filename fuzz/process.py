@@ -181,9 +181,10 @@ class Fuzzer:
         return _said(response), faults
 
     def _kept_inside(self, request: EncodeRequest) -> EncodeRequest:
-        """The request, but for an output folder that is not ours."""
+        """The request, but for an output folder that is not ours, and for a size that says nothing about damage."""
         folder = Path(request.output_dir).resolve()
-        return request if folder.is_relative_to(self._folders.work) else request.model_copy(update={"output_dir": OUTPUT})
+        output_dir = request.output_dir if folder.is_relative_to(self._folders.work) else OUTPUT
+        return request.model_copy(update={"output_dir": output_dir, "megapixels": min(request.megapixels, 1.0)})
 
     def _message(self, record: Incoming, response: Response, correlation_id: str | None) -> None:
         message = ResponseMessage.of(response, correlation_id, utc_now())
