@@ -12,6 +12,7 @@ import os
 import stat
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,22 @@ from access import AllowedFolders
 from config import Settings
 from errors import ImageInvalid, ImageNotFound, translated
 from geometry import Size
+from jpeg_markers import scans, without_further_pictures
+
+MAX_JPEG_SCANS = 100  # encoders write about ten; thousands, in some kilobytes, would be decoded for hours
 
 FORMATS = ("JPEG", "PNG")  # Pillow opens a JPEG with further pictures in it as "MPO"
 
 # LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES for a moment: nobody may decode strictly just then.
 PILLOW_LOCK = threading.Lock()
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """No warnings of Pillow's about what is odd in a file: what matters of it is refused or noted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        yield
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,9 @@ class SourceImage:
     """An image file that passed every check."""
 
     data: bytes
+    """The file's bytes; of a JPEG with further pictures, without the index of them: LoadImage would decode them all."""
     sha256: str
+    """Of the file's own bytes."""
     notes: tuple[str, ...]
     """What LoadImage will do to it beyond decoding; the codes are in API.md."""
 
@@ -84,7 +98,8 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
     with translated(ImageInvalid, f"Image file is damaged: {path}"):
         notes = _inspect(path, data, limits.max_pixels)
         _decode_strictly(data)
-    return SourceImage(data, hashlib.sha256(data).hexdigest(), notes)
+        shown = without_further_pictures(data) if "first_frame_used" in notes else data
+    return SourceImage(shown, hashlib.sha256(data).hexdigest(), notes)
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:
@@ -138,6 +153,8 @@ def _inspect(path: str, data: bytes, max_pixels: int) -> tuple[str, ...]:
             raise ImageInvalid(f"{_too_large(path, max_pixels)} It has {size}.")
         if image.format == "PNG" and frames > 1:
             raise ImageInvalid(f"Image file is animated, {frames} frames; give one of them as an image of its own: {path}")
+        if image.format != "PNG" and (count := scans(data)) > MAX_JPEG_SCANS:
+            raise ImageInvalid(f"Image file has {count} scans, more than {MAX_JPEG_SCANS}; save it as a usual JPEG: {path}")
         return tuple(_notes(image, frames))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -23,6 +24,14 @@ UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-ex
 def _no_nul(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not contain a NUL byte")
+    return text
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError("must be text that can be written in UTF-8: no lone surrogates") from exc
     return text
 
 
@@ -59,7 +68,7 @@ class EncodeRequest(BaseModel):
         default_factory=lambda: str(uuid4()),
         description="Comes back in the response and is part of the files' names; made by the service if absent.",
     )
-    correlation_id: str | None = Field(None, description="Comes back in the response.")
+    correlation_id: Annotated[str, AfterValidator(_encodable)] | None = Field(None, description="Comes back in the response.")
     timestamp: float | None = Field(None, description="When the request was made, in Unix seconds; not used.")
 
     @classmethod
@@ -76,6 +85,11 @@ class EncodeRequest(BaseModel):
             raise InvalidRequest(f"Invalid request: {describe(exc)}") from exc
 
 
+# Python's own `repr` of what is nested deeply raises, and takes long of what is large.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
 def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
     """What pydantic found, as `field: reason (got value)`, one after the other; `name` turns a field into what is shown."""
     return "; ".join(_describe_one(dict(error), name) for error in exc.errors(include_url=False))
@@ -84,7 +98,7 @@ def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
 def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] != "missing":
-        value = repr(error["input"])
+        value = _SHORT.repr(error["input"])
         reason += f" (got {value if len(value) <= 80 else value[:79] + '…'})"
     return f"{name(str(error['loc'][0]))}: {reason}"
 

@@ -36,7 +36,7 @@ from errors import (
     translated,
 )
 from geometry import Size, latent_crop, scaled_size
-from images import PILLOW_LOCK, ImageLimits, SourceImage, read_file, read_image
+from images import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_file, read_image
 from logs import get_logger
 from metrics import STAGE_SECONDS
 from models import (
@@ -231,7 +231,7 @@ class LatentEncoder:
 
     def _load_image(self, path: str) -> tuple[SourceImage, torch.Tensor]:
         """The checked source and its pixels, float32 `[1, height, width, 3]` in [0, 1]."""
-        with PILLOW_LOCK:
+        with PILLOW_LOCK, quiet_pillow():
             source = read_image(path, self._images)
             with translated(ImageInvalid, f"ComfyUI cannot load the image file {path}"), source.as_file() as file:
                 return source, self.runtime.load_image(file)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from metrics import VAE_CACHE
 from models import EncoderKind
 from single_frame import SingleFrameEncoder
 from tiling import OomPolicy, watched
+from weights_files import check_weights_file
 
 MAX_NAMES_SHOWN = 20
 
@@ -106,12 +108,13 @@ class VaeCache:
         """
         with self._lock:
             files = find_vae_files(self._runtime, name)
-            key = tuple(map(str, files)) or (name,)
+            key = tuple(str(file.resolve()) for file in files) or (name,)
             stamp = _stamp(files)
             cached = self._loaded.pop(key, None)
             hit = cached is not None and cached[0] == stamp
             VAE_CACHE.labels("hit" if hit else "miss").inc()
             if cached is None or not hit:
+                check_vae_files(name, files)  # a file that is damaged on its face shall push out no sound VAE
                 del cached  # the replaced one's memory goes before the new one's comes
                 while len(self._loaded) >= self._settings.vae_cache_size:
                     self._loaded.popitem(last=False)
@@ -123,7 +126,7 @@ class VaeCache:
 
 
 def find_vae_files(runtime: ComfyRuntime, name: str) -> list[Path]:
-    """The files, symlinks resolved, that the VAE of that name is loaded from; none for `pixel_space`.
+    """The files that the VAE of that name is loaded from; none for `pixel_space`.
 
     Raises:
         VaeModelNotFound: with where was looked, what is there and what to do.
@@ -131,7 +134,7 @@ def find_vae_files(runtime: ComfyRuntime, name: str) -> list[Path]:
     files = runtime.vae_files(name)
     if files is None:
         raise VaeModelNotFound(_not_found(runtime, name))
-    return [file.resolve() for file in files]
+    return files
 
 
 def _not_found(runtime: ComfyRuntime, name: str) -> str:
@@ -159,17 +162,11 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
         VaeModelInvalid: the file cannot be read, is not plain weights, or lacks what its architecture needs to encode.
         EncodingFailed: memory ran out.
     """
-    refusal = f"VAE model {name} cannot be used ({', '.join(map(str, files)) or 'built in'})"
-    with translated(VaeModelInvalid, refusal), _recorded_missing_keys() as missing:
-        try:
-            sha256 = _sha256(files)
-            vae = runtime.load_vae(name)
-        except Exception as exc:
-            if reason := _reason(exc):
-                raise VaeModelInvalid(f"{refusal}: {reason}.") from exc
-            raise
+    with _refused(name, files), _recorded_missing_keys() as missing:
+        sha256 = _sha256(files)
+        vae = runtime.load_vae(name)
     if fault := _fault(vae, missing):
-        raise VaeModelInvalid(f"{refusal}: {fault}.")
+        raise VaeModelInvalid(f"{_refusal(name, files)}: {fault}.")
     with torch.inference_mode():
         single_frame = None
         if settings.encoder == "auto":
@@ -177,9 +174,36 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
     return LoadedVae(name=name, vae=vae, sha256=sha256, single_frame=single_frame)
 
 
+def check_vae_files(name: str, files: Sequence[Path]) -> None:
+    """Refuse what is no file of weights, before memory is made free for it.
+
+    Raises:
+        VaeModelInvalid: as `load_vae`.
+    """
+    with _refused(name, files):
+        for file in files:
+            check_weights_file(file)
+
+
+@contextmanager
+def _refused(name: str, files: Sequence[Path]) -> Iterator[None]:
+    """Turn whatever a VAE's files make others raise into a `VaeModelInvalid` that names them."""
+    with translated(VaeModelInvalid, _refusal(name, files)):
+        try:
+            yield
+        except Exception as exc:
+            if reason := _reason(exc):
+                raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.") from exc
+            raise
+
+
+def _refusal(name: str, files: Sequence[Path]) -> str:
+    return f"VAE model {name} cannot be used ({', '.join(map(str, files)) or 'built in'})"
+
+
 def _reason(exc: Exception) -> str | None:
     """Why a file did not load, where its exception's own text would mislead."""
-    if isinstance(exc, pickle.UnpicklingError):
+    if isinstance(exc, (pickle.UnpicklingError, zipfile.BadZipFile)):
         return "it is a pickle that holds more than plain weights, or a damaged one; get the model as safetensors"
     if isinstance(exc, SafetensorError):
         return f"it is empty, truncated or not a safetensors file ({one_line(exc)})"

@@ -46,7 +46,7 @@ KL_CONFIG = {
 
 
 def make_vaes(model_dir: Path, families: list[str]) -> None:
-    makers = {"kl": make_kl, "taesd": make_taesd, "wan": make_wan}
+    makers = {"kl": make_kl, "hollow-kl": make_hollow_kl, "taesd": make_taesd, "wan": make_wan}
     for family in families:
         makers[family](model_dir)
 
@@ -54,6 +54,20 @@ def make_vaes(model_dir: Path, families: list[str]) -> None:
 def make_kl(model_dir: Path) -> None:
     model = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=KL_CONFIG, embed_dim=4)
     save_file(random_weights(model.state_dict()), model_dir / "vae" / "random_kl.safetensors")
+
+
+def make_hollow_kl(model_dir: Path) -> None:
+    """All zeros, and as good as no place on disk: a header, and a hole."""
+    with torch.device("meta"):
+        model = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=KL_CONFIG, embed_dim=4)
+    header, end = {}, 0
+    for key, tensor in model.state_dict().items():
+        start, end = end, end + 2 * tensor.numel()
+        header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (model_dir / "vae" / "hollow_kl.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def make_taesd(model_dir: Path) -> None:

@@ -18,7 +18,9 @@ from PIL import Image, ImageFile
 from access import ANYWHERE
 from config import Settings
 from errors import ErrorCode, ImageInvalid, ImageNotFound
-from images import ImageLimits, read_image
+from fuzz import jpegs
+from images import MAX_JPEG_SCANS, PILLOW_LOCK, ImageLimits, read_image
+from jpeg_markers import scans
 from models import ErrorResponse
 from service import LatentEncoder
 from tests.helpers import IMAGES, Encode, load_latent, request_for
@@ -245,3 +247,55 @@ def test_pillow_is_as_strict_after_a_request_as_before(answer: Encode) -> None:
     answer("two_frames_mpo.jpg")
     answer("truncated.png")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+def repeated_scan(times: int) -> bytes:
+    """The progressive test image with its last scan so many times."""
+    data = (IMAGES / "progressive.jpeg").read_bytes()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * times + data[-2:]
+
+
+def test_jpeg_that_would_be_decoded_for_hours_is_refused(answer: Encode, tmp_path: Path) -> None:
+    """Each scan costs a pass over all pixels, whatever its length: too many are refused, those that fit are encoded."""
+    path = tmp_path / "scans.jpg"
+    usual = scans(repeated_scan(1))
+    assert usual == 10
+    path.write_bytes(repeated_scan(MAX_JPEG_SCANS - usual + 2))
+    response = answer(path)
+    assert response.error_code == ErrorCode.IMAGE_INVALID
+    assert f"has {MAX_JPEG_SCANS + 1} scans, more than {MAX_JPEG_SCANS}" in response.error_message
+    path.write_bytes(repeated_scan(MAX_JPEG_SCANS - usual + 1))
+    assert answer(path).status == "success"
+
+
+def test_scans_are_those_of_the_first_picture() -> None:
+    """Bytes that look like a scan in a comment or behind the picture's end are none."""
+    segments, rest = jpegs.parse((IMAGES / "photo.jpg").read_bytes())
+    assert scans(jpegs.build([(0xFE, b"\xff\xda" * 9), *segments], rest) + b"\xff\xda" * 9) == 1
+
+
+def test_further_pictures_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Encode) -> None:
+    """LoadImage would hold every one of them as floats: a small file with many would take any amount of memory."""
+    path = tmp_path / "many.jpg"
+    with Image.open(IMAGES / "photo.jpg") as photo:
+        photo.save(path, "MPO", save_all=True, append_images=[photo] * 9)
+    with PILLOW_LOCK:
+        source = read_image(str(path), LIMITS)
+    assert source.notes == ("first_frame_used",)
+    with source.as_file() as file, Image.open(file) as given, Image.open(path) as first:
+        assert given.format == "JPEG"
+        assert given.tobytes() == first.tobytes()
+    assert encode(path).metadata.image_notes == ("first_frame_used",)
+
+
+def test_odd_exif_is_no_reason_to_warn_or_fail(encode: Encode, tmp_path: Path) -> None:
+    """Pillow warns of an entry that lies outside the file; here, warnings are errors."""
+    entry = b"\x0e\x01\x02\x00\xff\x00\x00\x00\x08\x00\x00\x00"  # a description that is longer than the file
+    exif = (0xE1, b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0")
+    segments, rest = jpegs.parse((IMAGES / "photo.jpg").read_bytes())
+    path = tmp_path / "exif.jpg"
+    path.write_bytes(jpegs.build([exif, *segments], rest))
+    with pytest.warns(UserWarning, match="Tag data larger than file"), Image.open(path) as image:
+        image.getexif()
+    assert encode(path).metadata.image_notes == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -65,6 +66,8 @@ def test_unknown_fields_are_ignored() -> None:
         ("output_dir", "a/" * 2049),
         ("request_id", ""),
         ("request_id", 42),
+        ("request_id", "\ud800"),
+        ("correlation_id", "a\udcff"),
     ],
 )
 def test_wrong_value_is_refused_by_the_fields_name(field: str, value: object) -> None:
@@ -136,3 +139,20 @@ def test_foreign_exception_becomes_one_line() -> None:
 
 class ForeignError(Exception):
     """Stands for any exception of a library."""
+
+
+def nested(value: object, wrap: Callable[[object], object]) -> object:
+    for _level in range(2000):
+        value = wrap(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [nested(1, lambda inner: [inner]), nested(1, lambda inner: {"a": inner}), "a" * 10**6],
+    ids=["list", "dict", "text"],
+)
+def test_deep_or_large_value_is_described(value: object) -> None:
+    """Python's own `repr` gives up on what is nested about as deeply as JSON may be."""
+    with pytest.raises(InvalidRequest, match=r"^Invalid request: megapixels: Input should be a valid number \(got .{1,80}\)$"):
+        EncodeRequest.from_fields({**IMAGE, "megapixels": value}, {})

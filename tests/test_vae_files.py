@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from comfy_runtime import Vae
 from config import Settings
-from errors import ErrorCode
+from errors import ErrorCode, VaeModelInvalid
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import PROJECT, TINY_VAE, Encode, load_latent
@@ -23,14 +24,19 @@ from vae import VaeCache
 TINY = PROJECT / "tiny_vae" / TINY_VAE
 
 
-class Malicious:
-    """A pickle that makes a file when it is loaded."""
+class Called:
+    """A pickle that calls something when it is loaded."""
 
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+    def __init__(self, call: Callable[..., object], *arguments: object) -> None:
+        self.call, self.arguments = call, arguments
 
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
-        return os.mkdir, (str(self.marker),)
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call, self.arguments
+
+
+def malicious(path: Path) -> Called:
+    """What makes a folder when it is loaded."""
+    return Called(os.mkdir, str(path.with_suffix(".executed")))
 
 
 def without_encoder_tensors(path: Path) -> None:
@@ -75,11 +81,30 @@ def truncated(path: Path) -> None:
 
 
 def malicious_pickle(path: Path) -> None:
-    path.write_bytes(pickle.dumps(Malicious(path.with_suffix(".executed")), protocol=2))
+    path.write_bytes(pickle.dumps(malicious(path), protocol=2))
 
 
 def malicious_torch_file(path: Path) -> None:
-    torch.save({"encoder": Malicious(path.with_suffix(".executed"))}, path)
+    torch.save({"encoder": malicious(path)}, path)
+
+
+def asks_for_memory(path: Path) -> None:
+    """Some bytes that are 100 gigabytes when they are unpickled."""
+    path.write_bytes(pickle.dumps({"encoder": Called(bytearray, 10**11)}, protocol=2))
+
+
+def asks_for_memory_in_archive(path: Path) -> None:
+    torch.save({"encoder": Called(bytearray, 10**11)}, path)
+
+
+def compressed(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+
+
+def broken_archive(path: Path) -> None:
+    torch.save(load_file(TINY), path)
+    path.write_bytes(path.read_bytes()[:-1000])
 
 
 INVALID = {
@@ -92,6 +117,10 @@ INVALID = {
     "git_lfs_pointer.safetensors": (text, "empty, truncated or not a safetensors file"),
     "truncated.safetensors": (truncated, "empty, truncated or not a safetensors file"),
     "pickle_named.safetensors": (malicious_pickle, "empty, truncated or not a safetensors file"),
+    "memory.pkl": (asks_for_memory, "holds more than plain weights"),
+    "memory.pt": (asks_for_memory_in_archive, "holds more than plain weights"),
+    "compressed.pt": (compressed, "holds more than plain weights"),
+    "broken.pt": (broken_archive, "or a damaged one"),
     "malicious.pkl": (malicious_pickle, "holds more than plain weights"),
     "malicious.pt": (malicious_torch_file, "holds more than plain weights"),
 }
@@ -177,6 +206,20 @@ def test_least_recently_used_vae_goes_first(encoder: LatentEncoder, settings: Se
     vae_of(cache, "taesd")
     assert vae_of(cache, TINY_VAE) is tiny
     assert vae_of(cache, "pixel_space") is not pixel
+
+
+@pytest.mark.parametrize("make", [empty, text, truncated, asks_for_memory])
+def test_damaged_file_pushes_out_no_vae(
+    make: Callable[[Path], None], encoder: LatentEncoder, settings: Settings, model_dir: Path
+) -> None:
+    """With room for one, that one stays loaded when a request names a file that is damaged on its face."""
+    cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 1}))
+    pixel = vae_of(cache, "pixel_space")
+    name = f"{make.__name__}.{'pt' if make is asks_for_memory else 'safetensors'}"
+    make(model_dir / "vae" / name)
+    with pytest.raises(VaeModelInvalid):
+        cache.get(name)
+    assert vae_of(cache, "pixel_space") is pixel
 
 
 def test_replaced_file_is_loaded_anew(model_dir: Path, encode: Encode) -> None:

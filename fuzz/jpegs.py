@@ -1,0 +1,183 @@
+"""Damage to JPEG files that knows their segments: markers, lengths, frames, scans, EXIF and further pictures."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from random import Random
+
+from fuzz import bytewise
+
+SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
+START_OF_FRAME = {0xC0, 0xC1, 0xC2}
+MARKERS = (*range(0xC0, 0xFF), 0x01, 0x02, 0x00, 0xFF)
+SIDES = (0, 1, 7, 8, 65, 2000, 65_500, 65_535)
+
+Segment = tuple[int, bytes]
+
+
+def parse(data: bytes) -> tuple[list[Segment], bytes]:
+    """The segments in front of the first scan, and all the rest, which begins with that scan's header."""
+    segments, place = [], 2
+    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != SOS:
+        (length,) = struct.unpack_from(">H", data, place + 2)
+        segments.append((data[place + 1], data[place + 4 : place + 2 + length]))
+        place += 2 + length
+    return segments, data[place:]
+
+
+def build(segments: list[Segment], rest: bytes) -> bytes:
+    return b"\xff\xd8" + b"".join(map(_segment, segments)) + rest
+
+
+def _segment(segment: Segment) -> bytes:
+    marker, content = segment
+    content = content[: 0xFFFF - 2]
+    return bytes((0xFF, marker)) + struct.pack(">H", len(content) + 2) + content
+
+
+def frame_field(data: bytes, rng: Random) -> bytes:
+    """Precision, size, number of components or their sampling with other values."""
+    segments, rest = parse(data)
+    for place, (marker, content) in enumerate(segments):
+        if marker in START_OF_FRAME:
+            frame = bytearray(content)
+            if rng.random() < 0.5:
+                struct.pack_into(">H", frame, rng.choice((1, 3)), rng.choice(SIDES))
+            else:
+                frame[rng.choice((0, 5, *range(6, len(frame))))] = rng.choice((0, 1, 2, 3, 4, 8, 12, 0x11, 0x22, 0x44, 255))
+            segments[place] = (rng.choice((marker, marker, 0xC2, 0xC9)), bytes(frame))
+    return build(segments, rest)
+
+
+def segment_content(data: bytes, rng: Random) -> bytes:
+    """Any damage inside a segment."""
+    segments, rest = parse(data)
+    place = rng.randrange(len(segments))
+    marker, content = segments[place]
+    segments[place] = (marker, bytewise.damaged(content, rng.choice(bytewise.MUTATIONS), rng, data))
+    return build(segments, rest)
+
+
+def segment_length(data: bytes, rng: Random) -> bytes:
+    """A segment that claims another length than it has."""
+    segments, rest = parse(data)
+    place = rng.randrange(len(segments))
+    whole = bytearray(_segment(segments[place]))
+    struct.pack_into(">H", whole, 2, rng.choice((0, 1, 2, 3, 0x7FFF, 0xFFFF)))
+    return build(segments[:place], bytes(whole) + build(segments[place + 1 :], rest)[2:])
+
+
+def segment_order(data: bytes, rng: Random) -> bytes:
+    """Segments left out, doubled, moved, or under another marker."""
+    segments, rest = parse(data)
+    for _ in range(rng.choice((1, 3))):
+        segment = rng.choice(segments)
+        if rng.random() < 0.5 and len(segments) > 1:
+            segments.remove(segment)
+        if rng.random() < 0.7:
+            marker = segment[0] if rng.random() < 0.7 else rng.choice(MARKERS)
+            segments.insert(rng.randrange(len(segments) + 1), (marker, segment[1]))
+    return build(segments, rest)
+
+
+def scan_damage(data: bytes, rng: Random) -> bytes:
+    """Damage in the header of a scan and in its coded pixels, stray markers among them."""
+    segments, rest = parse(data)
+    buffer = bytearray(bytewise.damaged(rest, rng.choice(bytewise.MUTATIONS), rng, rest))
+    for _ in range(rng.choice((0, 1, 20))):
+        place = rng.randrange(len(buffer) + 1)
+        buffer[place:place] = bytes((0xFF, rng.choice(MARKERS)))
+    return build(segments, bytes(buffer))
+
+
+def many_scans(data: bytes, rng: Random) -> bytes:
+    """The same scan over and over, of a picture that may be large: little to read, much to compute."""
+    segments, rest = parse(data)
+    places = [match.start() for match in re.finditer(rb"\xff\xda", rest)]
+    scan = rest[places[-1] : -2]
+    if rng.random() < 0.5:
+        return build(segments, rest[: places[-1]] + scan * rng.choice((2, 400, 3000)) + rest[-2:])
+    return build(_enlarged(segments, 2000, 2000), rest[: places[-1]] + scan[:12] * rng.choice((400, 3000)) + rest[-2:])
+
+
+def _enlarged(segments: list[Segment], width: int, height: int) -> list[Segment]:
+    """The same picture with another size in its frame header; what is missing of it is grey."""
+    size = struct.pack(">HH", height, width)
+    return [
+        (marker, content[:1] + size + content[5:] if marker in START_OF_FRAME else content) for marker, content in segments
+    ]
+
+
+def exif(data: bytes, rng: Random) -> bytes:
+    """EXIF whose directories lead in circles or far away, with entries of any type, count and value."""
+    order, count = rng.choice("<>"), rng.choice((0, 1, 3, 40))
+    entries = b"".join(
+        struct.pack(
+            f"{order}HHII",
+            rng.choice((0x0112, 0x8769, 0x8825, 0xA005, 0x0201, 0x0202, 0x011A, 0x927C, rng.randrange(65536))),
+            rng.choice((*range(14), 255)),
+            rng.choice((0, 1, 2, 0xFFFF, 0xFFFFFFFF)),
+            rng.choice((0, 1, 6, 8, 99, 0x7FFFFFFF, 0xFFFFFFFF)),
+        )
+        for _ in range(count)
+    )
+    tiff = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", rng.choice((8, 8, 8, 0, 0xFFFFFFFF)))
+    tiff += (
+        struct.pack(f"{order}H", rng.choice((count, count, 65535))) + entries + struct.pack(f"{order}I", rng.choice((0, 8)))
+    )
+    segments, rest = parse(data)
+    return build([(0xE1, b"Exif\0\0" + tiff), *segments], rest)
+
+
+def further_segment(data: bytes, rng: Random) -> bytes:
+    """A segment more that decoders give a meaning: Adobe's, a colour profile, a restart interval, a comment."""
+    noise = rng.randbytes(rng.choice((0, 1, 12, 200)))
+    added = rng.choice(
+        (
+            (0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([rng.randrange(256)])),
+            (0xE2, b"ICC_PROFILE\0" + bytes((rng.randrange(256), rng.randrange(256))) + noise),
+            (0xE2, b"MPF\0" + rng.choice((b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b"")) + noise),
+            (0xED, b"Photoshop 3.0\x008BIM" + noise),
+            (0xE0, b"JFIF\0" + noise),
+            (0xDD, struct.pack(">H", rng.choice((0, 1, 65535)))),
+            (0xFE, noise),
+            (0xDC, struct.pack(">H", rng.choice((0, 65535)))),
+        )
+    )
+    segments, rest = parse(data)
+    segments.insert(rng.randrange(len(segments) + 1), added)
+    return build(segments, rest)
+
+
+def many_segments(data: bytes, rng: Random) -> bytes:
+    """Thousands of segments, or a megabyte of colour profile."""
+    segments, rest = parse(data)
+    added = rng.choice(((0xFE, b"x"), (0xE2, b"ICC_PROFILE\0\1\1" + bytes(60_000)), (0xE1, b"Exif\0\0II*\0")))
+    return build(segments[:1] + [added] * rng.choice((20, 255)) + segments[1:], rest)
+
+
+def further_pictures(data: bytes, rng: Random) -> bytes:
+    """A multi-picture file of many pictures, whose index may lie."""
+    count = rng.choice((2, 3, 40, 400))
+    segments, rest = parse(data)
+    length = 4 + 8 + 2 + 3 * 12 + 4 + 16 * count
+    first = len(build([*segments, (0xE2, bytes(length))], rest))
+    single = build(segments, rest)
+    label_end = len(build(segments, b"")) + 4 + 4
+    entries = b"".join(
+        struct.pack("<IIIHH", 0x030000, len(single), 0 if n == 0 else first + (n - 1) * len(single) - label_end, 0, 0)
+        for n in range(count)
+    )
+    said = count if rng.random() < 0.7 else rng.choice((0, 1, 0x7FFFFFFF))
+    index = struct.pack("<4sIH", b"II*\0", 8, 3)
+    index += struct.pack("<HHI4s", 0xB000, 7, 4, b"0100") + struct.pack("<HHII", 0xB001, 4, 1, said)
+    index += struct.pack("<HHII", 0xB002, 7, 16 * count, 50) + struct.pack("<I", 0) + entries
+    return build([*segments, (0xE2, b"MPF\0" + index)], rest) + single * (count - 1)
+
+
+MUTATIONS: tuple[Callable[[bytes, Random], bytes], ...] = (
+    *(frame_field, segment_content, segment_length, segment_order, scan_damage, exif, further_segment) * 6,
+    *(many_scans, many_segments, further_pictures),  # these are slow, and there is little to vary
+)

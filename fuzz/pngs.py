@@ -1,0 +1,164 @@
+"""Damage to PNG files that leaves their checksums right, so that it gets past them to the code behind."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from functools import cache
+from random import Random
+
+from fuzz import bytewise
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SIDES = (0, 1, 2, 7, 65, 2000, 2001, 4_000_000, 65_535, 0x7FFFFFFF, 0xFFFFFFFF)
+ANCILLARY = b"PLTE tRNS gAMA cHRM sRGB iCCP sBIT bKGD hIST pHYs sPLT eXIf tEXt zTXt iTXt tIME acTL fcTL fdAT IEND IHDR".split()
+BOMB_BYTES = 200_000_000
+
+Chunk = tuple[bytes, bytes]
+
+
+def parse(data: bytes) -> list[Chunk]:
+    """The chunks of a PNG, as far as they are whole."""
+    chunks, place = [], len(SIGNATURE)
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        chunks.append((data[place + 4 : place + 8], data[place + 8 : place + 8 + length]))
+        place += 12 + length
+    return chunks
+
+
+def build(chunks: list[Chunk]) -> bytes:
+    return SIGNATURE + b"".join(map(_chunk, chunks))
+
+
+def _chunk(chunk: Chunk) -> bytes:
+    kind, data = chunk
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@cache
+def _bomb() -> bytes:
+    return zlib.compress(bytes(BOMB_BYTES), 9)
+
+
+def header_field(data: bytes, rng: Random) -> bytes:
+    """One or two fields of IHDR with other values."""
+    chunks = parse(data)
+    header = bytearray(chunks[0][1].ljust(13, b"\0"))
+    for _ in range(rng.choice((1, 2))):
+        if rng.random() < 0.5:
+            struct.pack_into(">I", header, rng.choice((0, 4)), rng.choice(SIDES))
+        else:
+            header[rng.randrange(8, 13)] = rng.choice((0, 1, 2, 3, 4, 6, 8, 16, 255))
+    return build([(b"IHDR", bytes(header)), *chunks[1:]])
+
+
+def chunk_content(data: bytes, rng: Random) -> bytes:
+    """Any damage inside a chunk."""
+    chunks = parse(data)
+    place = rng.randrange(len(chunks))
+    kind, content = chunks[place]
+    chunks[place] = (kind, bytewise.damaged(content, rng.choice(bytewise.MUTATIONS), rng, data))
+    return build(chunks)
+
+
+def chunk_length(data: bytes, rng: Random) -> bytes:
+    """A chunk that claims another length than it has."""
+    chunks = parse(data)
+    place = rng.randrange(len(chunks))
+    whole = bytearray(_chunk(chunks[place]))
+    struct.pack_into(">I", whole, 0, rng.choice((*bytewise.INTERESTING, len(chunks[place][1]) - 1)) & 0xFFFFFFFF)
+    return build(chunks[:place]) + bytes(whole) + build(chunks[place + 1 :])[len(SIGNATURE) :]
+
+
+def chunk_order(data: bytes, rng: Random) -> bytes:
+    """Chunks left out, doubled or moved."""
+    chunks = parse(data)
+    for _ in range(rng.choice((1, 3))):
+        chunk = rng.choice(chunks)
+        if rng.random() < 0.5 and len(chunks) > 1:
+            chunks.remove(chunk)
+        if rng.random() < 0.7:
+            chunks.insert(rng.randrange(len(chunks) + 1), chunk)
+    return build(chunks)
+
+
+def chunk_kind(data: bytes, rng: Random) -> bytes:
+    """A chunk under another's name."""
+    chunks = parse(data)
+    place = rng.randrange(len(chunks))
+    chunks[place] = (rng.choice((*ANCILLARY, b"IDAT", rng.randbytes(4))), chunks[place][1])
+    return build(chunks)
+
+
+def further_chunk(data: bytes, rng: Random) -> bytes:
+    """A chunk more, with nonsense in it."""
+    chunks = parse(data)
+    content = rng.choice((b"", rng.randbytes(1), rng.randbytes(rng.choice((4, 8, 26, 256))), b"\0" * 32, b"\xff" * 32))
+    chunks.insert(rng.choice((1, len(chunks) - 1, rng.randrange(len(chunks) + 1))), (rng.choice(ANCILLARY), content))
+    return build(chunks)
+
+
+def animation(data: bytes, rng: Random) -> bytes:
+    """The control chunks of an animation, which may not fit the picture or each other."""
+    chunks = parse(data)
+    control = struct.pack(">II", rng.choice((0, 1, 2, 0x7FFFFFFF, 0xFFFFFFFF)), rng.choice((0, 1)))
+    width, height, left, upper = (rng.choice((0, 1, 96, 2000, 0xFFFFFFFF)) for _ in range(4))
+    frame = struct.pack(">IIIIIHHBB", rng.choice((0, 1, 9)), width, height, left, upper, 1, 0, rng.randrange(4), 0)
+    added = [(b"acTL", control)] + [(b"fcTL", frame)] * rng.choice((0, 1, 2))
+    return build([chunks[0], *added, *chunks[1:]])
+
+
+def scanlines(data: bytes, rng: Random) -> bytes:
+    """Damaged scanlines, compressed anew: filters that do not exist, too many rows or too few."""
+    chunks = parse(data)
+    packed = b"".join(content for kind, content in chunks if kind == b"IDAT")
+    try:
+        rows = zlib.decompress(packed)
+    except zlib.error:
+        return chunk_content(data, rng)
+    rows = bytewise.damaged(rows, rng.choice(bytewise.MUTATIONS), rng, rows)
+    idat = (b"IDAT", zlib.compress(rows, rng.choice((0, 1, 9))))
+    return build([chunk for chunk in chunks if chunk[0] not in (b"IDAT", b"IEND")] + [idat, (b"IEND", b"")])
+
+
+def bomb(data: bytes, rng: Random) -> bytes:
+    """Some kilobytes that unpack to hundreds of megabytes, as pixels, text or colour profile."""
+    chunks = parse(data)
+    added = rng.choice(
+        (
+            (b"IDAT", _bomb()),
+            (b"zTXt", b"Comment\0\0" + _bomb()),
+            (b"iTXt", b"Comment\0\1\0\0\0" + _bomb()),
+            (b"iCCP", b"profile\0\0" + _bomb()),
+        )
+    )
+    return build([chunks[0], *[added] * rng.choice((1, 3)), *chunks[1:]])
+
+
+def many_chunks(data: bytes, rng: Random) -> bytes:
+    """Thousands of chunks."""
+    chunks = parse(data)
+    added = rng.choice(((b"tEXt", b"a\0" + b"b" * 100), (b"IDAT", b""), (b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000)))))
+    return build([chunks[0], *[added] * rng.choice((1000, 20_000)), *chunks[1:]])
+
+
+def large_picture(_: bytes, rng: Random) -> bytes:
+    """A whole picture near the limit of pixels, of a few kilobytes, in any mode."""
+    colour, depth = rng.choice(((0, 1), (0, 8), (0, 16), (2, 8), (2, 16), (3, 8), (4, 8), (4, 16), (6, 8), (6, 16)))
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    width, height = rng.choice(((2000, 2000), (1, 4_000_000), (4_000_000, 1), (40_000, 100), (2000, 2001)))
+    packer, row = zlib.compressobj(1), bytes([rng.randrange(5)]) + bytes((width * bits + 7) // 8)
+    rows = 1 + 10_000_000 // len(row)
+    packed = b"".join(packer.compress(row * min(rows, height - done)) for done in range(0, height, rows)) + packer.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))]
+    chunks += [(b"PLTE", bytes(range(256)) * 3)] if colour == 3 else []
+    chunks += [(b"tRNS", b"\0\0")] if colour in (0, 3) and rng.random() < 0.5 else []
+    return build([*chunks, (b"IDAT", packed), (b"IEND", b"")])
+
+
+MUTATIONS: tuple[Callable[[bytes, Random], bytes], ...] = (
+    *(header_field, chunk_content, chunk_length, chunk_order, chunk_kind, further_chunk, animation, scanlines) * 8,
+    *(bomb, many_chunks, large_picture),  # these are slow, and there is little to vary
+)

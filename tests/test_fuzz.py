@@ -1,0 +1,64 @@
+"""The fuzzing itself: a few dozen inputs, that each can be made again, and that what is wrong is found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from fuzz.cases import SHARES, Corpus, make_case
+from fuzz.corpus import make_corpus
+from fuzz.process import Folders
+from tests.helpers import PROJECT, clean_environment
+
+
+def fuzz(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "fuzz",
+        "--findings",
+        folder / "findings",
+        "--json",
+        folder / "figures.json",
+        *arguments,
+    ]
+    return subprocess.run(command, cwd=PROJECT, env=clean_environment(), capture_output=True, text=True, check=False)
+
+
+def test_few_dozen_inputs_are_answered_as_they_should_be(tmp_path: Path) -> None:
+    """No finding, every kind of input, and a report that counts them all."""
+    done = fuzz(tmp_path, "--inputs", "48", "--seed", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "48 inputs in" in done.stdout
+    assert "findings: 0" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["by_kind"].keys() == SHARES.keys()
+    assert sum(sum(answers.values()) for answers in figures["by_kind"].values()) == 48
+    assert 0 < figures["limits"]["loaded"] < figures["largest"]["peak"] < figures["limits"]["memory"]
+    assert not (tmp_path / "findings").exists()
+
+
+def test_input_that_is_not_answered_in_time_is_a_finding(tmp_path: Path) -> None:
+    """The process is started anew for the next one, the input is kept with the way to make it again, the status is 1."""
+    done = fuzz(tmp_path, "--only", "7", "--only", "8", "--patience", "0.0001")
+    assert done.returncode == 1
+    assert "findings: 2" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [finding["faults"] for finding in figures["findings"]] == [["no answer within 0.0001 s"]] * 2
+    kept = {path.name for path in (tmp_path / "findings").iterdir()}
+    assert len(kept) == 4
+    (description,) = (tmp_path / "findings").glob("seed0-7.*.txt")
+    assert "python -m fuzz --seed 0 --only 7" in description.read_text()
+
+
+def test_input_can_be_made_again(tmp_path: Path) -> None:
+    """The same corpus, seed and number give the same bytes; another number or seed gives others."""
+    folders = Folders(tmp_path)
+    make_corpus(folders)
+    corpus = Corpus.read(folders.corpus)
+    cases = [make_case(corpus, 0, number) for number in range(200)]
+    assert cases == [make_case(corpus, 0, number) for number in range(200)]
+    assert len({case.data for case in cases}) > 150
+    assert cases[0] != make_case(corpus, 1, 0)
