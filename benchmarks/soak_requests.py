@@ -83,6 +83,8 @@ def environment(folder: Path) -> dict[str, str]:
     """What the service is set to, so that it has the models and each kind of request is cheap to make."""
     return {
         "MODEL_DIR": str(folder / "models"),
+        "ALLOWED_INPUT_DIRS": f"{IMAGES},{folder}",
+        "ALLOWED_OUTPUT_DIRS": str(folder),
         "VAE_CACHE_SIZE": str(len(VAES) - 1),  # they take turns in memory
         "KAFKA_MAX_MESSAGE_BYTES": str(MAX_MESSAGE_BYTES),
         "KAFKA_MAX_RETRIES": "2",
@@ -120,6 +122,8 @@ def bad_kinds(folder: Path) -> tuple[Kind, ...]:
         Kind("image with a bad checksum", Expected(code.IMAGE_INVALID), {"image_path": str(IMAGES / "bad_checksum.png")}),
         Kind("image that is text", Expected(code.IMAGE_INVALID), {"image_path": str(IMAGES / "text.png")}),
         Kind("decompression bomb", Expected(code.IMAGE_INVALID), {"image_path": str(IMAGES / "decompression_bomb.png")}),
+        Kind("image outside of the allowed folders", Expected(code.ACCESS_DENIED), {"image_path": "/etc/hostname"}),
+        Kind("output outside of the allowed folders", Expected(code.ACCESS_DENIED), {"output_dir": str(folder.parent)}),
         Kind("unknown VAE", Expected(code.VAE_MODEL_NOT_FOUND), {"vae_model_name": "unknown.safetensors"}),
         Kind("truncated VAE", Expected(code.VAE_MODEL_INVALID), {"vae_model_name": "truncated.safetensors"}),
         Kind("VAE that is text", Expected(code.VAE_MODEL_INVALID), {"vae_model_name": "text.safetensors"}),

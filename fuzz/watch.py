@@ -85,8 +85,8 @@ class Watched:
     def _wait(self, seconds: float, memory: int | None) -> object:
         """What the process sends, or a text that says why it sent nothing."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self._connection.poll(POLL_S):
+        while (left := deadline - time.monotonic()) > 0:
+            if self._connection.poll(min(POLL_S, left)):
                 try:
                     return self._connection.recv()
                 except EOFError:
