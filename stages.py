@@ -44,14 +44,18 @@ class Stages:
             inbox.put(None)
 
     def _run(self, stage: Callable[[Job, Any], Any], n: int) -> None:
-        while self._step(stage, n):
-            give_back_freed_memory()  # a job's large tensors, each of another size, leave holes that the C library would keep
+        while (ended := self._step(stage, n)) is not None:
+            if ended:
+                give_back_freed_memory()  # large tensors, each of another size, leave holes that the C library would keep
 
-    def _step(self, stage: Callable[[Job, Any], Any], n: int) -> bool:
-        """One job. A function of its own, so that nothing keeps the job's tensors while the thread waits for the next."""
+    def _step(self, stage: Callable[[Job, Any], Any], n: int) -> bool | None:
+        """One job. Whether it ended here, rather than go on to the next stage; None when there are no more.
+
+        A function of its own, so that nothing keeps the job's tensors while the thread waits for the next.
+        """
         item = self._inboxes[n].get()
         if item is None:
-            return False
+            return None
         job, value = item
         if job.dropped:
             return True
@@ -62,10 +66,10 @@ class Stages:
             # Not kept in a variable: with its traceback, which holds this frame, it would keep the job's tensors alive.
             self._report(job, exc)
         else:
-            if isinstance(result, SuccessResponse):
-                self._report(job, result)
-            else:
+            if not isinstance(result, SuccessResponse):
                 self._inboxes[n + 1].put((job, result))
+                return False
+            self._report(job, result)
         return True
 
     def _prepare(self, job: Job, request: Any) -> Prepared | SuccessResponse:

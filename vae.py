@@ -26,13 +26,18 @@ from config import Settings
 from encoders import DECODER_PARTS, prepare_for_encoding
 from errors import VaeModelInvalid, VaeModelNotFound, one_line, translated
 from geometry import Size, latent_crop
+from logs import get_logger
 from metrics import VAE_CACHE
 from models import EncoderKind
 from single_frame import SingleFrameEncoder
 from tiling import OomPolicy, watched
 from weights_files import check_weights_file
 
+log = get_logger("latent_encoder")
+
 MAX_NAMES_SHOWN = 20
+
+TRIAL_VAE = "tiny_qwen_vae.safetensors"  # comes along, and is the image's default
 
 _LOADING = threading.Lock()  # one at a time has torch's method wrapped
 
@@ -171,6 +176,8 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
         single_frame = None
         if settings.encoder == "auto":
             single_frame = prepare_for_encoding(vae.first_stage_model, name, compiled=settings.compile)
+    if name == TRIAL_VAE:
+        log.warning("this vae is for trying the service: its latents mean nothing to a diffusion model", vae=name)
     return LoadedVae(name=name, vae=vae, sha256=sha256, single_frame=single_frame)
 
 

@@ -18,7 +18,7 @@ from config import Settings
 from errors import ErrorCode, VaeModelInvalid
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
-from tests.helpers import PROJECT, TINY_VAE, Encode, load_latent
+from tests.helpers import COMFYUI, PROJECT, TINY_VAE, Encode, load_latent
 from vae import VaeCache
 
 TINY = PROJECT / "tiny_vae" / TINY_VAE
@@ -235,3 +235,17 @@ def test_replaced_file_is_loaded_anew(model_dir: Path, encode: Encode) -> None:
     after = encode("photo.jpg", vae_model_name=path.name)
     assert after.metadata.vae_sha256 != before.metadata.vae_sha256
     assert not torch.equal(load_latent(after.latent_file_path), first)
+
+
+def test_trial_vae_says_that_it_is_one(
+    encoder: LatentEncoder, settings: Settings, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who forgets to name the real one reads it in the log; another VAE says nothing of the kind."""
+    vaes = VaeCache(encoder.runtime, settings)
+    vaes.get(TINY_VAE)
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.getMessage().startswith("this vae is for trying the service")
+    caplog.clear()
+    shutil.copy(COMFYUI / "models" / "vae" / TINY_VAE, model_dir / "another.safetensors")
+    vaes.get("another.safetensors")
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
