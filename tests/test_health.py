@@ -313,3 +313,12 @@ def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings
     finally:
         gc.enable()
         stages.close()
+
+
+def test_worker_without_a_partition_is_ready(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
+    """More workers than partitions: it stands by."""
+    with bench.worker(encoder, bench.settings(settings)) as first:
+        wait_until(lambda: first.handler.health.ready().ok, "the first")
+        with bench.worker(encoder, bench.settings(settings)) as second:
+            wait_until(lambda: second.handler.health.ready().ok, "the second")
+            assert first.handler.health.ready().ok
