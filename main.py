@@ -150,7 +150,8 @@ def serve(settings: Settings) -> NoReturn:
     import tracing
     from http_server import http_server
     from kafka_handler import KafkaHandler
-    from service import LatentEncoder
+    from output_files import WRITING
+    from service import ready_encoder
 
     log_missing_limits(settings)
     try:
@@ -158,9 +159,8 @@ def serve(settings: Settings) -> NoReturn:
         stop_on_signals(handler.stop)
         with http_server(settings, handler.health), stdout_on_stderr(), tracing.exported():
             with handler.health.busy("start"):
-                encoder = LatentEncoder.set_up(settings)
-                if settings.warmup:
-                    encoder.warm_up()
+                # In a thread that ends, and OpenMP's threads with it: see stages.py.
+                encoder = in_a_thread(lambda: ready_encoder(settings), WRITING)
             finished = handler.run(encoder)
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc

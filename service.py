@@ -331,6 +331,18 @@ class Encoded:
     tiled: bool
 
 
+def ready_encoder(settings: Settings) -> LatentEncoder:
+    """The encoder as Kafka mode begins with it: loaded, and warm where WARMUP says so.
+
+    Raises:
+        SetupError: as `LatentEncoder.set_up` and `LatentEncoder.warm_up`.
+    """
+    encoder = LatentEncoder.set_up(settings)
+    if settings.warmup:
+        encoder.warm_up()
+    return encoder
+
+
 def log_failure(error: RequestError, **fields: Any) -> None:
     """Log why a request failed, with the traceback where it is a fault of ours."""
     if isinstance(error, UnexpectedError):

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+
 import tracing
 from encoders import give_back_freed_memory
 from health import Health
 from kafka_lanes import Job
 from models import SuccessResponse
 from service import Encoded, LatentEncoder, Prepared
+
+ENCODE = 1  # the number of that stage
 
 Inbox = SimpleQueue[tuple[Job, Any] | None]
 Report = Callable[[Job, SuccessResponse | BaseException], None]
@@ -26,6 +30,8 @@ class Stages:
         self._encoder = encoder
         self._report = report
         self._health = health
+        self._torch_threads = torch.get_num_threads()
+        self._limited = threading.Barrier(3)
         self._inboxes: list[Inbox] = [SimpleQueue() for _ in range(3)]
         self.threads = [
             threading.Thread(target=self._run, args=(stage, n), name=stage.__name__.strip("_"), daemon=True)
@@ -44,6 +50,13 @@ class Stages:
             inbox.put(None)
 
     def _run(self, stage: Callable[[Job, Any], Any], n: int) -> None:
+        # Each thread has a pool of OpenMP's. Where all of them are more than the CPUs, GNU's OpenMP lets threads sleep at each
+        # of an encode's many meeting points, and it takes twice as long: so only the encode has more than one.
+        if n != ENCODE:
+            set_torch_threads(1)
+        self._limited.wait()
+        if n == ENCODE:  # the last to say so, since that is what holds for threads to come
+            set_torch_threads(self._torch_threads)
         while (ended := self._step(stage, n)) is not None:
             if ended:
                 give_back_freed_memory()  # large tensors, each of another size, leave holes that the C library would keep
@@ -84,3 +97,9 @@ class Stages:
 
     def _write(self, _: Job, encoded: Encoded) -> SuccessResponse:
         return self._encoder.write(encoded)
+
+
+def set_torch_threads(count: int) -> None:
+    """How many threads torch uses for what the calling thread asks of it."""
+    torch.get_num_threads()  # takes over what holds for the process, which would come later otherwise, and displace it
+    torch.set_num_threads(count)

@@ -322,3 +322,32 @@ def test_worker_without_a_partition_is_ready(bench: Bench, encoder: LatentEncode
         with bench.worker(encoder, bench.settings(settings)) as second:
             wait_until(lambda: second.handler.health.ready().ok, "the second")
             assert first.handler.health.ready().ok
+
+
+def test_only_the_encode_has_threads_of_torch(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
+    """Pools of several stages would be more threads than CPUs, which GNU's OpenMP makes the encode pay for."""
+    seen: dict[str, int] = {}
+
+    class Counting(LatentEncoder):
+        """Notes how many threads torch uses in each stage."""
+
+        def prepare(self, request: EncodeRequest) -> Any:
+            seen["prepare"] = torch.get_num_threads()
+            return super().prepare(request)
+
+        def encode_prepared(self, prepared: Any) -> Any:
+            seen["encode"] = torch.get_num_threads()
+            return super().encode_prepared(prepared)
+
+        def write(self, encoded: Any) -> Any:
+            seen["write"] = torch.get_num_threads()
+            return super().write(encoded)
+
+    before = torch.get_num_threads()
+    done = threading.Event()
+    stages = Stages(Counting(settings, encoder.runtime), lambda *_: done.set(), Health(60))
+    stages.submit(request_job(tmp_path, settings))
+    assert done.wait(60)
+    stages.close()
+    assert seen == {"prepare": 1, "encode": before, "write": 1}
+    assert torch.get_num_threads() == before
