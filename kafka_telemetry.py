@@ -40,7 +40,7 @@ def answered(job: Job, settings: Settings) -> None:
     """The broker acknowledged its answer, its dead letter, or both."""
     outcome = job.outcome
     assert outcome is not None, "what is answered has an outcome"
-    sender = sender_of(job.record, settings.kafka_max_message_bytes)
+    sender = job.request or sender_of(job.record, settings.kafka_max_message_bytes)
     seconds = time.monotonic() - job.taken_at
     event: dict[str, Any] = {"request_id": sender.request_id, "correlation_id": sender.correlation_id}
     if isinstance(outcome, SuccessResponse):

@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from errors import ErrorCode
+from models import Timings
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of when it began
 
@@ -56,7 +57,7 @@ for _metric, _values in (
     (COMMITS, ("ok", "refused")),
     (REBALANCES, ("assigned", "revoked", "lost")),
     (VAE_CACHE, ("hit", "miss")),
-    (STAGE_SECONDS, ("load_vae", "load_image", "scale", "encode", "save")),
+    (STAGE_SECONDS, Timings.model_fields),
 ):
     for _value in _values:
         _metric.labels(_value)
