@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from errors import LatentEncoderError
-from models import MAX_MEGAPIXELS, Megapixels, Text, UpscaleMethod, VaeModelName, describe
+from models import MAX_MEGAPIXELS, LatentFormat, Megapixels, Text, UpscaleMethod, VaeModelName, describe
 
-VERSION = "0.4.0"
+VERSION = "0.5.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
@@ -53,10 +53,11 @@ class Settings(BaseSettings):
         frozen=True, env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore"
     )
 
-    mode: Literal["standalone", "kafka", "dlq-replay", "health"] = Field(
+    mode: Literal["standalone", "kafka", "dlq-replay", "health", "inspect", "doctor"] = Field(
         "standalone",
-        description="`standalone` encodes one image and exits; `kafka` serves a topic; "
-        "`dlq-replay` sends dead letters back to their topic and exits; `health` says how a worker is and exits.",
+        description="`standalone` encodes images and exits; `kafka` serves a topic; "
+        "`dlq-replay` sends dead letters back to their topic and exits; `health` says how a worker is and exits; "
+        "`inspect` shows what latent files hold; `doctor` says what of the installation works.",
     )
 
     kafka_bootstrap_servers: Text = Field("localhost:9092", description="Kafka brokers, `host:port`, comma-separated.")
@@ -130,6 +131,14 @@ class Settings(BaseSettings):
     )
     vae_model_name: VaeModelName = Field("qwen_image_vae.safetensors", description="VAE file for requests that name none.")
     output_dir: Text = Field("./output", description="Folder for the files of requests that name none.")
+    latent_format: LatentFormat = Field(
+        "pt",
+        description="`pt` (torch), `safetensors` or `comfy` (for ComfyUI's LoadLatent), for requests that name none.",
+    )
+    preview: bool = Field(False, description="Whether to write a picture of each latent beside its scaled image.")
+    roundtrip: bool = Field(
+        False, description="Whether to decode each latent, write the picture, and measure how far it is from the scaled image."
+    )
 
     allowed_input_dirs: Folders | None = Field(
         None, description="Folders that images may be read from, comma-separated; any where not set."
@@ -194,7 +203,7 @@ class Settings(BaseSettings):
     @property
     def request_defaults(self) -> dict[str, Any]:
         """What a request gets for the fields that it leaves out."""
-        names = ("vae_model_name", "upscale_method", "megapixels", "output_dir")
+        names = ("vae_model_name", "upscale_method", "megapixels", "output_dir", "latent_format")
         return {name: getattr(self, name) for name in names}
 
 

@@ -18,6 +18,7 @@ MAX_MEGAPIXELS = 16.0
 MAX_PATH_LENGTH = 4096  # Linux takes no longer ones; resolving one takes time that grows with its square
 
 EncoderKind = Literal["single-frame", "stock"]
+LatentFormat = Literal["pt", "safetensors", "comfy"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
 
 
@@ -64,6 +65,10 @@ class EncodeRequest(BaseModel):
     upscale_method: UpscaleMethod = Field("lanczos", description="How to scale; `nearest` is ComfyUI's `nearest-exact`.")
     megapixels: Megapixels = Field(1.0, description="Size to scale to; one megapixel is 1024 x 1024 pixels, as in ComfyUI.")
     output_dir: PathText = Field("./output", description="Folder for the files; made if absent.")
+    latent_format: LatentFormat = Field(
+        "pt",
+        description="`pt` (torch), `safetensors` (with metadata in its header) or `comfy` (for ComfyUI's LoadLatent).",
+    )
     request_id: Text = Field(
         default_factory=lambda: str(uuid4()),
         description="Comes back in the response and is part of the files' names; made by the service if absent.",
@@ -134,6 +139,18 @@ class Timings(BaseModel):
     save: float
 
 
+class Roundtrip(BaseModel):
+    """How far the decoded latent is from the part of the scaled image that it covers; both in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True)
+
+    psnr_db: float | None = Field(description="Peak signal-to-noise ratio in decibels; null where both are equal.")
+    ssim: float | None = Field(
+        description="Mean structural similarity, at most 1; null where a side is shorter than 7 pixels."
+    )
+    image_sha256: str
+
+
 class Metadata(BaseModel):
     """What was done and with what. Shapes of images are `[height, width, 3]`; digests are SHA-256 in hexadecimal."""
 
@@ -164,6 +181,10 @@ class Metadata(BaseModel):
     latent_sha256: str
     scaled_image_sha256: str
     fingerprint: str
+    latent_format: LatentFormat = "pt"
+    latent_space: str | None = None
+    preview_sha256: str | None = None
+    roundtrip: Roundtrip | None = None
 
 
 class SuccessResponse(BaseModel):
@@ -177,6 +198,8 @@ class SuccessResponse(BaseModel):
     latent_shape: tuple[int, int, int, int]
     scaled_image_path: str
     metadata: Metadata
+    preview_path: str | None = None
+    roundtrip_path: str | None = None
 
 
 class ErrorResponse(BaseModel):
@@ -220,6 +243,8 @@ class ResponseMessage(BaseModel):
     error_code: ErrorCode | None = None
     scaled_image_path: str | None = Field(None, description="Absolute path of the scaled image, not yet cropped.")
     metadata: Metadata | None = None
+    preview_path: str | None = Field(None, description="Absolute path of the picture of the latent, where one was asked for.")
+    roundtrip_path: str | None = Field(None, description="Absolute path of the decoded latent, where it was asked for.")
 
     @classmethod
     def of(cls, response: Response, correlation_id: str | None, moment: datetime) -> ResponseMessage:

@@ -24,8 +24,10 @@ from isal import isal_zlib
 from access import AllowedFolders, absolute
 from errors import OutputDirNotWritable
 from geometry import Size
+from models import LatentFormat
 
-LONGEST_FRAME = len("scaled_image_") + len("_") + len(".png")  # what stands around stem and request id
+LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # what stands around stem and request id
+SUFFIXES: dict[LatentFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_FILTER_UP = 2  # each row holds the differences from the one above
@@ -44,22 +46,25 @@ class OutputFiles:
     latent: Path
     scaled_image: Path
     metadata: Path
+    preview: Path
+    roundtrip: Path
 
     @property
     def folder(self) -> Path:
         return self.latent.parent
 
 
-def output_files(output_dir: str, image_path: str, request_id: str) -> OutputFiles:
-    """The files' names: `latent_<stem>_<request_id>.pt` and its siblings.
+def output_files(output_dir: str, image_path: str, request_id: str, latent_format: LatentFormat = "pt") -> OutputFiles:
+    """The files' names: `latent_<stem>_<request_id>.pt` (or its format's own suffix) and its siblings.
 
     `stem` is that of the image's name. Stem and request id are made safe by `safe_name`.
     """
     folder = absolute(output_dir)
     limit = (_longest_name(folder) - LONGEST_FRAME) // 2
     unique = f"{safe_name(Path(image_path).stem, limit)}_{safe_name(request_id, limit)}"
-    latent = folder / f"latent_{unique}.pt"
-    return OutputFiles(latent, folder / f"scaled_image_{unique}.png", Path(f"{latent}.json"))
+    latent = folder / f"latent_{unique}{SUFFIXES[latent_format]}"
+    pictures = {name: folder / f"{name}_{unique}.png" for name in ("scaled_image", "preview", "roundtrip")}
+    return OutputFiles(latent=latent, metadata=Path(f"{latent}.json"), **pictures)
 
 
 def safe_name(text: str, limit: int) -> str:

@@ -162,7 +162,7 @@ class LatentEncoder:
                 source, image = self._load_image(request.image_path)
             with _timed(timings, "scale"):
                 scaled = self._scale(image, request, vae.factor)
-        files = output_files(request.output_dir, request.image_path, request.request_id)
+        files = output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
         prepare_output_dir(files.folder, self._outputs, space_needed(_size(scaled), vae.factor, vae.channels))
         # The unscaled pixels end here: a large photo's must not stay in memory through the encode.
         return Prepared(request, files, vae, source.sha256, source.notes, _size(image), scaled, timings)
@@ -203,7 +203,7 @@ class LatentEncoder:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
         self._admit(request)
-        files = output_files(request.output_dir, request.image_path, request.request_id)
+        files = output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
         metadata = _stored_metadata(files, self._outputs)
         if metadata is None:
             return None
