@@ -43,6 +43,7 @@ EXAMPLE_REQUEST: Document = {
     "image_path": "/path/to/masked_person.jpg",
     "vae_model_name": "qwen_image_vae.safetensors",
     "output_dir": "/path/to/output",
+    "latent_format": "pt",
     "upscale_method": "lanczos",
     "megapixels": 1.0,
     "timestamp": 1730894395,
