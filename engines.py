@@ -20,7 +20,7 @@ from batch import Outcome, Report
 from config import Settings
 from errors import EncodingFailed, SetupError, as_request_error
 from health import Health
-from logs import configure_logging, get_logger
+from logs import LogStyle, configure_logging, get_logger
 from models import EncodeRequest, ErrorResponse, SuccessResponse
 from output_files import WRITING
 from service import LatentEncoder, log_failure, usable_cpus
@@ -91,6 +91,17 @@ class InProcess:
             self._report(task.number, Outcome(response, correlation_id))
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a process is told when it is made: it is number `place` of `count`."""
+
+    settings: Settings
+    reuse: bool
+    place: int
+    count: int
+    log_style: LogStyle
+
+
 @dataclass(eq=False)
 class Worker:
     """One of the processes, with the requests that it has."""
@@ -107,16 +118,16 @@ class Worker:
 class Processes:
     """Processes with an `InProcess` each. They share the CPUs, and have a GPU each as far as there are any."""
 
-    def __init__(self, settings: Settings, report: Report, *, reuse: bool, count: int) -> None:
+    def __init__(self, settings: Settings, report: Report, *, reuse: bool, count: int, log_style: LogStyle) -> None:
         self.capacity = count * HELD
         self._report = report
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
         self._listeners: list[threading.Thread] = []
-        self._arguments = [(settings, reuse, place, count) for place in range(count)]
+        self._shares = [Share(settings, reuse, place, count, log_style) for place in range(count)]
 
     def start(self) -> None:
-        self._workers = [_spawn(*arguments) for arguments in self._arguments]
+        self._workers = [_spawn(share) for share in self._shares]
         for worker in self._workers:
             _await_ready(worker)
         self._listeners = [threading.Thread(target=self._listen, args=(worker,), daemon=True) for worker in self._workers]
@@ -170,11 +181,10 @@ class Processes:
             self._report(number, Outcome(response, request.correlation_id))
 
 
-def _spawn(settings: Settings, reuse: bool, place: int, count: int) -> Worker:
+def _spawn(share: Share) -> Worker:
     context = multiprocessing.get_context("spawn")  # a fork would inherit threads, and a GPU's state
     ours, theirs = context.Pipe()
-    name = f"worker-{place + 1}"
-    process = context.Process(target=work, args=(theirs, settings, reuse, place, count), name=name, daemon=True)
+    process = context.Process(target=work, args=(theirs, share), name=f"worker-{share.place + 1}", daemon=True)
     process.start()
     theirs.close()  # so that its end is seen when the process ends
     return Worker(process, ours)
@@ -197,20 +207,20 @@ def _why_it_ended(process: BaseProcess) -> str:
     return f"it was ended by signal {-code}" if code < 0 else f"its exit status is {code}"
 
 
-def work(connection: Connection, settings: Settings, reuse: bool, place: int, count: int) -> None:
+def work(connection: Connection, share: Share) -> None:
     """What a worker process does: it says that it is ready (None) or why not, then takes requests and reports outcomes.
 
     A first SIGTERM means that it forgets what it has not begun, a second one that it ends. Ctrl-C is for its parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(*share.log_style)
     sending = threading.Lock()
 
     def send(message: object) -> None:
         with sending:
             connection.send(message)
 
-    engine = InProcess(_share(settings, place, count), lambda *outcome: send(outcome), reuse=reuse)
+    engine = InProcess(_settings_of(share), lambda *outcome: send(outcome), reuse=share.reuse)
     signals = itertools.count(1)
 
     def on_sigterm(*_: object) -> None:
@@ -240,10 +250,10 @@ def _end_now(engine: InProcess) -> NoReturn:
     os._exit(128 + signal.SIGTERM)  # an encode cannot be interrupted
 
 
-def _share(settings: Settings, place: int, count: int) -> Settings:
-    """The settings for one of `count` processes: with its part of the CPUs; and let it see one GPU alone, in turn."""
+def _settings_of(share: Share) -> Settings:
+    """The settings for that process: with its part of the CPUs. Where there are several GPUs, it sees one alone from now on."""
     if (gpus := torch.cuda.device_count()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place % gpus]
-    threads = settings.torch_num_threads or max(1, usable_cpus() // count)
-    return settings.model_copy(update={"torch_num_threads": threads})
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[share.place % gpus]
+    threads = share.settings.torch_num_threads or max(1, usable_cpus() // share.count)
+    return share.settings.model_copy(update={"torch_num_threads": threads})

@@ -20,7 +20,7 @@ from batch import Batch, Engine, Outcome, Report
 from config import Settings
 from errors import LatentEncoderError
 from inputs import Inputs, inputs_of
-from logs import get_logger
+from logs import LogStyle, get_logger
 from models import ErrorResponse
 from selection import ImageSelection, RunOptions
 
@@ -70,8 +70,9 @@ class Tally:
 class Run:
     """One run of standalone mode. Signals stop it: the first after the images in hand, the second at once."""
 
-    def __init__(self, settings: Settings, inputs: Inputs, options: RunOptions) -> None:
+    def __init__(self, settings: Settings, inputs: Inputs, options: RunOptions, log_style: LogStyle) -> None:
         self._settings = settings
+        self._log_style = log_style
         self._inputs = inputs
         self._options = options
         self._tally = Tally()
@@ -105,7 +106,7 @@ class Run:
         reuse, count = not self._options.force, self._options.workers
         if count == 1 or self._inputs.single:
             return InProcess(self._settings, report, reuse=reuse)
-        return Processes(self._settings, report, reuse=reuse, count=count)
+        return Processes(self._settings, report, reuse=reuse, count=count, log_style=self._log_style)
 
     def _bar(self) -> tqdm[NoReturn]:
         """A progress bar on standard error where that is a terminal, and where there is progress to be seen."""
@@ -124,7 +125,7 @@ class Run:
     def _summarize(self) -> None:
         if self._options.quiet or self._inputs.single:
             return
-        if self._settings.log_format == "json":
+        if self._log_style.log_format == "json":
             counts = {"encoded": self._tally.encoded, "stored": self._tally.stored, "failed": self._tally.failures}
             log.info("run ended", **counts, seconds=round(self._tally.seconds, 1), interrupted=bool(self._signals))
         else:
@@ -149,7 +150,9 @@ class Run:
         _end_interrupted(number, "every file that is there is whole")
 
 
-def run(settings: Settings, selection: ImageSelection, fields: Mapping[str, Any], options: RunOptions) -> int:
+def run(
+    settings: Settings, selection: ImageSelection, fields: Mapping[str, Any], options: RunOptions, log_style: LogStyle
+) -> int:
     """Encode the images that `selection` says; `fields` are the request's fields that the command line gives.
 
     Returns the exit status.
@@ -161,7 +164,7 @@ def run(settings: Settings, selection: ImageSelection, fields: Mapping[str, Any]
     """
     inputs = inputs_of(selection, fields, settings.request_defaults)
     with stdout_on_stderr() as stdout:
-        return Run(settings, inputs, options).run(stdout)
+        return Run(settings, inputs, options, log_style).run(stdout)
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:
