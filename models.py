@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from uuid import uuid4
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from errors import ErrorCode, InvalidRequest, RequestError
+from suggestions import closest
 
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
@@ -104,8 +106,16 @@ def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] != "missing":
         value = _SHORT.repr(error["input"])
-        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'})"
+        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'}{_suggestion(error)})"
     return f"{name(str(error['loc'][0]))}: {reason}"
+
+
+def _suggestion(error: Mapping[str, Any]) -> str:
+    """What a name was meant to be that is not one of those allowed, which pydantic has as one text, each in quotes."""
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    meant = closest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return "" if meant is None else f"; did you mean {meant!r}?"
 
 
 def request_id_of(fields: Mapping[str, Any]) -> str:

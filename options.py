@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import click
 import cloup
+from cloup.constraints import mutually_exclusive
 
 from command import Choice, Group, ManyValues, ModeArgument
 from completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
@@ -16,6 +17,8 @@ from models import LatentFormat, UpscaleMethod
 
 METHODS, FORMATS = get_args(UpscaleMethod), get_args(LatentFormat)
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+NOT_BOTH = mutually_exclusive.rephrased(error="--quiet does not go with --verbose or --debug.")
 
 CONTEXT = cloup.Context.settings(
     help_option_names=["-h", "--help"],
@@ -68,7 +71,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         shell_complete=files,
         help="Images, as with --image-path; in inspect mode, latent files.",
     ),
-    MODE.option("--mode", type=choice_of("mode"), help="See above; standalone is the default."),
+    MODE.option("--mode", type=choice_of("mode"), metavar="MODE", help="See above; standalone is the default."),
     IMAGES.option(
         "--image-path",
         cls=ManyValues,
@@ -142,8 +145,8 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help='Print completion for a shell, as in eval "$(python main.py --completion bash)".',
     ),
     cloup.version_option(VERSION, prog_name=PROG_NAME),
-    cloup.constraint(cloup.constraints.mutually_exclusive, ["quiet", "verbose"]),
-    cloup.constraint(cloup.constraints.mutually_exclusive, ["quiet", "debug"]),
+    cloup.constraint(NOT_BOTH, ["quiet", "verbose"]),
+    cloup.constraint(NOT_BOTH, ["quiet", "debug"]),
 )
 
 
