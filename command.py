@@ -21,6 +21,7 @@ from errors import one_line
 from suggestions import closest
 
 EXIT_ERROR_RESPONSE = 1
+EXIT_WRONG_USAGE = 2
 EXIT_SERVICE_FAILED = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -11,36 +11,33 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, NoReturn
 
 import click
 import cloup
 
+import standalone
 from access import log_missing_limits
 from command import (
     EXIT_ERROR_RESPONSE,
     EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
+    EXIT_WRONG_USAGE,
     Command,
     fail,
     refuse_options_of_other_modes,
 )
 from config import Settings, SettingsError, load_settings
 from dlq_replay import Replay, Selection
-from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError, one_line
-from logs import configure_logging, get_logger, log_style
-from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, request_id_of
+from errors import ErrorCode, KafkaFailed, SetupError, one_line
+from inputs import NoImages
+from logs import LogStyle, configure_logging, get_logger, log_style
 from options import CONTEXT, EPILOG, all_options
-from selection import ImageSelection
-
-STDOUT, STDERR = 1, 2  # file descriptors
-
-Result = TypeVar("Result")
+from selection import ImageSelection, RunOptions
+from standalone import OutputFailed
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
 REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir", "latent_format")
@@ -77,7 +74,8 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     """  # noqa: D301  # click needs the character that \b stands for
     settings = settings_of(given)
     refuse_options_of_other_modes(ctx, settings)
-    configure_logging(*log_style(settings, **{name: given[name] for name in ("quiet", "verbose", "debug")}))
+    style = log_style(settings, **{name: given[name] for name in ("quiet", "verbose", "debug")})
+    configure_logging(*style)
     match settings.mode:
         case "kafka":
             serve(settings)
@@ -90,7 +88,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
         case "doctor":
             examine(settings, given)
         case _:
-            encode_images(settings, given)
+            encode_images(settings, given, style)
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
@@ -109,27 +107,24 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def encode_images(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
+def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> NoReturn:
     """Standalone mode."""
     selection = ImageSelection((*given["image_path"], *given["paths"]), given["recursive"], given["input_list"])
     if not selection.paths and selection.input_list is None:
         raise click.UsageError("Standalone mode needs --image_path FILE, or --input-list FILE.")
     if given["request_id"] is not None and (len(selection.paths) > 1 or selection.input_list is not None):
         raise click.UsageError("--request-id is for one image; leave it out, and each image gets an id of its own.")
-    # Where many images come in: RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
     fields = {name: given[name] for name in ("request_id", *REQUEST_OPTIONS)}
+    options = RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
     try:
-        response = standalone(settings, {"image_path": selection.paths[0], **fields})
+        sys.exit(standalone.run(settings, selection, fields, options, style))
+    except NoImages as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
-    except KeyboardInterrupt:
-        click.echo("Error: Interrupted.", err=True)
-        os._exit(EXIT_INTERRUPTED)  # an encode cannot be interrupted, and Python's own way out would wait for it
-    try:
-        click.echo(response.model_dump_json(indent=2))
-    except OSError as exc:
-        fail(f"Cannot write the response to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
-    sys.exit(0 if isinstance(response, SuccessResponse) else EXIT_ERROR_RESPONSE)
+    except OutputFailed as exc:
+        click.echo(f"Error: {exc}", err=True)
+        os._exit(EXIT_SERVICE_FAILED)  # an encode that nobody waits for cannot be interrupted
 
 
 def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
@@ -156,17 +151,17 @@ def serve(settings: Settings) -> NoReturn:
     import tracing
     from http_server import http_server
     from kafka_handler import KafkaHandler
-    from output_files import WRITING
     from service import ready_encoder
 
     log_missing_limits(settings)
     try:
         handler = KafkaHandler(settings)
         stop_on_signals(handler.stop)
-        with http_server(settings, handler.health), stdout_on_stderr(), tracing.exported():
+        with http_server(settings, handler.health), standalone.stdout_on_stderr(), tracing.exported():
             with handler.health.busy("start"):
                 # In a thread that ends, and OpenMP's threads with it: see stages.py.
-                encoder = in_a_thread(lambda: ready_encoder(settings), WRITING)
+                with ThreadPoolExecutor(max_workers=1) as thread:
+                    encoder = thread.submit(ready_encoder, settings).result()
             finished = handler.run(encoder)
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
@@ -221,67 +216,13 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
         if len(signals) == 1:
             stop()
         else:
-            os.write(STDERR, b"Error: Stopped at once by a second signal; what was not answered is delivered again.\n")
+            os.write(
+                standalone.STDERR, b"Error: Stopped at once by a second signal; what was not answered is delivered again.\n"
+            )
             os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-
-
-def standalone(settings: Settings, fields: Mapping[str, Any]) -> Response:
-    """The answer to the one request that the command line makes.
-
-    Raises:
-        SetupError: the service cannot start.
-    """
-    try:
-        request = EncodeRequest.from_fields(fields, settings.request_defaults)
-    except InvalidRequest as exc:
-        return ErrorResponse.of(exc, request_id_of(fields), datetime.now(UTC))
-    # Imported here, so that --help and wrong usage do not wait for torch.
-    from output_files import WRITING
-    from service import LatentEncoder
-
-    with stdout_on_stderr():
-        return in_a_thread(lambda: LatentEncoder.set_up(settings).answer(request), WRITING)
-
-
-def in_a_thread(call: Callable[[], Result], writing: threading.Lock) -> Result:
-    """What `call` returns or raises. Ctrl-C ends the wait for it, but for files that are being written just then.
-
-    Python raises KeyboardInterrupt in the main thread, wherever that is, and ComfyUI swallows it in many a bare `except:`.
-    """
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as exc:
-            future.set_exception(exc)
-
-    threading.Thread(target=run, name="request", daemon=True).start()
-    try:
-        return future.result()
-    except KeyboardInterrupt:
-        writing.acquire()
-        raise
-
-
-@contextmanager
-def stdout_on_stderr() -> Iterator[None]:
-    """Send what is printed inside to standard error, so that standard output is the response alone.
-
-    By file descriptor: custom node packages start child processes, pip among them, which print too.
-    """
-    sys.stdout.flush()
-    saved = os.dup(STDOUT)
-    os.dup2(STDERR, STDOUT)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, STDOUT)
-        os.close(saved)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the command line asks standalone mode for, beside the settings and the fields of a request."""
+"""What the command line asks of standalone mode."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ImageSelection:
-    """Which images to encode, as they were named."""
+    """Which images: `paths` are files, folders and globs; `input_list` is a file of JSON Lines requests, or `-`."""
 
-    paths: tuple[str, ...]
-    """Files, folders and glob patterns, in the order given."""
-    recursive: bool
-    """Whether folders are searched to the bottom."""
-    input_list: str | None
-    """A file of requests as JSON Lines; `-` is standard input."""
+    paths: tuple[str, ...] = ()
+    recursive: bool = False
+    input_list: str | None = None
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to go through many images."""
+    """How they are gone through."""
 
-    force: bool
-    """Encode again what has its files already."""
-    fail_fast: bool
-    """Stop at the first image that fails."""
-    workers: int
-    """How many processes share the images."""
-    quiet: bool
-    """No progress bar and no summary."""
+    force: bool = False
+    """Whether to encode also what has whole and matching files."""
+    fail_fast: bool = False
+    """Whether the first failure ends the run."""
+    workers: int = 1
+    """Processes that share the images."""
+    quiet: bool = False
+    """Whether to leave out progress bar and summary."""
