@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 import click
 
 from access import log_missing_limits
-from config import VERSION, Settings, SettingsError, load_settings
+from config import VERSION, Settings, SettingsError, load_settings, origins_of, usable_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError, one_line
 from logs import configure_logging, get_logger
@@ -91,10 +91,11 @@ def choice_of(field: str) -> click.Choice[str]:
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="dlq-replay: at most so many.")
 @click.option("--dry-run", is_flag=True, help="dlq-replay: send nothing, say what would be sent.")
+@click.option("--json", "as_json", is_flag=True, help="doctor: one JSON document instead of text.")
 @click.option("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR.")
 @click.option("--log-format", type=click.Choice(["json", "text"]), help="How standard error is written.")
 @click.version_option(VERSION, prog_name="latent-encoder")
-def main(image_path: str | None, request_id: str | None, **options: Any) -> None:
+def main(image_path: str | None, request_id: str | None, *, as_json: bool, **options: Any) -> None:
     """Encode images to the latents that a diffusion model works on, with ComfyUI's own nodes.
 
     \b
@@ -102,6 +103,7 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     kafka       answers requests from a topic until SIGTERM or SIGINT
     dlq-replay  sends dead letters back to their topic; a line of JSON for each
     health      asks the worker on this machine how it is, and prints its answer as JSON
+    doctor      says what of this installation works, and what to do where it does not
 
     Logs go to standard error.
     Exit status: 0 success, 1 error response or a worker that is not alive, 2 wrong usage, 3 the
@@ -115,6 +117,8 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     """  # noqa: D301  # click needs the character that \b stands for
     request_options = {name: options.pop(name) for name in REQUEST_OPTIONS}
     replay_options = {name: options.pop(name) for name in REPLAY_OPTIONS}
+    if usable_settings(options)[0].mode == "doctor":
+        diagnose({**options, **request_options}, as_json=as_json)
     try:
         settings = load_settings(options)
         if settings.mode == "kafka":  # where they are what requests get that leave them out
@@ -204,6 +208,31 @@ def show_health(settings: Settings) -> NoReturn:
         fail(f"No worker answers on HTTP_PORT={settings.http_port}: {one_line(exc)}.", EXIT_ERROR_RESPONSE)
     click.echo(json.dumps(answer, indent=2))
     sys.exit(0 if alive else EXIT_ERROR_RESPONSE)
+
+
+def diagnose(options: Mapping[str, Any], *, as_json: bool) -> NoReturn:
+    """Examine the installation, even where settings cannot be used; the report alone goes to standard output."""
+    import doctor
+    from doctor_report import encodable
+
+    settings, faults = usable_settings(options)
+    configure_logging(settings.log_level, settings.log_format)
+    encoding = sys.stdout.encoding
+    try:
+        # ComfyUI prints while it is loaded, in the middle of what is told.
+        with os.fdopen(os.dup(STDOUT), "w", encoding=encoding) as stdout, stdout_on_stderr():
+            status = doctor.run(
+                settings,
+                origins_of(options),
+                faults=faults,
+                as_json=as_json,
+                echo=lambda text: click.echo(encodable(text, encoding), file=stdout),
+            )
+    except OSError as exc:
+        fail(f"Cannot write the report to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+    except KeyboardInterrupt:
+        fail("Interrupted.", EXIT_INTERRUPTED)
+    sys.exit(status)
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:
