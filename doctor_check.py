@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+import torch
+
 from comfy_runtime import ComfyRuntime
 from config import Settings
 from errors import LatentEncoderError, SetupError, one_line
@@ -55,7 +57,7 @@ def cross_of(name: str, error: LatentEncoderError, advice: str) -> Check:
 
 @dataclass
 class Installation:
-    """What is examined: the settings, where each came from, what is wrong with them, and ComfyUI, loaded when it is asked for."""
+    """What is examined: the settings, where each came from, what is wrong with them; and ComfyUI, once it is asked for."""
 
     settings: Settings
     origins: Mapping[str, str]
@@ -65,15 +67,20 @@ class Installation:
         """Whether somebody set it, rather than leaving it at its default."""
         return self.origins[field] != "default"
 
+    @property
+    def missing_device(self) -> str | None:
+        """Why the device that is asked for cannot be had; None where it can."""
+        if self.settings.device == "cuda" and not torch.cuda.is_available():
+            return f"DEVICE=cuda, but torch {torch.__version__} finds no CUDA device"
+        return None
+
     @cached_property
     def comfyui(self) -> ComfyRuntime | SetupError:
         """ComfyUI as the service loads it, or why it cannot be loaded.
 
         On any device where the one that is asked for is missing: that is another check's to say, and not to keep this one.
         """
-        from doctor_machine import missing_device  # it imports this module
-
-        settings = self.settings.model_copy(update={"device": "auto"} if missing_device(self.settings) else {})
+        settings = self.settings.model_copy(update={"device": "auto"} if self.missing_device else {})
         try:
             return LatentEncoder.set_up(settings).runtime
         except SetupError as exc:

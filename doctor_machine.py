@@ -15,7 +15,6 @@ import psutil
 import torch
 
 from access import AllowedFolders, absolute
-from config import Settings
 from doctor_check import Check, Installation, cross, cross_of, tick, warning
 from errors import AccessDenied, one_line
 from geometry import Size
@@ -43,7 +42,7 @@ def check_python(_: Installation) -> Iterator[Check]:
 
 
 def check_torch(_: Installation) -> Iterator[Check]:
-    """torch's version, and whether torchvision's compiled operators fit it."""
+    """The version of torch, and whether torchvision's compiled operators fit it."""
     yield tick("torch", torch.__version__)
     try:
         import torchvision
@@ -59,7 +58,7 @@ def check_torch(_: Installation) -> Iterator[Check]:
 def check_device(installation: Installation) -> Iterator[Check]:
     """Where DEVICE lets the encode run, and on how many threads."""
     settings = installation.settings
-    if reason := missing_device(settings):
+    if reason := installation.missing_device:
         yield cross("device", reason, "Check the driver (nvidia-smi), install a torch with CUDA, or set DEVICE=auto.")
     elif settings.device == "cpu" or not torch.accelerator.is_available():
         yield tick("device", f"cpu (DEVICE={settings.device}), {_processor()}")
@@ -69,19 +68,12 @@ def check_device(installation: Installation) -> Iterator[Check]:
     yield tick("threads", f"{settings.torch_num_threads or usable_cpus()} ({origin}) of {os.cpu_count()} CPUs")
 
 
-def missing_device(settings: Settings) -> str | None:
-    """Why the device that is asked for cannot be had; None where it can."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        return f"DEVICE=cuda, but torch {torch.__version__} finds no CUDA device"
-    return None
-
-
 def check_memory(installation: Installation) -> Iterator[Check]:
     """What is available, against what an encode of MEGAPIXELS needs on a CPU."""
     megapixels = installation.settings.megapixels
     needed = float(np.interp(megapixels, PEAK_AT_MEGAPIXELS, PEAK_GB))
     available = min(psutil.virtual_memory().available, _container_limit()) / 1e9
-    found = f"{available:.1f} GB available; encoding {megapixels:g} megapixels takes about {needed:.1f} GB"
+    found = f"{available:.1f} GB available; MEGAPIXELS={megapixels:g} takes about {needed:.1f} GB to encode"
     if available < needed:
         yield warning("memory", found, "End other programs, ask for fewer megapixels, or give the container more memory.")
     else:
@@ -148,7 +140,7 @@ def _container_limit() -> float:
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest above it that is there."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    return next(place for place in (folder, *folder.parents) if os.path.exists(place))  # noqa: PTH110  # Path's may raise
 
 
 def _free_bytes(folder: Path) -> float:
@@ -161,7 +153,7 @@ def _room(folder: Path, megapixels: float) -> Check:
     side = round(1024 * math.sqrt(megapixels))
     needed = space_needed(Size(side, side), FACTOR, CHANNELS)
     free = _free_bytes(folder)
-    found = f"{_size(free)} free; a request of {megapixels:g} megapixels writes up to {_size(needed)}"
+    found = f"{_size(free)} free; a request with MEGAPIXELS={megapixels:g} writes up to {_size(needed)}"
     advice = "Free space, or set OUTPUT_DIR to a folder on another disk."
     if free < needed:
         return cross("output disk", found, advice)

@@ -22,6 +22,7 @@ from vae_families import Family, family_of, read_shapes
 KINDS = ("vae", "vae_approx")  # ComfyUI's; TAESD files are of the second
 SLOW_S = 2.0  # a file that takes longer to read gets a progress bar
 MAX_NAMES_SHOWN = 5
+SIMILAR = 0.85  # of difflib's ratio, to which the suffix that all share adds a good deal
 
 
 def check_models(installation: Installation) -> Iterator[Check]:
@@ -33,7 +34,8 @@ def check_models(installation: Installation) -> Iterator[Check]:
     model_dir = installation.settings.model_dir
     if model_dir is not None and not model_dir.is_dir():
         yield warning("model folder", f"{model_dir} is not there", "Make it, or set MODEL_DIR to the folder of your models.")
-    for folder in dict.fromkeys(folder for kind in KINDS for folder in runtime.vae_folders(kind)):
+    folders = {folder.resolve(): folder for kind in KINDS for folder in reversed(runtime.vae_folders(kind))}
+    for folder in reversed(folders.values()):
         yield tick("model folder", f"{folder} is searched" + ("" if folder.is_dir() else ", and not there"))
     yield from _check_files(runtime)
     yield _default_vae(runtime, installation.settings.vae_model_name)
@@ -78,7 +80,7 @@ def _vae_file(file: Path, family: Family) -> Check:
 def _default_vae(runtime: ComfyRuntime, name: str) -> Check:
     """Whether VAE_MODEL_NAME is there."""
     if runtime.vae_files(name) is None:
-        similar = difflib.get_close_matches(name, [known for kind in KINDS for known in runtime.vae_names(kind)], n=1)
+        similar = difflib.get_close_matches(name, runtime.vae_names(), n=1, cutoff=SIMILAR)
         suggestion = f"Did you mean {similar[0]}? " if similar else ""
         advice = f"{suggestion}Set VAE_MODEL_NAME to a file that is there, or MODEL_DIR to the folder that has it."
         return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice + _download(name))

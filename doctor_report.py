@@ -14,7 +14,7 @@ from doctor_check import Check, State
 
 MARKS = {State.TICK: "✓", State.WARNING: "!", State.CROSS: "✗"}
 COLOURS = {State.TICK: "green", State.WARNING: "yellow", State.CROSS: "red"}
-PLAIN = str.maketrans({"✓": "+", "✗": "x", "…": "...", "–": "-"})
+PLAIN = str.maketrans({"✓": "+", "✗": "x", "…": "..."})
 INDENT = "    "
 
 

@@ -23,10 +23,11 @@ def check_set(installation: Installation) -> Iterator[Check]:
     settings = installation.settings
     defaults = []
     for field, origin in installation.origins.items():
-        if origin == "default":
-            defaults.append(f"{field.upper()}={_shown(settings, field)}")
-        else:
-            yield tick("setting", f"{field.upper()}={_shown(settings, field)} ({origin})")
+        shown = f"{field.upper()}={_shown(settings, field)}"
+        if origin != "default":
+            yield tick("setting", f"{shown} ({origin})")
+        elif not shown.endswith("="):
+            defaults.append(shown)
     yield tick("defaults", " ".join(defaults))
 
 
