@@ -117,7 +117,12 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
     """What pydantic found, as `field: reason (got value)`, one after the other; `name` turns a field into what is shown."""
-    return "; ".join(_describe_one(dict(error), name) for error in exc.errors(include_url=False))
+    return "; ".join(descriptions(exc, name))
+
+
+def descriptions(exc: ValidationError, name: Callable[[str], str] = str) -> list[str]:
+    """As `describe`, each by itself."""
+    return [_describe_one(dict(error), name) for error in exc.errors(include_url=False)]
 
 
 def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
