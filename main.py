@@ -91,10 +91,15 @@ def choice_of(field: str) -> click.Choice[str]:
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="dlq-replay: at most so many.")
 @click.option("--dry-run", is_flag=True, help="dlq-replay: send nothing, say what would be sent.")
+@click.option("--html", is_flag=True, help="inspect: write a page for each latent, beside it or in --output-dir.")
+@click.option("--json", "as_json", is_flag=True, help="inspect: one JSON object a line for each file.")
 @click.option("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR.")
 @click.option("--log-format", type=click.Choice(["json", "text"]), help="How standard error is written.")
 @click.version_option(VERSION, prog_name="latent-encoder")
-def main(image_path: str | None, request_id: str | None, **options: Any) -> None:
+@click.argument("paths", nargs=-1, metavar="[FILE]...")
+def main(
+    paths: Sequence[str], image_path: str | None, request_id: str | None, *, html: bool, as_json: bool, **options: Any
+) -> None:
     """Encode images to the latents that a diffusion model works on, with ComfyUI's own nodes.
 
     \b
@@ -102,6 +107,7 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     kafka       answers requests from a topic until SIGTERM or SIGINT
     dlq-replay  sends dead letters back to their topic; a line of JSON for each
     health      asks the worker on this machine how it is, and prints its answer as JSON
+    inspect     shows what latent files hold, and writes their pictures
 
     Logs go to standard error.
     Exit status: 0 success, 1 error response or a worker that is not alive, 2 wrong usage, 3 the
@@ -117,11 +123,15 @@ def main(image_path: str | None, request_id: str | None, **options: Any) -> None
     replay_options = {name: options.pop(name) for name in REPLAY_OPTIONS}
     try:
         settings = load_settings(options)
-        if settings.mode == "kafka":  # where they are what requests get that leave them out
+        if settings.mode in ("kafka", "inspect"):  # where they are not one request's
             settings = load_settings({**options, **request_options})
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
     configure_logging(settings.log_level, settings.log_format)
+    if settings.mode == "inspect":
+        inspect_files(settings, paths, html=html, as_json=as_json)
+    if paths:
+        raise click.UsageError(f"Got unexpected extra argument ({paths[0]})")
     if settings.mode == "kafka":
         serve(settings)
     if settings.mode == "dlq-replay":
@@ -204,6 +214,19 @@ def show_health(settings: Settings) -> NoReturn:
         fail(f"No worker answers on HTTP_PORT={settings.http_port}: {one_line(exc)}.", EXIT_ERROR_RESPONSE)
     click.echo(json.dumps(answer, indent=2))
     sys.exit(0 if alive else EXIT_ERROR_RESPONSE)
+
+
+def inspect_files(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool) -> NoReturn:
+    """Show what is in latent files."""
+    from inspection import run
+
+    try:
+        status = run(settings, paths, html=html, as_json=as_json, echo=click.echo)
+    except KeyboardInterrupt:
+        fail("Interrupted.", EXIT_INTERRUPTED)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+    sys.exit(status)
 
 
 def stop_on_signals(stop: Callable[[], None]) -> None:
