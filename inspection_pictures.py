@@ -6,18 +6,18 @@ import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from io import BytesIO
-from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
 
+from access import ANYWHERE
 from comfy_runtime import ComfyRuntime, load_runtime
 from config import Settings
-from errors import SetupError
+from errors import ImageInvalid, ImageNotFound, SetupError
 from findings import Inspection
 from geometry import Box, Size, latent_crop
-from images import quiet_pillow
+from images import PILLOW_LOCK, ImageLimits, read_image
 from output_files import png_bytes
 from preview import latent_picture, preview_image
 
@@ -31,6 +31,8 @@ class Painter:
 
     def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
         self._settings = settings
+        # A preview has two pictures beside each other.
+        self._limits = ImageLimits(ANYWHERE, 2 * settings.max_image_bytes, 2 * settings.max_image_pixels)
         self._warn = warn
         # Of the file in hand, it is needed for up to three things.
         self.picture = lru_cache(maxsize=1)(self._picture)
@@ -40,19 +42,10 @@ class Painter:
         if inspection.state_of(name) == "differs":
             return None
         try:
-            return self._read_png(getattr(inspection.files, name))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises of damaged PNGs
+            with PILLOW_LOCK:
+                return read_image(str(getattr(inspection.files, name)), self._limits).data
+        except (ImageNotFound, ImageInvalid):
             return None
-
-    def _read_png(self, path: Path) -> bytes | None:
-        if not path.is_file():
-            return None
-        data = path.read_bytes()
-        with quiet_pillow(), Image.open(BytesIO(data), formats=("PNG",)) as image:
-            if image.width * image.height > 2 * self._settings.max_image_pixels:  # a preview has two beside each other
-                return None
-            image.load()
-        return data
 
     def preview(self, inspection: Inspection) -> bytes | None:
         """The preview as a PNG: the scaled image at the left, where that is there and fits, the latent at the right."""
