@@ -25,7 +25,7 @@ from config import VERSION, Settings, SettingsError, load_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError, one_line
 from logs import configure_logging, get_logger
-from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, UpscaleMethod, request_id_of
+from models import EncodeRequest, ErrorResponse, LatentFormat, Response, SuccessResponse, UpscaleMethod, request_id_of
 
 STDOUT, STDERR = 1, 2  # file descriptors
 
@@ -36,7 +36,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 Result = TypeVar("Result")
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
-REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir")
+REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir", "latent_format")
 
 EPILOG = """
 Defaults come from environment variables or from a file named .env, and there are a few settings more: README.md lists
@@ -64,6 +64,7 @@ def choice_of(field: str) -> click.Choice[str]:
 @click.option("--upscale-method", metavar="METHOD", help=f"One of {', '.join(get_args(UpscaleMethod))}.")
 @click.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels.")
 @click.option("--output-dir", metavar="DIR", help="Folder for the three files; made if absent.")
+@click.option("--latent-format", metavar="FORMAT", help=f"One of {', '.join(get_args(LatentFormat))}.")
 @click.option("--request-id", metavar="ID", help="Part of the files' names; a new UUID if absent.")
 @click.option("--model-dir", metavar="DIR", help="Folder searched first for VAE files.")
 @click.option("--comfyui-path", metavar="DIR", help="ComfyUI tree to run instead of ./comfyui.")
