@@ -52,6 +52,7 @@ def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | No
 MODE = Group("Mode")
 IMAGES = Group("Images", "standalone")
 MANY = Group("Many images", "standalone")
+PLACE = Group("Where files go", "standalone", "kafka", "inspect", "doctor")
 RESULTS = Group("Results", "standalone", "kafka", "doctor")
 MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor")
 KAFKA = Group("Kafka", "kafka", "dlq-replay", "doctor")
@@ -94,7 +95,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
         help="Processes that share the images.",
     ),
-    RESULTS.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; made if absent."),
+    PLACE.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; made if absent."),
     RESULTS.option("--latent-format", metavar="FORMAT", shell_complete=OneOf(FORMATS), help=f"One of {', '.join(FORMATS)}."),
     RESULTS.option("--upscale-method", metavar="METHOD", shell_complete=OneOf(METHODS), help=f"One of {', '.join(METHODS)}."),
     RESULTS.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels."),
