@@ -29,7 +29,7 @@ def check_models(installation: Installation) -> Iterator[Check]:
     """Each folder that is searched, the VAE files in them, and whether the VAE of requests that name none is one of them."""
     runtime = installation.comfyui
     if isinstance(runtime, SetupError):
-        yield warning("model folder", "not looked for, since ComfyUI does not load", "Mend that first.")
+        yield warning("model folder", "not looked for, since ComfyUI does not load", "Mend what is marked there first.")
         return
     model_dir = installation.settings.model_dir
     if model_dir is not None and not model_dir.is_dir():
