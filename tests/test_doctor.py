@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,7 @@ def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, ru
         "  + setting: KAFKA_SASL_PASSWORD=********** (environment)",
         "  ! .env: MEGAPIXEL is no setting",
         "    Did you mean MEGAPIXELS?",
-        "  x comfyui: No ComfyUI in /nowhere: nodes.py, folder_paths.py, comfy",
+        "  x comfyui: No ComfyUI in /nowhere: nodes.py, folder_paths.py, comfy\n",
         "  x kafka broker: 127.0.0.1:1 cannot be reached",
     ):
         assert f"\n{line}" in done.stdout
@@ -111,7 +113,6 @@ def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, ru
     assert "(Connect to ipv4#127.0.0.1:1 failed: Connection refused" in unwrapped.replace("127.0.0.1:1/bootstrap: ", "")
     assert "geheim" not in done.stdout + done.stderr
     assert "OTHERS" not in done.stdout
-    assert all(len(line) <= 70 or len(line.split()) <= 3 for line in done.stdout.splitlines())
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -132,8 +133,19 @@ def test_full_disk_is_a_cross(tmp_path: Path) -> None:
         f"settings = load_settings({{'output_dir': '{disk}'}}); "
         "print([(check.name, check.state.value) for check in check_output_dir(Installation(settings, origins_of({})))])"
     )
-    mounted = f"mount -t tmpfs -o size=16k tmpfs '{disk}' && .venv/bin/python -c \"{code}\""
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted], cwd=PROJECT, capture_output=True, text=True, check=False)
+    prefix = [
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        f"mount -t tmpfs -o size=16k tmpfs '{disk}' && \"$@\"",
+        "sh",
+    ]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this system lets nobody mount a small disk in a namespace of their own")
+    command = [*prefix, sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.stdout == "[('output folder', 'tick'), ('output disk', 'cross')]\n", done.stderr
 
 
@@ -158,9 +170,7 @@ def test_python_and_torch_of_this_machine_are_fine(settings: Settings) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_device_that_is_not_there_is_a_cross_and_comfyui_loads_all_the_same(
-    settings: Settings, encoder: LatentEncoder
-) -> None:
+def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Settings, encoder: LatentEncoder) -> None:
     """DEVICE=cuda where there is none: said once, by the check whose matter it is."""
     wrong = changed(settings, device="cuda", comfyui_path=encoder.runtime.path)
     device, threads = examined(check_device, wrong)
@@ -177,8 +187,8 @@ def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path,
     limit.write_text("1000000000\n")
     (check,) = examined(check_memory, settings)
     assert (check.state, check.found) == (WARNING, "1.0 GB available; MEGAPIXELS=0.02 takes about 1.4 GB to encode")
-    (check,) = examined(check_memory, changed(settings, megapixels=10.0))
-    assert check.found.endswith("about 3.1 GB to encode")
+    (check,) = examined(check_memory, changed(settings, megapixels=16.0))
+    assert check.found.endswith("about 4.4 GB to encode")
 
 
 def test_output_folder_that_is_not_there_is_not_made(settings: Settings, tmp_path: Path) -> None:
@@ -250,9 +260,8 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     finally:
         damaged.unlink()
         impostor.unlink()
-    found = {
-        Path(check.found.split(": ")[0].split(" is damaged")[0]).name: check for check in checks if check.name == "vae file"
-    }
+    files = [check for check in checks if check.name == "vae file"]
+    found = {Path(re.split(": | is damaged", check.found)[0]).name: check for check in files}
     assert found["damaged.safetensors"].state is CROSS
     assert found[impostor.name].state is WARNING
     assert "not the file that is published under this name" in found[impostor.name].found
@@ -318,12 +327,12 @@ def test_http_port_is_free_taken_or_a_workers(settings: Settings) -> None:
     with http_server(ours, Health(60.0)):
         (worker,) = examined(check_http_port, ours)
     assert (worker.state, worker.found.split(": ")[1]) == (TICK, "alive, not ready")
-    with socket.create_server(("127.0.0.1", ours.http_port)) as other:
-        other.settimeout(5)
-        other.listen(0)
-        closed = changed(ours, http_host="127.0.0.1")
-        (taken,) = examined(check_http_port, changed(closed, http_port=other.getsockname()[1]))
-    assert taken.state is WARNING
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        theirs = changed(ours, http_port=other.getsockname()[1])
+        for given, state in (((), WARNING), (("kafka_bootstrap_servers",), CROSS)):
+            (taken,) = examined(check_http_port, theirs, given)
+            assert taken.state is state
     (off,) = examined(check_http_port, changed(settings, http_port=0))
     assert off.state is TICK
 
