@@ -6,29 +6,29 @@ from collections.abc import Callable, Mapping, Sequence
 
 import doctor_report as report
 from config import Settings
-from doctor_check import Check, Examine, Installation, State, guarded
-from doctor_comfyui import check_nodes, check_tree
-from doctor_machine import (
-    check_allowed_folders,
-    check_device,
-    check_memory,
-    check_model_disk,
-    check_output_dir,
-    check_python,
-    check_torch,
-)
-from doctor_models import check_models
-from doctor_network import check_http_port, check_kafka
-from doctor_settings import check_env_file, check_faults, check_set
+from doctor_check import Check, Installation, State, guarded
 
-# What is examined, by the name of the check that it becomes where it fails in itself.
-GROUPS: dict[str, dict[str, Examine]] = {
-    "Settings": {"setting": check_faults, "defaults": check_set, ".env": check_env_file},
-    "Machine": {"python": check_python, "torch": check_torch, "device": check_device, "memory": check_memory},
-    "ComfyUI": {"comfyui": check_tree, "nodes": check_nodes},
-    "Models": {"vae file": check_models, "model disk": check_model_disk},
-    "Folders": {"output folder": check_output_dir, "allowed folders": check_allowed_folders},
-    "Kafka mode": {"kafka broker": check_kafka, "http port": check_http_port},
+# What is examined: the name of the check that it becomes where that fails in itself, and the function. Each is imported when
+# its turn comes, so that what cannot be imported is one more thing that was found.
+GROUPS = {
+    "Settings": {
+        "setting": "doctor_settings.check_faults",
+        "defaults": "doctor_settings.check_set",
+        ".env": "doctor_settings.check_env_file",
+    },
+    "Machine": {
+        "python": "doctor_machine.check_python",
+        "memory": "doctor_machine.check_memory",
+        "torch": "doctor_torch.check_torch",
+        "device": "doctor_torch.check_device",
+    },
+    "ComfyUI": {"comfyui": "doctor_comfyui.check_tree", "nodes": "doctor_comfyui.check_nodes"},
+    "Models": {"vae file": "doctor_models.check_models", "model disk": "doctor_folders.check_model_disk"},
+    "Folders": {
+        "output folder": "doctor_folders.check_output_dir",
+        "allowed folders": "doctor_folders.check_allowed_folders",
+    },
+    "Kafka mode": {"kafka broker": "doctor_network.check_kafka", "http port": "doctor_network.check_http_port"},
 }
 
 
@@ -50,8 +50,8 @@ def run(
         groups[group] = []
         if not as_json:
             echo(report.heading(group))
-        for name, examine in examinations.items():
-            for check in guarded(name, examine, installation):
+        for name, place in examinations.items():
+            for check in guarded(name, place, installation):
                 groups[group].append(check)
                 if not as_json:
                     echo(report.as_text(check))

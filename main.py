@@ -1,7 +1,8 @@
 """The command line: parses, wires and exits.
 
-Exit status: 0 success, 1 an error response or a worker that is not alive, 2 wrong usage or a setting that cannot be used, 3
-the service cannot start or cannot go on, or its response cannot be written, 130 interrupted (143 by SIGTERM).
+Exit status: 0 success, 1 an error response, a worker that is not alive or an installation that does not work, 2 wrong usage or
+a setting that cannot be used, 3 the service cannot start or cannot go on, or its response cannot be written, 130 interrupted
+(143 by SIGTERM).
 """
 
 from __future__ import annotations
