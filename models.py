@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -11,7 +13,8 @@ from uuid import uuid4
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from errors import ErrorCode, InvalidRequest, RequestError
+from errors import ErrorCode, InvalidRequest, MessageUnusable, RequestError, one_line
+from suggestions import closest
 
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
@@ -90,6 +93,23 @@ class EncodeRequest(BaseModel):
             raise InvalidRequest(f"Invalid request: {describe(exc)}") from exc
 
 
+def read_fields(message: bytes) -> dict[str, Any]:
+    """The fields of a request that is written as one JSON object in UTF-8.
+
+    Raises:
+        MessageUnusable: it is something else.
+    """
+    try:
+        fields = json.loads(message.decode("utf-8-sig"))
+    except UnicodeDecodeError as exc:
+        raise MessageUnusable(f"The message is not UTF-8: {one_line(exc)}.") from exc
+    except (ValueError, RecursionError) as exc:
+        raise MessageUnusable(f"The message is not JSON: {one_line(exc)}.") from exc
+    if not isinstance(fields, dict):
+        raise MessageUnusable(f"The message is JSON but not an object: {type(fields).__name__}.")
+    return fields
+
+
 # Python's own `repr` of what is nested deeply raises, and takes long of what is large.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
@@ -97,15 +117,28 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
     """What pydantic found, as `field: reason (got value)`, one after the other; `name` turns a field into what is shown."""
-    return "; ".join(_describe_one(dict(error), name) for error in exc.errors(include_url=False))
+    return "; ".join(descriptions(exc, name))
+
+
+def descriptions(exc: ValidationError, name: Callable[[str], str] = str) -> list[str]:
+    """As `describe`, each by itself."""
+    return [_describe_one(dict(error), name) for error in exc.errors(include_url=False)]
 
 
 def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] != "missing":
         value = _SHORT.repr(error["input"])
-        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'})"
+        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'}{_suggestion(error)})"
     return f"{name(str(error['loc'][0]))}: {reason}"
+
+
+def _suggestion(error: Mapping[str, Any]) -> str:
+    """What a name was meant to be that is not one of those allowed, which pydantic has as one text, each in quotes."""
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    meant = closest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return "" if meant is None else f"; did you mean {meant!r}?"
 
 
 def request_id_of(fields: Mapping[str, Any]) -> str:
