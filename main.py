@@ -64,6 +64,8 @@ def choice_of(field: str) -> click.Choice[str]:
 @click.option("--upscale-method", metavar="METHOD", help=f"One of {', '.join(get_args(UpscaleMethod))}.")
 @click.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels.")
 @click.option("--output-dir", metavar="DIR", help="Folder for the three files; made if absent.")
+@click.option("--preview", is_flag=True, default=None, help="Write a picture of the latent beside the scaled image.")
+@click.option("--roundtrip", is_flag=True, default=None, help="Decode the latent, write the picture, measure how alike it is.")
 @click.option("--request-id", metavar="ID", help="Part of the files' names; a new UUID if absent.")
 @click.option("--model-dir", metavar="DIR", help="Folder searched first for VAE files.")
 @click.option("--comfyui-path", metavar="DIR", help="ComfyUI tree to run instead of ./comfyui.")
