@@ -96,7 +96,7 @@ class Run:
                     self._batch.stop()
         self._summarize()
         if self._signals:
-            _end_interrupted(self._signals[0], "the same command goes on from here")
+            _end_interrupted(self._signals[0], "Interrupted; the same command goes on from here.")
         return EXIT_ERROR_RESPONSE if self._tally.failures else 0
 
     def _engine(self, report: Report) -> Engine:
@@ -147,7 +147,7 @@ class Run:
             self._batch.stop()
             return
         self._batch.abort()
-        _end_interrupted(number, "every file that is there is whole")
+        _end_interrupted(number, "Interrupted.")
 
 
 def run(
@@ -173,9 +173,9 @@ def _document(outcome: Outcome) -> dict[str, Any]:
     return fields if outcome.correlation_id is None else {**fields, "correlation_id": outcome.correlation_id}
 
 
-def _end_interrupted(number: int, comfort: str) -> NoReturn:
+def _end_interrupted(number: int, message: str) -> NoReturn:
     """End the process as shells expect of one that a signal ended. An encode cannot be interrupted: nobody waits for it."""
-    os.write(STDERR, f"Error: Interrupted; {comfort}.\n".encode())
+    os.write(STDERR, f"Error: {message}\n".encode())
     os._exit(128 + number)
 
 

@@ -245,9 +245,9 @@ def test_files_that_are_no_latents(tmp_path: Path, latent: Path, inspect: Inspec
     torch.save({"weight": torch.ones(1, 4, 2, 2)}, tmp_path / "dictionary.pt")
     torch.save(torch.ones(4, 2, 2), tmp_path / "three_dimensions.pt")
     (tmp_path / "folder.pt").mkdir()
-    bad = [
-        tmp_path / name for name in ("text.pt", "dictionary.pt", "three_dimensions.pt", "folder.pt", "none.pt", "photo.jpg")
-    ]
+    os.mkfifo(tmp_path / "pipe.pt")
+    names = ("text.pt", "dictionary.pt", "three_dimensions.pt", "folder.pt", "pipe.pt", "none.pt", "photo.jpg")
+    bad = [tmp_path / name for name in names]
     sound = str(latent)
     done = inspect(*bad, sound, as_json=True)
     *refused, shown = [json.loads(line) for line in done.out.splitlines()]
