@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,6 +143,21 @@ class ComfyRuntime:
         """The latent of the image (VAEEncode): float32 on the CPU, in the VAE's own number of dimensions."""
         samples: torch.Tensor = self._vae_encode(pixels=pixels, vae=vae)["samples"]
         return samples
+
+    def decode(self, vae: Vae, samples: torch.Tensor) -> torch.Tensor:
+        """The image of a latent in the VAE's own number of dimensions (VAEDecode).
+
+        Raises:
+            SetupError: this ComfyUI has no such node.
+        """
+        image: torch.Tensor = self._vae_decode(samples={"samples": samples}, vae=vae)
+        return image
+
+    @cached_property
+    def _vae_decode(self) -> Node:
+        """Looked for when it is first asked for, since a service that only encodes does well without."""
+        node_class = import_custom_nodes_minimal(self.path, ("VAEDecode",))["VAEDecode"]
+        return Node("VAEDecode", node_class, ("samples", "vae"))
 
     def latent_format(self, name: str) -> LatentFormat | None:
         """What ComfyUI knows of the latents of that class in `comfy.latent_formats`; None where this release has none."""
