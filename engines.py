@@ -29,7 +29,7 @@ from stages import Stages
 log = get_logger("latent_encoder")
 
 HELD = 3  # requests of one process: one in each stage
-ABORT_S = 10  # for a worker to write the last bytes of a file
+END_S = 10  # seconds for a worker to write the last bytes of a file, and to end
 
 
 @dataclass(eq=False)
@@ -152,12 +152,16 @@ class Processes:
                 worker.send(None)
         for listener in self._listeners:
             listener.join()
+        self._await_end()
 
     def abort(self) -> None:
         for worker in self._workers:
             worker.process.terminate()
+        self._await_end()
+
+    def _await_end(self) -> None:
         for worker in self._workers:
-            worker.process.join(timeout=ABORT_S)
+            worker.process.join(timeout=END_S)
 
     def _listen(self, worker: Worker) -> None:
         """Hand on what a worker reports until it has finished. One that dies fails what it had."""
@@ -251,7 +255,7 @@ def _end_now(engine: InProcess) -> NoReturn:
 
 
 def _settings_of(share: Share) -> Settings:
-    """The settings for that process: with its part of the CPUs. Where there are several GPUs, it sees one alone from now on."""
+    """The settings for that process: with its part of the CPUs. Of several GPUs it sees one alone from now on."""
     if (gpus := torch.cuda.device_count()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[share.place % gpus]

@@ -158,10 +158,9 @@ def serve(settings: Settings) -> NoReturn:
         handler = KafkaHandler(settings)
         stop_on_signals(handler.stop)
         with http_server(settings, handler.health), standalone.stdout_on_stderr(), tracing.exported():
-            with handler.health.busy("start"):
-                # In a thread that ends, and OpenMP's threads with it: see stages.py.
-                with ThreadPoolExecutor(max_workers=1) as thread:
-                    encoder = thread.submit(ready_encoder, settings).result()
+            # In a thread that ends, and OpenMP's threads with it: see stages.py.
+            with handler.health.busy("start"), ThreadPoolExecutor(max_workers=1) as thread:
+                encoder = thread.submit(ready_encoder, settings).result()
             finished = handler.run(encoder)
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
