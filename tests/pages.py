@@ -7,11 +7,13 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 from tests.helpers import PROJECT
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 STATUS = re.compile(r"\b[Ee]xits with status (\d+)\b")
+QUOTE = re.compile(r"# ([\w/]+\.py)\n")
 COMMENT = re.compile(r"^#.*\n|\s+# .*$", re.MULTILINE)
 
 MARK = "@@ block"  # stands between what two blocks print
@@ -84,11 +86,16 @@ def section(document: str, heading: str) -> str:
     return re.split(r"^## ", document.split(f"\n## {heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
+def quotes_of(page: Page) -> list[tuple[str, str]]:
+    """The blocks of Python that begin with a comment which names a file: that file, and what is quoted from it."""
+    return [(found[1], text[found.end() :]) for text in page.of("python") if (found := QUOTE.match(text))]
+
+
 def steps_of(page: Page) -> list[Step]:
-    """The blocks of shell and Python; a block that follows directly on one of them is what it prints."""
+    """The blocks of shell and Python, but for quotations; a block that follows directly on one of them is what it prints."""
     steps = []
-    for block, following in zip(page.blocks, [*page.blocks[1:], None], strict=True):
-        if block.language in ("bash", "python"):
+    for block, following in zip_longest(page.blocks, page.blocks[1:]):
+        if block.language in ("bash", "python") and not QUOTE.match(block.text):
             shown = following if following and not block.after.strip() and following.language in ("json", "text") else None
             said = STATUS.search(shown.after if shown else block.after)
             steps.append(Step(block.language, block.text, int(said[1]) if said else 0, shown))

@@ -62,7 +62,7 @@ NOT_RUN = {
 }
 
 SHELL_COMMANDS = re.compile(
-    r"^(\$ )?(\w+=\S+ )*(\./|\.venv/|python|pip|docker|kubectl|kcat|scripts/|curl|echo|export|cd) ?\S", re.MULTILINE
+    r"^(\$ |\w+=\S+ )*((\./|\.venv/|scripts/)\w\S*|python|pip|docker|kubectl|kcat|curl|echo|export|cd) \S", re.MULTILINE
 )
 
 DIFFERS_BY_MACHINE = {
@@ -174,7 +174,7 @@ def stable(document: dict[str, Any]) -> dict[str, Any]:
         elif key in DIFFERS_BY_MACHINE:
             kept[key] = sorted(value) if isinstance(value, dict) else type(value).__name__
         elif key.endswith("_path"):
-            kept[key] = Path(value).name
+            kept[key] = value and Path(value).name
         else:
             kept[key] = value
     return kept
@@ -228,6 +228,12 @@ def test_what_is_not_run_is_there_and_looks_it() -> None:
     assert [text for page in PAGES.values() for text in page.of("text", "json") if SHELL_COMMANDS.search(text)] == []
 
 
+@pytest.mark.parametrize(("file", "quoted"), [quote for page in PAGES.values() for quote in pages.quotes_of(page)])
+def test_code_that_is_quoted_is_there(file: str, quoted: str) -> None:
+    """Word for word, in the file that the first line names."""
+    assert quoted in (PROJECT / file).read_text(encoding="utf-8")
+
+
 def test_ci_runs_the_test_command() -> None:
     """The README's, which its own tests cannot run."""
     (command,) = [text.strip() for text in PAGES["README.md"].of("bash") if not_run(text)]
@@ -266,6 +272,15 @@ def test_file_structure_is_the_projects() -> None:
     listed = re.findall(r"^([\w./]+) {2,}\S", PAGES["API.md"].of("text")[-1], re.MULTILINE)
     assert all((PROJECT / name).exists() for name in listed)
     assert {path.name for path in PROJECT.glob("*.py")} <= set(listed)
+
+
+def test_map_of_the_code_has_every_module() -> None:
+    """And nothing that is not there."""
+    names = re.findall(r"^\| (`.*?\.py`) \|", PAGES["docs/code-map.md"].text, re.MULTILINE)
+    listed = [name for cell in names for name in re.findall(r"`(\S+)`", cell)]
+    found = {module.name for name in listed for module in PROJECT.glob(name)}
+    assert found == {module.name for module in PROJECT.glob("*.py")}
+    assert [name for name in listed if not any(PROJECT.glob(name))] == []
 
 
 @pytest.mark.parametrize("name", PAGES)
