@@ -107,7 +107,7 @@ class OutputDirNotWritable(RequestError):
 
 
 class MessageUnusable(RequestError):
-    """A Kafka record holds no request at all: too large, not UTF-8, not JSON or not an object."""
+    """A Kafka record, or a line of a list, holds no request at all: too large, not UTF-8, not JSON or not an object."""
 
     code = ErrorCode.MESSAGE_UNUSABLE
 

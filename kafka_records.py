@@ -12,8 +12,8 @@ from uuid import NAMESPACE_URL, uuid5
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Message
 
 from config import VERSION, Settings
-from errors import MessageUnusable, RequestError, one_line
-from models import EncodeRequest, ResponseMessage, usable_text
+from errors import MessageUnusable, RequestError
+from models import EncodeRequest, ResponseMessage, read_fields, usable_text
 
 Headers = tuple[tuple[str, bytes | None], ...]
 RawHeaders = list[tuple[str, str | bytes | None]]  # the client's stub also names a dict
@@ -127,15 +127,7 @@ def _read_fields(value: bytes | None, max_bytes: int) -> dict[str, Any]:
         raise MessageUnusable("The message has no value; a request is a JSON object.")
     if len(value) > max_bytes:
         raise MessageUnusable(f"The message has {len(value)} bytes, more than KAFKA_MAX_MESSAGE_BYTES={max_bytes}.")
-    try:
-        fields = json.loads(value.decode("utf-8-sig"))
-    except UnicodeDecodeError as exc:
-        raise MessageUnusable(f"The message is not UTF-8: {one_line(exc)}.") from exc
-    except (ValueError, RecursionError) as exc:
-        raise MessageUnusable(f"The message is not JSON: {one_line(exc)}.") from exc
-    if not isinstance(fields, dict):
-        raise MessageUnusable(f"The message is JSON but not an object: {type(fields).__name__}.")
-    return fields
+    return read_fields(value)
 
 
 def _find_id(record: Incoming, name: Literal["request_id", "correlation_id"]) -> str | None:

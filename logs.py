@@ -7,9 +7,37 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TextIO
 
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
+
+import colours
+from config import Settings
+from errors import one_line
+
+AT_THE_DESK = ("standalone", "inspect", "doctor")  # the modes that a person waits for
+
+
+class LogStyle(NamedTuple):
+    """What is logged, and how."""
+
+    level: str
+    log_format: str
+    tracebacks: bool
+
+
+def log_style(settings: Settings, *, quiet: bool = False, verbose: bool = False, debug: bool = False) -> LogStyle:
+    """How to log in that mode. On a terminal, a person who set nothing sees warnings as text, not every event as JSON."""
+    bare = not settings.model_fields_set & {"log_level", "log_format"}
+    watched = bare and settings.mode in AT_THE_DESK and sys.stderr.isatty()
+    as_text = watched or ((verbose or debug) and "log_format" not in settings.model_fields_set)
+    level = "WARNING" if watched else settings.log_level
+    for wish, asked in (("ERROR", quiet), ("INFO", verbose), ("DEBUG", debug)):
+        level = wish if asked else level
+    return LogStyle(level, "text" if as_text else settings.log_format, debug or settings.mode == "kafka")
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
@@ -22,14 +50,20 @@ def get_logger(name: str) -> FilteringBoundLogger:
     return logger
 
 
-def configure_logging(level: str, log_format: str) -> None:
-    """Send everything that is logged, and Python's warnings, to standard error. `log_format` is `json` or `text`."""
-    renderer: Processor
-    if log_format == "json":
-        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
-    else:
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    handler = logging.StreamHandler(sys.stderr)
+def configure_logging(level: str, log_format: str, tracebacks: bool = True) -> None:
+    """Send everything that is logged, and Python's warnings, to standard error.
+
+    `log_format` is `json` or `text`; without `tracebacks`, of an exception no more is shown than what it says.
+    """
+    as_json = log_format == "json"
+    renderer: Processor = (
+        structlog.processors.JSONRenderer(ensure_ascii=False)
+        if as_json
+        else structlog.dev.ConsoleRenderer(
+            colors=colours.wanted(sys.stderr), exception_formatter=structlog.dev.plain_traceback
+        )
+    )
+    handler = _StderrHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
@@ -40,10 +74,45 @@ def configure_logging(level: str, log_format: str) -> None:
             ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *([structlog.processors.dict_tracebacks] if log_format == "json" else []),
+                *([] if tracebacks else [_without_traceback]),
+                *([structlog.processors.dict_tracebacks] if as_json else []),
                 renderer,
             ],
         )
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(capture=True)
+
+
+def _without_traceback(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Keep an exception's class and text of it, on one line."""
+    exc_info = event.pop("exc_info", None)
+    event.pop("stack_info", None)
+    exc = exc_info[1] if isinstance(exc_info, tuple) else exc_info
+    if isinstance(exc, BaseException):
+        event["exception"] = f"{type(exc).__name__}: {one_line(exc)}"
+    return event
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at the time, above the progress bars that are drawn there."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with _bars_cleared():
+            super().emit(record)
+
+
+def _bars_cleared() -> AbstractContextManager[None]:
+    """Take tqdm's bars off the terminal, and draw them again afterwards; nothing where there can be none."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if tqdm is None or not sys.stderr.isatty():
+        return nullcontext()
+    bars: AbstractContextManager[None] = tqdm.external_write_mode(file=sys.stderr)
+    return bars

@@ -11,137 +11,138 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Any, NoReturn, TypeVar, get_args
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Any, NoReturn
 
 import click
+import cloup
 
+import standalone
 from access import log_missing_limits
-from config import VERSION, Settings, SettingsError, load_settings
+from command import (
+    EXIT_ERROR_RESPONSE,
+    EXIT_INTERRUPTED,
+    EXIT_SERVICE_FAILED,
+    EXIT_WRONG_USAGE,
+    Command,
+    fail,
+    refuse_options_of_other_modes,
+)
+from config import Settings, SettingsError, load_settings
 from dlq_replay import Replay, Selection
-from errors import ErrorCode, InvalidRequest, KafkaFailed, SetupError, one_line
-from logs import configure_logging, get_logger
-from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, UpscaleMethod, request_id_of
-
-STDOUT, STDERR = 1, 2  # file descriptors
-
-EXIT_ERROR_RESPONSE = 1
-EXIT_SERVICE_FAILED = 3
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-Result = TypeVar("Result")
+from errors import ErrorCode, KafkaFailed, SetupError, one_line
+from inputs import NoImages
+from logs import LogStyle, configure_logging, get_logger, log_style
+from options import CONTEXT, EPILOG, all_options
+from selection import ImageSelection, RunOptions
+from standalone import OutputFailed
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
-REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir")
-
-EPILOG = """
-Defaults come from environment variables or from a file named .env, and there are a few settings more: README.md lists
-them. Options win over the environment, the environment over .env.
-"""
+REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir", "latent_format")
 
 
-def choice_of(field: str) -> click.Choice[str]:
-    """The values that a setting takes."""
-    return click.Choice(get_args(Settings.model_fields[field].annotation))
-
-
-@click.command(
-    epilog=EPILOG,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        # Option names with underscores too; error codes have theirs anyhow.
-        "token_normalize_func": lambda token: token if token.isupper() else token.replace("_", "-"),
-        "max_content_width": 100,
-    },
-)
-@click.option("--mode", type=choice_of("mode"), help="See below; standalone is the default.")
-@click.option("--image-path", metavar="FILE", help="JPEG or PNG to encode. Required in standalone mode.")
-@click.option("--vae-model-name", metavar="NAME", help="VAE file in the model folders.")
-@click.option("--upscale-method", metavar="METHOD", help=f"One of {', '.join(get_args(UpscaleMethod))}.")
-@click.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels.")
-@click.option("--output-dir", metavar="DIR", help="Folder for the three files; made if absent.")
-@click.option("--request-id", metavar="ID", help="Part of the files' names; a new UUID if absent.")
-@click.option("--model-dir", metavar="DIR", help="Folder searched first for VAE files.")
-@click.option("--comfyui-path", metavar="DIR", help="ComfyUI tree to run instead of ./comfyui.")
-@click.option("--device", type=choice_of("device"), help="Where to run.")
-@click.option("--vae-precision", type=choice_of("vae_precision"), help="Precision of the VAE.")
-@click.option("--kafka-bootstrap-servers", metavar="HOST:PORT,…", help="Kafka brokers.")
-@click.option("--request-topic", "kafka_request_topic", metavar="TOPIC", help="Topic of the requests.")
-@click.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the answers.")
-@click.option("--dlq-topic", "kafka_dlq_topic", metavar="TOPIC", help="Topic of the dead letters.")
-@click.option("--consumer-group", "kafka_consumer_group", metavar="GROUP", help="Consumer group of the service.")
-@click.option("--http-port", metavar="PORT", help="kafka, health: port of health and metrics; 0 turns it off.")
-@click.option(
-    "--error-code",
-    "error_codes",
-    type=click.Choice(ErrorCode),
-    metavar="CODE",
-    multiple=True,
-    help="dlq-replay: only those with this code; may be given several times.",
-)
-@click.option(
-    "--since",
-    type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z"]),
-    metavar="TIME",
-    help="dlq-replay: only those written at 2026-11-23T12:00:00Z or later.",
-)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="dlq-replay: at most so many.")
-@click.option("--dry-run", is_flag=True, help="dlq-replay: send nothing, say what would be sent.")
-@click.option("--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR.")
-@click.option("--log-format", type=click.Choice(["json", "text"]), help="How standard error is written.")
-@click.version_option(VERSION, prog_name="latent-encoder")
-def main(image_path: str | None, request_id: str | None, **options: Any) -> None:
+@cloup.command(cls=Command, epilog=EPILOG, context_settings=CONTEXT)
+@all_options
+@click.pass_context
+def main(ctx: click.Context, /, **given: Any) -> None:
     """Encode images to the latents that a diffusion model works on, with ComfyUI's own nodes.
 
     \b
-    standalone  encodes one image; the response is one JSON document on standard output
-    kafka       answers requests from a topic until SIGTERM or SIGINT
-    dlq-replay  sends dead letters back to their topic; a line of JSON for each
-    health      asks the worker on this machine how it is, and prints its answer as JSON
+    standalone  encodes images; a JSON response for each
+    kafka       answers requests from a topic until SIGTERM
+    dlq-replay  sends dead letters back to their topic
+    health      asks the worker on this machine how it is
+    inspect     shows what latent files hold
+    doctor      says what of the installation works
 
-    Logs go to standard error.
+    Results go to standard output, logs to standard error.
     Exit status: 0 success, 1 error response or a worker that is not alive, 2 wrong usage, 3 the
     service cannot start or go on, 130 interrupted.
 
     \b
     Examples:
-      python main.py --image_path photo.jpg --vae_model_name tiny_qwen_vae.safetensors
+      python main.py --image_path photo.jpg --preview
+      python main.py --image_path a.png b.png 'c/*.png' --recursive folder
+      python main.py --input-list requests.jsonl --workers 2
       python main.py --mode kafka --kafka-bootstrap-servers localhost:9092
-      python main.py --mode dlq-replay --error-code OUTPUT_DIR_NOT_WRITABLE --dry-run
+      python main.py --mode dlq-replay --error-code IMAGE_NOT_FOUND --dry-run
+      python main.py --mode health
+      python main.py --mode inspect output/latent_photo_1.pt --html
+      python main.py --mode doctor
     """  # noqa: D301  # click needs the character that \b stands for
-    request_options = {name: options.pop(name) for name in REQUEST_OPTIONS}
-    replay_options = {name: options.pop(name) for name in REPLAY_OPTIONS}
+    settings = settings_of(given)
+    refuse_options_of_other_modes(ctx, settings)
+    style = log_style(settings, **{name: given[name] for name in ("quiet", "verbose", "debug")})
+    configure_logging(*style)
+    match settings.mode:
+        case "kafka":
+            serve(settings)
+        case "dlq-replay":
+            replay(settings, **{name: given[name] for name in REPLAY_OPTIONS})
+        case "health":
+            show_health(settings)
+        case "inspect":
+            show_latents(settings, given)
+        case "doctor":
+            examine(settings, given)
+        case _:
+            encode_images(settings, given, style)
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """The settings in force, with what the command line says.
+
+    Raises:
+        click.UsageError: a value cannot be used.
+    """
+    options = {name: value for name, value in given.items() if name not in REQUEST_OPTIONS}
     try:
         settings = load_settings(options)
-        if settings.mode == "kafka":  # where they are what requests get that leave them out
-            settings = load_settings({**options, **request_options})
+        if settings.mode != "standalone":  # where they are what requests get that leave them out
+            settings = load_settings(given)
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
-    configure_logging(settings.log_level, settings.log_format)
-    if settings.mode == "kafka":
-        serve(settings)
-    if settings.mode == "dlq-replay":
-        replay(settings, **replay_options)
-    if settings.mode == "health":
-        show_health(settings)
-    if image_path is None:
-        raise click.UsageError("Standalone mode needs --image_path FILE.")
+    return settings
+
+
+def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> NoReturn:
+    """Standalone mode."""
+    selection = ImageSelection((*given["image_path"], *given["paths"]), given["recursive"], given["input_list"])
+    if not selection.paths and selection.input_list is None:
+        raise click.UsageError("Standalone mode needs --image_path FILE, or --input-list FILE.")
+    if given["request_id"] is not None and (len(selection.paths) > 1 or selection.input_list is not None):
+        raise click.UsageError("--request-id is for one image; leave it out, and each image gets an id of its own.")
+    fields = {name: given[name] for name in ("request_id", *REQUEST_OPTIONS)}
+    options = RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
     try:
-        response = standalone(settings, {"image_path": image_path, "request_id": request_id, **request_options})
+        sys.exit(standalone.run(settings, selection, fields, options, style))
+    except NoImages as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
-    except KeyboardInterrupt:
-        click.echo("Error: Interrupted.", err=True)
-        os._exit(EXIT_INTERRUPTED)  # an encode cannot be interrupted, and Python's own way out would wait for it
-    try:
-        click.echo(response.model_dump_json(indent=2))
-    except OSError as exc:
-        fail(f"Cannot write the response to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
-    sys.exit(0 if isinstance(response, SuccessResponse) else EXIT_ERROR_RESPONSE)
+    except OutputFailed as exc:
+        click.echo(f"Error: {exc}", err=True)
+        os._exit(EXIT_SERVICE_FAILED)  # an encode that nobody waits for cannot be interrupted
+
+
+def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
+    """Inspect mode: what latent files hold."""
+    if not given["paths"]:
+        raise click.UsageError("Inspect mode needs latent files: python main.py --mode inspect FILE")
+    import inspection  # here, because torch comes with it
+
+    sys.exit(inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo))
+
+
+def examine(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
+    """Doctor mode: what of the installation works."""
+    import doctor  # here, because torch comes with it
+
+    from config import origins_of
+
+    sys.exit(doctor.run(settings, origins_of(given), as_json=given["as_json"], echo=click.echo))
 
 
 def serve(settings: Settings) -> NoReturn:
@@ -150,17 +151,16 @@ def serve(settings: Settings) -> NoReturn:
     import tracing
     from http_server import http_server
     from kafka_handler import KafkaHandler
-    from output_files import WRITING
     from service import ready_encoder
 
     log_missing_limits(settings)
     try:
         handler = KafkaHandler(settings)
         stop_on_signals(handler.stop)
-        with http_server(settings, handler.health), stdout_on_stderr(), tracing.exported():
-            with handler.health.busy("start"):
-                # In a thread that ends, and OpenMP's threads with it: see stages.py.
-                encoder = in_a_thread(lambda: ready_encoder(settings), WRITING)
+        with http_server(settings, handler.health), standalone.stdout_on_stderr(), tracing.exported():
+            # In a thread that ends, and OpenMP's threads with it: see stages.py.
+            with handler.health.busy("start"), ThreadPoolExecutor(max_workers=1) as thread:
+                encoder = thread.submit(ready_encoder, settings).result()
             finished = handler.run(encoder)
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
@@ -215,73 +215,13 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
         if len(signals) == 1:
             stop()
         else:
-            os.write(STDERR, b"Error: Stopped at once by a second signal; what was not answered is delivered again.\n")
+            os.write(
+                standalone.STDERR, b"Error: Stopped at once by a second signal; what was not answered is delivered again.\n"
+            )
             os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-
-
-def fail(message: str, status: int) -> NoReturn:
-    """End with one line on standard error."""
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(status)
-
-
-def standalone(settings: Settings, fields: Mapping[str, Any]) -> Response:
-    """The answer to the one request that the command line makes.
-
-    Raises:
-        SetupError: the service cannot start.
-    """
-    try:
-        request = EncodeRequest.from_fields(fields, settings.request_defaults)
-    except InvalidRequest as exc:
-        return ErrorResponse.of(exc, request_id_of(fields), datetime.now(UTC))
-    # Imported here, so that --help and wrong usage do not wait for torch.
-    from output_files import WRITING
-    from service import LatentEncoder
-
-    with stdout_on_stderr():
-        return in_a_thread(lambda: LatentEncoder.set_up(settings).answer(request), WRITING)
-
-
-def in_a_thread(call: Callable[[], Result], writing: threading.Lock) -> Result:
-    """What `call` returns or raises. Ctrl-C ends the wait for it, but for files that are being written just then.
-
-    Python raises KeyboardInterrupt in the main thread, wherever that is, and ComfyUI swallows it in many a bare `except:`.
-    """
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as exc:
-            future.set_exception(exc)
-
-    threading.Thread(target=run, name="request", daemon=True).start()
-    try:
-        return future.result()
-    except KeyboardInterrupt:
-        writing.acquire()
-        raise
-
-
-@contextmanager
-def stdout_on_stderr() -> Iterator[None]:
-    """Send what is printed inside to standard error, so that standard output is the response alone.
-
-    By file descriptor: custom node packages start child processes, pip among them, which print too.
-    """
-    sys.stdout.flush()
-    saved = os.dup(STDOUT)
-    os.dup2(STDERR, STDOUT)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, STDOUT)
-        os.close(saved)
 
 
 if __name__ == "__main__":

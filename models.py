@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from uuid import uuid4
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from errors import ErrorCode, InvalidRequest, RequestError
+from errors import ErrorCode, InvalidRequest, MessageUnusable, RequestError, one_line
 
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
@@ -88,6 +89,23 @@ class EncodeRequest(BaseModel):
             return cls.model_validate({**defaults, **given})
         except ValidationError as exc:
             raise InvalidRequest(f"Invalid request: {describe(exc)}") from exc
+
+
+def read_fields(message: bytes) -> dict[str, Any]:
+    """The fields of a request that is written as one JSON object in UTF-8.
+
+    Raises:
+        MessageUnusable: it is something else.
+    """
+    try:
+        fields = json.loads(message.decode("utf-8-sig"))
+    except UnicodeDecodeError as exc:
+        raise MessageUnusable(f"The message is not UTF-8: {one_line(exc)}.") from exc
+    except (ValueError, RecursionError) as exc:
+        raise MessageUnusable(f"The message is not JSON: {one_line(exc)}.") from exc
+    if not isinstance(fields, dict):
+        raise MessageUnusable(f"The message is JSON but not an object: {type(fields).__name__}.")
+    return fields
 
 
 # Python's own `repr` of what is nested deeply raises, and takes long of what is large.

@@ -5,34 +5,67 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
 import tracing
 from encoders import give_back_freed_memory
 from health import Health
-from kafka_lanes import Job
-from models import SuccessResponse
+from models import EncodeRequest, SuccessResponse
 from service import Encoded, LatentEncoder, Prepared
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 ENCODE = 1  # the number of that stage
 
-Inbox = SimpleQueue[tuple[Job, Any] | None]
-Report = Callable[[Job, SuccessResponse | BaseException], None]
+
+class Work(Protocol):
+    """What goes through the stages: a request, and what its owner and the stages tell each other about it."""
+
+    encoding: bool
+    """Set here: whether the encode has begun."""
+    redelivered: bool
+    """Set here: whether it was answered from the files of an earlier answer."""
+
+    @property
+    def request(self) -> EncodeRequest | None: ...
+
+    @property
+    def span(self) -> Span | None:
+        """Of OpenTelemetry, where that is installed."""
+
+    @property
+    def dropped(self) -> bool:
+        """Whether nobody wants it any more."""
 
 
-class Stages:
+W = TypeVar("W", bound=Work)
+
+
+class Stages(Generic[W]):
     """Three threads in a row: prepare, encode, write. Requests leave them in the order in which they came."""
 
-    def __init__(self, encoder: LatentEncoder, report: Report, health: Health) -> None:
-        """`report` is called with the outcome of each job, from one of the threads; not for one that was dropped."""
+    def __init__(
+        self,
+        encoder: LatentEncoder,
+        report: Callable[[W, SuccessResponse | BaseException], None],
+        health: Health,
+        *,
+        reuse: bool = True,
+    ) -> None:
+        """`report` is called with the outcome of each job, from one of the threads; not for one that was dropped.
+
+        With `reuse`, a request whose files are there, whole and matching, is answered from them.
+        """
         self._encoder = encoder
+        self._reuse = reuse
         self._report = report
         self._health = health
         self._torch_threads = torch.get_num_threads()
         self._limited = threading.Barrier(3)
-        self._inboxes: list[Inbox] = [SimpleQueue() for _ in range(3)]
+        self._inboxes: list[SimpleQueue[tuple[W, Any] | None]] = [SimpleQueue() for _ in range(3)]
         self.threads = [
             threading.Thread(target=self._run, args=(stage, n), name=stage.__name__.strip("_"), daemon=True)
             for n, stage in enumerate((self._prepare, self._encode, self._write))
@@ -40,16 +73,15 @@ class Stages:
         for thread in self.threads:
             thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: W) -> None:
         """Begin a job that has a request."""
         self._inboxes[0].put((job, job.request))
 
     def close(self) -> None:
-        """End the threads, each when it has finished what it is at; nobody waits for them."""
-        for inbox in self._inboxes:
-            inbox.put(None)
+        """End the threads when they have finished what they have; nobody waits for them here."""
+        self._inboxes[0].put(None)
 
-    def _run(self, stage: Callable[[Job, Any], Any], n: int) -> None:
+    def _run(self, stage: Callable[[W, Any], Any], n: int) -> None:
         # Each thread has a pool of OpenMP's. Where all of them are more than the CPUs, GNU's OpenMP lets threads sleep at each
         # of an encode's many meeting points, and it takes twice as long: so only the encode has more than one.
         if n != ENCODE:
@@ -60,8 +92,10 @@ class Stages:
         while (ended := self._step(stage, n)) is not None:
             if ended:
                 give_back_freed_memory()  # large tensors, each of another size, leave holes that the C library would keep
+        for inbox in self._inboxes[n + 1 : n + 2]:
+            inbox.put(None)
 
-    def _step(self, stage: Callable[[Job, Any], Any], n: int) -> bool | None:
+    def _step(self, stage: Callable[[W, Any], Any], n: int) -> bool | None:
         """One job. Whether it ended here, rather than go on to the next stage; None when there are no more.
 
         A function of its own, so that nothing keeps the job's tensors while the thread waits for the next.
@@ -85,17 +119,17 @@ class Stages:
             self._report(job, result)
         return True
 
-    def _prepare(self, job: Job, request: Any) -> Prepared | SuccessResponse:
+    def _prepare(self, job: W, request: Any) -> Prepared | SuccessResponse:
         """A request that comes again and whose files are whole needs no work."""
-        stored = self._encoder.stored_answer(request)
+        stored = self._encoder.stored_answer(request) if self._reuse else None
         job.redelivered = stored is not None
         return stored or self._encoder.prepare(request)
 
-    def _encode(self, job: Job, prepared: Prepared) -> Encoded:
+    def _encode(self, job: W, prepared: Prepared) -> Encoded:
         job.encoding = True
         return self._encoder.encode_prepared(prepared)
 
-    def _write(self, _: Job, encoded: Encoded) -> SuccessResponse:
+    def _write(self, _: W, encoded: Encoded) -> SuccessResponse:
         return self._encoder.write(encoded)
 
 

@@ -163,7 +163,7 @@ def request_job(tmp_path: Path, settings: Settings) -> Job:
 def test_thread_that_ended_is_told(encoder: LatentEncoder) -> None:
     """A worker without one of its three answers nothing any more."""
     health = Health(60)
-    stages = Stages(encoder, lambda *_: None, health)
+    stages = Stages[Job](encoder, lambda *_: None, health)
     health.needs(stages.threads)
     assert health.alive().ok
     stages.close()
@@ -187,7 +187,7 @@ def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder
             return super().prepare(request)
 
     outcomes: list[SuccessResponse | BaseException] = []
-    stages = Stages(Exiting(settings, encoder.runtime), lambda _, outcome: outcomes.append(outcome), Health(60))
+    stages = Stages[Job](Exiting(settings, encoder.runtime), lambda _, outcome: outcomes.append(outcome), Health(60))
     stages.submit(request_job(tmp_path, settings))
     stages.submit(request_job(tmp_path, settings))
     wait_until(lambda: len(outcomes) == 2, "both outcomes")
@@ -304,7 +304,7 @@ def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings
             raise ImageInvalid(f"{request.image_path} does not fit into {pixels.shape}")
 
     reported: list[str] = []
-    stages = Stages(Failing(settings, encoder.runtime), lambda _, outcome: reported.append(str(outcome)), Health(60))
+    stages = Stages[Job](Failing(settings, encoder.runtime), lambda _, outcome: reported.append(str(outcome)), Health(60))
     gc.disable()
     try:
         stages.submit(request_job(tmp_path, settings))
@@ -345,7 +345,7 @@ def test_only_the_encode_has_threads_of_torch(encoder: LatentEncoder, settings: 
 
     before = torch.get_num_threads()
     done = threading.Event()
-    stages = Stages(Counting(settings, encoder.runtime), lambda *_: done.set(), Health(60))
+    stages = Stages[Job](Counting(settings, encoder.runtime), lambda *_: done.set(), Health(60))
     stages.submit(request_job(tmp_path, settings))
     assert done.wait(60)
     stages.close()

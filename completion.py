@@ -1,0 +1,120 @@
+"""Completion by the shell: the script that it evaluates, and the values that are not plain choices.
+
+click's own machinery does the rest: the script calls us with the words typed so far, and gets what may follow.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ShellComplete,
+    ZshComplete,
+    add_completion_class,
+    get_completion_class,
+)
+
+from config import PROJECT_DIR, SettingsError, load_settings
+
+PROG_NAME = "latent-encoder"
+COMPLETE_VAR = "_LATENT_ENCODER_COMPLETE"
+SHELLS = ("bash", "zsh", "fish")
+
+VAE_FILES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def normalised(token: str) -> str:
+    """An option's name or a choice with underscores, as it is declared; error codes have theirs anyhow."""
+    return token if token.isupper() else token.replace("_", "-")
+
+
+def script(command: click.Command, shell: str) -> str:
+    """What defines `latent-encoder` and its completion where `shell` evaluates it."""
+    complete = get_completion_class(shell)
+    assert complete is not None
+    return complete(command, {}, PROG_NAME, COMPLETE_VAR).source()
+
+
+class _Ours(ShellComplete):
+    """A script of click's that calls Python by its path: it would call `latent-encoder` by `env`, which knows no functions."""
+
+    function = '{prog_name}() {{ {command} "$@"; }}\n'
+
+    def source(self) -> str:
+        command = shlex.join([sys.executable, str(PROJECT_DIR / "main.py")])
+        function = self.function.format(prog_name=self.prog_name, command=command)
+        return function + self.source_template % {**self.source_vars(), "command": command}
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
+        """As click's, which compares the words with the declared names."""
+        names = [normalised(arg) if arg.startswith("--") else arg for arg in args]
+        if incomplete.startswith("--"):
+            incomplete = normalised(incomplete)
+        return super().get_completions(names, incomplete)
+
+
+class _Bash(_Ours, BashComplete):
+    source_template = BashComplete.source_template.replace(" $1)", " %(command)s)")
+
+
+class _Zsh(_Ours, ZshComplete):
+    source_template = ZshComplete.source_template.replace("(( ! $+commands[%(prog_name)s] )) && return 1", "").replace(
+        "zsh_complete %(prog_name)s)", "zsh_complete %(command)s)"
+    )
+
+
+class _Fish(_Ours, FishComplete):
+    function = "function {prog_name}; {command} $argv; end\n"
+    source_template = FishComplete.source_template.replace("(commandline -t) %(prog_name)s)", "(commandline -t) %(command)s)")
+
+
+for _class in (_Bash, _Zsh, _Fish):
+    add_completion_class(_class)
+
+
+def files(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Files and folders, which the shell completes by itself."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def folders(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Folders, which the shell completes by itself."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def vae_names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """The VAE files in the model folders; without ComfyUI, which knows some more, and takes seconds to start."""
+    try:
+        settings = load_settings({name: ctx.params.get(name) for name in ("model_dir", "comfyui_path")})
+    except SettingsError:
+        return []  # what is wrong with them is said when the command runs, not while it is typed
+    found = [PROJECT_DIR / "comfyui" / "models" / "vae", settings.comfyui_path / "models" / "vae"]
+    if settings.model_dir is not None:
+        found += [settings.model_dir, settings.model_dir / "vae"]
+    return _items(sorted({name for folder in found for name in _names_in(folder)}), incomplete)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix.lower() in VAE_FILES]
+
+
+class OneOf:
+    """Completes the values that a field takes; a wrong one is left to the model, which answers it."""
+
+    def __init__(self, values: Sequence[str]) -> None:
+        self.values = values
+
+    def __call__(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        return _items(self.values, incomplete)
+
+
+def _items(values: Sequence[str], incomplete: str) -> list[CompletionItem[Any]]:
+    return [CompletionItem(value) for value in values if value.startswith(incomplete)]
