@@ -39,6 +39,10 @@ class SetupError(LatentEncoderError):
     """The service cannot start: no ComfyUI, a tree without a node that is needed, a device that is not there."""
 
 
+class LatentUnreadable(LatentEncoderError):
+    """A file that should hold a latent does not; the text names it and says what is wrong with it."""
+
+
 class RequestError(LatentEncoderError):
     """One request cannot be answered with a latent."""
 

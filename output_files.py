@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -24,10 +23,10 @@ from isal import isal_zlib
 from access import AllowedFolders, absolute
 from errors import OutputDirNotWritable
 from geometry import Size
+from latent_files import SUFFIXES
 from models import LatentFormat
 
 LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # what stands around stem and request id
-SUFFIXES: dict[LatentFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_FILTER_UP = 2  # each row holds the differences from the one above
@@ -175,13 +174,6 @@ def space_needed(scaled: Size, factor: int, channels: int) -> int:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def latent_bytes(latent: torch.Tensor) -> bytes:
-    """The tensor as `torch.save` writes it. The bytes depend on nothing else: not on a file's name, not on the time."""
-    buffer = BytesIO()
-    torch.save(latent, buffer)
-    return buffer.getvalue()
 
 
 def png_bytes(image: torch.Tensor) -> bytes:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +37,7 @@ from errors import (
 )
 from geometry import Size, latent_crop, scaled_size
 from images import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_file, read_image
+from latent_files import latent_bytes
 from logs import get_logger
 from metrics import STAGE_SECONDS
 from models import (
@@ -53,7 +54,6 @@ from output_files import (
     OutputFiles,
     OutputFolder,
     StagedFiles,
-    latent_bytes,
     open_output_folder,
     output_files,
     png_bytes,
@@ -185,10 +185,12 @@ class LatentEncoder:
         prepared, files = encoded.prepared, encoded.prepared.files
         with WRITING, open_output_folder(files.folder, self._outputs) as folder, StagedFiles(folder) as staged:
             with _timed(prepared.timings, "save"):
-                latent, png = latent_bytes(encoded.latent), png_bytes(prepared.scaled)
+                png = png_bytes(prepared.scaled)
+                facts = self._facts(encoded, png)
+                latent = latent_bytes(encoded.latent, prepared.request.latent_format, frames=prepared.vae.frames, header=facts)
                 staged.add(files.latent.name, latent)
                 staged.add(files.scaled_image.name, png)
-            metadata = self._metadata(encoded, latent, png)
+            metadata = self._metadata(prepared, facts, latent)
             staged.add(files.metadata.name, metadata.model_dump_json(indent=2).encode() + b"\n")
             staged.publish()
         return _success(prepared.request, files, metadata)
@@ -263,34 +265,40 @@ class LatentEncoder:
             raise EncodingFailed(f"VAE {vae.name} gave values that are not finite in {vae.dtype}; try VAE_PRECISION=fp32.")
         return samples.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format), tiled
 
-    def _metadata(self, encoded: Encoded, latent: bytes, png: bytes) -> Metadata:
+    def _facts(self, encoded: Encoded, png: bytes) -> dict[str, Any]:
+        """What the metadata say that the same request gives again, wherever it is written: a latent's file may hold it too."""
         prepared, request = encoded.prepared, encoded.prepared.request
         original, scaled = prepared.original, _size(prepared.scaled)
-        batch, channels, height, width = encoded.latent.shape
+        return {
+            "original_image_shape": (original.height, original.width, 3),
+            "scaled_image_shape": (scaled.height, scaled.width, 3),
+            "latent_shape": tuple(encoded.latent.shape),
+            "vae_model_name": request.vae_model_name,
+            "upscale_method": request.upscale_method,
+            "megapixels": request.megapixels,
+            "crop": latent_crop(scaled, prepared.vae.factor),
+            "image_notes": prepared.image_notes,
+            "latent_dtype": str(encoded.latent.dtype).removeprefix("torch."),
+            "vae_dtype": prepared.vae.dtype,
+            "encoder": prepared.vae.encoder,
+            "tiled": encoded.tiled,
+            "device": prepared.vae.device,
+            "comfyui_version": self.runtime.version,
+            "torch_version": torch.__version__,
+            "image_sha256": prepared.image_sha256,
+            "vae_sha256": prepared.vae.sha256,
+            "scaled_image_sha256": hashlib.sha256(png).hexdigest(),
+            "latent_format": request.latent_format,
+        }
+
+    def _metadata(self, prepared: Prepared, facts: Mapping[str, Any], latent: bytes) -> Metadata:
         return Metadata(
-            original_image_shape=(original.height, original.width, 3),
-            scaled_image_shape=(scaled.height, scaled.width, 3),
-            latent_shape=(batch, channels, height, width),
-            vae_model_name=request.vae_model_name,
+            **facts,
             processing_time_ms=round(sum(prepared.timings.values())),
             timestamp=utc_timestamp(self._clock()),
             timings_ms=Timings(**prepared.timings),
-            upscale_method=request.upscale_method,
-            megapixels=request.megapixels,
-            crop=latent_crop(scaled, prepared.vae.factor),
-            image_notes=prepared.image_notes,
-            latent_dtype=str(encoded.latent.dtype).removeprefix("torch."),
-            vae_dtype=prepared.vae.dtype,
-            encoder=prepared.vae.encoder,
-            tiled=encoded.tiled,
-            device=prepared.vae.device,
-            comfyui_version=self.runtime.version,
-            torch_version=torch.__version__,
-            image_sha256=prepared.image_sha256,
-            vae_sha256=prepared.vae.sha256,
             latent_sha256=hashlib.sha256(latent).hexdigest(),
-            scaled_image_sha256=hashlib.sha256(png).hexdigest(),
-            fingerprint=self._fingerprint(request, prepared.files, prepared.image_sha256, prepared.vae),
+            fingerprint=self._fingerprint(prepared.request, prepared.files, prepared.image_sha256, prepared.vae),
         )
 
     def _fingerprint(self, request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae) -> str:

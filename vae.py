@@ -86,6 +86,11 @@ class LoadedVae:
         return int(self.vae.latent_channels)
 
     @property
+    def frames(self) -> bool:
+        """Whether its latents have a dimension for frames, as those of VAEs for video do."""
+        return self.vae.latent_dim == 3
+
+    @property
     def dtype(self) -> str:
         return str(self.vae.vae_dtype).removeprefix("torch.")
 

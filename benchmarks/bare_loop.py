@@ -24,7 +24,8 @@ import torch
 from access import ANYWHERE
 from comfy_runtime import ComfyRuntime, load_runtime
 from config import Settings
-from output_files import OutputFiles, StagedFiles, latent_bytes, open_output_folder, output_files, png_bytes
+from latent_files import latent_bytes
+from output_files import OutputFiles, StagedFiles, open_output_folder, output_files, png_bytes
 from vae import LoadedVae, VaeCache
 
 
@@ -77,7 +78,7 @@ def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
 def write(scaled: torch.Tensor, latent: torch.Tensor, files: OutputFiles) -> bytes:
     """Write three files, as the service does; the bytes of the latent's."""
     frame = latent.squeeze(2).to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-    data, png = latent_bytes(frame), png_bytes(scaled)
+    data, png = latent_bytes(frame, "pt", frames=False, header={}), png_bytes(scaled)
     metadata = {"latent_shape": list(frame.shape), "scaled_image_shape": list(scaled.shape[1:])}
     with open_output_folder(files.folder, ANYWHERE) as folder, StagedFiles(folder) as staged:
         staged.add(files.latent.name, data)

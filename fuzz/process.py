@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 
 from config import Settings
@@ -22,6 +21,7 @@ from fuzz.cases import TINY_VAE, Case, Corpus, make_case
 from fuzz.pickles import EXECUTED
 from fuzz.records import PICTURE
 from kafka_records import Incoming, dead_letter, read_request, response_record, sender_of
+from latent_files import read_latent_file
 from logs import configure_logging
 from models import EncodeRequest, ErrorResponse, Response, ResponseMessage, SuccessResponse
 from service import LatentEncoder, log_failure, utc_now
@@ -211,7 +211,7 @@ class Fuzzer:
 
     def _not_whole(self, request: EncodeRequest, response: SuccessResponse) -> list[str]:
         """Whether the files are what the answer says."""
-        latent = torch.load(response.latent_file_path, weights_only=True)
+        latent, _ = read_latent_file(Path(response.latent_file_path))
         with Image.open(response.scaled_image_path) as image:
             image.load()
             size = (image.height, image.width, 3)
