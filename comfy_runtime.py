@@ -10,8 +10,9 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +56,21 @@ class Vae(Protocol):
     latent_channels: int
 
     def spacial_compression_encode(self) -> int: ...
+
+
+class LatentFormat(Protocol):
+    """What we use of ComfyUI's knowledge of a family's latents."""
+
+    latent_channels: int
+    latent_dimensions: int
+    """2 where latents are `[batch, channels, height, width]`, 3 where frames come before the height."""
+    latent_rgb_factors: Sequence[Sequence[float]] | None
+    """Red, green and blue of each channel, in [-1, 1]."""
+    latent_rgb_factors_bias: Sequence[float] | None
+    latent_rgb_factors_reshape: Callable[[torch.Tensor], torch.Tensor] | None
+
+    def process_in(self, latent: torch.Tensor) -> torch.Tensor:
+        """The VAE's latent, as the diffusion model wants it."""
 
 
 class Node:
@@ -127,6 +143,27 @@ class ComfyRuntime:
         """The latent of the image (VAEEncode): float32 on the CPU, in the VAE's own number of dimensions."""
         samples: torch.Tensor = self._vae_encode(pixels=pixels, vae=vae)["samples"]
         return samples
+
+    def decode(self, vae: Vae, samples: torch.Tensor) -> torch.Tensor:
+        """The image of a latent in the VAE's own number of dimensions (VAEDecode).
+
+        Raises:
+            SetupError: this ComfyUI has no such node.
+        """
+        image: torch.Tensor = self._vae_decode(samples={"samples": samples}, vae=vae)
+        return image
+
+    @cached_property
+    def _vae_decode(self) -> Node:
+        """Looked for when it is first asked for, since a service that only encodes does well without."""
+        node_class = import_custom_nodes_minimal(self.path, ("VAEDecode",))["VAEDecode"]
+        return Node("VAEDecode", node_class, ("samples", "vae"))
+
+    def latent_format(self, name: str) -> LatentFormat | None:
+        """What ComfyUI knows of the latents of that class in `comfy.latent_formats`; None where this release has none."""
+        formats = importlib.import_module("comfy.latent_formats")
+        known = getattr(formats, name, None)
+        return known() if isinstance(known, type) and issubclass(known, formats.LatentFormat) else None
 
     def vae_folders(self, kind: str = "vae") -> list[Path]:
         """The folders searched for VAE files, in order; `kind` is ComfyUI's, `vae` or `vae_approx`."""

@@ -155,10 +155,11 @@ class Timings(BaseModel):
     scale: float
     encode: float
     save: float
+    roundtrip: float = Field(0.0, description="Decoding and comparing, where ROUNDTRIP asks for it.")
 
 
 class Roundtrip(BaseModel):
-    """How far the decoded latent is from the part of the scaled image that it covers; both in [0, 1]."""
+    """How far the decoded latent is from the part of the scaled image that it covers, as 8-bit pixels of both."""
 
     model_config = ConfigDict(frozen=True)
 
