@@ -174,6 +174,11 @@ class ComfyRuntime:
         names: list[str] = self._folder_paths.get_filename_list(kind)
         return names
 
+    def vae_choices(self) -> list[str]:
+        """Every name that VAELoader offers: VAE files, the TAESD pairs that are there, and `pixel_space` where it has it."""
+        loader: Any = self.nodes["VAELoader"]
+        return list(loader.INPUT_TYPES()["required"]["vae_name"][0])
+
     def vae_file(self, name: str, kind: str = "vae") -> Path | None:
         """The file that a name means, or None where there is none."""
         found: str | None = self._folder_paths.get_full_path(kind, name)
@@ -182,7 +187,7 @@ class ComfyRuntime:
     def vae_files(self, name: str) -> list[Path] | None:
         """Every file that VAELoader reads for a name (none for `pixel_space`), or None where one is missing."""
         loader: Any = self.nodes["VAELoader"]
-        if name == "pixel_space" and name in loader.INPUT_TYPES()["required"]["vae_name"][0]:
+        if name == "pixel_space" and name in self.vae_choices():
             return []
         if name in getattr(loader, "image_taes", ("taesd", "taesdxl", "taesd3", "taef1")):
             return self._taesd_pair(name)

@@ -30,6 +30,7 @@ from logs import get_logger
 from metrics import VAE_CACHE
 from models import EncoderKind
 from single_frame import SingleFrameEncoder
+from suggestions import closest
 from tiling import OomPolicy, watched
 from vae_families import family_of, read_shapes
 from weights_files import check_weights_file
@@ -160,8 +161,10 @@ def _not_found(runtime: ComfyRuntime, name: str) -> str:
     if len(names) > MAX_NAMES_SHOWN:
         there += f" and {len(names) - MAX_NAMES_SHOWN} more"
     folders = ", ".join(map(str, runtime.vae_folders()))
+    meant = closest(name, runtime.vae_choices())
+    suggestion = "" if meant is None else f" Did you mean {meant}?"
     return (
-        f"VAE model not found: {name}. Looked in: {folders}. VAE files there: {there}. "
+        f"VAE model not found: {name}.{suggestion} Looked in: {folders}. VAE files there: {there}. "
         "Run ./setup_comfyui.sh --download-vae for qwen_image_vae.safetensors, or set MODEL_DIR to the folder of your models."
     )
 
