@@ -58,7 +58,7 @@ WORKDIR /app
 COPY --from=dependencies /app/.venv .venv
 COPY --from=dependencies /app/comfyui comfyui
 COPY tests/fixtures/test_images/astronaut.png /data/sample.png
-COPY setup/*.py setup/*.sha256 setup/
+COPY setup/ setup/
 COPY LICENSE *.py ./
 RUN .venv/bin/python -m compileall -q ./*.py
 

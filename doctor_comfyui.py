@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from comfy_runtime import NODE_IDS
+from comfy_runtime import NODE_IDS, ComfyRuntime
 from doctor_check import Check, Installation, cross_of, tick, warning
 from errors import SetupError
 from setup.fill_comfyui import RELEASES, source_of, wrong_files
@@ -31,13 +31,12 @@ def check_tree(installation: Installation) -> Iterator[Check]:
 
 def check_nodes(installation: Installation) -> Iterator[Check]:
     """Whether it can be imported, with the nodes that encoding needs and the packages of CUSTOM_NODES."""
-    runtime = installation.comfyui
-    if isinstance(runtime, SetupError):
-        yield cross_of("nodes", runtime, REFILL)
-    else:
-        packages = installation.settings.custom_nodes
+    runtime, packages = installation.comfyui, installation.settings.custom_nodes
+    if isinstance(runtime, ComfyRuntime):
         with_packages = f" with CUSTOM_NODES={','.join(packages)}" if packages else ""
         yield tick("nodes", f"ComfyUI {runtime.version} loads {', '.join(NODE_IDS)}{with_packages}, on {runtime.device}")
+    else:
+        yield cross_of("nodes", runtime, REFILL)
 
 
 def _source(path: Path) -> str:

@@ -29,14 +29,13 @@ def check_models(installation: Installation) -> Iterator[Check]:
     """Each folder that is searched, the VAE files in them, and whether the VAE of requests that name none is one of them."""
     runtime = installation.comfyui
     if isinstance(runtime, SetupError):
-        yield warning("model folder", "not looked for, since ComfyUI does not load", "Mend that first.")
+        yield warning("model folder", "not looked for, since ComfyUI does not load", "Mend what is marked there first.")
         return
     model_dir = installation.settings.model_dir
     if model_dir is not None and not model_dir.is_dir():
         yield warning("model folder", f"{model_dir} is not there", "Make it, or set MODEL_DIR to the folder of your models.")
-    folders = {folder.resolve(): folder for kind in KINDS for folder in reversed(runtime.vae_folders(kind))}
-    for folder in reversed(folders.values()):
-        yield tick("model folder", f"{folder} is searched" + ("" if folder.is_dir() else ", and not there"))
+    for folder in _folders(runtime):
+        yield tick("model folder", f"{folder} is searched{'' if folder.is_dir() else ', and not there'}")
     yield from _check_files(runtime)
     yield _default_vae(runtime, installation.settings.vae_model_name)
 
@@ -49,7 +48,7 @@ def _check_files(runtime: ComfyRuntime) -> Iterator[Check]:
             family = family_of(read_shapes(file), file.name)
         except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as exc:
             found = f"{file} is damaged, or holds no plain weights: {one_line(exc)}"
-            yield cross("vae file", found, "Get the file again, or remove it." + _download(file.name))
+            yield cross("vae file", found, _download(file.name) + "Get the file again, or remove it.")
             continue
         if family is None:
             others.append(file.name)
@@ -58,6 +57,14 @@ def _check_files(runtime: ComfyRuntime) -> Iterator[Check]:
     if others:
         names = ", ".join(others[:MAX_NAMES_SHOWN]) + (", …" if len(others) > MAX_NAMES_SHOWN else "")
         yield tick("other files", f"{len(others)} of no VAE family that is known here: {names}")
+
+
+def _folders(runtime: ComfyRuntime) -> list[Path]:
+    """The folders that are searched, once each: MODEL_DIR is one of both kinds, and one may be a symlink to another."""
+    folders: dict[Path, Path] = {}
+    for folder in (folder for kind in KINDS for folder in runtime.vae_folders(kind)):
+        folders.setdefault(folder.resolve(), folder)
+    return list(folders.values())
 
 
 def _files(runtime: ComfyRuntime) -> list[Path]:
@@ -72,7 +79,7 @@ def _vae_file(file: Path, family: Family) -> Check:
     if digest == QWEN_IMAGE_VAE.sha256:
         return tick("vae file", f"{found}, the VAE of Qwen-Image as published")
     if file.name == QWEN_IMAGE_VAE.name:
-        advice = f"Nothing where it is of your own making; else remove it.{_download(file.name)}"
+        advice = f"{_download(file.name)}Leave it where it is of your own making."
         return warning("vae file", f"{found}, not the file that is published under this name", advice)
     return tick("vae file", f"{found}, for trying the service only" if file.name == TRIAL_VAE else found)
 
@@ -82,8 +89,10 @@ def _default_vae(runtime: ComfyRuntime, name: str) -> Check:
     if runtime.vae_files(name) is None:
         similar = difflib.get_close_matches(name, runtime.vae_names(), n=1, cutoff=SIMILAR)
         suggestion = f"Did you mean {similar[0]}? " if similar else ""
-        advice = f"{suggestion}Set VAE_MODEL_NAME to a file that is there, or MODEL_DIR to the folder that has it."
-        return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice + _download(name))
+        advice = (
+            f"{suggestion}{_download(name)}Set VAE_MODEL_NAME to a file that is there, or MODEL_DIR to the folder that has it."
+        )
+        return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice)
     if name == TRIAL_VAE:
         advice = f"Run ./setup_comfyui.sh --download-vae and set VAE_MODEL_NAME={QWEN_IMAGE_VAE.name} for ones that do."
         return warning("default vae", f"{name}: its latents mean nothing to a diffusion model", advice)
@@ -91,7 +100,7 @@ def _default_vae(runtime: ComfyRuntime, name: str) -> Check:
 
 
 def _download(name: str) -> str:
-    return " ./setup_comfyui.sh --download-vae gets it." if name == QWEN_IMAGE_VAE.name else ""
+    return "./setup_comfyui.sh --download-vae gets it. " if name == QWEN_IMAGE_VAE.name else ""
 
 
 def _sha256(file: Path) -> str:

@@ -13,16 +13,19 @@ SIMILAR = 0.8  # of difflib's ratio: a letter too many, too few or another
 
 
 def check_faults(installation: Installation) -> Iterator[Check]:
-    """Those that cannot be used. All other checks run with the defaults in their place."""
+    """Those that cannot be used."""
     for fault in installation.faults:
-        yield cross("setting", fault, "Mend or remove it; the other checks take the default.")
+        yield cross("setting", fault, "Mend or remove it; the other checks go on without it.")
 
 
 def check_set(installation: Installation) -> Iterator[Check]:
     """Each that is not the default's, with where it came from, and then the others."""
     settings = installation.settings
+    unusable = {fault.partition(":")[0].lower() for fault in installation.faults}
     defaults = []
     for field, origin in installation.origins.items():
+        if field in unusable:
+            continue
         shown = f"{field.upper()}={_shown(settings, field)}"
         if origin != "default":
             yield tick("setting", f"{shown} ({origin})")
