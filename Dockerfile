@@ -60,6 +60,7 @@ COPY --from=dependencies /app/comfyui comfyui
 COPY tests/fixtures/test_images/astronaut.png /data/sample.png
 COPY setup/ setup/
 COPY LICENSE *.py ./
+COPY templates/ templates/
 RUN .venv/bin/python -m compileall -q ./*.py
 
 # With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. Whoever runs it

@@ -86,7 +86,8 @@ def _data_uri(png: bytes) -> str:
 
 def value_range(latent: torch.Tensor) -> tuple[float, float]:
     """The least and the greatest finite value, widened where they are the same; 0 and 1 where there is none."""
-    kept = latent[latent.isfinite()]
+    values = latent.double()
+    kept = values[values.isfinite()]
     if not len(kept):
         return 0.0, 1.0
     low, high = kept.min().item(), kept.max().item()
@@ -95,7 +96,8 @@ def value_range(latent: torch.Tensor) -> tuple[float, float]:
 
 def histogram(values: torch.Tensor, low: float, high: float) -> Histogram:
     """That of a channel's finite values, over a range that is the same for all channels, so that they can be compared."""
-    kept = values[values.isfinite()].double()
+    values = values.double()
+    kept = values[values.isfinite()]
     counts = torch.histc(kept, BINS, low, high)
     most = int(counts.argmax())
     width, left = (high - low) / BINS, low + (high - low) / BINS * most

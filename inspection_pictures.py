@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from io import BytesIO
@@ -53,11 +52,8 @@ class Painter:
         if picture is None:
             return None
         scaled = self._scaled_image(inspection)
-        fit = fitting(inspection, Size(scaled.shape[2], scaled.shape[1])) if scaled is not None else None
-        if fit is None:
-            return png_bytes(preview_image(picture, None, None, USUAL_FACTOR))
-        crop, factor = fit
-        return png_bytes(preview_image(picture, scaled, crop, factor))
+        crop = fitting_crop(inspection, Size(scaled.shape[2], scaled.shape[1])) if scaled is not None else None
+        return png_bytes(preview_image(picture, scaled if crop else None, crop, USUAL_FACTOR))
 
     def _picture(self, inspection: Inspection) -> torch.Tensor | None:
         """The first latent of the file as a picture, `[1, height, width, 3]`, a pixel a cell; None without ComfyUI."""
@@ -82,14 +78,14 @@ class Painter:
             return pixels.view(1, image.height, image.width, 3).float() / 255
 
 
-def fitting(inspection: Inspection, scaled: Size) -> tuple[Box, int] | None:
-    """The part of a scaled image that the latent covers, and the pixels to a cell; None where it is of another latent."""
+def fitting_crop(inspection: Inspection, scaled: Size) -> Box | None:
+    """The part of a scaled image that the latent covers; None where the image is of another latent."""
     height, width = inspection.latent.shape[-2:]
     factor = _factor(scaled.width, width)
     crop = latent_crop(scaled, factor)
-    return (crop, factor) if crop.size == Size(width * factor, height * factor) else None
+    return crop if crop.size == Size(width * factor, height * factor) else None
 
 
 def _factor(pixels: int, cells: int) -> int:
     """The power of two that VAEs have: the largest with which so many cells do not exceed so many pixels."""
-    return 1 << int(math.log2(max(pixels // cells, 1)))
+    return 1 << max(pixels // cells, 1).bit_length() - 1

@@ -26,11 +26,10 @@ from config import Settings
 from findings import Inspection, LatentSpace, channel_statistics, files_of
 from geometry import Size, latent_crop
 from inspection_page import HISTOGRAM_WIDTH, histogram
-from inspection_pictures import fitting
+from inspection_pictures import fitting_crop
 from inspection_text import drawing, printable
-from latent_files import latent_bytes
+from latent_files import SUFFIXES, latent_bytes
 from models import LatentFormat, SuccessResponse
-from output_files import SUFFIXES
 from service import LatentEncoder
 from tests.helpers import PROJECT, Encode, RunMain, load_latent, request_for
 
@@ -161,6 +160,13 @@ def test_formats_without_metadata(latent_format: LatentFormat, frames: bool, tmp
     assert found["preview"] == str(tmp_path / "preview_x.png")
 
 
+def test_precision_is_that_of_the_file(tmp_path: Path, inspect: Inspect) -> None:
+    """What others saved in half of it is shown so."""
+    torch.save(torch.full((1, 4, 2, 2), 0.1, dtype=torch.bfloat16), tmp_path / "half.pt")
+    found = json.loads(inspect(tmp_path / "half.pt", html=True, as_json=True).out)
+    assert (found["dtype"], found["channels"][0]["mean"]) == ("bfloat16", pytest.approx(0.1, rel=1e-2))
+
+
 def test_json_has_the_metadata_and_one_line_a_file(encode: Encode, inspect: Inspect) -> None:
     """Each line stands for itself."""
     responses = [encode("photo.jpg", request_id=name) for name in ("a", "b")]
@@ -268,8 +274,8 @@ def test_crop_follows_from_the_sizes(width: int, height: int, factor: int) -> No
     """Whatever the VAE's factor is; an image of another latent does not fit."""
     size = Size(max(width, factor), max(height, factor))
     found = inspection_of(torch.zeros(1, 1, size.height // factor, size.width // factor))
-    assert fitting(found, size) == (latent_crop(size, factor), factor)
-    assert fitting(found, Size(size.width * 2, size.height)) is None
+    assert fitting_crop(found, size) == latent_crop(size, factor)
+    assert fitting_crop(found, Size(size.width * 2, size.height)) is None
 
 
 def inspection_of(latent: torch.Tensor) -> Inspection:
