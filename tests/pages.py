@@ -12,7 +12,8 @@ from itertools import zip_longest
 from tests.helpers import PROJECT
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-STATUS = re.compile(r"\b[Ee]xits with status (\d+)\b")
+STATUS_OF_LAST = re.compile(r"\b[Ee]xits with status (\d+)(?!:)")
+STATUS_OF_NEXT = re.compile(r"\bexits with status (\d+):\s*\Z")
 QUOTE = re.compile(r"# ([\w/]+\.py)\n")
 COMMENT = re.compile(r"^#.*\n|\s+# .*$", re.MULTILINE)
 
@@ -21,10 +22,11 @@ MARK = "@@ block"  # stands between what two blocks print
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block; `after` is what stands between it and the next block or heading."""
+    """A fenced code block, and what stands between the block or heading before it and the one after it."""
 
     language: str
     text: str
+    before: str
     after: str
 
 
@@ -46,11 +48,11 @@ class Page:
     @cached_property
     def blocks(self) -> list[Block]:
         """All code blocks, in order."""
-        found = list(FENCE.finditer(self.text))
-        ends = [match.start() for match in found[1:]] + [len(self.text)] * bool(found)
+        # What stands between, language, text, what stands between, ...
+        parts = FENCE.split(self.text)
         return [
-            Block(match[1], match[2], self.text[match.end() : end].split("\n#")[0])
-            for match, end in zip(found, ends, strict=True)
+            Block(parts[n + 1], parts[n + 2], parts[n].split("\n#")[-1], parts[n + 3].split("\n#")[0])
+            for n in range(0, len(parts) - 1, 3)
         ]
 
     def of(self, *languages: str) -> list[str]:
@@ -97,7 +99,7 @@ def steps_of(page: Page) -> list[Step]:
     for block, following in zip_longest(page.blocks, page.blocks[1:]):
         if block.language in ("bash", "python") and not QUOTE.match(block.text):
             shown = following if following and not block.after.strip() and following.language in ("json", "text") else None
-            said = STATUS.search(shown.after if shown else block.after)
+            said = STATUS_OF_NEXT.search(block.before) or STATUS_OF_LAST.search(shown.after if shown else block.after)
             steps.append(Step(block.language, block.text, int(said[1]) if said else 0, shown))
     return steps
 

@@ -2,8 +2,8 @@
 
 Each page is one shell in a copy of the project's folder: its blocks of `bash` and `python` are run from top to bottom, and one
 finds what those before it wrote. A block has to exit with status 0, or with the one that the text below it names ("exits with
-status 1"). A block of `json` or `text` that follows directly is what it prints, but for times, versions and folders, and `...`
-for anything.
+status 1."), or the one above it ("exits with status 1:"). A block of `json` or `text` that follows directly is what it prints, but for
+times, versions, folders and fractions, and `...` for anything.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ PAGES = {page.name: page for page in pages.all_pages()}
 README, API = PAGES["README.md"].text, PAGES["API.md"].text
 TROUBLESHOOTING = section(PAGES["docs/getting-started.md"].text, "Troubleshooting")
 
+# Whose blocks have a test of their own, since they want packages and models beside ours.
+TESTED_ELSEWHERE = {"docs/latents.md": "tests/test_latent_docs.py"}
+
 # Whose commands need what those of another page have started.
 FOLLOWS = {"docs/operating.md": "docs/kafka.md"}
 
@@ -64,6 +67,8 @@ NOT_RUN = {
 SHELL_COMMANDS = re.compile(
     r"^(\$ |\w+=\S+ )*((\./|\.venv/|scripts/)\w\S*|python|pip|docker|kubectl|kcat|curl|echo|export|cd) \S", re.MULTILINE
 )
+
+VARIES = re.compile(r"-?\d+\.\d+|\b[0-9a-f]{64}\b")
 
 DIFFERS_BY_MACHINE = {
     "processing_time_ms",
@@ -122,16 +127,22 @@ def not_run(text: str) -> bool:
     return any(text.startswith(start) for start in NOT_RUN)
 
 
+def sign_of(step: Step) -> str | None:
+    """What a server writes when it is ready; None for what is none."""
+    return next((sign for part, sign in SERVERS.items() if part in step.text), None)
+
+
 def command_of(step: Step, broker_port: int) -> str:
     """The shell code for a step: in the background where it serves, `:` where it is not run."""
     text = step.text.strip()
-    if step.language == "bash" and not_run(text):
+    if step.language == "python":
+        return pages.run(step)
+    if not_run(text):
         return ":"
-    if step.language == "bash" and any(part in text for part in ONLY_PARSED):
+    if any(part in text for part in ONLY_PARSED):
         return pages.only_parse(step)
-    for part, sign in SERVERS.items():
-        if part in text:
-            return pages.serve(f"{text} --port {broker_port}" if part == "tests.broker" else text, sign)
+    if sign := sign_of(step):
+        return pages.serve(f"{text} --port {broker_port}" if "tests.broker" in text else text, sign)
     return pages.run(step)
 
 
@@ -142,11 +153,11 @@ def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str
     environment = clean_environment() | {
         "VENV": sys.prefix,
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
-        "KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{broker_port}",
-        "HTTP_PORT": f"{http_port}",
         "MODEL_DIR": str(project / "comfyui" / "models"),
         "HF_ENDPOINT": hub,
     }
+    if any(map(sign_of, steps)):
+        environment |= {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{broker_port}", "HTTP_PORT": f"{http_port}"}
     shell = subprocess.Popen(
         ["bash", "-c", pages.program([command_of(step, broker_port) for step in steps])],
         cwd=project,
@@ -186,11 +197,12 @@ def assert_shown(step: Step, printed: str) -> None:
     if step.shown.language == "json":
         assert stable(json.loads(printed)) == stable(json.loads(step.shown.text))
     else:
+        shown, printed = (VARIES.sub("#", text) for text in (step.shown.text, printed))
         options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-        assert doctest.OutputChecker().check_output(step.shown.text, printed, options), f"{step.shown.text}\nnot\n{printed}"
+        assert doctest.OutputChecker().check_output(shown, printed, options), f"{shown}\nis not\n{printed}"
 
 
-ALONE = [name for name in PAGES if steps_of(PAGES[name]) and name not in ("README.md", *FOLLOWS)]
+ALONE = [name for name in PAGES if steps_of(PAGES[name]) and name not in ("README.md", *FOLLOWS, *TESTED_ELSEWHERE)]
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -226,6 +238,12 @@ def test_what_is_not_run_is_there_and_looks_it() -> None:
         "text",
     }
     assert [text for page in PAGES.values() for text in page.of("text", "json") if SHELL_COMMANDS.search(text)] == []
+
+
+@pytest.mark.parametrize(("name", "test"), TESTED_ELSEWHERE.items())
+def test_what_is_tested_elsewhere_is(name: str, test: str) -> None:
+    """The test reads the page."""
+    assert Path(name).name in (PROJECT / test).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("file", "quoted"), [quote for page in PAGES.values() for quote in pages.quotes_of(page)])
