@@ -1,4 +1,4 @@
-# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. README.md says how it is built and run.
+# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. docs/operating.md says how it is built and run.
 #
 #   docker build -t latent-encoder .
 #   docker build -t latent-encoder --build-arg VARIANT=cpu .
@@ -58,7 +58,9 @@ WORKDIR /app
 COPY --from=dependencies /app/.venv .venv
 COPY --from=dependencies /app/comfyui comfyui
 COPY tests/fixtures/test_images/astronaut.png /data/sample.png
+COPY setup/ setup/
 COPY LICENSE *.py ./
+COPY templates/ templates/
 RUN .venv/bin/python -m compileall -q ./*.py
 
 # With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. Whoever runs it

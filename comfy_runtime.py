@@ -10,8 +10,9 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +56,21 @@ class Vae(Protocol):
     latent_channels: int
 
     def spacial_compression_encode(self) -> int: ...
+
+
+class LatentFormat(Protocol):
+    """What we use of ComfyUI's knowledge of a family's latents."""
+
+    latent_channels: int
+    latent_dimensions: int
+    """2 where latents are `[batch, channels, height, width]`, 3 where frames come before the height."""
+    latent_rgb_factors: Sequence[Sequence[float]] | None
+    """Red, green and blue of each channel, in [-1, 1]."""
+    latent_rgb_factors_bias: Sequence[float] | None
+    latent_rgb_factors_reshape: Callable[[torch.Tensor], torch.Tensor] | None
+
+    def process_in(self, latent: torch.Tensor) -> torch.Tensor:
+        """The VAE's latent, as the diffusion model wants it."""
 
 
 class Node:
@@ -128,6 +144,27 @@ class ComfyRuntime:
         samples: torch.Tensor = self._vae_encode(pixels=pixels, vae=vae)["samples"]
         return samples
 
+    def decode(self, vae: Vae, samples: torch.Tensor) -> torch.Tensor:
+        """The image of a latent in the VAE's own number of dimensions (VAEDecode).
+
+        Raises:
+            SetupError: this ComfyUI has no such node.
+        """
+        image: torch.Tensor = self._vae_decode(samples={"samples": samples}, vae=vae)
+        return image
+
+    @cached_property
+    def _vae_decode(self) -> Node:
+        """Looked for when it is first asked for, since a service that only encodes does well without."""
+        node_class = import_custom_nodes_minimal(self.path, ("VAEDecode",))["VAEDecode"]
+        return Node("VAEDecode", node_class, ("samples", "vae"))
+
+    def latent_format(self, name: str) -> LatentFormat | None:
+        """What ComfyUI knows of the latents of that class in `comfy.latent_formats`; None where this release has none."""
+        formats = importlib.import_module("comfy.latent_formats")
+        known = getattr(formats, name, None)
+        return known() if isinstance(known, type) and issubclass(known, formats.LatentFormat) else None
+
     def vae_folders(self, kind: str = "vae") -> list[Path]:
         """The folders searched for VAE files, in order; `kind` is ComfyUI's, `vae` or `vae_approx`."""
         return [Path(folder) for folder in self._folder_paths.get_folder_paths(kind)]
@@ -137,6 +174,11 @@ class ComfyRuntime:
         names: list[str] = self._folder_paths.get_filename_list(kind)
         return names
 
+    def vae_choices(self) -> list[str]:
+        """Every name that VAELoader offers: VAE files, the TAESD pairs that are there, and `pixel_space` where it has it."""
+        loader: Any = self.nodes["VAELoader"]
+        return list(loader.INPUT_TYPES()["required"]["vae_name"][0])
+
     def vae_file(self, name: str, kind: str = "vae") -> Path | None:
         """The file that a name means, or None where there is none."""
         found: str | None = self._folder_paths.get_full_path(kind, name)
@@ -145,7 +187,7 @@ class ComfyRuntime:
     def vae_files(self, name: str) -> list[Path] | None:
         """Every file that VAELoader reads for a name (none for `pixel_space`), or None where one is missing."""
         loader: Any = self.nodes["VAELoader"]
-        if name == "pixel_space" and name in loader.INPUT_TYPES()["required"]["vae_name"][0]:
+        if name == "pixel_space" and name in self.vae_choices():
             return []
         if name in getattr(loader, "image_taes", ("taesd", "taesdxl", "taesd3", "taef1")):
             return self._taesd_pair(name)

@@ -40,6 +40,13 @@ class ManyValues(cloup.Option):
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, multiple=True, **attributes)
 
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """As click's, which would take an option that comes next for the value."""
+        values = super().process_value(ctx, value)
+        if any(value.startswith("-") for value in values):
+            raise click.BadOptionUsage(self.opts[0], f"Option {self.opts[0]!r} requires an argument.", ctx)
+        return values
+
 
 class ModeArgument(cloup.Argument):
     """A positional argument for some of the modes."""
@@ -61,10 +68,10 @@ class Choice(click.Choice[Any]):
 class Command(cloup.Command):
     """A command that knows options with many values, decides on colours once, and shows nobody a traceback unasked."""
 
-    def main(self, args: Sequence[str] | None = None, *others: Any, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
         try:
-            return super().main(args, *others, complete_var=COMPLETE_VAR, **extra)
+            return super().main(args, complete_var=COMPLETE_VAR, **extra)
         except Exception as exc:
             if "--debug" in args:
                 traceback.print_exc()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from errors import LatentEncoderError
-from models import MAX_MEGAPIXELS, LatentFormat, Megapixels, Text, UpscaleMethod, VaeModelName, describe
+from errors import LatentEncoderError, one_line
+from models import MAX_MEGAPIXELS, LatentFormat, Megapixels, Text, UpscaleMethod, VaeModelName, descriptions
 
 VERSION = "0.5.0"
 PROJECT_DIR = Path(__file__).resolve().parent
@@ -213,19 +213,71 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: a value cannot be used; the text names the variable.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
+    settings, faults = usable_settings(overrides)
+    if faults:
+        raise SettingsError("; ".join(faults))
+    return settings
+
+
+def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The settings as far as they can be used, with its default for each that cannot, and what is wrong with those."""
+    given, faults = _given(overrides), _env_file_faults()
+    if faults:
+        given["_env_file"] = None
     try:
         settings = Settings(**given)
     except ValidationError as exc:
-        raise SettingsError(describe(exc, name=str.upper)) from exc
+        faults += descriptions(exc, name=str.upper)
+        wrong = {str(error["loc"][0]) for error in exc.errors()}
+        settings = Settings(**given | {name: Settings.model_fields[name].default for name in wrong})
+    return settings, faults or _contradictions(settings)
+
+
+def origins_of(overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Where each setting comes from: `command line`, `environment`, `.env` or `default`."""
+    sources: dict[str, Mapping[str, Any]] = {
+        "command line": _given(overrides),
+        "environment": EnvSettingsSource(Settings).env_vars,
+        ".env": env_file_variables() if not _env_file_faults() else {},
+    }
+    return {
+        field: next((origin for origin, values in sources.items() if field in values), "default")
+        for field in Settings.model_fields
+    }
+
+
+def env_file_variables() -> Mapping[str, str | None]:
+    """What `.env` sets, settings or not, by names in lower case; what is empty there is not set.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    return DotEnvSettingsSource(Settings).env_vars
+
+
+def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if value is not None}
+
+
+def _env_file_faults() -> list[str]:
+    try:
+        env_file_variables()
+    except (OSError, UnicodeDecodeError) as exc:
+        return [f".env: cannot be read ({one_line(exc)})"]
+    return []
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """What is wrong between settings that are right each by itself."""
+    faults = []
     if settings.megapixels > settings.max_output_megapixels:
-        raise SettingsError(
+        faults.append(
             f"MEGAPIXELS: must be at most MAX_OUTPUT_MEGAPIXELS={settings.max_output_megapixels} (got {settings.megapixels})"
         )
     topics = (settings.kafka_request_topic, settings.kafka_response_topic, settings.kafka_dlq_topic)
     if len(set(topics)) < len(topics):
-        raise SettingsError(
+        faults.append(
             "KAFKA_REQUEST_TOPIC, KAFKA_RESPONSE_TOPIC, KAFKA_DLQ_TOPIC: must be three different topics, or the service "
             f"would answer itself (got {', '.join(topics)})"
         )
-    return settings
+    return faults

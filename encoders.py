@@ -16,6 +16,7 @@ log = get_logger("latent_encoder")
 # Parts of ComfyUI's VAE classes that only decoding uses: SD-style and Wan decoders, SD's and Wan's convolution in front of
 # them, TAESD's decoder. Any other tensor counts as needed.
 DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.")
+ENCODER_PARTS = ("encoder.", "conv1.")  # those that the single-frame encoder stands in for
 WITHOUT_DECODER = ("WanVAE", "AutoencoderKL", "AutoencodingEngine", "TAESD")
 
 # How far the latents of the test picture may be apart, as a part of the largest value. An encoder that does not fit is off by
@@ -23,17 +24,17 @@ WITHOUT_DECODER = ("WanVAE", "AutoencoderKL", "AutoencodingEngine", "TAESD")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def prepare_for_encoding(model: nn.Module, name: str, *, compiled: bool) -> SingleFrameEncoder | None:
-    """Make a VAE's `first_stage_model` as small and fast as is known for its kind; it cannot decode any more.
+def prepare_for_encoding(model: nn.Module, name: str, *, compiled: bool, decodes: bool) -> SingleFrameEncoder | None:
+    """Make a VAE's `first_stage_model` as small and fast as is known for its kind; it can decode after that if it `decodes`.
 
     Returns its single-frame encoder, which is a part of the model from now on, so that it moves with it to another device, and
-    the only part that still has its weights; None where the model's own `encode` has to be used.
+    stands in for weights that are dropped; None where the model's own `encode` has to be used.
     """
-    if type(model).__name__ in WITHOUT_DECODER:
+    if type(model).__name__ in WITHOUT_DECODER and not decodes:
         drop_weights(model, DECODER_PARTS)
     single_frame = _single_frame_encoder(model, name, compiled)
     if single_frame is not None:
-        drop_weights(model, ("",))
+        drop_weights(model, ENCODER_PARTS if decodes else ("",))
         model.single_frame = single_frame
     give_back_freed_memory()
     return single_frame

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Size(NamedTuple):
@@ -49,3 +52,8 @@ def latent_crop(scaled: Size, factor: int) -> Box:
     left, upper = (scaled.width % factor) // 2, (scaled.height % factor) // 2
     width, height = scaled.width // factor * factor, scaled.height // factor * factor
     return Box(left, upper, left + width, upper + height)
+
+
+def cropped(images: Tensor, box: Box) -> Tensor:
+    """That part of each of the images `[batch, height, width, channels]`, as a view of them."""
+    return images[:, box.upper : box.lower, box.left : box.right]

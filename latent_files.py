@@ -52,7 +52,9 @@ def latent_bytes(latent: torch.Tensor, latent_format: LatentFormat, *, frames: b
 
 
 def read_latent_file(path: Path) -> tuple[torch.Tensor, LatentFormat]:
-    """The float32 latent `[batch, channels, height, width]` in a file, and its format, which the suffix tells.
+    """The latent `[batch, channels, height, width]` in a file, in the precision that it has there, and the file's format.
+
+    The format is what the suffix tells.
 
     Raises:
         LatentUnreadable: it cannot be read, or holds no latent. Nothing in it is run, whatever it is.
@@ -81,7 +83,7 @@ def format_of(path: Path) -> LatentFormat:
 
 
 def read_latent(data: bytes, latent_format: LatentFormat) -> torch.Tensor:
-    """The float32 latent `[batch, channels, height, width]` that `latent_bytes` wrote.
+    """The latent `[batch, channels, height, width]` in a file's bytes, in the precision that it has there.
 
     Raises:
         LatentUnreadable: it is none; the text says why, without the file's name.
@@ -122,4 +124,4 @@ def _four_dimensional(stored: Any) -> torch.Tensor:
         raise LatentUnreadable(f"its tensor of shape {list(stored.shape)} is not the latent of one image")
     if latent.layout != torch.strided or not (latent.is_cpu and latent.is_contiguous() and latent.is_floating_point()):
         raise LatentUnreadable("its tensor is not a plain, contiguous one of floating-point numbers")
-    return latent.detach().float()
+    return latent.detach()

@@ -34,7 +34,7 @@ def log_style(settings: Settings, *, quiet: bool = False, verbose: bool = False,
     bare = not settings.model_fields_set & {"log_level", "log_format"}
     watched = bare and settings.mode in AT_THE_DESK and sys.stderr.isatty()
     as_text = watched or ((verbose or debug) and "log_format" not in settings.model_fields_set)
-    level = "WARNING" if watched else settings.log_level
+    level: str = "WARNING" if watched else settings.log_level
     for wish, asked in (("ERROR", quiet), ("INFO", verbose), ("DEBUG", debug)):
         level = wish if asked else level
     return LogStyle(level, "text" if as_text else settings.log_format, debug or settings.mode == "kafka")
@@ -90,21 +90,15 @@ def _without_traceback(_logger: Any, _method: str, event: MutableMapping[str, An
     event.pop("stack_info", None)
     exc = exc_info[1] if isinstance(exc_info, tuple) else exc_info
     if isinstance(exc, BaseException):
-        event["exception"] = f"{type(exc).__name__}: {one_line(exc)}"
+        event["error"] = f"{type(exc).__name__}: {one_line(exc)}"
     return event
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stderr` is at the time, above the progress bars that are drawn there."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
     def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
         with _bars_cleared():
             super().emit(record)
 

@@ -30,7 +30,7 @@ from command import (
     fail,
     refuse_options_of_other_modes,
 )
-from config import Settings, SettingsError, load_settings
+from config import Settings, SettingsError, origins_of, usable_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, KafkaFailed, SetupError, one_line
 from inputs import NoImages
@@ -72,7 +72,9 @@ def main(ctx: click.Context, /, **given: Any) -> None:
       python main.py --mode inspect output/latent_photo_1.pt --html
       python main.py --mode doctor
     """  # noqa: D301  # click needs the character that \b stands for
-    settings = settings_of(given)
+    settings, faults = settings_of(given)
+    if faults and settings.mode != "doctor":
+        raise click.UsageError(f"A setting cannot be used. {'; '.join(faults)}")
     refuse_options_of_other_modes(ctx, settings)
     style = log_style(settings, **{name: given[name] for name in ("quiet", "verbose", "debug")})
     configure_logging(*style)
@@ -86,25 +88,17 @@ def main(ctx: click.Context, /, **given: Any) -> None:
         case "inspect":
             show_latents(settings, given)
         case "doctor":
-            examine(settings, given)
+            examine(settings, faults, given)
         case _:
             encode_images(settings, given, style)
 
 
-def settings_of(given: Mapping[str, Any]) -> Settings:
-    """The settings in force, with what the command line says.
-
-    Raises:
-        click.UsageError: a value cannot be used.
-    """
-    options = {name: value for name, value in given.items() if name not in REQUEST_OPTIONS}
-    try:
-        settings = load_settings(options)
-        if settings.mode != "standalone":  # where they are what requests get that leave them out
-            settings = load_settings(given)
-    except SettingsError as exc:
-        raise click.UsageError(f"A setting cannot be used. {exc}") from exc
-    return settings
+def settings_of(given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The settings with what the command line says, as far as they can be used, and what is wrong with the others."""
+    settings, faults = usable_settings({name: value for name, value in given.items() if name not in REQUEST_OPTIONS})
+    if settings.mode != "standalone":  # where they are not those of a request, which answers for them
+        settings, faults = usable_settings(given)
+    return settings, faults
 
 
 def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> NoReturn:
@@ -133,16 +127,32 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
         raise click.UsageError("Inspect mode needs latent files: python main.py --mode inspect FILE")
     import inspection  # here, because torch comes with it
 
-    sys.exit(inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo))
+    try:
+        status = inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+    sys.exit(status)
 
 
-def examine(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
-    """Doctor mode: what of the installation works."""
-    import doctor  # here, because torch comes with it
+def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> NoReturn:
+    """Doctor mode: what of the installation works, even where settings cannot be used; nothing else on standard output."""
+    import doctor
+    from doctor_report import encodable
 
-    from config import origins_of
-
-    sys.exit(doctor.run(settings, origins_of(given), as_json=given["as_json"], echo=click.echo))
+    encoding = sys.stdout.encoding
+    try:
+        # ComfyUI prints while it is loaded, in the middle of what is told.
+        with os.fdopen(os.dup(standalone.STDOUT), "w", encoding=encoding) as stdout, standalone.stdout_on_stderr():
+            status = doctor.run(
+                settings,
+                origins_of(given),
+                faults=faults,
+                as_json=given["as_json"],
+                echo=lambda text: click.echo(encodable(text, encoding), file=stdout),
+            )
+    except OSError as exc:
+        fail(f"Cannot write the report to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+    sys.exit(status)
 
 
 def serve(settings: Settings) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from uuid import uuid4
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from errors import ErrorCode, InvalidRequest, MessageUnusable, RequestError, one_line
+from suggestions import closest
 
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
@@ -115,15 +117,28 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
     """What pydantic found, as `field: reason (got value)`, one after the other; `name` turns a field into what is shown."""
-    return "; ".join(_describe_one(dict(error), name) for error in exc.errors(include_url=False))
+    return "; ".join(descriptions(exc, name))
+
+
+def descriptions(exc: ValidationError, name: Callable[[str], str] = str) -> list[str]:
+    """As `describe`, each by itself."""
+    return [_describe_one(dict(error), name) for error in exc.errors(include_url=False)]
 
 
 def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] != "missing":
         value = _SHORT.repr(error["input"])
-        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'})"
+        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'}{_suggestion(error)})"
     return f"{name(str(error['loc'][0]))}: {reason}"
+
+
+def _suggestion(error: Mapping[str, Any]) -> str:
+    """What a name was meant to be that is not one of those allowed, which pydantic has as one text, each in quotes."""
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    meant = closest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return "" if meant is None else f"; did you mean {meant!r}?"
 
 
 def request_id_of(fields: Mapping[str, Any]) -> str:
@@ -155,10 +170,11 @@ class Timings(BaseModel):
     scale: float
     encode: float
     save: float
+    roundtrip: float = Field(0.0, description="Decoding and comparing, where ROUNDTRIP asks for it.")
 
 
 class Roundtrip(BaseModel):
-    """How far the decoded latent is from the part of the scaled image that it covers; both in [0, 1]."""
+    """How far the decoded latent is from the part of the scaled image that it covers, as 8-bit pixels of both."""
 
     model_config = ConfigDict(frozen=True)
 

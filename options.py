@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import click
 import cloup
+from cloup.constraints import mutually_exclusive
 
 from command import Choice, Group, ManyValues, ModeArgument
 from completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
@@ -16,6 +17,8 @@ from models import LatentFormat, UpscaleMethod
 
 METHODS, FORMATS = get_args(UpscaleMethod), get_args(LatentFormat)
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+NOT_BOTH = mutually_exclusive.rephrased(error="--quiet does not go with --verbose or --debug.")
 
 CONTEXT = cloup.Context.settings(
     help_option_names=["-h", "--help"],
@@ -49,6 +52,7 @@ def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | No
 MODE = Group("Mode")
 IMAGES = Group("Images", "standalone")
 MANY = Group("Many images", "standalone")
+PLACE = Group("Where files go", "standalone", "kafka", "inspect", "doctor")
 RESULTS = Group("Results", "standalone", "kafka", "doctor")
 MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor")
 KAFKA = Group("Kafka", "kafka", "dlq-replay", "doctor")
@@ -68,7 +72,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         shell_complete=files,
         help="Images, as with --image-path; in inspect mode, latent files.",
     ),
-    MODE.option("--mode", type=choice_of("mode"), help="See above; standalone is the default."),
+    MODE.option("--mode", type=choice_of("mode"), metavar="MODE", help="See above; standalone is the default."),
     IMAGES.option(
         "--image-path",
         cls=ManyValues,
@@ -91,7 +95,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
         help="Processes that share the images.",
     ),
-    RESULTS.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; made if absent."),
+    PLACE.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; made if absent."),
     RESULTS.option("--latent-format", metavar="FORMAT", shell_complete=OneOf(FORMATS), help=f"One of {', '.join(FORMATS)}."),
     RESULTS.option("--upscale-method", metavar="METHOD", shell_complete=OneOf(METHODS), help=f"One of {', '.join(METHODS)}."),
     RESULTS.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels."),
@@ -142,8 +146,8 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help='Print completion for a shell, as in eval "$(python main.py --completion bash)".',
     ),
     cloup.version_option(VERSION, prog_name=PROG_NAME),
-    cloup.constraint(cloup.constraints.mutually_exclusive, ["quiet", "verbose"]),
-    cloup.constraint(cloup.constraints.mutually_exclusive, ["quiet", "debug"]),
+    cloup.constraint(NOT_BOTH, ["quiet", "verbose"]),
+    cloup.constraint(NOT_BOTH, ["quiet", "debug"]),
 )
 
 

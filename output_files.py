@@ -165,10 +165,10 @@ def prepare_output_dir(path: Path, allowed: AllowedFolders, needed: int) -> None
         )
 
 
-def space_needed(scaled: Size, factor: int, channels: int) -> int:
-    """How many bytes the three files take at most: of an image that does not compress, and of its latent's `channels`."""
+def space_needed(scaled: Size, factor: int, channels: int, pictures: int = 1) -> int:
+    """How many bytes the files take at most: of `pictures` that do not compress, and of a latent with so many `channels`."""
     latent = 4 * channels * (scaled.width // factor) * (scaled.height // factor)
-    scanlines = (1 + 3 * scaled.width) * scaled.height
+    scanlines = pictures * (1 + 3 * scaled.width) * scaled.height
     return latent + scanlines + scanlines // 100 + FIXED_BYTES
 
 
@@ -182,7 +182,7 @@ def png_bytes(image: torch.Tensor) -> bytes:
     Written here, since the libraries' encoders take as long as all other file work five times over. The format: PNG
     Specification (Third Edition), W3C 2025, sections 5.2, 9.2 and 11.2.
     """
-    pixels = image[0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    pixels = eight_bits(image)
     height, width, _ = pixels.shape
     scanlines = torch.empty(height, 1 + 3 * width, dtype=torch.uint8)
     scanlines[:, 0] = PNG_FILTER_UP
@@ -191,6 +191,11 @@ def png_bytes(image: torch.Tensor) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a sample, RGB, not interlaced
     data = isal_zlib.compress(scanlines.numpy(), DEFLATE_LEVEL)
     return PNG_SIGNATURE + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
+
+
+def eight_bits(image: torch.Tensor) -> torch.Tensor:
+    """The first image as a file holds it: uint8 `[height, width, 3]`."""
+    return image[0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -211,6 +216,7 @@ class StagedFiles:
     def __init__(self, folder: OutputFolder) -> None:
         self._folder = folder
         self._staged: list[tuple[str, str]] = []
+        self._obsolete: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -228,9 +234,17 @@ class StagedFiles:
             file.flush()
             os.fsync(file.fileno())
 
+    def add_or_remove(self, final: str, data: bytes | None) -> None:
+        """Write a file that gets that name; or have an earlier run's removed, which does not belong to those that appear."""
+        if data is not None:
+            self.add(final, data)
+        else:
+            self._obsolete.append(final)
+
     def publish(self) -> None:
         with _reported(self._folder.path):
-            self._folder.remove(self._staged[-1][1])
+            for name in (self._staged[-1][1], *self._obsolete):
+                self._folder.remove(name)
             for temporary, final in self._staged:
                 self._folder.rename(temporary, final)
             self._folder.flush()

@@ -1,4 +1,4 @@
-"""The pipeline: a request in, three files and a response out.
+"""The pipeline: a request in, files and a response out.
 
 `LatentEncoder` is made once per process and used for many requests, from any thread.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ from errors import (
     as_request_error,
     translated,
 )
-from geometry import Size, latent_crop, scaled_size
+from geometry import Box, Size, cropped, latent_crop, scaled_size
 from images import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_file, read_image
 from latent_files import latent_bytes
 from logs import get_logger
@@ -60,6 +60,8 @@ from output_files import (
     prepare_output_dir,
     space_needed,
 )
+from preview import latent_picture, preview_image
+from roundtrip import Comparison, compare
 from tracing import step as traced_step
 from vae import LoadedVae, VaeCache
 
@@ -163,58 +165,78 @@ class LatentEncoder:
             with _timed(timings, "scale"):
                 scaled = self._scale(image, request, vae.factor)
         files = output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
-        prepare_output_dir(files.folder, self._outputs, space_needed(_size(scaled), vae.factor, vae.channels))
+        prepare_output_dir(files.folder, self._outputs, self._space_needed(_size(scaled), vae))
         # The unscaled pixels end here: a large photo's must not stay in memory through the encode.
         return Prepared(request, files, vae, source.sha256, source.notes, _size(image), scaled, timings)
 
     def encode_prepared(self, prepared: Prepared) -> Encoded:
-        """The encode itself.
+        """The encode itself, and the decode where ROUNDTRIP asks for it.
 
         Raises:
-            EncodingFailed: the VAE gave no usable latent, or memory ran out.
+            EncodingFailed: the VAE gave no usable latent or image, or memory ran out.
         """
-        with self._encoding, torch.inference_mode(), _timed(prepared.timings, "encode"):
-            return Encoded(prepared, *self._encode(prepared.vae, prepared.scaled))
+        vae, scaled, timings, comparison = prepared.vae, prepared.scaled, prepared.timings, None
+        with self._encoding, torch.inference_mode():
+            with _timed(timings, "encode"):
+                latent, tiled = self._encode(vae, scaled)
+            if self._settings.roundtrip:
+                with _timed(timings, "roundtrip"):
+                    comparison = compare(self.runtime, vae, latent, cropped(scaled, prepared.crop))
+        return Encoded(prepared, latent, tiled, comparison)
 
     def write(self, encoded: Encoded) -> SuccessResponse:
-        """Write latent, scaled image and, last, metadata.
+        """Write latent, scaled image, the pictures that the settings ask for and, last, metadata.
 
         Raises:
             AccessDenied, OutputDirNotWritable: none of the files is left behind then.
         """
         prepared, files = encoded.prepared, encoded.prepared.files
+        comparison = encoded.comparison
         with WRITING, open_output_folder(files.folder, self._outputs) as folder, StagedFiles(folder) as staged:
             with _timed(prepared.timings, "save"):
                 png = png_bytes(prepared.scaled)
                 facts = self._facts(encoded, png)
                 latent = latent_bytes(encoded.latent, prepared.request.latent_format, frames=prepared.vae.frames, header=facts)
+                preview = self._preview(encoded) if self._settings.preview else None
                 staged.add(files.latent.name, latent)
                 staged.add(files.scaled_image.name, png)
-            metadata = self._metadata(prepared, facts, latent)
+                staged.add_or_remove(files.preview.name, preview)
+                staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
+            metadata = self._metadata(encoded, facts, latent, preview)
             staged.add(files.metadata.name, metadata.model_dump_json(indent=2).encode() + b"\n")
             staged.publish()
-        return _success(prepared.request, files, metadata)
+        return _success(prepared.request, files, metadata, self._asked_for(files))
 
     def stored_answer(self, request: EncodeRequest) -> SuccessResponse | None:
-        """The answer that this request got before, where its three files are still there, whole and of this input.
+        """The answer that this request got before, where all files asked for are still there, whole and of this input.
 
         Their checksums say whether they are whole, the fingerprint in the metadata whether they match. An image that is gone
-        since counts as unchanged: who got the first answer may have removed it.
+        since counts as unchanged: who got the first answer may have removed it. The answer names a picture that was asked for
+        then and is not now, if that is whole.
 
         Raises:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
         self._admit(request)
         files = output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
-        metadata = _stored_metadata(files, self._outputs)
-        if metadata is None:
+        metadata, whole = _stored(files, self._outputs)
+        if metadata is None or not self._asked_for(files) <= whole:
             return None
         try:
             image_sha256 = hashlib.sha256(read_file(request.image_path, self._images)).hexdigest()
         except ImageNotFound:
             image_sha256 = metadata.image_sha256
         expected = self._fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name))
-        return _success(request, files, metadata) if metadata.fingerprint == expected else None
+        return _success(request, files, metadata, whole) if metadata.fingerprint == expected else None
+
+    def _asked_for(self, files: OutputFiles) -> frozenset[Path]:
+        """The files that a request gets under these settings, beside the metadata."""
+        pictures = {files.preview: self._settings.preview, files.roundtrip: self._settings.roundtrip}
+        return frozenset({files.latent, files.scaled_image, *(path for path, wanted in pictures.items() if wanted)})
+
+    def _space_needed(self, scaled: Size, vae: LoadedVae) -> int:
+        pictures = 1 + 2 * self._settings.preview + self._settings.roundtrip  # a preview is twice as wide as the others
+        return space_needed(scaled, vae.factor, vae.channels, pictures)
 
     def _admit(self, request: EncodeRequest) -> None:
         """Refuse what the settings do not allow, before anything is looked at for it.
@@ -265,6 +287,12 @@ class LatentEncoder:
             raise EncodingFailed(f"VAE {vae.name} gave values that are not finite in {vae.dtype}; try VAE_PRECISION=fp32.")
         return samples.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format), tiled
 
+    def _preview(self, encoded: Encoded) -> bytes:
+        """A PNG of what the latent covers, and of the latent beside it."""
+        prepared = encoded.prepared
+        picture = latent_picture(self.runtime, encoded.latent, prepared.vae.latent_space)
+        return png_bytes(preview_image(picture, prepared.scaled, prepared.crop, prepared.vae.factor))
+
     def _facts(self, encoded: Encoded, png: bytes) -> dict[str, Any]:
         """What the metadata say that the same request gives again, wherever it is written: a latent's file may hold it too."""
         prepared, request = encoded.prepared, encoded.prepared.request
@@ -276,7 +304,7 @@ class LatentEncoder:
             "vae_model_name": request.vae_model_name,
             "upscale_method": request.upscale_method,
             "megapixels": request.megapixels,
-            "crop": latent_crop(scaled, prepared.vae.factor),
+            "crop": prepared.crop,
             "image_notes": prepared.image_notes,
             "latent_dtype": str(encoded.latent.dtype).removeprefix("torch."),
             "vae_dtype": prepared.vae.dtype,
@@ -289,9 +317,11 @@ class LatentEncoder:
             "vae_sha256": prepared.vae.sha256,
             "scaled_image_sha256": hashlib.sha256(png).hexdigest(),
             "latent_format": request.latent_format,
+            "latent_space": prepared.vae.latent_space,
         }
 
-    def _metadata(self, prepared: Prepared, facts: Mapping[str, Any], latent: bytes) -> Metadata:
+    def _metadata(self, encoded: Encoded, facts: Mapping[str, Any], latent: bytes, preview: bytes | None) -> Metadata:
+        prepared = encoded.prepared
         return Metadata(
             **facts,
             processing_time_ms=round(sum(prepared.timings.values())),
@@ -299,6 +329,8 @@ class LatentEncoder:
             timings_ms=Timings(**prepared.timings),
             latent_sha256=hashlib.sha256(latent).hexdigest(),
             fingerprint=self._fingerprint(prepared.request, prepared.files, prepared.image_sha256, prepared.vae),
+            preview_sha256=hashlib.sha256(preview).hexdigest() if preview is not None else None,
+            roundtrip=encoded.comparison and encoded.comparison.roundtrip,
         )
 
     def _fingerprint(self, request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae) -> str:
@@ -329,6 +361,11 @@ class Prepared:
     scaled: torch.Tensor
     timings: dict[str, float]
 
+    @property
+    def crop(self) -> Box:
+        """What of the scaled image the latent covers."""
+        return latent_crop(_size(self.scaled), self.vae.factor)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -337,6 +374,8 @@ class Encoded:
     prepared: Prepared
     latent: torch.Tensor
     tiled: bool
+    comparison: Comparison | None
+    """None where ROUNDTRIP does not ask for it."""
 
 
 def ready_encoder(settings: Settings) -> LatentEncoder:
@@ -359,27 +398,42 @@ def log_failure(error: RequestError, **fields: Any) -> None:
         log.warning("request failed", error_code=error.code, reason=str(error), **fields)
 
 
-def _success(request: EncodeRequest, files: OutputFiles, metadata: Metadata) -> SuccessResponse:
+def _success(request: EncodeRequest, files: OutputFiles, metadata: Metadata, there: Collection[Path]) -> SuccessResponse:
+    """The answer; it names those pictures that are `there`."""
     return SuccessResponse(
         request_id=request.request_id,
         latent_file_path=str(files.latent),
         latent_shape=metadata.latent_shape,
         scaled_image_path=str(files.scaled_image),
         metadata=metadata,
+        preview_path=str(files.preview) if files.preview in there else None,
+        roundtrip_path=str(files.roundtrip) if files.roundtrip in there else None,
     )
 
 
-def _stored_metadata(files: OutputFiles, allowed: AllowedFolders) -> Metadata | None:
-    """The metadata of an earlier run where all three files are there and have the checksums that it states."""
+def _stored(files: OutputFiles, allowed: AllowedFolders) -> tuple[Metadata | None, frozenset[Path]]:
+    """The metadata of an earlier run, and which of its files are there and have the checksums that it states."""
     try:
         with allowed.open_folder(str(files.folder)) as descriptor:
             folder = OutputFolder(files.folder, descriptor)
             metadata = Metadata.model_validate_json(folder.read(files.metadata.name))
-            latent, png = folder.read(files.latent.name), folder.read(files.scaled_image.name)
+            stated = {
+                files.latent: metadata.latent_sha256,
+                files.scaled_image: metadata.scaled_image_sha256,
+                files.preview: metadata.preview_sha256,
+                files.roundtrip: metadata.roundtrip and metadata.roundtrip.image_sha256,
+            }
+            return metadata, frozenset(path for path, sha256 in stated.items() if sha256 and _has(folder, path.name, sha256))
     except (OSError, ValidationError):
-        return None  # not there, or of another version: then the request is encoded
-    stated = (metadata.latent_sha256, metadata.scaled_image_sha256)
-    return metadata if stated == tuple(hashlib.sha256(data).hexdigest() for data in (latent, png)) else None
+        return None, frozenset()  # not there, or of another version: then the request is encoded
+
+
+def _has(folder: OutputFolder, name: str, sha256: str) -> bool:
+    """Whether the folder has that file, with those bytes."""
+    try:
+        return hashlib.sha256(folder.read(name)).hexdigest() == sha256
+    except OSError:
+        return False
 
 
 def _search_model_folders(runtime: ComfyRuntime, model_dir: Path | None) -> None:

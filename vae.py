@@ -2,7 +2,7 @@
 
 ComfyUI loads weights with `strict=False` into uninitialised memory: a file without some of the encoder's tensors loads
 with a log line and then encodes garbage. So the keys that were missing are recorded while ComfyUI loads, and a VAE that
-lacks what encoding needs is refused.
+lacks what encoding needs, or decoding where ROUNDTRIP asks for it, is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pickle
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,9 @@ from logs import get_logger
 from metrics import VAE_CACHE
 from models import EncoderKind
 from single_frame import SingleFrameEncoder
+from suggestions import closest
 from tiling import OomPolicy, watched
+from vae_families import family_of, read_shapes
 from weights_files import check_weights_file
 
 log = get_logger("latent_encoder")
@@ -54,6 +56,8 @@ class LoadedVae:
     """Of its file's bytes; of the encoder's and the decoder's one after the other for a TAESD pair; None without a file."""
     single_frame: SingleFrameEncoder | None
     """What encodes in place of the model's own `encode`; None where nothing does."""
+    latent_space: str | None
+    """ComfyUI's name for what its latents mean; None where its family is not known."""
 
     @property
     def encoder(self) -> EncoderKind:
@@ -74,6 +78,10 @@ class LoadedVae:
         with watched(model, encode, whole, oom_policy) as watch:
             samples = runtime.encode(vae, pixels)
         return samples, watch.tiled
+
+    def decode(self, runtime: ComfyRuntime, latent: torch.Tensor) -> torch.Tensor:
+        """The image that VAEDecode gives of a latent `[1, channels, height, width]`; only where ROUNDTRIP is set."""
+        return runtime.decode(self.vae, latent.unsqueeze(2) if self.frames else latent)
 
     @property
     def factor(self) -> int:
@@ -153,8 +161,10 @@ def _not_found(runtime: ComfyRuntime, name: str) -> str:
     if len(names) > MAX_NAMES_SHOWN:
         there += f" and {len(names) - MAX_NAMES_SHOWN} more"
     folders = ", ".join(map(str, runtime.vae_folders()))
+    meant = closest(name, runtime.vae_choices())
+    suggestion = "" if meant is None else f" Did you mean {meant}?"
     return (
-        f"VAE model not found: {name}. Looked in: {folders}. VAE files there: {there}. "
+        f"VAE model not found: {name}.{suggestion} Looked in: {folders}. VAE files there: {there}. "
         "Run ./setup_comfyui.sh --download-vae for qwen_image_vae.safetensors, or set MODEL_DIR to the folder of your models."
     )
 
@@ -169,21 +179,32 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
     """Load a VAE with VAELoader, make sure that it can encode, and give it the encoder that the settings want.
 
     Raises:
-        VaeModelInvalid: the file cannot be read, is not plain weights, or lacks what its architecture needs to encode.
+        VaeModelInvalid: the file cannot be read, is not plain weights, or lacks what its architecture needs to encode, or to
+            decode where the settings ask for that.
         EncodingFailed: memory ran out.
     """
     with _refused(name, files), _recorded_missing_keys() as missing:
         sha256 = _sha256(files)
+        latent_space = _latent_space(name, files)
         vae = runtime.load_vae(name)
-    if fault := _fault(vae, missing):
+    if fault := _fault(vae, missing, decodes=settings.roundtrip):
         raise VaeModelInvalid(f"{_refusal(name, files)}: {fault}.")
     with torch.inference_mode():
         single_frame = None
         if settings.encoder == "auto":
-            single_frame = prepare_for_encoding(vae.first_stage_model, name, compiled=settings.compile)
+            single_frame = prepare_for_encoding(
+                vae.first_stage_model, name, compiled=settings.compile, decodes=settings.roundtrip
+            )
     if name == TRIAL_VAE:
         log.warning("this vae is for trying the service: its latents mean nothing to a diffusion model", vae=name)
-    return LoadedVae(name=name, vae=vae, sha256=sha256, single_frame=single_frame)
+    return LoadedVae(name=name, vae=vae, sha256=sha256, single_frame=single_frame, latent_space=latent_space)
+
+
+def _latent_space(name: str, files: Sequence[Path]) -> str | None:
+    """What the VAE's latents mean, by all of its files."""
+    shapes = {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
+    family = family_of(shapes, name)
+    return family.latent_space if family is not None else None
 
 
 def check_vae_files(name: str, files: Sequence[Path]) -> None:
@@ -224,16 +245,17 @@ def _reason(exc: Exception) -> str | None:
     return None
 
 
-def _fault(vae: Vae, missing: Mapping[int, Sequence[str]]) -> str | None:
-    """What keeps a VAE that did load from encoding images properly."""
+def _fault(vae: Vae, missing: Mapping[int, Sequence[str]], *, decodes: bool) -> str | None:
+    """What keeps a VAE that did load from encoding images properly, and from decoding them if it `decodes`."""
     model = vae.first_stage_model
+    not_needed = () if decodes else DECODER_PARTS
     if vae.latent_dim not in (2, 3):
         return "it does not encode images"
     if id(model) not in missing:
         return "this ComfyUI loads it in a way that cannot be checked for missing tensors"
-    if lacking := _for_encoding(missing[id(model)]):
-        return f"it lacks tensors that encoding needs: {_shortened(lacking)}"
-    if broken := _not_finite(model):
+    if lacking := _without(not_needed, missing[id(model)]):
+        return f"it lacks tensors that {'a round trip' if decodes else 'encoding'} needs: {_shortened(lacking)}"
+    if broken := _not_finite(model, not_needed):
         return f"it has values that are not finite in: {_shortened(broken)}"
     return None
 
@@ -269,13 +291,13 @@ def _recorded_missing_keys() -> Iterator[dict[int, list[str]]]:
             torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
-def _for_encoding(keys: Sequence[str]) -> list[str]:
-    return [key for key in keys if not key.startswith(DECODER_PARTS)]
+def _without(parts: tuple[str, ...], keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if not key.startswith(parts)]
 
 
-def _not_finite(model: torch.nn.Module) -> list[str]:
+def _not_finite(model: torch.nn.Module, not_needed: tuple[str, ...]) -> list[str]:
     state = model.state_dict()
-    return [key for key in _for_encoding(list(state)) if not _is_finite(state[key])]
+    return [key for key in _without(not_needed, state) if not _is_finite(state[key])]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

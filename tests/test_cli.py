@@ -91,11 +91,11 @@ def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
 @pytest.mark.parametrize(
     ("arguments", "env", "words"),
     [
-        ([], {}, "Standalone mode needs --image_path FILE."),
+        ([], {}, "Standalone mode needs --image_path FILE, or --input-list FILE."),
         (["--no-such-option"], {}, "No such option"),
         (["--megapixels", "many"], {}, "'many' is not a valid float"),
         (["--mode", "batch"], {}, "'batch' is not one of"),
-        (["--image_path", "x.png", "stray"], {}, "unexpected extra argument (stray)"),
+        (["--mode", "health", "stray"], {}, "[PATH]... is for --mode standalone or inspect, not for --mode health."),
         (["--image_path", "x.png"], {"MEGAPIXELS": "17"}, "MEGAPIXELS: Input should be less than or equal to 16"),
         (["--image_path", "x.png"], {"LOG_FORMAT": "xml"}, "LOG_FORMAT: Input should be 'json' or 'text'"),
         (["--image_path", "x.png", "--log-level", "loud"], {}, "LOG_LEVEL: Input should be 'DEBUG'"),

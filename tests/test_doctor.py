@@ -1,0 +1,391 @@
+"""Doctor mode: that it finds what is wrong and says what to do, that no check stops another, and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+import doctor_machine
+from config import Settings, load_settings, origins_of, usable_settings
+from doctor_check import Check, Examine, Installation, State, guarded, tick
+from doctor_comfyui import check_nodes, check_tree
+from doctor_machine import check_allowed_folders, check_device, check_memory, check_output_dir, check_python, check_torch
+from doctor_models import check_models
+from doctor_network import check_http_port, check_kafka
+from doctor_report import as_text, encodable, worst
+from doctor_settings import check_env_file, check_faults, check_set
+from errors import SetupError
+from health import Health
+from http_server import http_server
+from service import LatentEncoder
+from setup.download_vae import QWEN_IMAGE_VAE
+from tests.broker.ports import free_ports
+from tests.helpers import PROJECT, TINY_VAE, RunMain
+from tests.kafka_tools import Bench
+from tests.test_cli import powerless
+
+TICK, WARNING, CROSS = State
+
+
+def examined(examine: Examine, settings: Settings, given: tuple[str, ...] = (), comfyui: Any = None) -> list[Check]:
+    """What a check finds with these settings, those in `given` set by somebody, and ComfyUI as the test has it."""
+    origins = {field: "environment" if field in given else "default" for field in Settings.model_fields}
+    installation = Installation(settings, origins)
+    if comfyui is not None:
+        installation.__dict__["comfyui"] = comfyui
+    checks = list(examine(installation))
+    assert all(check.advice for check in checks if check.state is not TICK), "what to do about it is missing"
+    assert not any(check.advice for check in checks if check.state is TICK)
+    return checks
+
+
+def changed(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update=changes)
+
+
+def named(checks: list[Check], name: str) -> Check:
+    (check,) = [check for check in checks if check.name == name]
+    return check
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder without `.env`, and an environment without settings."""
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    return tmp_path
+
+
+def test_good_installation_is_status_0(tmp_path: Path, run_main: RunMain) -> None:
+    """One JSON document on standard output; nothing is made or left. That there is no broker is a warning."""
+    done = run_main("--mode", "doctor", "--json", "--vae_model_name", TINY_VAE, env={"HTTP_PORT": "0"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["worst"] == "warning", "the trial VAE is one"
+    names = {check["name"] for check in report["checks"]}
+    assert names >= {"python", "torch", "torchvision", "device", "memory", "comfyui", "nodes", "vae file", "default vae"}
+    assert names >= {"setting", "defaults", ".env", "output folder", "output disk", "kafka broker", "http port"}
+    assert {frozenset(check) for check in report["checks"]} == {frozenset({"group", "name", "state", "found", "advice"})}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, run_main: RunMain) -> None:
+    """Text for people, as wide as the terminal and in its encoding, without a traceback, whatever is wrong."""
+    (tmp_path / "read_only").mkdir(mode=0o555)
+    (tmp_path / ".env").write_text("MEGAPIXEL=2\nDEVICE=cpu\nOTHERS=1\n")
+    environment = {
+        "COMFYUI_PATH": "/nowhere",
+        "MEGAPIXELS": "17",
+        "KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1",
+        "KAFKA_SASL_PASSWORD": "geheim",
+        "OUTPUT_DIR": "read_only",
+        "PYTHONIOENCODING": "ascii",
+        "COLUMNS": "70",
+    }
+    done = run_main("--mode", "doctor", env=environment, prefix=powerless())
+    assert done.returncode == 1
+    assert done.stdout.isascii()
+    for line in (
+        "  x setting: MEGAPIXELS: Input should be less than or equal to 16 (got",
+        "  + setting: DEVICE=cpu (.env)",
+        "  + setting: KAFKA_SASL_PASSWORD=********** (environment)",
+        "  ! .env: MEGAPIXEL is no setting",
+        "    Did you mean MEGAPIXELS?",
+        "  x comfyui: No ComfyUI in /nowhere: nodes.py, folder_paths.py, comfy\n",
+        "  x kafka broker: 127.0.0.1:1 cannot be reached",
+    ):
+        assert f"\n{line}" in done.stdout
+    unwrapped = " ".join(done.stdout.split())
+    assert f"x output folder: {tmp_path}/read_only cannot be written to (Permission denied)" in unwrapped
+    assert "Run ./setup_comfyui.sh, or set COMFYUI_PATH" in unwrapped
+    assert "(Connect to ipv4#127.0.0.1:1 failed: Connection refused" in unwrapped.replace("127.0.0.1:1/bootstrap: ", "")
+    assert "geheim" not in done.stdout + done.stderr
+    assert "OTHERS" not in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_other_modes_still_refuse_such_settings(run_main: RunMain) -> None:
+    """What the doctor goes on with is wrong usage for all others."""
+    done = run_main("--mode", "health", env={"MEGAPIXELS": "17", "DEVICE": "tpu"})
+    assert done.returncode == 2
+    assert "MEGAPIXELS: Input should be" in done.stderr
+    assert "DEVICE: Input should be" in done.stderr
+
+
+def test_full_disk_is_a_cross(tmp_path: Path) -> None:
+    """Where the files of one request do not fit; the disk has room for no more than 16 kilobytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = (
+        "from config import *; from doctor_check import *; from doctor_machine import check_output_dir; "
+        f"settings = load_settings({{'output_dir': '{disk}'}}); "
+        "print([(check.name, check.state.value) for check in check_output_dir(Installation(settings, origins_of({})))])"
+    )
+    prefix = [
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        f"mount -t tmpfs -o size=16k tmpfs '{disk}' && \"$@\"",
+        "sh",
+    ]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("this system lets nobody mount a small disk in a namespace of their own")
+    command = [*prefix, sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.stdout == "[('output folder', 'tick'), ('output disk', 'cross')]\n", done.stderr
+
+
+def test_check_that_fails_itself_is_a_cross_and_stops_no_other(settings: Settings) -> None:
+    """What it found before stands; foreign code that exits is no exception to that."""
+
+    def failing(_: Installation) -> Iterator[Check]:
+        yield tick("first", "fine")
+        raise SystemExit("a node package ended the process")
+
+    first, second = examined(lambda installation: guarded("nodes", failing, installation), settings)
+    assert (first.name, first.state) == ("first", TICK)
+    assert (second.name, second.state) == ("nodes", CROSS)
+    assert "SystemExit: a node package ended the process" in second.found
+
+
+def test_python_and_torch_of_this_machine_are_fine(settings: Settings) -> None:
+    """Since the tests run on them."""
+    for check in (*examined(check_python, settings), *examined(check_torch, settings)):
+        assert check.state is TICK
+    assert named(examined(check_torch, settings), "torch").found == torch.__version__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Settings, encoder: LatentEncoder) -> None:
+    """DEVICE=cuda where there is none: said once, by the check whose matter it is."""
+    wrong = changed(settings, device="cuda", comfyui_path=encoder.runtime.path)
+    device, threads = examined(check_device, wrong)
+    assert (device.state, threads.state) == (CROSS, TICK)
+    assert device.found.startswith("DEVICE=cuda, but torch")
+    (nodes,) = examined(check_nodes, wrong)
+    assert nodes.state is TICK
+
+
+def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit below what the encode needs is a warning; more megapixels need more."""
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(doctor_machine, "CGROUP_LIMIT", limit)
+    limit.write_text("1000000000\n")
+    (check,) = examined(check_memory, settings)
+    assert (check.state, check.found) == (WARNING, "1.0 GB available; MEGAPIXELS=0.02 takes about 1.4 GB to encode")
+    (check,) = examined(check_memory, changed(settings, megapixels=16.0))
+    assert check.found.endswith("about 4.4 GB to encode")
+
+
+def test_output_folder_that_is_not_there_is_not_made(settings: Settings, tmp_path: Path) -> None:
+    """It is enough that it can be."""
+    folder = tmp_path / "a" / "b"
+    checks = examined(check_output_dir, changed(settings, output_dir=str(folder)))
+    assert [check.state for check in checks] == [TICK, TICK]
+    assert checks[0].found == f"{folder} can be made"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_folder_has_to_be_a_folder_that_is_allowed(settings: Settings, tmp_path: Path) -> None:
+    """A file in its place, or a list of folders without it, is a cross."""
+    (tmp_path / "file").touch()
+    (check,) = examined(check_output_dir, changed(settings, output_dir=str(tmp_path / "file")))
+    assert (check.state, check.found) == (CROSS, f"{tmp_path}/file cannot be written to (Not a directory)")
+    limited = changed(settings, output_dir=str(tmp_path), allowed_output_dirs=(tmp_path / "only",))
+    (check,) = examined(check_output_dir, limited)
+    assert check.state is CROSS
+    assert "does not lead into a folder of ALLOWED_OUTPUT_DIRS" in check.found
+    inputs, outputs = examined(check_allowed_folders, limited)
+    assert (inputs.state, outputs.state, outputs.found) == (TICK, WARNING, f"not there: {tmp_path}/only")
+
+
+def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
+    """A folder that setup filled names its source, a git checkout its commit; other files than the release's are a warning."""
+    (tmp_path / "comfy").mkdir()
+    for name in ("nodes.py", "folder_paths.py"):
+        (tmp_path / name).write_text("# changed\n")
+    for command in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    assert tree.found == f"{tmp_path}, a git checkout, commit {commit}"
+    assert files.state is WARNING
+    assert "missing or differ from release 0.3.75: " in files.found
+    (tmp_path / ".source.json").write_text(json.dumps({"source": str(tmp_path)}))
+    tree, _ = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    assert tree.found == f"{tmp_path}, a copy of {tmp_path}, commit {commit}"
+
+
+def test_tree_of_the_tests_is_the_pinned_release(settings: Settings, encoder: LatentEncoder) -> None:
+    """By its sums, and all four nodes load."""
+    tree, files = examined(check_tree, settings, comfyui=encoder.runtime)
+    assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 sums")
+    (nodes,) = examined(check_nodes, settings, comfyui=encoder.runtime)
+    assert nodes.found.startswith("ComfyUI 0.3.75 loads VAELoader, LoadImage, ImageScaleToTotalPixels, VAEEncode, on ")
+
+
+def test_comfyui_that_does_not_load_is_a_cross(settings: Settings) -> None:
+    """With what is missing; its models are not looked for."""
+    broken = SetupError("ComfyUI in /x cannot be loaded: No module named 'einops'. Install what it needs.")
+    (nodes,) = examined(check_nodes, settings, comfyui=broken)
+    assert (nodes.state, nodes.advice) == (CROSS, "Install what it needs.")
+    assert nodes.found == "ComfyUI in /x cannot be loaded: No module named 'einops'"
+    (folder,) = examined(check_models, settings, comfyui=broken)
+    assert folder.state is WARNING
+
+
+def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
+    """The tiny one is for trials, a damaged one is a cross, and one that only has the real one's name is a warning."""
+    damaged, impostor = model_dir / "damaged.safetensors", model_dir / QWEN_IMAGE_VAE.name
+    damaged.write_bytes((PROJECT / "tiny_vae" / TINY_VAE).read_bytes()[:5000])
+    shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, impostor)
+    try:
+        checks = examined(check_models, changed(settings, vae_model_name=impostor.name), comfyui=encoder.runtime)
+    finally:
+        damaged.unlink()
+        impostor.unlink()
+    files = [check for check in checks if check.name == "vae file"]
+    found = {Path(re.split(": | is damaged", check.found)[0]).name: check for check in files}
+    assert found["damaged.safetensors"].state is CROSS
+    assert found[impostor.name].state is WARNING
+    assert "not the file that is published under this name" in found[impostor.name].found
+    assert found[TINY_VAE].state is TICK
+    assert found[TINY_VAE].found.endswith(
+        "Wan 2.1 / Qwen-Image, 1.9 MB, SHA-256 fe17b23e0be2d10e41096c3866df394eac0ef26030c846d18b4cc217a39ba45b, "
+        "for trying the service only"
+    )
+    assert any("TAESD" in check.found for check in found.values())
+    assert any("SD 1.x" in check.found for check in found.values())
+    assert named(checks, "default vae").state is TICK
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "advice"),
+    [
+        (QWEN_IMAGE_VAE.name, CROSS, "./setup_comfyui.sh --download-vae gets it."),
+        ("tiny_qwen_va.safetensors", CROSS, f"Did you mean {TINY_VAE}?"),
+        (TINY_VAE, WARNING, "./setup_comfyui.sh --download-vae"),
+        ("pixel_space", TICK, ""),
+        ("taesd", TICK, ""),
+    ],
+)
+def test_default_vae_has_to_be_there(name: str, state: State, advice: str, settings: Settings, encoder: LatentEncoder) -> None:
+    """A cross says how to get it, or which one may be meant; the trial one is a warning."""
+    check = named(examined(check_models, changed(settings, vae_model_name=name), comfyui=encoder.runtime), "default vae")
+    assert check.state is state
+    assert advice in check.advice
+
+
+def test_model_folder_that_is_not_there_is_a_warning(settings: Settings, encoder: LatentEncoder, tmp_path: Path) -> None:
+    """MODEL_DIR that names none; the folders that are searched are listed."""
+    checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), comfyui=encoder.runtime)
+    folders = [check for check in checks if check.name == "model folder"]
+    assert [check.state for check in folders][:2] == [WARNING, TICK]
+    assert len(folders) > 2
+
+
+def test_broker_and_topics_are_looked_for(bench: Bench, settings: Settings) -> None:
+    """With the number of partitions; a topic that is missing is a cross where it will not be created."""
+    there = bench.settings(settings)
+    broker, *topics = examined(check_kafka, there, given=("kafka_bootstrap_servers",))
+    assert (broker.state, [check.state for check in topics]) == (TICK, [TICK] * 3)
+    assert topics[0].found == f"{bench.request_topic} has 1 partitions"
+    missing = changed(there, kafka_dlq_topic="no-such-topic")
+    assert worst(examined(check_kafka, missing, given=("kafka_bootstrap_servers",))) is CROSS
+    assert worst(examined(check_kafka, missing)) is WARNING
+    assert worst(examined(check_kafka, changed(missing, kafka_create_topics=True))) is TICK
+
+
+def test_kafka_settings_that_cannot_be_used_are_a_cross(settings: Settings, tmp_path: Path) -> None:
+    """A file of properties that is not there."""
+    (check,) = examined(check_kafka, changed(settings, kafka_client_config=tmp_path / "none.properties"))
+    assert check.state is CROSS
+    assert "none.properties cannot be read" in check.found
+
+
+def test_http_port_is_free_taken_or_a_workers(settings: Settings) -> None:
+    """Taken is a cross where Kafka mode is meant, else a warning."""
+    ours = changed(settings, http_host="127.0.0.1", http_port=free_ports(1)[0])
+    (free,) = examined(check_http_port, ours)
+    assert (free.state, free.found) == (TICK, f"HTTP_PORT={ours.http_port} of HTTP_HOST=127.0.0.1 is free")
+    with http_server(ours, Health(60.0)):
+        (worker,) = examined(check_http_port, ours)
+    assert (worker.state, worker.found.split(": ")[1]) == (TICK, "alive, not ready")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        theirs = changed(ours, http_port=other.getsockname()[1])
+        for given, state in (((), WARNING), (("kafka_bootstrap_servers",), CROSS)):
+            (taken,) = examined(check_http_port, theirs, given)
+            assert taken.state is state
+    (off,) = examined(check_http_port, changed(settings, http_port=0))
+    assert off.state is TICK
+
+
+def test_settings_tell_where_they_are_from(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File, environment and option; an empty one is not set, and a secret is stars."""
+    (in_empty_folder / ".env").write_text("MEGAPIXELS=2\nDEVICE=cpu\nKAFKA_SASL_PASSWORD=geheim\nMODEL_DIR=\n")
+    monkeypatch.setenv("DEVICE", "auto")
+    monkeypatch.setenv("HTTP_PORT", "")
+    given = {"vae_model_name": "x.safetensors", "output_dir": None}
+    found = [check.found for check in check_set(Installation(load_settings(given), origins_of(given)))]
+    assert found[:-1] == [
+        "KAFKA_SASL_PASSWORD=********** (.env)",
+        "VAE_MODEL_NAME=x.safetensors (command line)",
+        "MEGAPIXELS=2.0 (.env)",
+        "DEVICE=auto (environment)",
+    ]
+    assert "HTTP_PORT=8080" in found[-1].split()
+    assert "MODEL_DIR" not in found[-1]
+
+
+def test_variable_that_looks_misspelt_is_a_warning(in_empty_folder: Path, settings: Settings) -> None:
+    """One that resembles no setting is none of ours; no file at all is fine too."""
+    assert [check.state for check in examined(check_env_file, settings)] == [TICK]
+    (in_empty_folder / ".env").write_text("MEGAPIXEL=2\nVAE_MODEL=x\nCOMPOSE_PROJECT_NAME=mine\nDEVICE=cpu\n")
+    *warnings, file = examined(check_env_file, settings)
+    assert [(check.found, check.advice) for check in warnings] == [("MEGAPIXEL is no setting", "Did you mean MEGAPIXELS?")]
+    assert file.found.endswith(".env sets 1 settings")
+
+
+def test_env_file_that_cannot_be_read_is_a_fault(in_empty_folder: Path) -> None:
+    """All else goes on without it."""
+    (in_empty_folder / ".env").write_bytes(b"MEGAPIXELS=2\nOUTPUT_DIR=\xff\n")
+    settings, faults = usable_settings({})
+    installation = Installation(settings, origins_of({}), faults)
+    (check,) = check_faults(installation)
+    assert check.state is CROSS
+    assert check.found.startswith(".env: cannot be read ('utf-8' codec can't decode byte 0xff")
+    assert settings.megapixels == 1.0
+    assert list(check_env_file(installation)) == []
+
+
+def test_lines_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a hanging indent and the mark in colour; a path is not broken, and what an encoding lacks is in ASCII."""
+    monkeypatch.setenv("COLUMNS", "30")
+    path = "/a/very-long-path/" + "x" * 30
+    text = as_text(Check("vae file", CROSS, f"{path} is damaged in its header", "Get it again … or remove it from there."))
+    assert text.startswith("  \x1b[31m\x1b[1m✗\x1b[0m vae file:\n")
+    assert click.unstyle(text).splitlines()[1:] == [
+        f"    {path}",
+        "    is damaged in its header",
+        "    Get it again … or remove",
+        "    it from there.",
+    ]
+    assert encodable("✓ ✗ … ä", "utf-8") == "✓ ✗ … ä"
+    assert encodable("✓ ✗ … ä", "ascii") == "+ x ... \\xe4"
