@@ -1,4 +1,4 @@
-# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. README.md says how it is built and run.
+# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. docs/operating.md says how it is built and run.
 #
 #   docker build -t latent-encoder .
 #   docker build -t latent-encoder --build-arg VARIANT=cpu .

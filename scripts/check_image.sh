@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the image and checks what is promised of it, for machines where no container engine runs: buildah builds it, crun
-# runs it. Where Docker runs, the `docker run` of README.md's section Container says nearly as much.
+# runs it. Where Docker runs, the `docker run` of docs/operating.md says nearly as much.
 #
 #   sudo scripts/check_image.sh [OPTIONS OF buildah build, as --build-arg VARIANT=cpu]
 #

@@ -141,14 +141,14 @@ def test_env_example_lists_every_variable_with_its_default_and_meaning() -> None
     assert text.split("\n\n", 1)[1].strip().split("\n\n") == expected
 
 
-def test_readme_table_is_the_code() -> None:
+def test_table_of_the_documentation_is_the_code() -> None:
     """Variable, default and meaning of each setting."""
     expected = []
     for name, field in Settings.model_fields.items():
         default = f"`{shown_default(field)}`" if shown_default(field) else ""
         expected.append(f"| `{name.upper()}` | {default} | {field.description} |".replace("|  |", "| |"))
-    readme = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
-    assert [line for line in readme.splitlines() if re.match(r"\| `[A-Z_]+` \|.*\|.*\|$", line)] == expected
+    page = (PROJECT_DIR / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert [line for line in page.splitlines() if re.match(r"\| `[A-Z_]+` \|.*\|.*\|$", line)] == expected
 
 
 def test_changelog_begins_with_this_version() -> None:
