@@ -189,14 +189,9 @@ def test_kafka_request_may_ask_for_a_format(settings: Settings) -> None:
         asked("npz")
 
 
-def test_command_line_has_the_option(run_main: RunMain, tmp_path: Path) -> None:
-    """The latent is in that format; a word that is none is answered, as any field that is out of range."""
-    arguments = ("--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02")
-    done = run_main(*arguments, "--latent_format", "comfy", "--request_id", "1")
-    response = json.loads(done.stdout)
-    assert response["latent_file_path"] == str(tmp_path / "output" / "latent_photo_1.latent")
-    assert list(read_latent_file(Path(response["latent_file_path"]))[0].shape) == response["latent_shape"]
-    done = run_main(*arguments, "--latent-format", "safetensor")
+def test_mistyped_format_is_an_invalid_request(run_main: RunMain) -> None:
+    """On the command line, as any field that is out of range."""
+    done = run_main("--image_path", IMAGES / "photo.jpg", "--latent-format", "safetensor")
     response = json.loads(done.stdout)
     assert (done.returncode, response["error_code"]) == (1, "INVALID_REQUEST")
     assert response["error_message"].startswith("Invalid request: latent_format: ")
