@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -79,8 +79,8 @@ class Run:
         self._signals: list[int] = []
         self._batch = Batch(inputs.items, self._engine)
 
-    def run(self, stdout: TextIO) -> int:
-        """Answer each image on `stdout`. Returns the exit status.
+    def run(self, stdout: int) -> int:
+        """Answer each image on the file descriptor `stdout`. Returns the exit status.
 
         Raises:
             SetupError: the service cannot start.
@@ -113,12 +113,11 @@ class Run:
         hidden = self._options.quiet or self._inputs.single
         return tqdm(total=self._inputs.total, unit="image", dynamic_ncols=True, disable=True if hidden else None)
 
-    def _write(self, outcome: Outcome, stdout: TextIO, bar: tqdm[NoReturn]) -> None:
+    def _write(self, outcome: Outcome, stdout: int, bar: tqdm[NoReturn]) -> None:
         text = json.dumps(_document(outcome), indent=2 if self._inputs.single else None, ensure_ascii=False)
         try:
-            with bar.external_write_mode(file=sys.stderr) if stdout.isatty() else nullcontext():  # as both are one terminal
-                stdout.write(text + "\n")
-                stdout.flush()
+            with bar.external_write_mode(file=sys.stderr) if os.isatty(stdout) else nullcontext():  # as both are one terminal
+                _write_all(stdout, f"{text}\n".encode())
         except OSError as exc:
             raise OutputFailed(f"Cannot write the response to standard output ({exc.strerror}).") from exc
 
@@ -173,6 +172,12 @@ def _document(outcome: Outcome) -> dict[str, Any]:
     return fields if outcome.correlation_id is None else {**fields, "correlation_id": outcome.correlation_id}
 
 
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write without a buffer, which would be flushed once more after it could not be."""
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
 def _end_interrupted(number: int, message: str) -> NoReturn:
     """End the process as shells expect of one that a signal ended. An encode cannot be interrupted: nobody waits for it."""
     os.write(STDERR, f"Error: {message}\n".encode())
@@ -180,8 +185,8 @@ def _end_interrupted(number: int, message: str) -> NoReturn:
 
 
 @contextmanager
-def stdout_on_stderr() -> Iterator[TextIO]:
-    """Send what is printed inside to standard error; what is yielded is standard output itself, for the responses alone.
+def stdout_on_stderr() -> Iterator[int]:
+    """Send what is printed inside to standard error; yields the descriptor of standard output itself.
 
     By file descriptor: custom node packages start child processes, pip among them, which print too.
     """
@@ -189,8 +194,7 @@ def stdout_on_stderr() -> Iterator[TextIO]:
     saved = os.dup(STDOUT)
     os.dup2(STDERR, STDOUT)
     try:
-        with os.fdopen(saved, "w", encoding="utf-8", closefd=False) as stdout:
-            yield stdout
+        yield saved
     finally:
         sys.stdout.flush()
         os.dup2(saved, STDOUT)
