@@ -10,7 +10,6 @@ where there is none.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import click
 
+import colours
 from access import AllowedFolders
 from config import Settings
 from errors import LatentUnreadable, RequestError
@@ -49,7 +49,7 @@ def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, 
 
 def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:
     if not paths:
-        return "Inspect mode needs a latent file: python main.py --mode inspect FILE.pt"
+        return "Inspect mode needs latent files: python main.py --mode inspect FILE"
     name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
     if output_dir is not None and count > 1:
         return f"{count} files are named {name}, and what is written of one would replace the other's in {output_dir}."
@@ -81,7 +81,9 @@ class Inspector:
             return False
         preview = self._preview(inspection)
         page, page_problem = self._page(inspection) if self._html else (None, None)
-        self._echo(json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n")
+        shown = json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n"
+        # A name may have letters that a terminal of another encoding than UTF-8 lacks.
+        self._echo(shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
         if self._draws:
             self._draw(inspection)
         problems = [*inspection.problems, *([page_problem] if page_problem else [])]
@@ -139,9 +141,8 @@ class Inspector:
 
 
 def _draws_in_colour() -> bool:
-    """Whether standard output is a terminal that shows colours, and nobody asked for none (https://no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    return sys.stdout.isatty() and not plain and sys.stdout.encoding.lower().startswith("utf")
+    """Whether standard output takes colours, and the characters that the drawing is made of."""
+    return colours.wanted(sys.stdout) and sys.stdout.encoding.lower().startswith("utf")
 
 
 def _complain(kind: str, text: str) -> None:

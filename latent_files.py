@@ -61,6 +61,8 @@ def read_latent_file(path: Path) -> tuple[torch.Tensor, LatentFormat]:
     """
     try:
         latent_format = format_of(path)
+        if path.is_fifo():
+            raise LatentUnreadable("it is a named pipe, which would be waited for")
         if latent_format == "pt":
             with _said(NOT_TORCH):
                 check_weights_file(path)

@@ -114,7 +114,8 @@ def test_wrong_usage_is_status_2(inspect: Inspect, run_main: RunMain, tmp_path: 
     """No file at all, or two whose pictures would have one name."""
     done = run_main("--mode", "inspect")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "needs a latent file" in done.stderr
+    assert "Inspect mode needs latent files" in done.stderr
+    assert inspect().status == 2
     same = inspect("a/latent_x.pt", "b/latent_x.pt", output_dir=str(tmp_path))
     assert (same.status, same.out) == (2, "")
     assert "2 files are named latent_x.pt" in same.err
@@ -244,9 +245,9 @@ def test_files_that_are_no_latents(tmp_path: Path, latent: Path, inspect: Inspec
     torch.save({"weight": torch.ones(1, 4, 2, 2)}, tmp_path / "dictionary.pt")
     torch.save(torch.ones(4, 2, 2), tmp_path / "three_dimensions.pt")
     (tmp_path / "folder.pt").mkdir()
-    bad = [
-        tmp_path / name for name in ("text.pt", "dictionary.pt", "three_dimensions.pt", "folder.pt", "none.pt", "photo.jpg")
-    ]
+    os.mkfifo(tmp_path / "pipe.pt")
+    names = ("text.pt", "dictionary.pt", "three_dimensions.pt", "folder.pt", "pipe.pt", "none.pt", "photo.jpg")
+    bad = [tmp_path / name for name in names]
     sound = str(latent)
     done = inspect(*bad, sound, as_json=True)
     *refused, shown = [json.loads(line) for line in done.out.splitlines()]
@@ -405,10 +406,18 @@ def test_page_needs_nothing_from_outside(latent: Path, inspect: Inspect) -> None
     assert ("lang", "en") in page.attributes
 
 
-def test_page_shows_the_round_trip(latent: Path, inspect: Inspect) -> None:
-    """Where its picture is beside the latent."""
-    Image.new("RGB", (5, 5)).save(files_of(latent).roundtrip)
-    inspect(latent, html=True)
+def test_pictures_of_the_encoder_are_checked_shown_and_made_again(
+    encoder: LatentEncoder, settings: Settings, tmp_path: Path, inspect: Inspect
+) -> None:
+    """A preview that the metadata names and that is gone is an error once: what is written anew has the same bytes."""
+    with_pictures = LatentEncoder(settings.model_copy(update={"preview": True, "roundtrip": True}), encoder.runtime)
+    response = with_pictures.encode(request_for(settings, tmp_path, "astronaut_masked.png", {"megapixels": 0.021}))
+    latent = Path(response.latent_file_path)
+    files_of(latent).preview.unlink()
+    first, second = (inspect(latent, html=True, as_json=True) for _ in range(2))
+    others = {"latent": "ok", "scaled_image": "ok", "roundtrip": "ok"}
+    assert (first.status, json.loads(first.out)["hashes"]) == (1, {**others, "preview": "missing"})
+    assert (second.status, json.loads(second.out)["hashes"]) == (0, {**others, "preview": "ok"})
     assert len(parsed(f"{latent}.html").sources) == 3
 
 
