@@ -2,8 +2,8 @@
 
 Each page is one shell in a copy of the project's folder: its blocks of `bash` and `python` are run from top to bottom, and one
 finds what those before it wrote. A block has to exit with status 0, or with the one that the text below it names ("exits with
-status 1."), or the one above it ("exits with status 1:"). A block of `json` or `text` that follows directly is what it prints, but for
-times, versions, folders and fractions, and `...` for anything.
+status 1."), or the one above it ("exits with status 1:"). A block of `json` or `text` that follows directly is what it prints,
+but for times, versions, folders and fractions, and `...` for anything.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ NOT_RUN = {
 SHELL_COMMANDS = re.compile(
     r"^(\$ |\w+=\S+ )*((\./|\.venv/|scripts/)\w\S*|python|pip|docker|kubectl|kcat|curl|echo|export|cd) \S", re.MULTILINE
 )
+
+PAGE_TIMEOUT_S = 500
+pytestmark = pytest.mark.timeout(PAGE_TIMEOUT_S + 60)
 
 VARIES = re.compile(r"-?\d+\.\d+|\b[0-9a-f]{64}\b")
 
@@ -158,20 +161,14 @@ def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str
     }
     if any(map(sign_of, steps)):
         environment |= {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{broker_port}", "HTTP_PORT": f"{http_port}"}
-    shell = subprocess.Popen(
-        ["bash", "-c", pages.program([command_of(step, broker_port) for step in steps])],
-        cwd=project,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        stdout, stderr = shell.communicate(timeout=240)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(shell.pid, signal.SIGTERM)
+    command = ["bash", "-c", pages.program([command_of(step, broker_port) for step in steps])]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes) as shell:
+        try:
+            stdout, stderr = shell.communicate(timeout=PAGE_TIMEOUT_S)
+        finally:  # what it started ends with it
+            with suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGTERM)
     assert shell.returncode == 0, f"{names}: the last one of these failed:\n{stdout}\n{stderr[-5000:]}"
     return list(zip(steps, pages.printed(stdout), strict=True))
 
