@@ -138,7 +138,7 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
 def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> NoReturn:
     """Doctor mode: what of the installation works, even where settings cannot be used; nothing else on standard output."""
     import doctor
-    from doctor_report import encodable
+    from doctor.report import encodable
 
     encoding = sys.stdout.encoding
     try:

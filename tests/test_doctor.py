@@ -16,17 +16,17 @@ import click
 import pytest
 import torch
 
-import doctor_machine
+import doctor.machine
 from config import Settings, load_settings, origins_of, usable_settings
-from doctor_check import Check, Examine, Installation, State, guarded, tick
-from doctor_comfyui import check_nodes, check_tree
-from doctor_folders import check_allowed_folders, check_output_dir
-from doctor_machine import check_memory, check_python
-from doctor_models import check_models
-from doctor_network import check_http_port, check_kafka
-from doctor_report import as_text, encodable, worst
-from doctor_settings import check_env_file, check_faults, check_set
-from doctor_torch import check_device, check_torch
+from doctor.check import Check, Examine, Installation, State, guarded, tick
+from doctor.comfyui import check_nodes, check_tree
+from doctor.folders import check_allowed_folders, check_output_dir
+from doctor.machine import check_memory, check_python
+from doctor.models import check_models
+from doctor.network import check_http_port, check_kafka
+from doctor.report import as_text, encodable, worst
+from doctor.settings import check_env_file, check_faults, check_set
+from doctor.torch_and_device import check_device, check_torch
 from errors import SetupError
 from health import Health
 from http_server import http_server
@@ -131,7 +131,7 @@ def test_full_disk_is_a_cross(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     code = (
-        "from config import *; from doctor_check import *; from doctor_folders import check_output_dir; "
+        "from config import *; from doctor.check import *; from doctor.folders import check_output_dir; "
         f"settings = load_settings({{'output_dir': '{disk}'}}); "
         "print([(check.name, check.state.value) for check in check_output_dir(Installation(settings, origins_of({})))])"
     )
@@ -190,7 +190,7 @@ def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Sett
 def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit below what the encode needs is a warning; more megapixels need more."""
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(doctor_machine, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(doctor.machine, "CGROUP_LIMIT", limit)
     limit.write_text("1000000000\n")
     (check,) = examined(check_memory, settings)
     assert (check.state, check.found) == (WARNING, "1.0 GB available; MEGAPIXELS=0.02 takes about 1.4 GB to encode on a CPU")

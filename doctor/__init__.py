@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import doctor_report as report
 from config import Settings
-from doctor_check import Check, Installation, State, guarded
+from doctor import report
+from doctor.check import Check, Installation, State, guarded
 
 # What is examined: the name of the check that it becomes where that fails in itself, and the function. Each is imported when
 # its turn comes, so that what cannot be imported is one more thing that was found.
 GROUPS = {
     "Settings": {
-        "setting": "doctor_settings.check_faults",
-        "defaults": "doctor_settings.check_set",
-        ".env": "doctor_settings.check_env_file",
+        "setting": "doctor.settings.check_faults",
+        "defaults": "doctor.settings.check_set",
+        ".env": "doctor.settings.check_env_file",
     },
     "Machine": {
-        "python": "doctor_machine.check_python",
-        "memory": "doctor_machine.check_memory",
-        "torch": "doctor_torch.check_torch",
-        "device": "doctor_torch.check_device",
+        "python": "doctor.machine.check_python",
+        "memory": "doctor.machine.check_memory",
+        "torch": "doctor.torch_and_device.check_torch",
+        "device": "doctor.torch_and_device.check_device",
     },
-    "ComfyUI": {"comfyui": "doctor_comfyui.check_tree", "nodes": "doctor_comfyui.check_nodes"},
-    "Models": {"vae file": "doctor_models.check_models", "model disk": "doctor_folders.check_model_disk"},
+    "ComfyUI": {"comfyui": "doctor.comfyui.check_tree", "nodes": "doctor.comfyui.check_nodes"},
+    "Models": {"vae file": "doctor.models.check_models", "model disk": "doctor.folders.check_model_disk"},
     "Folders": {
-        "output folder": "doctor_folders.check_output_dir",
-        "allowed folders": "doctor_folders.check_allowed_folders",
+        "output folder": "doctor.folders.check_output_dir",
+        "allowed folders": "doctor.folders.check_allowed_folders",
     },
-    "Kafka mode": {"kafka broker": "doctor_network.check_kafka", "http port": "doctor_network.check_http_port"},
+    "Kafka mode": {"kafka broker": "doctor.network.check_kafka", "http port": "doctor.network.check_http_port"},
 }
 
 

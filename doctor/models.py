@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from comfy_runtime import ComfyRuntime
-from doctor_check import Check, Installation, cross, tick, warning
+from doctor.check import Check, Installation, cross, tick, warning
 from errors import SetupError, one_line
 from setup.download_vae import CHUNK_BYTES, QWEN_IMAGE_VAE
 from vae import TRIAL_VAE

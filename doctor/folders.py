@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from access import AllowedFolders, absolute
-from doctor_check import Check, Installation, cross, cross_of, tick, warning
+from doctor.check import Check, Installation, cross, cross_of, tick, warning
 from errors import AccessDenied
 from geometry import Size
 from output_files import space_needed

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from doctor_check import Check, Installation, cross, tick
+from doctor.check import Check, Installation, cross, tick
 from errors import one_line
 from service import usable_cpus
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from doctor_check import Check, Installation, cross, tick, warning
+from doctor.check import Check, Installation, cross, tick, warning
 
 OLDEST_PYTHON, TESTED_PYTHON = (3, 11), "3.11"
 
