@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from inputs import OUR_PICTURES, Inputs, UnusableInputs, Refusal, find_images, inputs_of
+from inputs import OUR_PICTURES, Inputs, Refusal, UnusableInputs, find_images, inputs_of
 from models import EncodeRequest
 from output_files import output_files
 from selection import ImageSelection
