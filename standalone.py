@@ -26,6 +26,8 @@ from selection import ImageSelection, RunOptions
 
 STDOUT, STDERR = 1, 2  # file descriptors
 
+BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {rate_fmt}, {remaining} left"
+
 EXIT_ERROR_RESPONSE = 1
 
 log = get_logger("latent_encoder")
@@ -90,7 +92,7 @@ class Run:
             for outcome in self._batch.outcomes():
                 self._tally.add(outcome)
                 self._write(outcome, stdout, bar)
-                bar.set_postfix(failed=self._tally.failures, refresh=False)
+                bar.set_postfix_str(f"{self._tally.failures} failed", refresh=False)
                 bar.update()
                 if self._tally.failures and self._options.fail_fast:
                     self._batch.stop()
@@ -111,7 +113,10 @@ class Run:
     def _bar(self) -> tqdm[NoReturn]:
         """A progress bar on standard error where that is a terminal, and where there is progress to be seen."""
         hidden = self._options.quiet or self._inputs.single
-        return tqdm(total=self._inputs.total, unit="image", dynamic_ncols=True, disable=True if hidden else None)
+        shown = None  # where it is a terminal
+        return tqdm(
+            total=self._inputs.total, unit="image", bar_format=BAR, dynamic_ncols=True, disable=True if hidden else shown
+        )
 
     def _write(self, outcome: Outcome, stdout: int, bar: tqdm[NoReturn]) -> None:
         text = json.dumps(_document(outcome), indent=2 if self._inputs.single else None, ensure_ascii=False)
@@ -144,6 +149,8 @@ class Run:
         self._signals.append(number)
         if len(self._signals) == 1 and not self._inputs.single:
             self._batch.stop()
+            if sys.stderr.isatty():
+                os.write(STDERR, b"\nStopping after the images in hand; Ctrl-C again stops at once.\n")
             return
         self._batch.abort()
         _end_interrupted(number, "Interrupted.")

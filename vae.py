@@ -30,7 +30,7 @@ from logs import get_logger
 from metrics import VAE_CACHE
 from models import EncoderKind
 from single_frame import SingleFrameEncoder
-from suggestions import closest
+from suggestions import FILE_NAMES, closest
 from tiling import OomPolicy, watched
 from vae_families import family_of, read_shapes
 from weights_files import check_weights_file
@@ -161,7 +161,7 @@ def _not_found(runtime: ComfyRuntime, name: str) -> str:
     if len(names) > MAX_NAMES_SHOWN:
         there += f" and {len(names) - MAX_NAMES_SHOWN} more"
     folders = ", ".join(map(str, runtime.vae_folders()))
-    meant = closest(name, runtime.vae_choices())
+    meant = closest(name, runtime.vae_choices(), FILE_NAMES)
     suggestion = "" if meant is None else f" Did you mean {meant}?"
     return (
         f"VAE model not found: {name}.{suggestion} Looked in: {folders}. VAE files there: {there}. "

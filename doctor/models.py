@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import pickle
 import zipfile
@@ -16,13 +15,13 @@ from comfy_runtime import ComfyRuntime
 from doctor.check import Check, Installation, cross, tick, warning
 from errors import SetupError, one_line
 from setup.download_vae import CHUNK_BYTES, QWEN_IMAGE_VAE
+from suggestions import FILE_NAMES, closest
 from vae import TRIAL_VAE
 from vae_families import Family, family_of, read_shapes
 
 KINDS = ("vae", "vae_approx")  # ComfyUI's; TAESD files are of the second
 SLOW_S = 2.0  # a file that takes longer to read gets a progress bar
 MAX_NAMES_SHOWN = 5
-SIMILAR = 0.85  # of difflib's ratio, to which the suffix that all share adds a good deal
 
 
 def check_models(installation: Installation) -> Iterator[Check]:
@@ -87,8 +86,8 @@ def _vae_file(file: Path, family: Family) -> Check:
 def _default_vae(runtime: ComfyRuntime, name: str) -> Check:
     """Whether VAE_MODEL_NAME is there."""
     if runtime.vae_files(name) is None:
-        similar = difflib.get_close_matches(name, runtime.vae_names(), n=1, cutoff=SIMILAR)
-        suggestion = f"Did you mean {similar[0]}? " if similar else ""
+        similar = closest(name, runtime.vae_choices(), FILE_NAMES)
+        suggestion = f"Did you mean {similar}? " if similar else ""
         advice = f"{suggestion}{_download(name)}Or name another with VAE_MODEL_NAME, or its folder with MODEL_DIR."
         return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice)
     if name == TRIAL_VAE:

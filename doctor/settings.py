@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
 from config import Settings, env_file_variables
 from doctor.check import Check, Installation, cross, tick, warning
+from suggestions import closest
 
-SIMILAR = 0.8  # of difflib's ratio: a letter too many, too few or another
+TYPING_ERROR = 0.8  # a likeness: a letter too many, too few or another
 
 
 def check_faults(installation: Installation) -> Iterator[Check]:
@@ -44,9 +44,9 @@ def check_env_file(_: Installation) -> Iterator[Check]:
     except (OSError, UnicodeDecodeError):
         return  # one of the settings' faults
     unknown = variables.keys() - Settings.model_fields.keys()
-    meant = {name: difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=SIMILAR) for name in sorted(unknown)}
-    for name, (similar,) in ((name, matches) for name, matches in meant.items() if matches):
-        yield warning(".env", f"{name.upper()} is no setting", f"Did you mean {similar.upper()}?")
+    for name in sorted(unknown):
+        if similar := closest(name, Settings.model_fields, TYPING_ERROR):
+            yield warning(".env", f"{name.upper()} is no setting", f"Did you mean {similar.upper()}?")
     yield tick(".env", f"{Path('.env').absolute()} sets {len(variables) - len(unknown)} settings")
 
 
