@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 FILE_NAMES = 0.85  # a likeness for names that share a suffix, which adds a good deal: tiny_qwen_vae is not qwen_image_vae
 
 
