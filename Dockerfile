@@ -60,8 +60,9 @@ COPY --from=dependencies /app/comfyui comfyui
 COPY tests/fixtures/test_images/astronaut.png /data/sample.png
 COPY setup/ setup/
 COPY LICENSE *.py ./
-COPY templates/ templates/
-RUN .venv/bin/python -m compileall -q ./*.py
+COPY doctor/ doctor/
+COPY inspection/ inspection/
+RUN .venv/bin/python -m compileall -q ./*.py doctor inspection
 
 # With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. Whoever runs it
 # in production names a real VAE.

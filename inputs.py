@@ -38,8 +38,8 @@ class Refusal:
 Item = EncodeRequest | Refusal
 
 
-class NoImages(LatentEncoderError):
-    """A folder or a pattern holds no image, or a list cannot be read; the text says which."""
+class UnusableInputs(LatentEncoderError):
+    """A folder or a pattern holds no image, a list cannot be read, or one id is for several images; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,15 @@ def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Ma
     single image gets a new one.
 
     Raises:
-        NoImages: a folder or a pattern holds none, or the list cannot be read.
+        UnusableInputs: a folder or a pattern holds none, the list cannot be read, or a request id is given for several.
     """
     defaults = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
-    if selection.input_list is not None:
-        return _of_list(selection.input_list, defaults)
     if len(selection.paths) == 1 and not _stands_for_several(selection.paths[0]):
         return Inputs([_item({**fields, "image_path": selection.paths[0]}, defaults)], total=1, single=True)
+    if fields.get("request_id") is not None:
+        raise UnusableInputs("--request-id is for one image; leave it out, and each image gets an id of its own.")
+    if selection.input_list is not None:
+        return _of_list(selection.input_list, defaults)
     paths = find_images(selection.paths, recursive=selection.recursive, output_dir=str(defaults["output_dir"]))
     items = [_lasting_item({**fields, "image_path": path}, defaults) for path in paths]
     return Inputs(items, total=len(items), single=False)
@@ -77,7 +79,7 @@ def find_images(paths: Sequence[str], *, recursive: bool, output_dir: str) -> li
     What this service wrote into `output_dir` is left out of folders and globs.
 
     Raises:
-        NoImages: a folder or a pattern holds none, or cannot be read.
+        UnusableInputs: a folder or a pattern holds none, or cannot be read.
     """
     outputs = Path(output_dir).resolve()
     found: dict[str, None] = {}
@@ -88,7 +90,7 @@ def find_images(paths: Sequence[str], *, recursive: bool, output_dir: str) -> li
         with _readable(path):
             images = [file for file in _matching(path, recursive=recursive) if not _is_output(file, outputs)]
         if not images:
-            raise NoImages(_nothing_in(path, recursive=recursive))
+            raise UnusableInputs(_nothing_in(path, recursive=recursive))
         found.update(dict.fromkeys(map(str, images)))
     return list(found)
 
@@ -141,7 +143,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as exc:
-        raise NoImages(f"Cannot read {name} ({getattr(exc, 'strerror', None) or exc})") from exc
+        raise UnusableInputs(f"Cannot read {name} ({getattr(exc, 'strerror', None) or exc})") from exc
 
 
 def _items_of_lines(name: str, lines: Iterable[bytes] | BinaryIO, defaults: Mapping[str, Any]) -> Iterator[Item]:

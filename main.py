@@ -1,7 +1,8 @@
 """The command line: parses, wires and exits.
 
-Exit status: 0 success, 1 an error response or a worker that is not alive, 2 wrong usage or a setting that cannot be used, 3
-the service cannot start or cannot go on, or its response cannot be written, 130 interrupted (143 by SIGTERM).
+Exit status: 0 success, 1 an error response, a worker that is not alive or an installation that does not work, 2 wrong usage or
+a setting that cannot be used, 3 the service cannot start or cannot go on, or its response cannot be written, 130 interrupted
+(143 by SIGTERM).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from command import (
 from config import Settings, SettingsError, origins_of, usable_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, KafkaFailed, SetupError, one_line
-from inputs import NoImages
+from inputs import UnusableInputs
 from logs import LogStyle, configure_logging, get_logger, log_style
 from options import CONTEXT, EPILOG, all_options
 from selection import ImageSelection, RunOptions
@@ -106,13 +107,13 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     selection = ImageSelection((*given["image_path"], *given["paths"]), given["recursive"], given["input_list"])
     if not selection.paths and selection.input_list is None:
         raise click.UsageError("Standalone mode needs --image_path FILE, or --input-list FILE.")
-    if given["request_id"] is not None and (len(selection.paths) > 1 or selection.input_list is not None):
-        raise click.UsageError("--request-id is for one image; leave it out, and each image gets an id of its own.")
+    if selection.paths and selection.input_list is not None:
+        raise click.UsageError("Images come from --image_path or from --input-list, not from both.")
     fields = {name: given[name] for name in ("request_id", *REQUEST_OPTIONS)}
     options = RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
     try:
         sys.exit(standalone.run(settings, selection, fields, options, style))
-    except NoImages as exc:
+    except UnusableInputs as exc:
         fail(str(exc), EXIT_WRONG_USAGE)
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
@@ -137,7 +138,7 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
 def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> NoReturn:
     """Doctor mode: what of the installation works, even where settings cannot be used; nothing else on standard output."""
     import doctor
-    from doctor_report import encodable
+    from doctor.report import encodable
 
     encoding = sys.stdout.encoding
     try:

@@ -1,6 +1,7 @@
 """What the service counts and measures, for Prometheus; one registry for the process, `prometheus_client`'s own.
 
-Names follow https://prometheus.io/docs/practices/naming: seconds, and `_total` for what only grows. docs/operating.md lists them.
+Names follow https://prometheus.io/docs/practices/naming: seconds, and `_total` for what only grows.
+docs/operating.md lists them.
 """
 
 from __future__ import annotations

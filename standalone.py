@@ -157,7 +157,7 @@ def run(
     Returns the exit status.
 
     Raises:
-        NoImages: there is nothing to encode.
+        UnusableInputs: there is nothing to encode.
         SetupError: the service cannot start.
         OutputFailed: a response cannot be written.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
@@ -27,12 +29,22 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("project")
 
 
+# The tests start a hundred processes: what one of them compiles, the others need not.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with random VAEs of the real architectures: SD-style KL, a TAESD pair, full-size Wan 2.1."""
-    folder = tmp_path_factory.mktemp("models")
-    stock("make-vaes", folder, "kl", "taesd", "wan")
-    return folder
+    """A model folder with random VAEs of the real architectures: SD-style KL, a TAESD pair, full-size Wan 2.1.
+
+    pytest-xdist's processes make them once, in the folder that their temporary folders are in, and link them into their own.
+    """
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "random-vaes"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            stock("make-vaes", made, "kl", "taesd", "wan")
+    return Path(shutil.copytree(made, base / "models", copy_function=os.link))
 
 
 @pytest.fixture(scope="session")

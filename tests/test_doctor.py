@@ -16,15 +16,17 @@ import click
 import pytest
 import torch
 
-import doctor_machine
+import doctor.machine
 from config import Settings, load_settings, origins_of, usable_settings
-from doctor_check import Check, Examine, Installation, State, guarded, tick
-from doctor_comfyui import check_nodes, check_tree
-from doctor_machine import check_allowed_folders, check_device, check_memory, check_output_dir, check_python, check_torch
-from doctor_models import check_models
-from doctor_network import check_http_port, check_kafka
-from doctor_report import as_text, encodable, worst
-from doctor_settings import check_env_file, check_faults, check_set
+from doctor.check import Check, Examine, Installation, State, guarded, tick
+from doctor.comfyui import check_nodes, check_tree
+from doctor.folders import check_allowed_folders, check_output_dir
+from doctor.machine import check_memory, check_python
+from doctor.models import check_models
+from doctor.network import check_http_port, check_kafka
+from doctor.report import as_text, encodable, worst
+from doctor.settings import check_env_file, check_faults, check_set
+from doctor.torch_and_device import check_device, check_torch
 from errors import SetupError
 from health import Health
 from http_server import http_server
@@ -129,19 +131,12 @@ def test_full_disk_is_a_cross(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     code = (
-        "from config import *; from doctor_check import *; from doctor_machine import check_output_dir; "
+        "from config import *; from doctor.check import *; from doctor.folders import check_output_dir; "
         f"settings = load_settings({{'output_dir': '{disk}'}}); "
         "print([(check.name, check.state.value) for check in check_output_dir(Installation(settings, origins_of({})))])"
     )
-    prefix = [
-        "unshare",
-        "--mount",
-        "--map-root-user",
-        "sh",
-        "-c",
-        f"mount -t tmpfs -o size=16k tmpfs '{disk}' && \"$@\"",
-        "sh",
-    ]
+    mount = f"mount -t tmpfs -o size=16k tmpfs '{disk}' && \"$@\""
+    prefix = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh"]
     if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("this system lets nobody mount a small disk in a namespace of their own")
     command = [*prefix, sys.executable, "-c", code]
@@ -149,17 +144,29 @@ def test_full_disk_is_a_cross(tmp_path: Path) -> None:
     assert done.stdout == "[('output folder', 'tick'), ('output disk', 'cross')]\n", done.stderr
 
 
-def test_check_that_fails_itself_is_a_cross_and_stops_no_other(settings: Settings) -> None:
+def node_package_that_exits(_: Installation) -> Iterator[Check]:
+    yield tick("first", "fine")
+    raise SystemExit("a node package ended the process")
+
+
+def test_check_that_fails_itself_is_a_cross(settings: Settings) -> None:
     """What it found before stands; foreign code that exits is no exception to that."""
-
-    def failing(_: Installation) -> Iterator[Check]:
-        yield tick("first", "fine")
-        raise SystemExit("a node package ended the process")
-
-    first, second = examined(lambda installation: guarded("nodes", failing, installation), settings)
+    place = f"{__name__}.{node_package_that_exits.__name__}"
+    first, second = examined(lambda installation: guarded("nodes", place, installation), settings)
     assert (first.name, first.state) == ("first", TICK)
     assert (second.name, second.state) == ("nodes", CROSS)
     assert "SystemExit: a node package ended the process" in second.found
+
+
+def test_torch_that_cannot_be_imported_stops_no_other_check(tmp_path: Path, run_main: RunMain) -> None:
+    """Half of an installation, as an interrupted pip leaves it."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    done = run_main("--mode", "doctor", "--json", env={"PYTHONPATH": str(tmp_path), "HTTP_PORT": "0"})
+    assert (done.returncode, done.stderr) == (1, "")
+    checks = json.loads(done.stdout)["checks"]
+    states = {check["name"]: check["state"] for check in checks}
+    assert (states["torch"], states["python"], states["defaults"], states["http port"]) == ("cross", "tick", "tick", "tick")
+    assert any("OSError: libcudart.so.13: cannot open shared object file" in check["found"] for check in checks)
 
 
 def test_python_and_torch_of_this_machine_are_fine(settings: Settings) -> None:
@@ -183,12 +190,12 @@ def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Sett
 def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit below what the encode needs is a warning; more megapixels need more."""
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(doctor_machine, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(doctor.machine, "CGROUP_LIMIT", limit)
     limit.write_text("1000000000\n")
     (check,) = examined(check_memory, settings)
-    assert (check.state, check.found) == (WARNING, "1.0 GB available; MEGAPIXELS=0.02 takes about 1.4 GB to encode")
+    assert (check.state, check.found) == (WARNING, "1.0 GB available; MEGAPIXELS=0.02 takes about 1.4 GB to encode on a CPU")
     (check,) = examined(check_memory, changed(settings, megapixels=16.0))
-    assert check.found.endswith("about 4.4 GB to encode")
+    assert check.found.endswith("about 4.4 GB to encode on a CPU")
 
 
 def test_output_folder_that_is_not_there_is_not_made(settings: Settings, tmp_path: Path) -> None:

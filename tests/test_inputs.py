@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from inputs import OUR_PICTURES, Inputs, NoImages, Refusal, find_images, inputs_of
+from inputs import OUR_PICTURES, Inputs, Refusal, UnusableInputs, find_images, inputs_of
 from models import EncodeRequest
 from output_files import output_files
 from selection import ImageSelection
@@ -91,7 +91,7 @@ def test_own_pictures_are_no_input(photos: Path) -> None:
 def test_nothing_to_encode_is_said(selection: ImageSelection, words: str, photos: Path) -> None:
     """With what was looked for, before anything is encoded."""
     assert photos.is_dir()
-    with pytest.raises(NoImages, match=words):
+    with pytest.raises(UnusableInputs, match=words):
         inputs_of(selection, {}, DEFAULTS)
 
 

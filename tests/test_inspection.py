@@ -23,11 +23,11 @@ from PIL import Image
 
 import inspection
 from config import Settings
-from findings import Inspection, LatentSpace, channel_statistics, files_of
 from geometry import Size, latent_crop
-from inspection_page import HISTOGRAM_WIDTH, histogram
-from inspection_pictures import fitting_crop
-from inspection_text import drawing, printable
+from inspection.findings import Inspection, LatentSpace, channel_statistics, files_of
+from inspection.page import HISTOGRAM_WIDTH, histogram
+from inspection.pictures import fitting_crop
+from inspection.text import drawing, printable
 from latent_files import SUFFIXES, latent_bytes
 from models import LatentFormat, SuccessResponse
 from service import LatentEncoder

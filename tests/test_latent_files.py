@@ -34,7 +34,6 @@ NOT_IN_HEADER = {
     *("timings_ms", "timestamp", "processing_time_ms"),  # another time each time
     *("latent_sha256", "preview_sha256", "roundtrip"),  # not known before the latent is written
     "fingerprint",  # of where the files are, too
-    "latent_space",
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import click
 
-from doctor_check import Check, State
+from doctor.check import Check, State
 
 MARKS = {State.TICK: "✓", State.WARNING: "!", State.CROSS: "✗"}
 COLOURS = {State.TICK: "green", State.WARNING: "yellow", State.CROSS: "red"}

@@ -22,10 +22,10 @@ import colours
 from access import AllowedFolders
 from config import Settings
 from errors import LatentUnreadable, RequestError
-from findings import Inspection, inspect_latent
-from inspection_pictures import Painter
-from inspection_text import as_json as json_line
-from inspection_text import as_text, drawing, printable, unreadable_as_json
+from inspection.findings import Inspection, inspect_latent
+from inspection.pictures import Painter
+from inspection.text import as_json as json_line
+from inspection.text import as_text, drawing, printable, unreadable_as_json
 from output_files import StagedFiles, open_output_folder
 
 EXIT_PROBLEM = 1
@@ -110,7 +110,7 @@ class Inspector:
 
     def _page(self, inspection: Inspection) -> tuple[Path | None, str | None]:
         """Where the page was written, or why it was not."""
-        from inspection_page import as_page  # jinja2 is for pages alone
+        from inspection.page import as_page  # jinja2 is for pages alone
 
         latent = inspection.files.latent
         place = self._place(latent.with_name(f"{latent.name}.html"))

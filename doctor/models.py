@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from comfy_runtime import ComfyRuntime
-from doctor_check import Check, Installation, cross, tick, warning
+from doctor.check import Check, Installation, cross, tick, warning
 from errors import SetupError, one_line
 from setup.download_vae import CHUNK_BYTES, QWEN_IMAGE_VAE
 from vae import TRIAL_VAE
@@ -89,9 +89,7 @@ def _default_vae(runtime: ComfyRuntime, name: str) -> Check:
     if runtime.vae_files(name) is None:
         similar = difflib.get_close_matches(name, runtime.vae_names(), n=1, cutoff=SIMILAR)
         suggestion = f"Did you mean {similar[0]}? " if similar else ""
-        advice = (
-            f"{suggestion}{_download(name)}Set VAE_MODEL_NAME to a file that is there, or MODEL_DIR to the folder that has it."
-        )
+        advice = f"{suggestion}{_download(name)}Or name another with VAE_MODEL_NAME, or its folder with MODEL_DIR."
         return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice)
     if name == TRIAL_VAE:
         advice = f"Run ./setup_comfyui.sh --download-vae and set VAE_MODEL_NAME={QWEN_IMAGE_VAE.name} for ones that do."

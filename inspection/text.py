@@ -11,7 +11,7 @@ import click
 import torch
 from PIL import Image
 
-from findings import Channel, Inspection
+from inspection.findings import Channel, Inspection
 from models import Metadata
 
 UPPER_HALF = "▀"  # the foreground colours the upper half of a cell, the background the lower: two pixels

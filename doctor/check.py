@@ -1,18 +1,22 @@
-"""What a check of the installation is: what it looks at, and what it says."""
+"""What a check of the installation is: what it looks at, and what it says.
+
+Nothing that may be missing or broken is imported here: torch is among what is examined.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-
-from comfy_runtime import ComfyRuntime
 from config import Settings
 from errors import LatentEncoderError, SetupError, one_line
-from service import LatentEncoder
+
+if TYPE_CHECKING:
+    from comfy_runtime import ComfyRuntime
 
 
 class State(StrEnum):
@@ -70,6 +74,8 @@ class Installation:
     @property
     def missing_device(self) -> str | None:
         """Why the device that is asked for cannot be had; None where it can."""
+        import torch
+
         if self.settings.device == "cuda" and not torch.cuda.is_available():
             return f"DEVICE=cuda, but torch {torch.__version__} finds no CUDA device"
         return None
@@ -80,6 +86,8 @@ class Installation:
 
         On any device where the one that is asked for is missing: that is another check's to say, and not to keep this one.
         """
+        from service import LatentEncoder
+
         settings = self.settings.model_copy(update={"device": "auto"} if self.missing_device else {})
         try:
             return LatentEncoder.set_up(settings).runtime
@@ -90,11 +98,15 @@ class Installation:
 Examine = Callable[[Installation], Iterator[Check]]
 
 
-def guarded(name: str, examine: Examine, installation: Installation) -> Iterator[Check]:
-    """The checks that `examine` makes. Whatever it raises is a cross of that name, and no other check is kept from running."""
+def guarded(name: str, place: str, installation: Installation) -> Iterator[Check]:
+    """The checks that the function at `place`, its module and name, makes.
+
+    Whatever it raises is a cross of that name, imports included, and keeps no other check from running.
+    """
+    module, _, function = place.rpartition(".")
     try:
+        examine: Examine = getattr(importlib.import_module(module), function)
         yield from examine(installation)
     except (Exception, SystemExit) as exc:  # custom nodes have been seen to exit
-        yield cross(
-            name, f"the check itself failed: {type(exc).__name__}: {one_line(exc)}", "Please report it, with this line."
-        )
+        advice = "Run ./setup_comfyui.sh, which installs what is missing; where that does not help, report it with this line."
+        yield cross(name, f"it cannot be examined: {type(exc).__name__}: {one_line(exc)}", advice)

@@ -10,7 +10,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from config import Settings, SettingsError
-from doctor_check import Check, Installation, State, cross_of, tick, warning
+from doctor.check import Check, Installation, State, cross_of, tick, warning
 from errors import KafkaFailed
 from http_server import ask
 from kafka_config import admin_properties, make_client

@@ -14,9 +14,9 @@ from access import ANYWHERE
 from comfy_runtime import ComfyRuntime, load_runtime
 from config import Settings
 from errors import ImageInvalid, ImageNotFound, SetupError
-from findings import Inspection
 from geometry import Box, Size, latent_crop
 from images import PILLOW_LOCK, ImageLimits, read_image
+from inspection.findings import Inspection
 from output_files import png_bytes
 from preview import latent_picture, preview_image
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from config import PROJECT_DIR
-from findings import Inspection
-from inspection_text import metadata_rows, number_text, printable, space_text
+from inspection.findings import Inspection
+from inspection.text import metadata_rows, number_text, printable, space_text
 from output_files import png_bytes
 
 if TYPE_CHECKING:
-    from inspection_pictures import Painter
+    from inspection.pictures import Painter
 
 BINS = 48
 HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 240, 60  # of the drawing's own units; the page scales it
@@ -45,7 +45,7 @@ class Histogram:
 def as_page(inspection: Inspection, painter: Painter) -> str:
     """The page. Whatever the metadata and the names hold appears in it as text."""
     environment = Environment(
-        loader=FileSystemLoader(PROJECT_DIR / "templates"),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -53,7 +53,7 @@ def as_page(inspection: Inspection, painter: Painter) -> str:
     )
     environment.filters.update(number=number_text, printable=printable)
     low, high = value_range(inspection.latent)
-    return environment.get_template("inspection.html").render(
+    return environment.get_template("page.html").render(
         found=inspection,
         name=printable(inspection.files.latent.name),
         space=space_text(inspection),

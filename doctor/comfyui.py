@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from comfy_runtime import NODE_IDS, ComfyRuntime
-from doctor_check import Check, Installation, cross_of, tick, warning
+from doctor.check import Check, Installation, cross_of, tick, warning
 from errors import SetupError
 from setup.fill_comfyui import RELEASES, source_of, wrong_files
 from utils import TESTED_RELEASES, find_path

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import Settings, env_file_variables
-from doctor_check import Check, Installation, cross, tick, warning
+from doctor.check import Check, Installation, cross, tick, warning
 
 SIMILAR = 0.8  # of difflib's ratio: a letter too many, too few or another
 
