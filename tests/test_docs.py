@@ -294,9 +294,8 @@ def test_map_of_the_code_has_every_module() -> None:
     table = section(PAGES["docs/code-map.md"].text, "Modules")
     cells = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
     listed = [name for cell in cells for name in re.findall(r"`(\S+)`", cell)]
-    found = {module.name for name in listed for module in PROJECT.glob(name)}
-    assert found == {module.name for module in PROJECT.glob("*.py")}
-    assert [name for name in listed if not any(PROJECT.glob(name))] == []
+    assert {module.name for module in PROJECT.glob("*.py")} <= set(listed)
+    assert [name for name in listed if not (PROJECT / name).exists()] == []
 
 
 @pytest.mark.parametrize("name", PAGES)
