@@ -156,9 +156,10 @@ def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str
     environment = clean_environment() | {
         "VENV": sys.prefix,
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
-        "MODEL_DIR": str(project / "comfyui" / "models"),
         "HF_ENDPOINT": hub,
     }
+    if any("--download-vae" in step.text for step in steps):  # or it would be searched in the folder that is linked to
+        environment["MODEL_DIR"] = str(project / "comfyui" / "models")
     if any(map(sign_of, steps)):
         environment |= {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{broker_port}", "HTTP_PORT": f"{http_port}"}
     command = ["bash", "-c", pages.program([command_of(step, broker_port) for step in steps])]
