@@ -156,9 +156,10 @@ def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str
     environment = clean_environment() | {
         "VENV": sys.prefix,
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
-        "MODEL_DIR": str(project / "comfyui" / "models"),
         "HF_ENDPOINT": hub,
     }
+    if any("--download-vae" in step.text for step in steps):  # or it would be searched in the folder that is linked to
+        environment["MODEL_DIR"] = str(project / "comfyui" / "models")
     if any(map(sign_of, steps)):
         environment |= {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{broker_port}", "HTTP_PORT": f"{http_port}"}
     command = ["bash", "-c", pages.program([command_of(step, broker_port) for step in steps])]
@@ -294,9 +295,8 @@ def test_map_of_the_code_has_every_module() -> None:
     table = section(PAGES["docs/code-map.md"].text, "Modules")
     cells = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
     listed = [name for cell in cells for name in re.findall(r"`(\S+)`", cell)]
-    found = {module.name for name in listed for module in PROJECT.glob(name)}
-    assert found == {module.name for module in PROJECT.glob("*.py")}
-    assert [name for name in listed if not any(PROJECT.glob(name))] == []
+    assert {module.name for module in PROJECT.glob("*.py")} <= set(listed)
+    assert [name for name in listed if not (PROJECT / name).exists()] == []
 
 
 @pytest.mark.parametrize("name", PAGES)
