@@ -32,8 +32,8 @@ CONTEXT = cloup.Context.settings(
 )
 
 EPILOG = """
-Defaults come from environment variables or from a file named .env, and there are a few settings more: README.md lists
-them. Options win over the environment, the environment over .env.
+Defaults come from environment variables or from a file named .env, and there are a few settings more:
+docs/configuration.md lists them. Options win over the environment, the environment over .env.
 """
 
 

@@ -88,7 +88,7 @@ def _default_vae(runtime: ComfyRuntime, name: str) -> Check:
     if runtime.vae_files(name) is None:
         similar = closest(name, runtime.vae_choices(), FILE_NAMES)
         suggestion = f"Did you mean {similar}? " if similar else ""
-        advice = f"{suggestion}{_download(name)}Or name another with VAE_MODEL_NAME, or its folder with MODEL_DIR."
+        advice = f"{suggestion}{_download(name)}VAE_MODEL_NAME names another one, MODEL_DIR a folder to look in."
         return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice)
     if name == TRIAL_VAE:
         advice = f"Run ./setup_comfyui.sh --download-vae and set VAE_MODEL_NAME={QWEN_IMAGE_VAE.name} for ones that do."
