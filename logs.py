@@ -63,7 +63,7 @@ def configure_logging(level: str, log_format: str, tracebacks: bool = True) -> N
             colors=colours.wanted(sys.stderr), exception_formatter=structlog.dev.plain_traceback
         )
     )
-    handler = _StderrHandler()
+    handler = StderrHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
@@ -94,7 +94,7 @@ def _without_traceback(_logger: Any, _method: str, event: MutableMapping[str, An
     return event
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
+class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stderr` is at the time, above the progress bars that are drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -10,6 +10,7 @@ bin=${VENV:-${VIRTUAL_ENV:-$PWD/.venv}}/bin
 "$bin/mypy"
 "$bin/shellcheck" setup_comfyui.sh scripts/*.sh .ci/run
 "$bin/hadolint" Dockerfile
-# Two processes: each loads ComfyUI and keeps VAEs in memory, so more would need several GB each. They share the CPUs: where
-# their OpenMP threads are more than those, they spin while they wait for each other, and a small encode takes thirty times as long.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} "$bin/python" -m pytest -n 2 --dist loadfile "$@"
+# Three processes, since the tests with a broker wait a good deal; each loads ComfyUI and keeps VAEs in memory, some GB. They share
+# the CPUs: where OpenMP's threads are more than those, they spin while they wait for each other, and a small encode takes thirty
+# times as long. The order of the files stays, so that long tests do not come last.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} "$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from config import Settings
+from logs import StderrHandler
 from service import LatentEncoder
 from tests.broker import Broker, choose
 from tests.helpers import PROJECT, TINY_VAE, Encode, RunMain, clean_environment, request_for, stock
@@ -45,6 +47,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not made.exists():
             stock("make-vaes", made, "kl", "taesd", "wan")
     return Path(shutil.copytree(made, base / "models", copy_function=os.link))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """What the command line configures when it runs in this process ends with the test."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    logging.captureWarnings(capture=False)
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if isinstance(handler, StderrHandler):
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from tests.helpers import PROJECT
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 STATUS_OF_LAST = re.compile(r"\b[Ee]xits with status (\d+)(?!:)")
 STATUS_OF_NEXT = re.compile(r"\bexits with status (\d+):\s*\Z")
-QUOTE = re.compile(r"# ([\w/]+\.py)\n")
+QUOTE = re.compile(r"# ([\w/]+\.(?:py|md))\n")
 COMMENT = re.compile(r"^#.*\n|\s+# .*$", re.MULTILINE)
 
 MARK = "@@ block"  # stands between what two blocks print
