@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import signal
@@ -29,6 +28,7 @@ from stages import Stages
 log = get_logger("latent_encoder")
 
 HELD = 3  # requests of one process: one in each stage
+DROP = signal.SIGUSR1
 END_S = 10  # seconds for a worker to write the last bytes of a file, and to end
 
 
@@ -122,14 +122,19 @@ class Processes:
         self.capacity = count * HELD
         self._report = report
         self._lock = threading.Lock()
+        self._aborted = False
         self._workers: list[Worker] = []
         self._listeners: list[threading.Thread] = []
         self._shares = [Share(settings, reuse, place, count, log_style) for place in range(count)]
 
     def start(self) -> None:
         self._workers = [_spawn(share) for share in self._shares]
-        for worker in self._workers:
-            _await_ready(worker)
+        try:
+            for worker in self._workers:
+                _await_ready(worker)
+        except SetupError:
+            self.abort()
+            raise
         self._listeners = [threading.Thread(target=self._listen, args=(worker,), daemon=True) for worker in self._workers]
         for listener in self._listeners:
             listener.start()
@@ -144,7 +149,8 @@ class Processes:
 
     def drop_unstarted(self) -> None:
         for worker in self._workers:
-            worker.process.terminate()  # which it takes as a word: see `work`
+            if (pid := worker.process.pid) is not None and worker.process.is_alive():
+                os.kill(pid, DROP)
 
     def finish(self) -> None:
         with self._lock:
@@ -155,6 +161,7 @@ class Processes:
         self._await_end()
 
     def abort(self) -> None:
+        self._aborted = True
         for worker in self._workers:
             worker.process.terminate()
         self._await_end()
@@ -172,7 +179,8 @@ class Processes:
                     del worker.requests[number]
                 self._report(number, outcome)
         except (EOFError, ConnectionError):
-            self._bury(worker)
+            if not self._aborted:
+                self._bury(worker)
 
     def _bury(self, worker: Worker) -> None:
         reason = _why_it_ended(worker.process)
@@ -214,7 +222,7 @@ def _why_it_ended(process: BaseProcess) -> str:
 def work(connection: Connection, share: Share) -> None:
     """What a worker process does: it says that it is ready (None) or why not, then takes requests and reports outcomes.
 
-    A first SIGTERM means that it forgets what it has not begun, a second one that it ends. Ctrl-C is for its parent.
+    SIGUSR1 means that it forgets what it has not begun, SIGTERM that it ends now. Ctrl-C is for its parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging(*share.log_style)
@@ -225,15 +233,8 @@ def work(connection: Connection, share: Share) -> None:
             connection.send(message)
 
     engine = InProcess(_settings_of(share), lambda *outcome: send(outcome), reuse=share.reuse)
-    signals = itertools.count(1)
-
-    def on_sigterm(*_: object) -> None:
-        if next(signals) == 1:
-            engine.drop_unstarted()
-        else:
-            _end_now(engine)
-
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(DROP, lambda *_: engine.drop_unstarted())
+    signal.signal(signal.SIGTERM, lambda *_: _end_now(engine))
     try:
         try:
             engine.start()

@@ -218,6 +218,15 @@ def test_workers_share_the_images_and_one_may_die(tmp_path: Path) -> None:
             assert len(failed) > 0
 
 
+def test_workers_that_cannot_start_end_the_run(photos: Path, tmp_path: Path) -> None:
+    """Status 3 and one line, whatever the others are at."""
+    with started(tmp_path, "--image-path", photos, "--workers", "2", "--comfyui-path", "/nowhere", *TINY) as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (3, "")
+    assert errors.startswith("Error: No ComfyUI in /nowhere: ")
+    assert errors.count("\n") == 1
+
+
 def test_progress_is_seen_on_a_terminal_alone(photos: Path, tmp_path: Path) -> None:
     """Images done, failed, speed and time left, on one line of whatever width; responses are whole lines all the same."""
     arguments = [str(PROJECT / "main.py"), "--image-path", str(photos), *TINY]
