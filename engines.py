@@ -86,7 +86,7 @@ class InProcess:
             self._report(task.number, Outcome(result, correlation_id, task.redelivered))
         else:
             error = as_request_error(result)
-            log_failure(error, request_id=request_id)
+            log_failure(error, image=task.request.image_path, request_id=request_id)
             response = ErrorResponse.of(error, request_id, datetime.now(UTC))
             self._report(task.number, Outcome(response, correlation_id))
 
@@ -225,7 +225,7 @@ def work(connection: Connection, share: Share) -> None:
     SIGUSR1 means that it forgets what it has not begun, SIGTERM that it ends now. Ctrl-C is for its parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure_logging(*share.log_style)
+    configure_logging(*share.log_style, beside_bar=True)
     sending = threading.Lock()
 
     def send(message: object) -> None:

@@ -18,6 +18,8 @@ import colours
 from config import Settings
 from errors import one_line
 
+ERASE_LINE = "\r\x1b[K"
+
 AT_THE_DESK = ("standalone", "inspect", "doctor")  # the modes that a person waits for
 
 
@@ -50,10 +52,11 @@ def get_logger(name: str) -> FilteringBoundLogger:
     return logger
 
 
-def configure_logging(level: str, log_format: str, tracebacks: bool = True) -> None:
+def configure_logging(level: str, log_format: str, tracebacks: bool = True, *, beside_bar: bool = False) -> None:
     """Send everything that is logged, and Python's warnings, to standard error.
 
-    `log_format` is `json` or `text`; without `tracebacks`, of an exception no more is shown than what it says.
+    `log_format` is `json` or `text`; without `tracebacks`, of an exception no more is shown than what it says. `beside_bar`
+    says that another process draws a progress bar on the same terminal.
     """
     as_json = log_format == "json"
     renderer: Processor = (
@@ -63,7 +66,7 @@ def configure_logging(level: str, log_format: str, tracebacks: bool = True) -> N
             colors=colours.wanted(sys.stderr), exception_formatter=structlog.dev.plain_traceback
         )
     )
-    handler = StderrHandler()
+    handler = StderrHandler(beside_bar)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
@@ -97,9 +100,15 @@ def _without_traceback(_logger: Any, _method: str, event: MutableMapping[str, An
 class StderrHandler(logging.StreamHandler[TextIO]):
     """Writes to what `sys.stderr` is at the time, above the progress bars that are drawn there."""
 
+    def __init__(self, beside_bar: bool) -> None:
+        super().__init__()
+        self._beside_bar = beside_bar
+
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         with _bars_cleared():
+            if self._beside_bar and self.stream.isatty():
+                self.stream.write(ERASE_LINE)  # the other process draws the bar anew soon
             super().emit(record)
 
 
