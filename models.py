@@ -220,6 +220,17 @@ class Metadata(BaseModel):
     preview_sha256: str | None = None
     roundtrip: Roundtrip | None = None
 
+    @property
+    def sha256_by_file(self) -> dict[str, str]:
+        """The digest of each file that these metadata name, by the name that `OutputFiles` has for it."""
+        digests = {
+            "latent": self.latent_sha256,
+            "scaled_image": self.scaled_image_sha256,
+            "preview": self.preview_sha256,
+            "roundtrip": self.roundtrip.image_sha256 if self.roundtrip else None,
+        }
+        return {name: sha256 for name, sha256 in digests.items() if sha256 is not None}
+
 
 class SuccessResponse(BaseModel):
     """The answer to a request that gave a latent. Paths are absolute; `latent_shape` is `[batch, channels, height, width]`."""

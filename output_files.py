@@ -52,6 +52,13 @@ class OutputFiles:
     def folder(self) -> Path:
         return self.latent.parent
 
+    @classmethod
+    def of(cls, latent: Path) -> OutputFiles:
+        """The files that belong to a latent file, by its name: `latent_X.pt` has `preview_X.png`."""
+        unique = latent.stem.removeprefix("latent_")
+        pictures = {name: latent.with_name(f"{name}_{unique}.png") for name in ("scaled_image", "preview", "roundtrip")}
+        return cls(latent=latent, metadata=latent.with_name(f"{latent.name}.json"), **pictures)
+
 
 def output_files(output_dir: str, image_path: str, request_id: str, latent_format: LatentFormat = "pt") -> OutputFiles:
     """The files' names: `latent_<stem>_<request_id>.pt` (or its format's own suffix) and its siblings.
@@ -61,9 +68,7 @@ def output_files(output_dir: str, image_path: str, request_id: str, latent_forma
     folder = absolute(output_dir)
     limit = (_longest_name(folder) - LONGEST_FRAME) // 2
     unique = f"{safe_name(Path(image_path).stem, limit)}_{safe_name(request_id, limit)}"
-    latent = folder / f"latent_{unique}{SUFFIXES[latent_format]}"
-    pictures = {name: folder / f"{name}_{unique}.png" for name in ("scaled_image", "preview", "roundtrip")}
-    return OutputFiles(latent=latent, metadata=Path(f"{latent}.json"), **pictures)
+    return OutputFiles.of(folder / f"latent_{unique}{SUFFIXES[latent_format]}")
 
 
 def safe_name(text: str, limit: int) -> str:

@@ -417,13 +417,8 @@ def _stored(files: OutputFiles, allowed: AllowedFolders) -> tuple[Metadata | Non
         with allowed.open_folder(str(files.folder)) as descriptor:
             folder = OutputFolder(files.folder, descriptor)
             metadata = Metadata.model_validate_json(folder.read(files.metadata.name))
-            stated = {
-                files.latent: metadata.latent_sha256,
-                files.scaled_image: metadata.scaled_image_sha256,
-                files.preview: metadata.preview_sha256,
-                files.roundtrip: metadata.roundtrip and metadata.roundtrip.image_sha256,
-            }
-            return metadata, frozenset(path for path, sha256 in stated.items() if sha256 and _has(folder, path.name, sha256))
+            stated: dict[Path, str] = {getattr(files, name): sha256 for name, sha256 in metadata.sha256_by_file.items()}
+            return metadata, frozenset(path for path, sha256 in stated.items() if _has(folder, path.name, sha256))
     except (OSError, ValidationError):
         return None, frozenset()  # not there, or of another version: then the request is encoded
 

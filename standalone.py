@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from batch import Batch, Engine, Outcome, Report
+from command import EXIT_ERROR_RESPONSE
 from config import Settings
 from errors import LatentEncoderError
 from inputs import Inputs, inputs_of
@@ -27,8 +28,6 @@ from selection import ImageSelection, RunOptions
 STDOUT, STDERR = 1, 2  # file descriptors
 
 BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {rate_fmt}, {remaining} left"
-
-EXIT_ERROR_RESPONSE = 1
 
 log = get_logger("latent_encoder")
 

@@ -102,7 +102,7 @@ def inspect_latent(path: Path) -> Inspection:
         LatentUnreadable: it cannot be read as a latent.
     """
     latent, latent_format = read_latent_file(path)
-    files = files_of(path)
+    files = OutputFiles.of(path)
     metadata, note = read_metadata(files.metadata)
     return Inspection(
         files=files,
@@ -114,13 +114,6 @@ def inspect_latent(path: Path) -> Inspection:
         checks=() if metadata is None else tuple(check_hashes(files, metadata)),
         space=latent_space(metadata, latent.shape[1]),
     )
-
-
-def files_of(latent: Path) -> OutputFiles:
-    """The files that belong to a latent file, by its name: `latent_X.pt` has `preview_X.png`."""
-    unique = latent.stem.removeprefix("latent_")
-    pictures = {name: latent.with_name(f"{name}_{unique}.png") for name in ("scaled_image", "preview", "roundtrip")}
-    return OutputFiles(latent=latent, metadata=latent.with_name(f"{latent.name}.json"), **pictures)
 
 
 def channel_statistics(latent: torch.Tensor) -> list[Channel]:
@@ -154,16 +147,8 @@ def read_metadata(path: Path) -> tuple[Metadata | None, str | None]:
 
 def check_hashes(files: OutputFiles, metadata: Metadata) -> list[HashCheck]:
     """Compare every file that the metadata names with its SHA-256."""
-    named = {
-        "latent": metadata.latent_sha256,
-        "scaled_image": metadata.scaled_image_sha256,
-        "preview": metadata.preview_sha256,
-        "roundtrip": metadata.roundtrip.image_sha256 if metadata.roundtrip else None,
-    }
-    paths = {name: getattr(files, name) for name in named}
-    return [
-        HashCheck(name, paths[name], _compare(paths[name], sha256)) for name, sha256 in named.items() if sha256 is not None
-    ]
+    paths: dict[str, Path] = {name: getattr(files, name) for name in metadata.sha256_by_file}
+    return [HashCheck(name, paths[name], _compare(paths[name], sha256)) for name, sha256 in metadata.sha256_by_file.items()]
 
 
 def _compare(path: Path, sha256: str) -> HashState:

@@ -24,12 +24,13 @@ from PIL import Image
 import inspection
 from config import Settings
 from geometry import Size, latent_crop
-from inspection.findings import Inspection, LatentSpace, channel_statistics, files_of
+from inspection.findings import Inspection, LatentSpace, channel_statistics
 from inspection.page import HISTOGRAM_WIDTH, histogram
 from inspection.pictures import fitting_crop
 from inspection.text import drawing, printable
 from latent_files import SUFFIXES, latent_bytes
 from models import LatentFormat, SuccessResponse
+from output_files import OutputFiles
 from service import LatentEncoder
 from tests.helpers import PROJECT, Encode, RunMain, load_latent, request_for
 
@@ -94,7 +95,7 @@ def test_a_sound_latent(latent: Path, encoded: SuccessResponse, run_main: RunMai
         "scaled_image_photo_test.png",
     ]
     assert "\x1b" not in done.stdout
-    with Image.open(files_of(latent).preview) as preview:
+    with Image.open(OutputFiles.of(latent).preview) as preview:
         preview.load()
 
 
@@ -204,8 +205,8 @@ def test_unusable_metadata_is_said_and_no_error(text: str, words: str, latent: P
 def test_what_differs_or_is_missing_is_status_1(encode: Encode, inspect: Inspect) -> None:
     """A line on standard error for each, and the sound one is shown too."""
     changed, gone, sound = (Path(encode("photo.jpg", request_id=name).latent_file_path) for name in ("a", "b", "c"))
-    Image.new("RGB", (9, 9)).save(files_of(changed).scaled_image)
-    files_of(gone).scaled_image.unlink()
+    Image.new("RGB", (9, 9)).save(OutputFiles.of(changed).scaled_image)
+    OutputFiles.of(gone).scaled_image.unlink()
     done = inspect(changed, gone, sound, as_json=True)
     found = [json.loads(line) for line in done.out.splitlines()]
     assert done.status == 1
@@ -260,7 +261,7 @@ def test_files_that_are_no_latents(tmp_path: Path, latent: Path, inspect: Inspec
 def test_preview_has_the_covered_part_of_the_image_at_its_left(encode: Encode, inspect: Inspect) -> None:
     """Without metadata too: what the latent covers follows from the sizes."""
     response = encode("astronaut_masked.png", megapixels=0.021)
-    files = files_of(Path(response.latent_file_path))
+    files = OutputFiles.of(Path(response.latent_file_path))
     files.metadata.unlink()
     assert inspect(files.latent).status == 0
     with Image.open(files.preview) as preview, Image.open(files.scaled_image) as scaled:
@@ -280,13 +281,13 @@ def test_crop_follows_from_the_sizes(width: int, height: int, factor: int) -> No
 
 
 def inspection_of(latent: torch.Tensor) -> Inspection:
-    files, space = files_of(Path("latent_x.pt")), LatentSpace(None, guessed=False)
+    files, space = OutputFiles.of(Path("latent_x.pt")), LatentSpace(None, guessed=False)
     return Inspection(files, "pt", latent, (), metadata=None, metadata_note=None, checks=(), space=space)
 
 
 def test_image_of_another_latent_is_left_out(latent: Path, inspect: Inspect) -> None:
     """The latent's picture stands alone then."""
-    files = files_of(latent)
+    files = OutputFiles.of(latent)
     files.metadata.unlink()
     Image.new("RGB", (40, 300)).save(files.scaled_image)
     assert inspect(files.latent).status == 0
@@ -297,7 +298,7 @@ def test_image_of_another_latent_is_left_out(latent: Path, inspect: Inspect) -> 
 
 def test_whole_preview_is_left_and_a_damaged_one_written_anew(latent: Path, inspect: Inspect) -> None:
     """No more than its file is judged, where the metadata does not name it."""
-    files = files_of(latent)
+    files = OutputFiles.of(latent)
     Image.new("RGB", (5, 5)).save(files.preview)
     whole = files.preview.read_bytes()
     inspect(files.latent)
@@ -340,7 +341,7 @@ def test_without_comfyui_all_but_the_pictures_is_there(tmp_path: Path, encode: E
     assert warning.startswith("Warning: No pictures of latents")
     assert "No ComfyUI in" in warning
     assert len(parsed(found[0]["page"]).sources) == 1
-    assert not files_of(latents[0]).preview.exists()
+    assert not OutputFiles.of(latents[0]).preview.exists()
 
 
 class Page(HTMLParser):
@@ -413,7 +414,7 @@ def test_pictures_of_the_encoder_are_checked_shown_and_made_again(
     with_pictures = LatentEncoder(settings.model_copy(update={"preview": True, "roundtrip": True}), encoder.runtime)
     response = with_pictures.encode(request_for(settings, tmp_path, "astronaut_masked.png", {"megapixels": 0.021}))
     latent = Path(response.latent_file_path)
-    files_of(latent).preview.unlink()
+    OutputFiles.of(latent).preview.unlink()
     first, second = (inspect(latent, html=True, as_json=True) for _ in range(2))
     others = {"latent": "ok", "scaled_image": "ok", "roundtrip": "ok"}
     assert (first.status, json.loads(first.out)["hashes"]) == (1, {**others, "preview": "missing"})
