@@ -19,6 +19,9 @@ COMFYUI = PROJECT / "comfyui"
 IMAGES = PROJECT / "tests" / "fixtures" / "test_images"
 TINY_VAE = "tiny_qwen_vae.safetensors"
 
+PATIENCE_S = 240.0
+"""How long a test waits for what must happen. It tells what hangs; a busy machine may be ten times as slow as an idle one."""
+
 
 RunMain = Callable[..., "subprocess.CompletedProcess[str]"]
 Encode = Callable[..., Any]

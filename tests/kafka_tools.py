@@ -26,9 +26,8 @@ from config import Settings
 from kafka_handler import KafkaHandler
 from kafka_records import Headers, Incoming
 from service import LatentEncoder
-from tests.helpers import IMAGES, PROJECT, TINY_VAE, clean_environment
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, clean_environment
 
-PATIENCE_S = 60.0
 SECONDS_LONG = {"image_path": str(IMAGES / "astronaut.png"), "megapixels": 3.5}  # a request that takes some, with the tiny VAE
 QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
 

@@ -26,6 +26,7 @@ from tests.broker.interface import wait_for_answer
 from tests.broker.maven import java_and_maven_are_here
 from tests.broker.ports import free_ports, is_free
 from tests.broker.process import Process
+from tests.helpers import PATIENCE_S
 
 PROJECT = Path(__file__).resolve().parent.parent
 needs_java = pytest.mark.skipif(not java_and_maven_are_here(), reason="needs Java 17 or newer and Maven")
@@ -106,7 +107,7 @@ def login(broker: ApacheKafka, mechanism: str, password: str) -> Configuration:
 
 
 def wait_until_free(port: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not is_free(port):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -309,7 +309,7 @@ def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings
     try:
         stages.submit(request_job(tmp_path, settings))
         wait_until(lambda: bool(reported), "the outcome")
-        wait_until(lambda: held[0]() is None, "the end of what it held", patience=10)
+        wait_until(lambda: held[0]() is None, "the end of what it held")
     finally:
         gc.enable()
         stages.close()

@@ -32,7 +32,7 @@ from latent_files import SUFFIXES, latent_bytes
 from models import LatentFormat, SuccessResponse
 from output_files import OutputFiles
 from service import LatentEncoder
-from tests.helpers import PROJECT, Encode, RunMain, load_latent, request_for
+from tests.helpers import PATIENCE_S, PROJECT, Encode, RunMain, load_latent, request_for
 
 
 @dataclass(frozen=True)
@@ -468,7 +468,9 @@ def test_terminal_gets_the_picture_in_colours(latent: Path, encoded: SuccessResp
     environment = {**os.environ, "TERM": "xterm-256color"}
     environment.pop("NO_COLOR", None)
     command = [str(PROJECT / "main.py"), "--mode", "inspect", str(latent)]
-    process = pexpect.spawn(sys.executable, command, env=environment, dimensions=(40, 80), encoding="utf-8", timeout=120)
+    process = pexpect.spawn(
+        sys.executable, command, env=environment, dimensions=(40, 80), encoding="utf-8", timeout=PATIENCE_S
+    )
     shown = process.read()
     process.close()
     assert process.exitstatus == 0

@@ -33,7 +33,6 @@ def assert_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
-@pytest.mark.timeout(600)
 def test_killed_worker_loses_nothing(make_bench: MakeBench, transactional: bool) -> None:
     """200 requests, five times `kill -9`: each is answered, in one transaction each exactly once; no partial file."""
     bench = make_bench(partitions=4)

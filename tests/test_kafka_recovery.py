@@ -80,7 +80,7 @@ def test_encode_longer_than_the_poll_interval(
     with bench.worker(encoder, bench.settings(settings, kafka_client_config=config)):
         bench.send({"request_id": "long", **TEN_SECONDS_LONG})
         bench.send({"request_id": "next"})
-        long, following = answers(responses, 2, patience=120)
+        long, following = answers(responses, 2)
         bench.wait_for_commit({0: 2})
     assert (long["request_id"], following["request_id"]) == ("long", "next")
     assert long["metadata"]["timings_ms"]["encode"] > 3000, "the encode was too quick to show anything"
@@ -90,7 +90,6 @@ def test_encode_longer_than_the_poll_interval(
     assert not events("partitions lost")
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
 def test_broker_that_goes_away_is_waited_for(
     own: ApacheKafka,
@@ -180,7 +179,7 @@ def test_second_signal_stops_at_once(bench: Bench) -> None:
         process.signal(signal.SIGINT)
         process.wait_for("stopping")
         process.signal(signal.SIGTERM)
-        assert process.end(patience=3) == 128 + signal.SIGTERM
+        assert process.end(patience=10) == 128 + signal.SIGTERM
         assert process.log()[-1]["event"].startswith("Error: Stopped at once by a second signal")
     assert bench.committed() == {}
     assert bench.responses.all_within(0.5) == []
@@ -192,7 +191,7 @@ def test_shutdown_that_takes_too_long_is_given_up(bench: Bench) -> None:
     with bench.process(SHUTDOWN_TIMEOUT_S="0.5") as process:
         wait_until((bench.folder / "output").exists, "the encode")
         process.signal(signal.SIGTERM)
-        assert process.end(patience=6) == 3
+        assert process.end(patience=10) == 3
         (event,) = process.events("stopped before all was answered; it will be delivered again")
         assert event["unfinished"] == 1
     assert bench.committed() == {}

@@ -27,7 +27,7 @@ from config import Settings
 from main import main
 from options import CONTEXT, all_options
 from suggestions import closest
-from tests.helpers import IMAGES, PROJECT, TINY_VAE, Encode, RunMain, clean_environment
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, Encode, RunMain, clean_environment
 
 MAIN = PROJECT / "main.py"
 PLAIN = {name: value for name, value in clean_environment().items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
@@ -43,7 +43,7 @@ def terminal(command: Sequence[str | Path], folder: Path, env: Mapping[str, str]
     words = ["setsid", "--ctty", "--wait", *map(str, command)]
     with subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env={**PLAIN, **env}):
         os.close(theirs)
-        child = fdspawn(ours, timeout=60, encoding="utf-8")
+        child = fdspawn(ours, timeout=PATIENCE_S, encoding="utf-8")
         try:
             yield child
         finally:

@@ -23,7 +23,7 @@ import standalone
 from config import Settings
 from logs import LogStyle
 from selection import ImageSelection, RunOptions
-from tests.helpers import IMAGES, PROJECT, TINY_VAE, clean_environment, load_latent
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, clean_environment, load_latent
 
 GOOD = ("astronaut.png", "grey.png", "photo.jpg")
 TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
@@ -221,7 +221,7 @@ def test_workers_share_the_images_and_one_may_die(tmp_path: Path) -> None:
 def test_workers_that_cannot_start_end_the_run(photos: Path, tmp_path: Path) -> None:
     """Status 3 and one line, whatever the others are at."""
     with started(tmp_path, "--image-path", photos, "--workers", "2", "--comfyui-path", "/nowhere", *TINY) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output) == (3, "")
     assert errors.startswith("Error: No ComfyUI in /nowhere: ")
     assert errors.count("\n") == 1
@@ -236,7 +236,7 @@ def test_progress_is_seen_on_a_terminal_alone(photos: Path, tmp_path: Path) -> N
         cwd=str(tmp_path),
         env=clean_environment(),
         dimensions=(24, 100),
-        timeout=120,
+        timeout=PATIENCE_S,
         encoding="utf-8",
     )
     screen = terminal.read()

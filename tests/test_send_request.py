@@ -13,7 +13,7 @@ import pytest
 
 from config import Settings
 from service import LatentEncoder
-from tests.helpers import IMAGES, PROJECT, clean_environment
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, clean_environment
 from tests.kafka_tools import Bench, answers
 
 MakeBench = Callable[..., Bench]
@@ -31,7 +31,9 @@ def send(bench: Bench, *arguments: str | Path) -> subprocess.CompletedProcess[st
     }
     command = [sys.executable, PROJECT / "scripts" / "send_request.py", *arguments]
     environment = clean_environment() | topics
-    return subprocess.run(command, env=environment, cwd=IMAGES, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, env=environment, cwd=IMAGES, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
 
 
 def responses(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 GIVEN = "KAFKA_TEST_BOOTSTRAP_SERVERS"
-START_TIMEOUT = 60
+START_TIMEOUT = 240
 
 
 class BrokerError(Exception):
