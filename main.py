@@ -7,10 +7,15 @@ a setting that cannot be used, 3 the service cannot start or cannot go on, or it
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # While the modules below are imported, Ctrl-C just ends the process: there is nothing to tidy up, nor to show.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -236,4 +241,5 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from config import VERSION
-from tests.helpers import IMAGES, PROJECT, TINY_VAE, RunMain, load_latent
+from tests.helpers import IMAGES, PROJECT, TINY_VAE, RunMain, clean_environment, load_latent
 
 TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
 
@@ -157,6 +157,21 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert errors.splitlines()[-1] == "Error: Interrupted."
     assert "Traceback" not in errors
     assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_interrupt_while_modules_are_imported_shows_no_traceback(tmp_path: Path) -> None:
+    """Ctrl-C in the first half second ends the process as a signal does, with nothing to read."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'cloup': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    command = [sys.executable, str(PROJECT / "main.py"), "--version"]
+    environment = clean_environment() | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def powerless() -> list[str]:
