@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -36,19 +37,27 @@ def test_workers_share_and_hand_over(
     """One joins and one leaves in the middle of the work: every request is answered once."""
     bench = make_bench(partitions=4)
     responses = bench.responses
-    for n in range(120):
-        bench.send({"request_id": f"r{n}"}, partition=n % 4)
+    expected: Counter[str] = Counter()
+
+    def second_has_worked() -> bool:
+        """Each partition has ten requests that wait, however quick the first is."""
+        for n in range(len(expected), len(responses.all_within(0.1)) + 40):
+            expected[f"r{n}"] = 1
+            bench.send({"request_id": f"r{n}"}, partition=n % 4)
+        return len(events("request answered")) >= 5
+
     with bench.process() as first:
+        assert not second_has_worked()
         responses.take(5)
         with bench.worker(encoder, bench.settings(settings)):
-            wait_until(lambda: len(events("request answered")) >= 5, "the work of the second")
+            wait_until(second_has_worked, "the work of the second")
             first.signal(signal.SIGTERM)
             assert first.end() == 0
-            responses.take(120)
-            bench.wait_for_commit(dict.fromkeys(range(4), 30))
+            responses.take(expected.total())
+            wait_until(lambda: sum(bench.committed().values()) == expected.total(), "the commits")
     assert first.events("partitions revoked")
     responses.all_within(0.5)
-    assert request_ids(responses) == {f"r{n}": 1 for n in range(120)}
+    assert request_ids(responses) == expected
 
 
 @apache_kafka
