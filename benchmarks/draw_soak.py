@@ -19,7 +19,7 @@ DPI = 110
 POINTS = 60  # at most, in a line: each is the mean of the time since the one before
 STAGES = tuple(Timings.model_fields)
 BLUE, GREEN, RED, GREY, ORANGE, PURPLE = "#1f5f8b", "#3a7d44", "#b0413e", "#8a8a8a", "#d08c2e", "#6d4c8f"
-STAGE_COLOURS = dict(zip(STAGES, (PURPLE, GREEN, ORANGE, BLUE, GREY), strict=True))
+STAGE_COLOURS = dict(zip(STAGES, (PURPLE, GREEN, ORANGE, BLUE, GREY, RED), strict=True))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,7 +76,8 @@ def _answers(axes: Any, samples: Sequence[Sample]) -> None:
 def _stages(axes: Any, samples: Sequence[Sample]) -> None:
     axes.set(title="Time of the stages, mean", ylabel="seconds")
     for stage in STAGES:
-        axes.plot(*zip(*means(samples, stage), strict=True), color=STAGE_COLOURS[stage], label=stage, linewidth=2)
+        if points := means(samples, stage):  # there is no round trip, for example, unless the worker is told to make them
+            axes.plot(*zip(*points, strict=True), color=STAGE_COLOURS[stage], label=stage, linewidth=2)
 
 
 def _waiting(axes: Any, samples: Sequence[Sample]) -> None:

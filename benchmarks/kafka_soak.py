@@ -45,7 +45,7 @@ Result = dict[str, Any]
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=20, show_default=True, help="After warming up."
 )
 @click.option("--warm-up", type=click.FloatRange(min=0), default=2, show_default=True, help="Minutes, at least.")
-@click.option("--every", type=click.FloatRange(min=0.1), default=5, show_default=True, help="Seconds between samples.")
+@click.option("--every", type=click.FloatRange(min=0.1), default=1, show_default=True, help="Seconds between samples.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the requests.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 def main(minutes: float, warm_up: float, every: float, seed: int, json_file: Path | None) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.draw_soak import STAGE_COLOURS, means
 from benchmarks.kafka_soak import bad_end, disagreements, not_flat
 from benchmarks.soak_ledger import NUMBER, Ledger
 from benchmarks.soak_requests import GOOD, KEPT, REPEATED, Expected, Generator, Planned, bad_kinds
-from benchmarks.soak_samples import Trend, total
+from benchmarks.soak_samples import Sample, Trend, total
 from errors import ErrorCode
 from kafka_records import ERROR_CODE, ORIGINAL_OFFSET, ORIGINAL_PARTITION, Incoming
+from models import Timings
 from tests.helpers import IMAGES
 
 PLACE = (2, 7)
@@ -175,3 +177,24 @@ def test_metrics_have_to_agree(ledger: Ledger, files: Path) -> None:
 def test_end_is_clean_where_all_is_committed() -> None:
     assert list(bad_end(0, 5, {0: 3, 1: 2})) == []
     assert len(list(bad_end(3, 5, {0: 3}))) == 2
+
+
+def test_stages_are_drawn_that_ran() -> None:
+    """The mean time since the sample before, in seconds; every stage has a colour of its own."""
+    samples = [
+        Sample(
+            60.0 * n,
+            0,
+            0,
+            0,
+            [
+                ("latent_encoder_stage_seconds_count", {"stage": "encode"}, 4.0 * n),
+                ("latent_encoder_stage_seconds_sum", {"stage": "encode"}, 2.0 * n),
+            ],
+        )
+        for n in range(3)
+    ]
+    assert means(samples, "encode") == [(1.0, 0.5), (2.0, 0.5)]
+    assert means(samples, "roundtrip") == []
+    assert STAGE_COLOURS.keys() == Timings.model_fields.keys()
+    assert len(set(STAGE_COLOURS.values())) == len(STAGE_COLOURS)
