@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-import threading
+import time
 from pathlib import Path
 
 import click
@@ -22,15 +22,16 @@ TOPICS = ["latent-encoder-requests", "latent-encoder-responses", "latent-encoder
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the data there for the next start.")
 def main(port: int, partitions: int, data_dir: Path | None) -> None:
     """Run a Kafka broker on this machine until Ctrl-C, with the service's topics."""
-    asked_to_stop = threading.Event()
+    signals: list[int] = []  # no Event: its lock may be held by the very wait that a signal interrupts
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked_to_stop.set())
+        signal.signal(number, lambda number, _: signals.append(number))
     try:
         with start(port, data_dir) as broker:
             create_topics(broker.bootstrap_servers, partitions)
             click.echo(f"{broker.name} at {broker.bootstrap_servers}")
-            while not asked_to_stop.wait(1):
+            while not signals:
                 broker.check()
+                time.sleep(0.5)
     except BrokerError as error:
         raise click.ClickException(str(error)) from error
 
