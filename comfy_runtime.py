@@ -20,8 +20,8 @@ import torch
 
 from errors import SetupError, one_line
 from lazy_imports import lazy_imports
+from releases import TESTED
 from utils import (
-    TESTED_RELEASES,
     add_comfyui_directory_to_sys_path,
     add_extra_model_paths,
     find_path,
@@ -96,9 +96,7 @@ def _declared_defaults(node_id: str, node_class: Any, supplied: Sequence[str]) -
     options = {name: spec[1] if len(spec) > 1 else {} for name, spec in required.items() if name not in supplied}
     without = [name for name, option in options.items() if "default" not in option]
     if without:
-        raise SetupError(
-            f"This ComfyUI's node {node_id} requires {', '.join(without)}, which has no default ({TESTED_RELEASES})."
-        )
+        raise SetupError(f"This ComfyUI's node {node_id} requires {', '.join(without)}, which has no default ({TESTED}).")
     return {name: option["default"] for name, option in options.items()}
 
 
@@ -234,10 +232,10 @@ def load_runtime(comfyui_path: Path, device: str, precision: str, custom_nodes: 
         except ModuleNotFoundError as exc:
             raise SetupError(
                 f"ComfyUI in {path} cannot be loaded: {exc}. Install what it needs with "
-                f"pip install -r {path}/requirements.txt ({TESTED_RELEASES})."
+                f"pip install -r {path}/requirements.txt ({TESTED})."
             ) from exc
         except Exception as exc:
-            raise SetupError(f"ComfyUI in {path} cannot be loaded: {one_line(exc)} ({TESTED_RELEASES}).") from exc
+            raise SetupError(f"ComfyUI in {path} cannot be loaded: {one_line(exc)} ({TESTED}).") from exc
 
 
 def _refuse_second_tree(path: Path) -> None:

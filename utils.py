@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import SetupError, one_line
-
-TESTED_RELEASES = "tested releases: 0.3.52 and 0.3.75"
+from releases import TESTED
 
 
 def get_value_at_index(output: Any, index: int) -> Any:
@@ -41,7 +40,7 @@ def find_path(comfyui_path: Path) -> Path:
     if missing:
         raise SetupError(
             f"No ComfyUI in {path}: {', '.join(missing)} missing. "
-            f"Run ./setup_comfyui.sh, or set COMFYUI_PATH to a ComfyUI checkout ({TESTED_RELEASES})."
+            f"Run ./setup_comfyui.sh, or set COMFYUI_PATH to a ComfyUI checkout ({TESTED})."
         )
     return path
 
@@ -105,7 +104,7 @@ def _find_extra_node(comfyui: Path, node_id: str) -> type:
             continue
         if node_id in classes:
             return classes[node_id]
-    raise SetupError(f"The ComfyUI tree {comfyui} has no node {node_id}: {reason} ({TESTED_RELEASES}).")
+    raise SetupError(f"The ComfyUI tree {comfyui} has no node {node_id}: {reason} ({TESTED}).")
 
 
 def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:

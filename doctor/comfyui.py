@@ -9,8 +9,9 @@ from pathlib import Path
 from comfy_runtime import NODE_IDS, ComfyRuntime
 from doctor.check import Check, Installation, cross_of, tick, warning
 from errors import SetupError
+from releases import is_tested
 from setup.fill_comfyui import RELEASES, source_of, wrong_files
-from utils import TESTED_RELEASES, find_path
+from utils import find_path
 
 PINNED = RELEASES["0.3.75"]
 GIT_TIMEOUT_S = 5
@@ -66,7 +67,7 @@ def _files(path: Path, runtime: object) -> Check:
     if not wrong:
         return tick("comfyui files", f"those of release {PINNED.version}, by their SHA-256 sums")
     version = getattr(runtime, "version", PINNED.version)
-    if version != PINNED.version and version in TESTED_RELEASES:
+    if version != PINNED.version and is_tested(version):
         return tick("comfyui files", f"release {version} by its own word, which this service is tested with too")
     names = ", ".join(wrong[:MAX_NAMES_SHOWN]) + (", …" if len(wrong) > MAX_NAMES_SHOWN else "")
     found = f"{len(wrong)} are missing or differ from release {PINNED.version}: {names}"
