@@ -36,7 +36,7 @@ from command import (
     fail,
     refuse_options_of_other_modes,
 )
-from config import Settings, SettingsError, origins_of, usable_settings
+from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of, usable_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, KafkaFailed, SetupError, one_line
 from inputs import UnusableInputs
@@ -46,7 +46,6 @@ from selection import ImageSelection, RunOptions
 from standalone import OutputFailed
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
-REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir", "latent_format")
 
 
 @cloup.command(cls=Command, epilog=EPILOG, context_settings=CONTEXT)
@@ -101,7 +100,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
 
 def settings_of(given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """The settings with what the command line says, as far as they can be used, and what is wrong with the others."""
-    settings, faults = usable_settings({name: value for name, value in given.items() if name not in REQUEST_OPTIONS})
+    settings, faults = usable_settings({name: value for name, value in given.items() if name not in REQUEST_SETTINGS})
     if settings.mode != "standalone":  # where they are not those of a request, which answers for them
         settings, faults = usable_settings(given)
     return settings, faults
@@ -114,7 +113,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
         raise click.UsageError("Standalone mode needs --image_path FILE, or --input-list FILE.")
     if selection.paths and selection.input_list is not None:
         raise click.UsageError("Images come from --image_path or from --input-list, not from both.")
-    fields = {name: given[name] for name in ("request_id", *REQUEST_OPTIONS)}
+    fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
     options = RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
     try:
         sys.exit(standalone.run(settings, selection, fields, options, style))

@@ -11,6 +11,7 @@ for each case `[image_path, vae_name, upscale_method, megapixels]` and saves sca
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -104,7 +105,8 @@ def encode(cases_file: Path, out: Path) -> None:
     for number, (image_path, vae_name, method, megapixels) in enumerate(json.loads(cases_file.read_text())):
         if vae_name not in vaes:
             vaes[vae_name] = nodes.VAELoader().load_vae(vae_name)[0]
-        image = nodes.LoadImage().load_image(image_path)[0]
+        folder_paths.set_input_directory(str(Path(image_path).parent))  # releases since 0.28.0 read nothing else
+        image = nodes.LoadImage().load_image(Path(image_path).name)[0]
         scaled = scale(image, method, megapixels)
         results[f"{number}.scaled"] = scaled.contiguous()
         results[f"{number}.latent"] = nodes.VAEEncode().encode(vaes[vae_name], scaled)[0]["samples"].contiguous()
@@ -113,9 +115,9 @@ def encode(cases_file: Path, out: Path) -> None:
 
 def scale(image: torch.Tensor, method: str, megapixels: float) -> torch.Tensor:
     node = nodes_post_processing.ImageScaleToTotalPixels
-    if hasattr(node, "execute"):
-        return node.execute(image, method, megapixels)[0]
-    return node().upscale(image, method, megapixels)[0]
+    scale = node.execute if hasattr(node, "execute") else node().upscale
+    steps = (1,) if "resolution_steps" in inspect.signature(scale).parameters else ()  # releases of 2026
+    return scale(image, method, megapixels, *steps)[0]
 
 
 def decode(out: Path, latents: list[str]) -> None:
