@@ -7,7 +7,6 @@ request reaches ComfyUI, and what was checked is what is decoded.
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import itertools
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from errors import EncodingFailed, SetupError
+from exits import not_on_exit, on_exit
 from logs import get_logger
 
 log = get_logger("latent_encoder")
@@ -52,7 +52,7 @@ class PrivateFolder:
         self._renewing = threading.Lock()
         _remove_abandoned(parent)
         self.path, self._lock = _make(parent)
-        atexit.register(self.close)
+        on_exit(self.close)
 
     @contextmanager
     def file(self, data: bytes, ending: Ending) -> Iterator[Path]:
@@ -73,7 +73,7 @@ class PrivateFolder:
 
     def close(self) -> None:
         """Remove the folder. A process that was forked from its owner leaves it alone."""
-        atexit.unregister(self.close)
+        not_on_exit(self.close)
         if os.getpid() == self._owner:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)

@@ -39,6 +39,7 @@ from command import (
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of, usable_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, KafkaFailed, SetupError, one_line
+from exits import end_at_once
 from inputs import UnusableInputs
 from logs import LogStyle, configure_logging, get_logger, log_style
 from options import CONTEXT, EPILOG, all_options
@@ -123,7 +124,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
         fail(str(exc), EXIT_SERVICE_FAILED)
     except OutputFailed as exc:
         click.echo(f"Error: {exc}", err=True)
-        os._exit(EXIT_SERVICE_FAILED)  # an encode that nobody waits for cannot be interrupted
+        end_at_once(EXIT_SERVICE_FAILED)
 
 
 def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
@@ -187,7 +188,7 @@ def serve(settings: Settings) -> NoReturn:
         finished = False
     logging.shutdown()
     # An encode that nobody waits for any more cannot be interrupted: Python's own way out would wait for it, or crash.
-    os._exit(0 if finished else EXIT_SERVICE_FAILED)
+    end_at_once(0 if finished else EXIT_SERVICE_FAILED)
 
 
 def replay(
@@ -233,7 +234,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
             os.write(
                 standalone.STDERR, b"Error: Stopped at once by a second signal; what was not answered is delivered again.\n"
             )
-            os._exit(128 + number)
+            end_at_once(128 + number)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

@@ -65,6 +65,20 @@ def test_folder_goes_with_its_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folder_goes_with_a_process_that_ends_at_once(tmp_path: Path) -> None:
+    """As a worker does that was stopped while it encoded."""
+    code = (
+        "import sys, threading, time; from pathlib import Path; from exits import end_at_once; from input_folder import *\n"
+        "folder = PrivateFolder(Path(sys.argv[1]))\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "with folder.file(b'image', '.jpg') as path:\n"
+        "    end_at_once(7 if path.exists() else 8)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, check=False)
+    assert done.returncode == 7
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_next_start_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
     """The folder of a process that is alive stays, and so does what only looks like one."""
     killed, left = start_holder(tmp_path)
