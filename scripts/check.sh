@@ -1,16 +1,53 @@
 #!/usr/bin/env bash
 # Every check there is: format, lint, types, tests. CI runs this same script.
 # Arguments go to pytest: scripts/check.sh -k images
+# --comfyui-tree DIR (several times, if wanted): instead, the core of the tests on that ComfyUI tree: scripts/check.sh --comfyui-tree DIR
 set -euo pipefail
+
+wrong_usage() { printf 'Error: %s.\n' "$*" >&2; exit 2; }
+
+trees=() arguments=()
+while (($#)); do
+    case $1 in
+        --comfyui-tree) trees+=("${2:-}"); shift ;;
+        --comfyui-tree=*) trees+=("${1#*=}") ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift || wrong_usage '--comfyui-tree needs a folder'
+done
+for i in "${!trees[@]}"; do
+    [[ -f ${trees[i]}/nodes.py ]] || wrong_usage "--comfyui-tree: no ComfyUI in '${trees[i]}'"
+    trees[i]=$(realpath -s "${trees[i]}")
+done
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${VENV:-${VIRTUAL_ENV:-$PWD/.venv}}/bin
+
+# Three processes, since the tests with a broker wait a good deal; each loads ComfyUI and keeps VAEs in memory, some GB. They share
+# the CPUs: where OpenMP's threads are more than those, they spin while they wait for each other, and a small encode takes thirty
+# times as long. The order of the files stays, so that long tests do not come last.
+run_tests() {
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} \
+        "$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${arguments[@]}"
+}
+
+# One tree that fails keeps no other from its turn.
+run_on_trees() {
+    local tree failed=()
+    for tree in "${trees[@]}"; do
+        TEST_COMFYUI_TREE=$tree run_tests || failed+=("$tree")
+    done
+    ((${#failed[@]} == 0)) || { printf 'Failed on: %s\n' "${failed[*]}" >&2; exit 1; }
+}
+
+if ((${#trees[@]})); then
+    run_on_trees
+    exit
+fi
 
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/shellcheck" setup_comfyui.sh scripts/*.sh .ci/run
 "$bin/hadolint" Dockerfile
-# Three processes, since the tests with a broker wait a good deal; each loads ComfyUI and keeps VAEs in memory, some GB. They share
-# the CPUs: where OpenMP's threads are more than those, they spin while they wait for each other, and a small encode takes thirty
-# times as long. The order of the files stays, so that long tests do not come last.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} "$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+run_tests

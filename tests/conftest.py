@@ -21,8 +21,20 @@ from config import Settings
 from logs import StderrHandler
 from service import LatentEncoder
 from tests.broker import Broker, choose
-from tests.helpers import PROJECT, TINY_VAE, Encode, RunMain, clean_environment, request_for, stock
+from tests.helpers import (
+    COMFYUI,
+    PROCESS_SETTINGS,
+    PROJECT,
+    TINY_VAE,
+    VAE,
+    Encode,
+    RunMain,
+    clean_environment,
+    request_for,
+    stock,
+)
 from tests.kafka_tools import Bench, Events
+from tests.trees import CORE, CORE_ONLY, FACTS, TREE, is_wanted, skip_what_holds_for_the_pinned_release
 
 # No deadlines on a shared machine, and a first run that fills Hypothesis' tables is slow; CI tries the same inputs each time.
 hypothesis_settings.register_profile(
@@ -49,6 +61,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(made, base / "models", copy_function=os.link))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vae_of_processes(request: pytest.FixtureRequest) -> None:
+    """Let processes find the VAE that stands in for the tiny one, on a tree that cannot load that."""
+    if VAE != TINY_VAE:
+        PROCESS_SETTINGS["MODEL_DIR"] = str(request.getfixturevalue("model_dir"))
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
     """What the command line configures when it runs in this process ends with the test."""
@@ -67,7 +86,9 @@ def settings(model_dir: Path) -> Settings:
     """The defaults, with what suits the tests."""
     for name in os.environ.keys() - clean_environment().keys():
         del os.environ[name]
-    return Settings(_env_file=None, model_dir=model_dir, vae_model_name=TINY_VAE, megapixels=0.02, device="cpu")
+    return Settings(
+        _env_file=None, comfyui_path=COMFYUI, model_dir=model_dir, vae_model_name=VAE, megapixels=0.02, device="cpu"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -118,11 +139,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--require-apache-kafka") and not choose().is_apache_kafka:
         raise pytest.UsageError("No Apache Kafka can be had here: it takes a Docker engine, or Java 17 and Maven.")
+    if missing := [name for name in CORE if not (PROJECT / "tests" / name).is_file()]:
+        raise pytest.UsageError(f"Tests of the core are missing: {', '.join(missing)}.")
 
 
-def pytest_report_header() -> str:
-    """Which broker the Kafka tests will run against."""
-    return f"Kafka broker: {choose().name}"
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose the tests for the tree that TEST_COMFYUI_TREE names."""
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = [item for item in items if is_wanted(item)]
+    for item in items:
+        skip_what_holds_for_the_pinned_release(item)
+
+
+def pytest_report_header() -> list[str]:
+    """Which ComfyUI and which broker the tests run with."""
+    return [f"ComfyUI {FACTS.version}, {TREE}{', core tests only' * CORE_ONLY}", f"Kafka broker: {choose().name}"]
 
 
 @pytest.fixture(scope="session")

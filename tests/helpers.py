@@ -13,11 +13,15 @@ import torch
 
 from config import Settings
 from models import EncodeRequest
+from tests.trees import PINNED_TREE, PROJECT, TINY_VAE, TREE, VAE
 
-PROJECT = Path(__file__).resolve().parent.parent
-COMFYUI = PROJECT / "comfyui"
+__all__ = ["COMFYUI", "IMAGES", "PATIENCE_S", "PROJECT", "TINY_VAE", "VAE", "Encode", "RunMain"]
+
+COMFYUI = TREE
 IMAGES = PROJECT / "tests" / "fixtures" / "test_images"
-TINY_VAE = "tiny_qwen_vae.safetensors"
+
+PROCESS_SETTINGS: dict[str, str] = {} if TREE == PINNED_TREE else {"COMFYUI_PATH": str(TREE)}
+"""Settings of every process that a test starts, because the tests run on another tree than the pinned one."""
 
 PATIENCE_S = 240.0
 """How long a test waits for what must happen. It tells what hangs; a busy machine may be ten times as slow as an idle one."""
@@ -35,9 +39,9 @@ def stock(*arguments: str | Path, comfyui: Path = COMFYUI) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without any of the service's settings, whatever the person who runs the tests has set."""
+    """Return the environment with `PROCESS_SETTINGS` in place of whatever settings the person who runs the tests has there."""
     variables = {name.upper() for name in Settings.model_fields}
-    return {name: value for name, value in os.environ.items() if name not in variables}
+    return {name: value for name, value in os.environ.items() if name not in variables} | PROCESS_SETTINGS
 
 
 def request_for(settings: Settings, folder: Path, image: str | Path, fields: Mapping[str, Any]) -> EncodeRequest:

@@ -26,7 +26,7 @@ from config import Settings
 from kafka_handler import KafkaHandler
 from kafka_records import Headers, Incoming
 from service import LatentEncoder
-from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, clean_environment
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
 
 SECONDS_LONG = {"image_path": str(IMAGES / "astronaut.png"), "megapixels": 3.5}  # a request that takes some, with the tiny VAE
 QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
@@ -239,7 +239,7 @@ class Worker(threading.Thread):
 
 
 class Process:
-    """`python main.py --mode kafka` with the tiny VAE; its log lines are JSON in a file."""
+    """`python main.py --mode kafka` with the VAE of the tests; its log lines are JSON in a file."""
 
     def __init__(self, bench: Bench, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
         self.log_file = bench.folder / f"worker-{uuid4().hex[:6]}.log"
@@ -250,7 +250,7 @@ class Process:
             "KAFKA_DLQ_TOPIC": bench.dlq_topic,
             "KAFKA_CONSUMER_GROUP": bench.group,
             "OUTPUT_DIR": str(bench.folder / "output"),
-            "VAE_MODEL_NAME": TINY_VAE,
+            "VAE_MODEL_NAME": VAE,
             "MEGAPIXELS": "0.01",
             "DEVICE": "cpu",
             "HTTP_PORT": "0",

@@ -1,9 +1,12 @@
 """Plain ComfyUI, without a line of ours: what our numbers are compared with. Run as a process of its own.
 
+    python tests/stock_comfyui.py COMFYUI_DIR describe MODEL_DIR
     python tests/stock_comfyui.py COMFYUI_DIR make-vaes MODEL_DIR FAMILY…
     python tests/stock_comfyui.py COMFYUI_DIR encode MODEL_DIR CASES.json OUT.safetensors
     python tests/stock_comfyui.py COMFYUI_DIR decode MODEL_DIR OUT.safetensors LATENT.pt…
+    python tests/stock_comfyui.py COMFYUI_DIR load MODEL_DIR OUT.safetensors IMAGE…
 
+`describe` prints the facts of `tests/trees.py` as JSON. `load` saves what LoadImage makes of images, by their number.
 `make-vaes` writes VAEs of the real architectures with random weights of a fixed seed. `encode` runs the four nodes by hand
 for each case `[image_path, vae_name, upscale_method, megapixels]`, and saves scaled images and latents by the case's number. A
 fifth item is `resolution_steps`.
@@ -15,7 +18,9 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 COMFYUI = Path(sys.argv[1])
 sys.path.insert(0, str(COMFYUI))
@@ -33,6 +38,9 @@ import torch
 from comfy_extras import nodes_post_processing
 from safetensors.torch import save_file
 
+OF_TINY_VAE = Path(__file__).resolve().parent.parent / "tiny_vae"
+TINY_VAE = "tiny_qwen_vae.safetensors"
+
 KL_CONFIG = {
     "double_z": True,
     "z_channels": 4,
@@ -45,6 +53,36 @@ KL_CONFIG = {
     "attn_resolutions": [],
     "dropout": 0.0,
 }
+
+
+def describe() -> None:
+    import comfyui_version
+
+    facts = {
+        "version": comfyui_version.__version__,
+        "loads_tiny_vae": loads(TINY_VAE),
+        "has_resolution_steps": has_resolution_steps(),
+        "has_pixel_space": "pixel_space" in nodes.VAELoader.INPUT_TYPES()["required"]["vae_name"][0],
+    }
+    print(json.dumps(facts))
+
+
+def loads(vae_name: str) -> bool:
+    try:
+        nodes.VAELoader().load_vae(vae_name)
+    except RuntimeError as exc:
+        if "size mismatch" not in str(exc):
+            raise
+        return False
+    return True
+
+
+def load(out: Path, images: list[str]) -> None:
+    loaded = {}
+    for number, image in enumerate(map(Path, images)):
+        folder_paths.set_input_directory(str(image.parent))  # releases since 0.28.0 read nothing else
+        loaded[str(number)] = nodes.LoadImage().load_image(image.name)[0].contiguous()
+    save_file(loaded, out)
 
 
 def make_vaes(model_dir: Path, families: list[str]) -> None:
@@ -115,14 +153,21 @@ def encode(cases_file: Path, out: Path) -> None:
 
 
 def scale(image: torch.Tensor, method: str, megapixels: float, steps: int = 1) -> torch.Tensor:
+    more = (steps,) if has_resolution_steps() else ()  # releases of 2026
+    return scaling_node()(image, method, megapixels, *more)[0]
+
+
+def scaling_node() -> Callable[..., Any]:
     node = nodes_post_processing.ImageScaleToTotalPixels
-    scale = node.execute if hasattr(node, "execute") else node().upscale
-    more = (steps,) if "resolution_steps" in inspect.signature(scale).parameters else ()  # releases of 2026
-    return scale(image, method, megapixels, *more)[0]
+    return node.execute if hasattr(node, "execute") else node().upscale
+
+
+def has_resolution_steps() -> bool:
+    return "resolution_steps" in inspect.signature(scaling_node()).parameters
 
 
 def decode(out: Path, latents: list[str]) -> None:
-    vae = nodes.VAELoader().load_vae("tiny_qwen_vae.safetensors")[0]
+    vae = nodes.VAELoader().load_vae(TINY_VAE)[0]
     samples = [torch.load(latent, weights_only=True).unsqueeze(2) for latent in latents]
     pictures = [nodes.VAEDecode().decode(vae, {"samples": sample})[0].contiguous() for sample in samples]
     save_file({str(number): picture for number, picture in enumerate(pictures)}, out)
@@ -133,12 +178,16 @@ def main() -> None:
     for kind in ("vae", "vae_approx"):
         (model_dir / kind).mkdir(parents=True, exist_ok=True)
         folder_paths.add_model_folder_path(kind, str(model_dir / kind), is_default=True)
-    folder_paths.add_model_folder_path("vae", str(Path(__file__).resolve().parent.parent / "tiny_vae"))
+    folder_paths.add_model_folder_path("vae", str(OF_TINY_VAE))
     with torch.inference_mode():
-        if command == "make-vaes":
+        if command == "describe":
+            describe()
+        elif command == "make-vaes":
             make_vaes(model_dir, arguments)
         elif command == "encode":
             encode(Path(arguments[0]), Path(arguments[1]))
+        elif command == "load":
+            load(Path(arguments[0]), arguments[1:])
         else:
             decode(Path(arguments[0]), arguments[1:])
 

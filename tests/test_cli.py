@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from config import VERSION
-from tests.helpers import IMAGES, PROJECT, TINY_VAE, RunMain, clean_environment, load_latent
+from tests.helpers import IMAGES, PROJECT, VAE, RunMain, clean_environment, load_latent
 
-TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
+TINY = ("--vae_model_name", VAE, "--megapixels", "0.02")
 
 
+@pytest.mark.core
 def test_success_is_one_json_document_on_stdout(tmp_path: Path, run_main: RunMain) -> None:
     """As the specification's example calls it; logs are JSON lines on standard error."""
     image = shutil.copy(IMAGES / "astronaut_masked.png", tmp_path / "1.png")
@@ -36,6 +37,7 @@ def test_success_is_one_json_document_on_stdout(tmp_path: Path, run_main: RunMai
     assert events[-1]["request_id"] == response["request_id"]
 
 
+@pytest.mark.core
 def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> None:
     """Hyphens do as well as underscores; the message is the specification's."""
     done = run_main("--image-path", "/no/image.jpg", "--request-id", "mine", "--log-format", "text", *TINY)
@@ -51,6 +53,7 @@ def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.core
 def test_precision_that_is_asked_for_is_used(run_main: RunMain) -> None:
     """The VAE runs in bfloat16 and says so; the file is float32 all the same."""
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--device", "cpu", env={"VAE_PRECISION": "bf16"})
@@ -145,7 +148,7 @@ def test_output_that_cannot_be_written_is_said(run_main: RunMain) -> None:
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     """Ctrl-C in the middle of an encode: status 130, one line, and not a file."""
-    arguments = ("--image_path", IMAGES / "astronaut.png", "--vae_model_name", TINY_VAE, "--megapixels", "16")
+    arguments = ("--image_path", IMAGES / "astronaut.png", "--vae_model_name", VAE, "--megapixels", "16")
     command = [sys.executable, str(PROJECT / "main.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:

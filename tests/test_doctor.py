@@ -30,22 +30,29 @@ from doctor.torch_and_device import check_device, check_torch
 from errors import SetupError
 from health import Health
 from http_server import http_server
+from releases import is_tested
 from service import LatentEncoder
 from setup.download_vae import QWEN_IMAGE_VAE
 from tests.broker.ports import free_ports
-from tests.helpers import PROJECT, TINY_VAE, RunMain
+from tests.helpers import PROJECT, TINY_VAE, VAE, RunMain
 from tests.kafka_tools import Bench
 from tests.test_cli import powerless
+from tests.trees import FACTS, needs_pixel_space
 
 TICK, WARNING, CROSS = State
 
 
-def examined(examine: Examine, settings: Settings, given: tuple[str, ...] = (), comfyui: Any = None) -> list[Check]:
-    """What a check finds with these settings, those in `given` set by somebody, and ComfyUI as the test has it."""
+def examined(
+    examine: Examine, settings: Settings, given: tuple[str, ...] = (), comfyui: LatentEncoder | SetupError | None = None
+) -> list[Check]:
+    """Run a check with these settings, those in `given` set by somebody.
+
+    `comfyui` is the service that has loaded ComfyUI, or the error that kept it from that; without it, the check loads it.
+    """
     origins = {field: "environment" if field in given else "default" for field in Settings.model_fields}
     installation = Installation(settings, origins)
     if comfyui is not None:
-        installation.__dict__["comfyui"] = comfyui
+        installation.__dict__["encoder"] = comfyui
     checks = list(examine(installation))
     assert all(check.advice for check in checks if check.state is not TICK), "what to do about it is missing"
     assert not any(check.advice for check in checks if check.state is TICK)
@@ -70,12 +77,13 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.core
 def test_good_installation_is_status_0(tmp_path: Path, run_main: RunMain) -> None:
     """One JSON document on standard output; nothing is made or left. That there is no broker is a warning."""
-    done = run_main("--mode", "doctor", "--json", "--vae_model_name", TINY_VAE, env={"HTTP_PORT": "0"})
+    done = run_main("--mode", "doctor", "--json", "--vae_model_name", VAE, env={"HTTP_PORT": "0"})
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    assert report["worst"] == "warning", "the trial VAE is one"
+    assert report["worst"] == "warning", "the trial VAE is one, and so is a release of which not all nodes can be tried"
     names = {check["name"] for check in report["checks"]}
     assert names >= {"python", "torch", "torchvision", "device", "memory", "comfyui", "nodes", "vae file", "default vae"}
     assert names >= {"setting", "defaults", ".env", "output folder", "output disk", "kafka broker", "http port"}
@@ -83,6 +91,7 @@ def test_good_installation_is_status_0(tmp_path: Path, run_main: RunMain) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.core
 def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, run_main: RunMain) -> None:
     """Text for people, as wide as the terminal and in its encoding, without a traceback, whatever is wrong."""
     (tmp_path / "read_only").mkdir(mode=0o555)
@@ -158,6 +167,7 @@ def test_check_that_fails_itself_is_a_cross(settings: Settings) -> None:
     assert "SystemExit: a node package ended the process" in second.found
 
 
+@pytest.mark.core
 def test_torch_that_cannot_be_imported_stops_no_other_check(tmp_path: Path, run_main: RunMain) -> None:
     """Half of an installation, as an interrupted pip leaves it."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
@@ -176,6 +186,7 @@ def test_python_and_torch_of_this_machine_are_fine(settings: Settings) -> None:
     assert named(examined(check_torch, settings), "torch").found == torch.__version__
 
 
+@pytest.mark.core
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Settings, encoder: LatentEncoder) -> None:
     """DEVICE=cuda where there is none: said once, by the check whose matter it is."""
@@ -183,8 +194,8 @@ def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Sett
     device, threads = examined(check_device, wrong)
     assert (device.state, threads.state) == (CROSS, TICK)
     assert device.found.startswith("DEVICE=cuda, but torch")
-    (nodes,) = examined(check_nodes, wrong)
-    assert nodes.state is TICK
+    nodes, decoder = examined(check_nodes, wrong)[:2]
+    assert (nodes.state, decoder.state) == (TICK, TICK)
 
 
 def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +231,7 @@ def test_output_folder_has_to_be_a_folder_that_is_allowed(settings: Settings, tm
     assert (inputs.state, outputs.state, outputs.found) == (TICK, WARNING, f"not there: {tmp_path}/only")
 
 
+@pytest.mark.core
 def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
     """A folder that setup filled names its source, a git checkout its commit; other files than the release's are a warning."""
     (tmp_path / "comfy").mkdir()
@@ -239,14 +251,36 @@ def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
     assert tree.found == f"{tmp_path}, a copy of {tmp_path}, commit {commit}"
 
 
+@pytest.mark.core
+@pytest.mark.pinned_release(reason="its sums")
 def test_tree_of_the_tests_is_the_pinned_release(settings: Settings, encoder: LatentEncoder) -> None:
-    """By its sums, and all four nodes load."""
-    tree, files = examined(check_tree, settings, comfyui=encoder.runtime)
+    """By its sums."""
+    tree, files = examined(check_tree, settings, comfyui=encoder)
     assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 sums")
-    (nodes,) = examined(check_nodes, settings, comfyui=encoder.runtime)
-    assert nodes.found.startswith("ComfyUI 0.3.75 loads VAELoader, LoadImage, ImageScaleToTotalPixels, VAEEncode, on ")
 
 
+@pytest.mark.core
+def test_tick_for_the_nodes_means_that_they_ran(settings: Settings, encoder: LatentEncoder) -> None:
+    """Those of a VAE too, where this release has one built in; else they are a warning."""
+    nodes, decoder, *rest = examined(check_nodes, settings, comfyui=encoder)
+    ran = "LoadImage, ImageScaleToTotalPixels"
+    ran = f"VAELoader, {ran}, VAEEncode" if FACTS.has_pixel_space else ran
+    assert (nodes.state, decoder.state) == (TICK, TICK)
+    assert nodes.found.startswith(f"ComfyUI {FACTS.version} ran {ran} on a test picture, on ")
+    assert decoder.found.startswith(("Pillow ", "PyAV "))
+    not_tried = f"ComfyUI {FACTS.version} loads VAELoader, VAEEncode, which were not tried"
+    assert [(check.state, check.found) for check in rest] == ([] if FACTS.has_pixel_space else [(WARNING, not_tried)])
+
+
+@pytest.mark.core
+def test_tested_release_is_a_tick(settings: Settings, encoder: LatentEncoder) -> None:
+    """And a release that is not tested is a warning; the report names the version of this tree."""
+    tree, files = examined(check_tree, settings, comfyui=encoder)
+    assert (tree.state, files.state) == (TICK, TICK if is_tested(FACTS.version) else WARNING)
+    assert FACTS.version in files.found or files.state is WARNING
+
+
+@pytest.mark.core
 def test_comfyui_that_does_not_load_is_a_cross(settings: Settings) -> None:
     """With what is missing; its models are not looked for."""
     broken = SetupError("ComfyUI in /x cannot be loaded: No module named 'einops'. Install what it needs.")
@@ -257,13 +291,14 @@ def test_comfyui_that_does_not_load_is_a_cross(settings: Settings) -> None:
     assert folder.state is WARNING
 
 
+@pytest.mark.core
 def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
     """The tiny one is for trials, a damaged one is a cross, and one that only has the real one's name is a warning."""
     damaged, impostor = model_dir / "damaged.safetensors", model_dir / QWEN_IMAGE_VAE.name
     damaged.write_bytes((PROJECT / "tiny_vae" / TINY_VAE).read_bytes()[:5000])
     shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, impostor)
     try:
-        checks = examined(check_models, changed(settings, vae_model_name=impostor.name), comfyui=encoder.runtime)
+        checks = examined(check_models, changed(settings, vae_model_name=impostor.name), comfyui=encoder)
     finally:
         damaged.unlink()
         impostor.unlink()
@@ -282,31 +317,34 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     assert named(checks, "default vae").state is TICK
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "state", "advice"),
     [
         (QWEN_IMAGE_VAE.name, CROSS, "./setup_comfyui.sh --download-vae gets it."),
         ("tiny_qwen_va.safetensors", CROSS, f"Did you mean {TINY_VAE}?"),
         (TINY_VAE, WARNING, "./setup_comfyui.sh --download-vae"),
-        ("pixel_space", TICK, ""),
+        pytest.param("pixel_space", TICK, "", marks=needs_pixel_space),
         ("taesd", TICK, ""),
     ],
 )
 def test_default_vae_has_to_be_there(name: str, state: State, advice: str, settings: Settings, encoder: LatentEncoder) -> None:
     """A cross says how to get it, or which one may be meant; the trial one is a warning."""
-    check = named(examined(check_models, changed(settings, vae_model_name=name), comfyui=encoder.runtime), "default vae")
+    check = named(examined(check_models, changed(settings, vae_model_name=name), comfyui=encoder), "default vae")
     assert check.state is state
     assert advice in check.advice
 
 
+@pytest.mark.core
 def test_model_folder_that_is_not_there_is_a_warning(settings: Settings, encoder: LatentEncoder, tmp_path: Path) -> None:
     """MODEL_DIR that names none; the folders that are searched are listed."""
-    checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), comfyui=encoder.runtime)
+    checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), comfyui=encoder)
     folders = [check for check in checks if check.name == "model folder"]
     assert [check.state for check in folders][:2] == [WARNING, TICK]
     assert len(folders) > 2
 
 
+@pytest.mark.core
 def test_broker_and_topics_are_looked_for(bench: Bench, settings: Settings) -> None:
     """With the number of partitions; a topic that is missing is a cross where it will not be created."""
     there = bench.settings(settings)

@@ -172,6 +172,7 @@ def test_thread_that_ended_is_told(encoder: LatentEncoder) -> None:
     assert health.alive().parts == ALIVE | {"threads": "ended: prepare, encode, write"}
 
 
+@pytest.mark.core
 def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
     """A custom node may call `sys.exit`: it must end neither the thread nor the requests that come later."""
 
@@ -213,6 +214,7 @@ def test_worker_with_a_hung_encode_is_not_alive(bench: Bench, encoder: LatentEnc
         wait_until(lambda: health.ready().parts["group"] == "stopping", "the end")
 
 
+@pytest.mark.core
 def test_worker_shows_health_and_metrics(bench: Bench, run_main: RunMain) -> None:
     """A real one, on its port: not ready before it is, then both, and what it did in its metrics; then it is gone."""
     port, other = map(str, free_ports(2))
@@ -277,6 +279,7 @@ def test_answer_of_another_service_is_no_health(run_main: RunMain) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.core
 def test_failed_warm_up_ends_the_start(bench: Bench) -> None:
     """A VAE that is not there: before the worker takes requests, all of which it would fail."""
     bench.send({"request_id": "r"})

@@ -15,8 +15,10 @@ from config import VERSION, Settings
 from errors import ErrorCode, KafkaFailed
 from models import Metadata
 from service import LatentEncoder
-from tests.helpers import IMAGES, load_latent
+from tests.helpers import IMAGES, VAE, load_latent
 from tests.kafka_tools import Bench, Events, MakeBench, answers, wait_until
+
+pytestmark = pytest.mark.core
 
 IMAGE = str(IMAGES / "photo.jpg")
 
@@ -56,7 +58,7 @@ def test_request_gets_its_answer(bench: Bench, encoder: LatentEncoder, settings:
     with bench.worker(encoder, bench.settings(settings)):
         before = int(time.time())
         request = {"request_id": "r-1", "correlation_id": "w-1", "image_path": IMAGE, "output_dir": str(bench.folder / "x")}
-        bench.send({**request, "vae_model_name": "tiny_qwen_vae.safetensors", "upscale_method": "nearest", "timestamp": 1.5})
+        bench.send({**request, "vae_model_name": VAE, "upscale_method": "nearest", "timestamp": 1.5})
         (answer,) = answers(responses, 1)
         bench.wait_for_commit({0: 1})
     latent, image = bench.folder / "x" / "latent_photo_r-1.pt", bench.folder / "x" / "scaled_image_photo_r-1.png"

@@ -18,7 +18,7 @@ import pytest
 from lazy_imports import lazy_imports
 from setup.fill_comfyui import copy as copy_entry
 from setup.fill_comfyui import place_runtime
-from tests.helpers import COMFYUI, PROJECT, TINY_VAE
+from tests.helpers import COMFYUI, PROJECT, VAE, clean_environment
 
 RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"
 
@@ -222,10 +222,12 @@ def run_python(code: str, *arguments: object) -> None:
         "heavy = {'scipy', 'tokenizers', 'torch._dynamo', 'torchsde', 'torchvision', 'transformers'}\n"
     )
     command = [sys.executable, "-c", set_up + code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    environment = clean_environment()
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.core
 def test_encoding_uses_none_of_it_and_others_get_all_of_it(tmp_path: Path) -> None:
     """The packages that take most of ComfyUI's start stay away; what its other parts take from them is the real thing."""
     run_python(
@@ -246,7 +248,7 @@ def test_encoding_uses_none_of_it_and_others_get_all_of_it(tmp_path: Path) -> No
         "compose = coder.torchvision.transforms.Compose\n"
         "import torchvision.transforms\n"
         "assert compose is torchvision.transforms.Compose\n",
-        *(COMFYUI, PROJECT / "tests/fixtures/test_images/photo.jpg", TINY_VAE, tmp_path),
+        *(COMFYUI, PROJECT / "tests/fixtures/test_images/photo.jpg", VAE, tmp_path),
     )
 
 
@@ -255,6 +257,7 @@ def test_it_stays_away_on_an_older_release() -> None:
     run_python("assert not heavy & sys.modules.keys(); assert sys.meta_path == meta_path", RELEASE_0_3_52)
 
 
+@pytest.mark.core
 def test_tree_that_uses_it_while_it_is_imported_works(tmp_path: Path) -> None:
     """As a later release may: then it is imported as always."""
     place_runtime(COMFYUI, tmp_path, copy_entry)

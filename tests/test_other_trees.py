@@ -202,16 +202,17 @@ def test_fault_of_the_tree_is_not_the_images(for_good: bool, code: str, tree: Pa
     assert after.get("error_code") == ("ENCODING_FAILED" if for_good else None)
 
 
-def test_extra_model_paths_are_searched_last(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.core
+def test_extra_model_paths_are_searched_last(tree: Path, model_dir: Path, tmp_path: Path) -> None:
     """A VAE in a folder that ComfyUI's own configuration names is found, after all other folders were searched."""
-    elsewhere, model_dir = tmp_path / "elsewhere", tmp_path / "models"
+    elsewhere, mine = tmp_path / "elsewhere", tmp_path / "models"
     (elsewhere / "vaes").mkdir(parents=True)
-    shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, elsewhere / "vaes" / "mine.safetensors")
+    shutil.copy(model_dir / "vae" / "random_kl.safetensors", elsewhere / "vaes" / "mine.safetensors")
     (tree / "extra_model_paths.yaml").write_text(f"mine:\n    base_path: {elsewhere}\n    vae: vaes\n")
     cases: list[list[object]] = [
         [str(IMAGES / "photo.jpg"), f"{name}.safetensors", "lanczos", 0.02] for name in ("mine", "no")
     ]
-    found, missing = encode_cases(tree, model_dir, cases, tmp_path)
+    found, missing = encode_cases(tree, mine, cases, tmp_path)
     assert found["status"] == "success"
-    order = (model_dir, model_dir / "vae", tree / "models/vae", elsewhere / "vaes", COMFYUI / "models/vae")
+    order = (mine, mine / "vae", tree / "models/vae", elsewhere / "vaes", PROJECT / "comfyui" / "models/vae")
     assert f"Looked in: {', '.join(map(str, order))}. " in missing["error_message"]

@@ -19,15 +19,18 @@ from errors import ErrorCode, ScalingFailed
 from geometry import Size, scaled_size
 from models import ErrorResponse, Metadata, SuccessResponse
 from service import LatentEncoder, usable_cpus
-from tests.helpers import IMAGES, TINY_VAE, Encode, load_latent, request_for
+from tests.helpers import IMAGES, VAE, Encode, load_latent, request_for
+from tests.trees import FACTS, needs_pixel_space
+
+pytestmark = pytest.mark.core
 
 MOMENT = datetime(2024, 11, 6, 12, 0, 0, 999_999, tzinfo=UTC)
 
 
 def test_load_vae_gives_the_model_and_its_factor(encoder: LatentEncoder) -> None:
     """Stage one: VAELoader's VAE with what a request needs to know of it."""
-    vae = encoder.vaes.get(TINY_VAE)
-    assert (vae.name, vae.cells, vae.dtype, vae.device) == (TINY_VAE, (8, 16, True), "float32", "cpu")
+    vae = encoder.vaes.get(VAE)
+    assert (vae.name, vae.cells, vae.dtype, vae.device) == (VAE, (8, 16, True), "float32", "cpu")
 
 
 def test_load_image_gives_pixels_in_unit_range(encoder: LatentEncoder) -> None:
@@ -52,7 +55,7 @@ def test_scale_gives_the_size_that_the_formula_says(
 def test_encode_gives_the_latent_of_the_architecture(encoder: LatentEncoder) -> None:
     """Stage four: VAEEncode's own tensor, five-dimensional for this family, one cell for 8 x 8 pixels."""
     with torch.inference_mode():
-        encoding = encoder.vaes.get(TINY_VAE).encode(encoder.runtime, torch.rand(1, 43, 64, 3), "fail")
+        encoding = encoder.vaes.get(VAE).encode(encoder.runtime, torch.rand(1, 43, 64, 3), "fail")
     samples = encoding.samples
     assert (encoding.tiled, encoding.seen, encoding.encoder) == (False, Size(64, 40), "single-frame")
     assert samples.shape == (1, 16, 1, 5, 8)
@@ -76,7 +79,7 @@ def test_answer_describes_its_files(encode: Encode, tmp_path: Path) -> None:
     assert metadata.scaled_image_shape == (229, 229, 3)
     assert metadata.crop == (2, 2, 226, 226)
     assert metadata.latent_shape == (1, 16, 28, 28) == tuple(load_latent(latent_path).shape)
-    assert (metadata.comfyui_version, metadata.device, metadata.latent_dtype) == ("0.3.75", "cpu", "float32")
+    assert (metadata.comfyui_version, metadata.device, metadata.latent_dtype) == (FACTS.version, "cpu", "float32")
     assert metadata.processing_time_ms > 0
     assert metadata.timings_ms.encode > 0
 
@@ -138,6 +141,7 @@ def test_result_too_small_for_the_vae_is_refused(
     assert list(tmp_path.iterdir()) == [image.parent]
 
 
+@needs_pixel_space
 def test_pixel_space_takes_any_side(encode: Encode) -> None:
     """Without down-sampling, four pixels a side are enough."""
     assert encode("5x4000.png", megapixels=0.01, vae_model_name="pixel_space").latent_shape == (1, 3, 2896, 4)

@@ -17,7 +17,9 @@ import single_frame
 from encoders import difference
 from service import LatentEncoder
 from single_frame import SingleFrameEncoder, UnknownArchitecture
-from tests.helpers import TINY_VAE
+from tests.helpers import VAE
+
+pytestmark = pytest.mark.core
 
 ATOL = 2e-5
 
@@ -161,10 +163,10 @@ def test_model_that_computes_otherwise_is_found_out() -> None:
 def test_only_the_weights_that_are_needed_stay_in_memory(encoder: LatentEncoder) -> None:
     """Those of the single-frame encoder; of another VAE, those of its encoder."""
     with torch.inference_mode():
-        tiny, kl = (encoder.vaes.get(name) for name in (TINY_VAE, "random_kl.safetensors"))
-    assert tiny.single_frame is not None
-    kept = {name for name, parameter in tiny.vae.first_stage_model.named_parameters() if parameter.numel()}
-    assert kept == {f"single_frame.{name}" for name, _ in tiny.single_frame.named_parameters()}
+        wan, kl = (encoder.vaes.get(name) for name in (VAE, "random_kl.safetensors"))
+    assert wan.single_frame is not None
+    kept = {name for name, parameter in wan.vae.first_stage_model.named_parameters() if parameter.numel()}
+    assert kept == {f"single_frame.{name}" for name, _ in wan.single_frame.named_parameters()}
     kept = {name.split(".")[0] for name, parameter in kl.vae.first_stage_model.named_parameters() if parameter.numel()}
     assert kept == {"encoder", "quant_conv"}
 
@@ -182,8 +184,8 @@ def test_several_frames_are_left_to_the_models_own_encode(encoder: LatentEncoder
     """They give the latent of a video, as ComfyUI's own nodes do; a single image after them is encoded as before."""
     frames = torch.rand(5, 24, 16, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        vae = encoder.vaes.get(TINY_VAE)
-        expected = encoder.runtime.encode(encoder.runtime.load_vae(TINY_VAE), frames)
+        vae = encoder.vaes.get(VAE)
+        expected = encoder.runtime.encode(encoder.runtime.load_vae(VAE), frames)
         before = vae.encode(encoder.runtime, frames[:1], "fail")
         video = vae.encode(encoder.runtime, frames, "fail")
         after = vae.encode(encoder.runtime, frames[:1], "fail")

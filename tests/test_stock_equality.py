@@ -11,8 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from config import Settings
+from errors import ErrorCode
 from service import COMFYUI_METHODS, LatentEncoder
-from tests.helpers import IMAGES, TINY_VAE, Encode, load_latent, request_for, stock
+from tests.helpers import IMAGES, TINY_VAE, VAE, Encode, load_latent, request_for, stock
+from tests.trees import FACTS, LACKING, needs_tiny_vae
+
+pytestmark = pytest.mark.core
 
 METHODS = ("lanczos", "nearest", "nearest-exact", "bilinear", "bicubic", "area")
 FAMILIES = (TINY_VAE, "random_wan.safetensors", "random_kl.safetensors", "taesd", "pixel_space")
@@ -35,17 +39,30 @@ ODD_FILES = (
 
 Case = tuple[str, str, str, float]
 CASES: list[Case] = [
-    *[("astronaut.png", TINY_VAE, method, 0.07) for method in METHODS],
-    *[("photo.jpg", family, method, 0.02) for family in FAMILIES for method in ("lanczos", "bicubic")],
-    *[("astronaut_masked.png", TINY_VAE, "lanczos", megapixels) for megapixels in (0.01, 0.123, 0.25)],
-    *[(name, TINY_VAE, "lanczos", 0.07) for name in ODD_FILES],
+    *[("astronaut.png", VAE, method, 0.07) for method in METHODS],
+    *[
+        ("photo.jpg", family, method, 0.02)
+        for family in FAMILIES
+        if family not in LACKING
+        for method in ("lanczos", "bicubic")
+    ],
+    *[("astronaut_masked.png", VAE, "lanczos", megapixels) for megapixels in (0.01, 0.123, 0.25)],
+    *[(name, VAE, "lanczos", 0.07) for name in ODD_FILES],
 ]
+CROPPED = [("astronaut.png", VAE, "lanczos", 0.07), *[case for case in CASES if case[::2] == ("photo.jpg", "lanczos")]]
+
+
+EXACT: list[Case] = [("photo.jpg", family, "lanczos", 0.02) for family in (VAE, "random_kl.safetensors")]
+STEPS = 8  # pixels that a cell of those families covers
 
 
 @pytest.fixture(scope="module")
 def stock_results(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("stock")
     cases = [[str(IMAGES / name), vae, COMFYUI_METHODS.get(method, method), size] for name, vae, method, size in CASES]
+    cases += [
+        [str(IMAGES / name), vae, method, size, STEPS] for name, vae, method, size in EXACT if FACTS.has_resolution_steps
+    ]
     (folder / "cases.json").write_text(json.dumps(cases))
     stock("encode", model_dir, folder / "cases.json", folder / "out.safetensors")
     return load_file(folder / "out.safetensors")
@@ -90,7 +107,45 @@ def test_files_hold_what_the_stock_nodes_give(
     assert list(response.metadata.scaled_image_shape) == list(stock_scaled.shape[1:])
 
 
-@pytest.mark.parametrize("number", [0, 6, 8, 14])
+@pytest.mark.parametrize("number", range(len(EXACT)), ids=[family for _, family, *_ in EXACT])
+def test_exact_fit_is_the_nodes_own_where_they_can(
+    number: int, stock_results: dict[str, torch.Tensor], answer: Encode, tmp_path: Path
+) -> None:
+    """The numbers of `resolution_steps`, with nothing cropped. Without that input, the request is refused."""
+    name, vae, method, megapixels = EXACT[number]
+    response = answer(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels, fit="exact")
+    if not FACTS.has_resolution_steps:
+        assert response.error_code == ErrorCode.INVALID_REQUEST
+        assert "resolution_steps" in response.error_message
+        assert list(tmp_path.iterdir()) == []
+        return
+    latent, stock_latent = load_latent(response.latent_file_path), stock_results[f"{len(CASES) + number}.latent"]
+    exactly = response.metadata.encoder == "stock"
+    torch.testing.assert_close(latent, stock_latent.view(latent.shape), atol=0 if exactly else 2e-5, rtol=0)
+    height, width, _ = response.metadata.scaled_image_shape
+    assert (height % STEPS, width % STEPS) == (0, 0)
+    assert response.metadata.crop == (0, 0, width, height)
+
+
+@pytest.mark.parametrize("family", [TINY_VAE, "pixel_space"])
+def test_family_that_the_tree_cannot_load_is_refused(family: str, answer: Encode) -> None:
+    """Where plain ComfyUI of this tree fails on a VAE, or does not have it, the response says so; else it is a success."""
+    response = answer("photo.jpg", vae_model_name=family)
+    if family not in LACKING:
+        assert response.status == "success"
+    elif family == "pixel_space":
+        assert response.error_code == ErrorCode.VAE_MODEL_NOT_FOUND
+    else:
+        assert response.error_code == ErrorCode.VAE_MODEL_INVALID
+        assert "size mismatch" in response.error_message
+
+
+def test_metadata_name_the_release(encode: Encode) -> None:
+    """As that tree's own `comfyui_version.py` states it."""
+    assert encode("photo.jpg").metadata.comfyui_version == FACTS.version
+
+
+@pytest.mark.parametrize("number", [CASES.index(case) for case in CROPPED])
 def test_crop_says_what_the_latent_covers(
     number: int, stock_results: dict[str, torch.Tensor], encoder: LatentEncoder, encode: Encode
 ) -> None:
@@ -101,7 +156,9 @@ def test_crop_says_what_the_latent_covers(
     left, upper, right, lower = response.metadata.crop
     assert 0 <= left < right <= width
     assert 0 <= upper < lower <= height
-    cropped = stock_results[f"{number}.scaled"][:, upper:lower, left:right]
+    # In memory as the scaling node leaves it, channel by channel: the last bits of SD's latents depend on that.
+    scaled = stock_results[f"{number}.scaled"].movedim(-1, 1).contiguous().movedim(1, -1)
+    cropped = scaled[:, upper:lower, left:right]
     with torch.inference_mode():
         again = encoder.vaes.get(vae).encode(encoder.runtime, cropped, "fail").samples
     assert torch.equal(again.view(response.latent_shape), load_latent(response.latent_file_path))
@@ -112,6 +169,7 @@ def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(-10 * torch.log10(((first - second) ** 2).mean()))
 
 
+@needs_tiny_vae
 def test_latent_decodes_to_the_photo(encode: Encode, tmp_path: Path) -> None:
     """ComfyUI's VAEDecode gives the portrait back with the PSNR that the tiny VAE's README states."""
     stated = {0.0625: 23.95, 0.25: 27.19}

@@ -12,7 +12,9 @@ import torch
 from config import Settings
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
-from tests.helpers import TINY_VAE, Encode, load_latent, request_for
+from tests.helpers import VAE, Encode, load_latent, request_for
+
+pytestmark = pytest.mark.core
 
 LARGEST = 260  # pixels a side that memory suffices for in these tests; ComfyUI's tiles have 256
 
@@ -51,7 +53,7 @@ def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("shortage", [of_a_gpu, of_a_cpu])
-@pytest.mark.parametrize("vae_name", [TINY_VAE, "taesd"])
+@pytest.mark.parametrize("vae_name", [VAE, "taesd"])
 def test_error_says_what_to_do(
     vae_name: str, shortage: Shortage, short_of_memory: Callable[[Shortage, str], None], answer: Encode
 ) -> None:
@@ -77,7 +79,7 @@ def test_tiles_are_taken_where_wanted_and_told_of(
     """The latent is about that of the whole picture; response and metadata say that it was made in tiles."""
     whole = encode("photo.jpg", megapixels=0.1, request_id="whole")
     assert whole.metadata.tiled is False
-    short_of_memory(shortage, TINY_VAE)
+    short_of_memory(shortage, VAE)
     tiling = LatentEncoder(settings.model_copy(update={"oom_policy": "tile"}), encoder.runtime)
     tiling.vaes = encoder.vaes
     fields = {"megapixels": 0.1, "request_id": "tiled"}

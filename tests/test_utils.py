@@ -15,7 +15,10 @@ from comfy_runtime import Node, load_runtime
 from errors import SetupError
 from service import LatentEncoder
 from tests.helpers import COMFYUI, PROJECT
+from tests.trees import FACTS
 from utils import add_comfyui_directory_to_sys_path, find_path, get_value_at_index, import_custom_nodes_minimal
+
+pytestmark = pytest.mark.core
 
 
 class Required:
@@ -38,7 +41,7 @@ def test_value_is_taken_from_every_kind_of_output(encoder: LatentEncoder) -> Non
         assert get_value_at_index(output, 1) == "b"
         with pytest.raises(IndexError):
             get_value_at_index(output, 2)
-    assert encoder.runtime.version == "0.3.75"
+    assert encoder.runtime.version == FACTS.version
 
 
 def test_path_of_comfyui_is_absolute_or_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,18 @@ from config import Settings
 from errors import ErrorCode, VaeModelInvalid
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
-from tests.helpers import COMFYUI, PROJECT, TINY_VAE, Encode, load_latent
+from tests.helpers import COMFYUI, PROJECT, TINY_VAE, VAE, Encode, load_latent
+from tests.trees import needs_pixel_space, needs_tiny_vae
 from vae import VaeCache
 
+pytestmark = pytest.mark.core
+
 TINY = PROJECT / "tiny_vae" / TINY_VAE
+
+
+def whole(beside: Path) -> Path:
+    """A sound VAE file of the Wan family that this tree loads; `beside` is any file of VAEs in the model folder."""
+    return TINY if VAE == TINY_VAE else beside.with_name(VAE)
 
 
 class Called:
@@ -40,26 +49,26 @@ def malicious(path: Path) -> Called:
 
 
 def without_encoder_tensors(path: Path) -> None:
-    weights = load_file(TINY)
+    weights = load_file(whole(path))
     for key in [key for key in weights if key.startswith("encoder.middle")]:
         del weights[key]
     save_file(weights, path)
 
 
 def without_quantisation_convolution(path: Path) -> None:
-    weights = load_file(TINY)
+    weights = load_file(whole(path))
     del weights["conv1.bias"]
     save_file(weights, path)
 
 
 def with_wrong_shape(path: Path) -> None:
-    weights = load_file(TINY)
+    weights = load_file(whole(path))
     weights["encoder.conv1.weight"] = torch.zeros(4, 3, 3, 3, 3)
     save_file(weights, path)
 
 
 def with_nan(path: Path) -> None:
-    weights = load_file(TINY)
+    weights = load_file(whole(path))
     weights["encoder.conv1.weight"][0, 0, 0, 0, 0] = float("nan")
     save_file(weights, path)
 
@@ -77,7 +86,7 @@ def text(path: Path) -> None:
 
 
 def truncated(path: Path) -> None:
-    path.write_bytes(TINY.read_bytes()[:-1000])
+    path.write_bytes(whole(path).read_bytes()[:-1000])
 
 
 def malicious_pickle(path: Path) -> None:
@@ -103,7 +112,7 @@ def compressed(path: Path) -> None:
 
 
 def broken_archive(path: Path) -> None:
-    torch.save(load_file(TINY), path)
+    torch.save(load_file(whole(path)), path)
     path.write_bytes(path.read_bytes()[:-1000])
 
 
@@ -144,7 +153,7 @@ def test_file_that_cannot_encode_is_refused(name: str, model_dir: Path, answer: 
 
 def test_decoder_is_not_needed(model_dir: Path, encode: Encode) -> None:
     """A file without the tensors that only decoding uses encodes as the whole one does."""
-    weights = load_file(TINY)
+    weights = load_file(whole(model_dir / "vae" / VAE))
     for key in [key for key in weights if key.startswith(("decoder.upsamples", "conv2."))]:
         del weights[key]
     save_file(weights, model_dir / "vae" / "no_decoder.safetensors")
@@ -154,7 +163,7 @@ def test_decoder_is_not_needed(model_dir: Path, encode: Encode) -> None:
 
 def test_torch_file_of_plain_weights_is_fine(model_dir: Path, encode: Encode) -> None:
     """A `.pt` with the same weights gives the same latent."""
-    torch.save(load_file(TINY), model_dir / "vae" / "plain.pt")
+    torch.save(load_file(whole(model_dir / "vae" / VAE)), model_dir / "vae" / "plain.pt")
     latent = load_latent(encode("photo.jpg", vae_model_name="plain.pt").latent_file_path)
     assert torch.equal(latent, load_latent(encode("photo.jpg").latent_file_path))
 
@@ -170,21 +179,32 @@ def test_missing_model_is_answered_with_the_way_out(name: str, model_dir: Path, 
 
 
 def test_folders_are_searched_in_order(encoder: LatentEncoder, model_dir: Path) -> None:
-    """MODEL_DIR itself, its `vae/`, then ComfyUI's own."""
-    assert encoder.runtime.vae_folders()[:3] == [model_dir, model_dir / "vae", PROJECT / "comfyui/models/vae"]
+    """MODEL_DIR itself, its `vae/`, then ComfyUI's own, then that of `comfyui/` if another tree is used."""
+    trees = dict.fromkeys([COMFYUI / "models/vae", PROJECT / "comfyui/models/vae"])
+    assert [folder for folder in encoder.runtime.vae_folders() if folder in [model_dir, model_dir / "vae", *trees]] == [
+        model_dir,
+        model_dir / "vae",
+        *trees,
+    ]
 
 
 def test_name_in_a_sub_folder_is_found(model_dir: Path, answer: Encode) -> None:
     """`qwen/x.safetensors` is a name like any other."""
     (model_dir / "qwen").mkdir()
-    shutil.copy(TINY, model_dir / "qwen" / "x.safetensors")
+    shutil.copy(whole(model_dir / "vae" / VAE), model_dir / "qwen" / "x.safetensors")
     assert isinstance(answer("photo.jpg", vae_model_name="qwen/x.safetensors"), SuccessResponse)
 
 
-def test_vae_sha256_is_that_of_the_file(encode: Encode) -> None:
-    """Of the file's bytes; None where there is no file."""
-    expected = "fe17b23e0be2d10e41096c3866df394eac0ef26030c846d18b4cc217a39ba45b"
+def test_vae_sha256_is_that_of_the_file(encode: Encode, model_dir: Path) -> None:
+    """Of the file's bytes, as `sha256sum` gives it."""
+    file = whole(model_dir / "vae" / VAE)
+    expected = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True).stdout.split()[0]
     assert encode("photo.jpg").metadata.vae_sha256 == expected
+
+
+@needs_pixel_space
+def test_vae_without_a_file_has_no_sha256(encode: Encode) -> None:
+    """The one that ComfyUI has built in."""
     assert encode("photo.jpg", vae_model_name="pixel_space").metadata.vae_sha256 is None
 
 
@@ -195,17 +215,17 @@ def vae_of(cache: VaeCache, name: str) -> Vae:
 def test_vae_stays_loaded(encoder: LatentEncoder, settings: Settings) -> None:
     """A second request uses the very same object."""
     cache = VaeCache(encoder.runtime, settings)
-    assert vae_of(cache, TINY_VAE) is vae_of(cache, TINY_VAE)
+    assert vae_of(cache, VAE) is vae_of(cache, VAE)
 
 
 def test_least_recently_used_vae_goes_first(encoder: LatentEncoder, settings: Settings) -> None:
     """With room for two, a third one pushes out the one that was used longest ago."""
     cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 2}))
-    tiny, pixel = vae_of(cache, TINY_VAE), vae_of(cache, "pixel_space")
-    assert vae_of(cache, TINY_VAE) is tiny
-    vae_of(cache, "taesd")
-    assert vae_of(cache, TINY_VAE) is tiny
-    assert vae_of(cache, "pixel_space") is not pixel
+    wan, taesd = vae_of(cache, VAE), vae_of(cache, "taesd")
+    assert vae_of(cache, VAE) is wan
+    vae_of(cache, "random_kl.safetensors")
+    assert vae_of(cache, VAE) is wan
+    assert vae_of(cache, "taesd") is not taesd
 
 
 @pytest.mark.parametrize("make", [empty, text, truncated, asks_for_memory])
@@ -214,21 +234,21 @@ def test_damaged_file_pushes_out_no_vae(
 ) -> None:
     """With room for one, that one stays loaded when a request names a file that is damaged on its face."""
     cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 1}))
-    pixel = vae_of(cache, "pixel_space")
+    taesd = vae_of(cache, "taesd")
     name = f"{make.__name__}.{'pt' if make is asks_for_memory else 'safetensors'}"
     make(model_dir / "vae" / name)
     with pytest.raises(VaeModelInvalid):
         cache.get(name)
-    assert vae_of(cache, "pixel_space") is pixel
+    assert vae_of(cache, "taesd") is taesd
 
 
 def test_replaced_file_is_loaded_anew(model_dir: Path, encode: Encode) -> None:
     """After the file was replaced by other weights under its name, requests get the latents of the new ones."""
     path = model_dir / "vae" / "replaced.safetensors"
-    shutil.copy(TINY, path)
+    shutil.copy(whole(path), path)
     before = encode("photo.jpg", vae_model_name=path.name)
     first = load_latent(before.latent_file_path)
-    weights = load_file(TINY)
+    weights = load_file(whole(path))
     weights["conv1.bias"] += 1
     save_file(weights, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
@@ -237,6 +257,7 @@ def test_replaced_file_is_loaded_anew(model_dir: Path, encode: Encode) -> None:
     assert not torch.equal(load_latent(after.latent_file_path), first)
 
 
+@needs_tiny_vae
 def test_trial_vae_says_that_it_is_one(
     encoder: LatentEncoder, settings: Settings, model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,6 +267,6 @@ def test_trial_vae_says_that_it_is_one(
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert warning.getMessage().startswith("this vae is for trying the service")
     caplog.clear()
-    shutil.copy(COMFYUI / "models" / "vae" / TINY_VAE, model_dir / "another.safetensors")
+    shutil.copy(TINY, model_dir / "another.safetensors")
     vaes.get("another.safetensors")
     assert [record for record in caplog.records if record.levelname == "WARNING"] == []
