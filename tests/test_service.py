@@ -47,9 +47,11 @@ def test_load_image_gives_pixels_in_unit_range(encoder: LatentEncoder) -> None:
 def test_scale_gives_the_size_that_the_formula_says(
     encoder: LatentEncoder, width: int, height: int, megapixels: float
 ) -> None:
-    """Stage three: ImageScaleToTotalPixels and our `scaled_size` agree for any image and target."""
+    """Stage three: ImageScaleToTotalPixels and our `scaled_size` agree for any image and target, later releases to a pixel."""
     scaled = encoder.runtime.scale(torch.zeros(1, height, width, 3), "nearest-exact", megapixels)
-    assert Size(scaled.shape[2], scaled.shape[1]) == scaled_size(Size(width, height), megapixels)
+    expected = scaled_size(Size(width, height), megapixels)
+    apart = max(abs(scaled.shape[2] - expected.width), abs(scaled.shape[1] - expected.height))
+    assert apart <= (1 if FACTS.has_resolution_steps else 0)  # the same releases no longer cut the total to an integer
 
 
 def test_encode_gives_the_latent_of_the_architecture(encoder: LatentEncoder) -> None:

@@ -38,7 +38,7 @@ CORE = {
     "test_service.py": 17,
     "test_setup.py": 7,
     "test_single_frame.py": 16,
-    "test_stock_equality.py": 72,
+    "test_stock_equality.py": 78,
     "test_tiling.py": 6,
     "test_utils.py": 11,
     "test_vae_files.py": 32,
