@@ -46,6 +46,7 @@ EXAMPLE_REQUEST: Document = {
     "latent_format": "pt",
     "upscale_method": "lanczos",
     "megapixels": 1.0,
+    "fit": "crop",
     "timestamp": 1730894395,
 }
 

@@ -40,12 +40,12 @@ from tests.test_cli import powerless
 TICK, WARNING, CROSS = State
 
 
-def examined(examine: Examine, settings: Settings, given: tuple[str, ...] = (), comfyui: Any = None) -> list[Check]:
-    """What a check finds with these settings, those in `given` set by somebody, and ComfyUI as the test has it."""
+def examined(examine: Examine, settings: Settings, given: tuple[str, ...] = (), encoder: Any = None) -> list[Check]:
+    """What a check finds with these settings, those in `given` set by somebody, and the service as the test has it."""
     origins = {field: "environment" if field in given else "default" for field in Settings.model_fields}
     installation = Installation(settings, origins)
-    if comfyui is not None:
-        installation.__dict__["comfyui"] = comfyui
+    if encoder is not None:
+        installation.__dict__["encoder"] = encoder
     checks = list(examine(installation))
     assert all(check.advice for check in checks if check.state is not TICK), "what to do about it is missing"
     assert not any(check.advice for check in checks if check.state is TICK)
@@ -183,8 +183,8 @@ def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Sett
     device, threads = examined(check_device, wrong)
     assert (device.state, threads.state) == (CROSS, TICK)
     assert device.found.startswith("DEVICE=cuda, but torch")
-    (nodes,) = examined(check_nodes, wrong)
-    assert nodes.state is TICK
+    nodes, decoder = examined(check_nodes, wrong)
+    assert (nodes.state, decoder.state) == (TICK, TICK)
 
 
 def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,30 +230,32 @@ def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout.strip()
-    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert tree.found == f"{tmp_path}, a git checkout, commit {commit}"
     assert files.state is WARNING
     assert "missing or differ from release 0.3.75: " in files.found
     (tmp_path / ".source.json").write_text(json.dumps({"source": str(tmp_path)}))
-    tree, _ = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    tree, _ = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert tree.found == f"{tmp_path}, a copy of {tmp_path}, commit {commit}"
 
 
 def test_tree_of_the_tests_is_the_pinned_release(settings: Settings, encoder: LatentEncoder) -> None:
-    """By its sums, and all four nodes load."""
-    tree, files = examined(check_tree, settings, comfyui=encoder.runtime)
+    """By its sums, and all four nodes run."""
+    tree, files = examined(check_tree, settings, encoder=encoder)
     assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 sums")
-    (nodes,) = examined(check_nodes, settings, comfyui=encoder.runtime)
-    assert nodes.found.startswith("ComfyUI 0.3.75 loads VAELoader, LoadImage, ImageScaleToTotalPixels, VAEEncode, on ")
+    nodes, decoder = examined(check_nodes, settings, encoder=encoder)
+    ran = "VAELoader, LoadImage, ImageScaleToTotalPixels, VAEEncode"
+    assert nodes.found == f"ComfyUI 0.3.75 ran {ran} on a test picture, on {encoder.runtime.device}"
+    assert decoder.found == encoder.runtime.decoder
 
 
 def test_comfyui_that_does_not_load_is_a_cross(settings: Settings) -> None:
     """With what is missing; its models are not looked for."""
     broken = SetupError("ComfyUI in /x cannot be loaded: No module named 'einops'. Install what it needs.")
-    (nodes,) = examined(check_nodes, settings, comfyui=broken)
+    (nodes,) = examined(check_nodes, settings, encoder=broken)
     assert (nodes.state, nodes.advice) == (CROSS, "Install what it needs.")
     assert nodes.found == "ComfyUI in /x cannot be loaded: No module named 'einops'"
-    (folder,) = examined(check_models, settings, comfyui=broken)
+    (folder,) = examined(check_models, settings, encoder=broken)
     assert folder.state is WARNING
 
 
@@ -263,7 +265,7 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     damaged.write_bytes((PROJECT / "tiny_vae" / TINY_VAE).read_bytes()[:5000])
     shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, impostor)
     try:
-        checks = examined(check_models, changed(settings, vae_model_name=impostor.name), comfyui=encoder.runtime)
+        checks = examined(check_models, changed(settings, vae_model_name=impostor.name), encoder=encoder)
     finally:
         damaged.unlink()
         impostor.unlink()
@@ -294,14 +296,14 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
 )
 def test_default_vae_has_to_be_there(name: str, state: State, advice: str, settings: Settings, encoder: LatentEncoder) -> None:
     """A cross says how to get it, or which one may be meant; the trial one is a warning."""
-    check = named(examined(check_models, changed(settings, vae_model_name=name), comfyui=encoder.runtime), "default vae")
+    check = named(examined(check_models, changed(settings, vae_model_name=name), encoder=encoder), "default vae")
     assert check.state is state
     assert advice in check.advice
 
 
 def test_model_folder_that_is_not_there_is_a_warning(settings: Settings, encoder: LatentEncoder, tmp_path: Path) -> None:
     """MODEL_DIR that names none; the folders that are searched are listed."""
-    checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), comfyui=encoder.runtime)
+    checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), encoder=encoder)
     folders = [check for check in checks if check.name == "model folder"]
     assert [check.state for check in folders][:2] == [WARNING, TICK]
     assert len(folders) > 2
