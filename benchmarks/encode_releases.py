@@ -33,6 +33,8 @@ HEADER = (
     "ours",
 )
 
+BUSY = 0.1  # share of the CPUs that others had, above which even ratios are wrong: threads wait for one that has no CPU
+
 
 @dataclass(frozen=True)
 class ReleaseTimes:
@@ -152,9 +154,10 @@ def releases_text(sizes: Sequence[SizeReleases]) -> str:
 
 
 def _size_text(size: SizeReleases) -> str:
-    return (
-        f"{size.width} x {size.height}. Other processes had {size.cpu_share_of_others:.1%} of the CPUs meanwhile.\n\n"
-        + markdown(HEADER, [_row(release) for release in size.releases])
+    others = size.cpu_share_of_others
+    busy = " The machine was too busy: run it again, the times and the ratios do not hold." if others > BUSY else ""
+    return f"{size.width} x {size.height}. Other processes had {others:.1%} of the CPUs meanwhile.{busy}\n\n" + markdown(
+        HEADER, [_row(release) for release in size.releases]
     )
 
 

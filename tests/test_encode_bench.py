@@ -305,6 +305,13 @@ def test_table_of_releases_has_a_row_for_each() -> None:
     )
 
 
+def test_table_of_releases_on_a_busy_machine_says_that_it_does_not_hold() -> None:
+    """Memory and differences do; a few percent for others are no matter."""
+    calm, busy = (releases_text([SizeReleases(0.25, 512, 512, share, [])]) for share in (0.05, 0.76))
+    assert "too busy" not in calm
+    assert "had 76.0% of the CPUs meanwhile. The machine was too busy: run it again" in busy
+
+
 def test_release_that_fails_in_the_middle_says_why(model_dir: Path, tmp_path: Path) -> None:
     """Its release, its side and the end of its process are in the message."""
     bench = Bench(TREE, model_dir, tmp_path, timeout_s=PATIENCE_S)
