@@ -196,11 +196,11 @@ def from_repository(repository: str, reference: str, space: Path) -> Tree:
             f"cannot get ComfyUI {reference} from {shown(repository)}: {exc}; nothing was changed. "
             "Name another repository or a git directory with COMFYUI_GIT, or a checkout with --from DIR."
         ) from None
-    if lacks := [name for name in REQUIRED if not (fetched.path / name).exists()]:
-        raise FillError(f"{reference} of {shown(repository)} is no ComfyUI: {', '.join(lacks)} missing; nothing was changed.")
     missing = [name for name in fetched.missing if is_runtime(name.split("/")[0])]
     if lacks := [name for name in missing if name.endswith(".py")]:
         raise FillError(f"{shown(repository)} lacks files of {reference}: {listed(lacks)}; nothing was changed.")
+    if lacks := [name for name in REQUIRED if not (fetched.path / name).exists()]:
+        raise FillError(f"{reference} of {shown(repository)} is no ComfyUI: {', '.join(lacks)} missing; nothing was changed.")
     return replace(fetched, missing=missing)
 
 
