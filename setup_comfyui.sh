@@ -133,7 +133,7 @@ fill_comfyui() {
 
 # The locks do not have what a ComfyUI may ask for, so no sums are checked; what they do have stays as it is installed.
 install_unlocked() {
-    "$python" "$project/setup/constraints.py" "$1" "$locks/torch.txt" "$locks/runtime.txt" >"$scratch/constraints" || exit
+    "$python" "$project/setup/constraints.py" "$1" "$locks/runtime.txt" >"$scratch/constraints" || exit
     pip_install --quiet -r "$1" -c "$scratch/constraints" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
 }
 

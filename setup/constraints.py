@@ -1,9 +1,10 @@
-"""Print pip constraints that keep what is installed of the locks, for installing beside it what a ComfyUI asks for.
+"""Print pip constraints that keep the packages of a lock as they are installed, while a ComfyUI's own are installed.
 
-    python setup/constraints.py REQUIREMENTS LOCK…
+    python setup/constraints.py REQUIREMENTS LOCK
 
-Every package of the locks stays at the version that is installed, except those that REQUIREMENTS asks for and that are too
-old or too new for it. torch and torchvision are never replaced: exit 1, with what was asked for, where they do not do.
+Every package of the lock stays at its installed version, except those for which REQUIREMENTS asks for another one. torch and
+torchvision are never replaced: exit 1, with the requirement, if it asks for another one of them. Packages that torch needs are
+not named, because an environment that was not set up here may have some that do not fit, and pip would refuse everything.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ TORCHAUDIO_FREE = (
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("requirements", type=Path)
-    parser.add_argument("locks", type=Path, nargs="+")
+    parser.add_argument("lock", type=Path)
     options = parser.parse_args()
     asked = requirements(options.requirements)
-    for name in sorted(set().union(*map(requirements, options.locks))):
+    for name in [*NEVER_REPLACED, *requirements(options.lock)]:
         if (found := installed(name)) is None:
             continue
         if permits(asked.get(name), found):

