@@ -69,7 +69,9 @@ def fill(dest: Path, *arguments: str | Path, env: dict[str, str] | None = None) 
 
 
 def set_up(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "VENV": sys.prefix, "COMFYUI_PATH": "", **(env or {})}
+    """Run setup on the environment of the tests, into which pip must not install anything."""
+    no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    environment = {**os.environ, "VENV": sys.prefix, "COMFYUI_PATH": "", **no_index, **(env or {})}
     command = [str(PROJECT / "setup_comfyui.sh"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
