@@ -1,4 +1,4 @@
-"""Fill `comfyui/` with the ComfyUI runtime; called by setup_comfyui.sh, with the standard library alone.
+"""Fill `comfyui/` with the ComfyUI runtime; called by setup_comfyui.sh once `packaging` is installed.
 
     python setup/fill_comfyui.py DEST [--from DIR [--link]] [--pinned] [--release TAG_OR_COMMIT [--keep]]
 
