@@ -30,8 +30,10 @@ from doctor.torch_and_device import check_device, check_torch
 from errors import SetupError
 from health import Health
 from http_server import http_server
+from releases import TESTED
 from service import LatentEncoder
 from setup.download_vae import QWEN_IMAGE_VAE
+from setup.fill_comfyui import record_sums
 from tests.broker.ports import free_ports
 from tests.helpers import PROJECT, TINY_VAE, RunMain
 from tests.kafka_tools import Bench
@@ -237,6 +239,50 @@ def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / ".source.json").write_text(json.dumps({"source": str(tmp_path)}))
     tree, _ = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert tree.found == f"{tmp_path}, a copy of {tmp_path}, commit {commit}"
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "words"),
+    [
+        ("0.33.0", TICK, "0.33.0 is tested"),
+        ("9.9.9", WARNING, "9.9.9 is not tested"),
+        (None, WARNING, "unknown is not tested"),
+    ],
+)
+def test_fetched_release_is_known_by_its_recorded_sums(
+    settings: Settings, tmp_path: Path, version: str | None, state: State, words: str
+) -> None:
+    """A tick where the release is tested, else a warning; files that have changed since are counted and named."""
+    (tmp_path / "comfy").mkdir()
+    for name in ("nodes.py", "folder_paths.py"):
+        (tmp_path / name).write_text("# theirs\n")
+    if version:
+        (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    record_sums(tmp_path)
+    source = {"source": "v0.33.0", "repository": "https://example.org/ComfyUI.git", "commit": "783545f6" + "0" * 32}
+    (tmp_path / ".source.json").write_text(json.dumps(source))
+    broken = SetupError("it does not load")
+    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=broken)
+    release = "release v0.33.0 (commit 783545f6)"
+    assert tree.found == f"{tmp_path}, {release} as setup_comfyui.sh fetched it from https://example.org/ComfyUI.git"
+    assert (files.state, files.found) == (state, f"those of {release}, by the sums recorded when it was fetched; {words}")
+    (tmp_path / "nodes.py").write_text("# changed\n")
+    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=broken)
+    assert (files.state, files.found) == (WARNING, f"1 are missing or have changed since {release} was fetched: nodes.py")
+    assert "./setup_comfyui.sh --release v0.33.0" in files.advice
+
+
+@pytest.mark.parametrize(("version", "state"), [("0.33.0", TICK), ("9.9.9", WARNING)])
+def test_checkout_is_tested_by_its_own_word(settings: Settings, tmp_path: Path, version: str, state: State) -> None:
+    """A tree whose sums nobody recorded states its version; one that is not tested is a warning that names those that are."""
+    (tmp_path / "comfy").mkdir()
+    for name in ("nodes.py", "folder_paths.py"):
+        (tmp_path / name).write_text("# theirs\n")
+    (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    assert files.state is state
+    assert files.found.startswith(f"release {version} by its own word; {version} is ")
+    assert (TESTED in files.advice) is (state is WARNING)
 
 
 def test_tree_of_the_tests_is_the_pinned_release(settings: Settings, encoder: LatentEncoder) -> None:
