@@ -262,12 +262,12 @@ def test_fetched_release_is_known_by_its_recorded_sums(
     source = {"source": "v0.33.0", "repository": "https://example.org/ComfyUI.git", "commit": "783545f6" + "0" * 32}
     (tmp_path / ".source.json").write_text(json.dumps(source))
     broken = SetupError("it does not load")
-    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=broken)
+    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
     release = "release v0.33.0 (commit 783545f6)"
     assert tree.found == f"{tmp_path}, {release} as setup_comfyui.sh fetched it from https://example.org/ComfyUI.git"
     assert (files.state, files.found) == (state, f"those of {release}, by the sums recorded when it was fetched; {words}")
     (tmp_path / "nodes.py").write_text("# changed\n")
-    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=broken)
+    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
     assert (files.state, files.found) == (WARNING, f"1 are missing or have changed since {release} was fetched: nodes.py")
     assert "./setup_comfyui.sh --release v0.33.0" in files.advice
 
@@ -279,7 +279,7 @@ def test_checkout_is_tested_by_its_own_word(settings: Settings, tmp_path: Path, 
     for name in ("nodes.py", "folder_paths.py"):
         (tmp_path / name).write_text("# theirs\n")
     (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
-    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert files.state is state
     assert files.found.startswith(f"release {version} by its own word; {version} is ")
     assert (TESTED in files.advice) is (state is WARNING)
