@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from input_folder import Ending
+from jpeg_markers import has_further_pictures, without_further_pictures
 
 Format = Literal["JPEG", "PNG"]
 ENDINGS: Mapping[Format, Ending] = {"JPEG": ".jpg", "PNG": ".png"}
@@ -150,8 +151,6 @@ class FurtherPictures:
     format: Format = "JPEG"
 
     def picture(self) -> bytes:
-        from jpeg_markers import without_further_pictures  # as `images.read_image` gives it to LoadImage
-
         first = _corners()
         further = [ImageOps.mirror(first).resize((WIDTH // 2, HEIGHT // 2))]
         return without_further_pictures(_saved(first, "MPO", save_all=True, append_images=further))
@@ -237,7 +236,7 @@ def _features(image: Image.Image, data: bytes) -> Iterator[Feature]:
         yield Orientation(file_format, orientation, _carrier(image))
     if file_format == "PNG" and data[DEPTH_OFFSET] == 16:
         yield SixteenBits(data[DEPTH_OFFSET + 1])
-    if file_format == "JPEG" and getattr(image, "n_frames", 1) > 1:
+    if file_format == "JPEG" and (getattr(image, "n_frames", 1) > 1 or has_further_pictures(data)):
         yield FurtherPictures()
 
 
