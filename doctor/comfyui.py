@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from comfy_runtime import NODE_IDS, ComfyRuntime
+from comfy_runtime import NODE_IDS
 from doctor.check import Check, Installation, cross_of, tick, warning
 from errors import SetupError
 from releases import is_tested
@@ -31,13 +31,18 @@ def check_tree(installation: Installation) -> Iterator[Check]:
 
 
 def check_nodes(installation: Installation) -> Iterator[Check]:
-    """Whether it can be imported, with the nodes that encoding needs and the packages of CUSTOM_NODES."""
-    runtime, packages = installation.comfyui, installation.settings.custom_nodes
-    if isinstance(runtime, ComfyRuntime):
-        with_packages = f" with CUSTOM_NODES={','.join(packages)}" if packages else ""
-        yield tick("nodes", f"ComfyUI {runtime.version} loads {', '.join(NODE_IDS)}{with_packages}, on {runtime.device}")
-    else:
-        yield cross_of("nodes", runtime, REFILL)
+    """Whether the nodes that encoding needs run on a test picture, with the packages of CUSTOM_NODES loaded."""
+    encoder, packages = installation.encoder, installation.settings.custom_nodes
+    if isinstance(encoder, SetupError):
+        yield cross_of("nodes", encoder, REFILL)
+        return
+    runtime, tried = encoder.runtime, encoder.tried_nodes
+    where = f"on {runtime.device}" + (f", with CUSTOM_NODES={','.join(packages)}" if packages else "")
+    yield tick("nodes", f"ComfyUI {runtime.version} ran {', '.join(tried)} on a test picture, {where}")
+    yield tick("image decoder", runtime.decoder)
+    if not_tried := [node_id for node_id in NODE_IDS if node_id not in tried]:
+        advice = "They run with the first request; the release has no VAE built in with which they could be tried."
+        yield warning("nodes", f"ComfyUI {runtime.version} loads {', '.join(not_tried)}, which were not tried", advice)
 
 
 def _source(path: Path) -> str:

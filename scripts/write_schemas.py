@@ -157,6 +157,7 @@ def example_success() -> SuccessResponse:
             tiled=False,
             device="cuda:0",
             comfyui_version="0.3.75",
+            image_decoder="Pillow 13.0.0, libjpeg-turbo 3.2.0",
             torch_version="2.14.1+cu130",
             image_sha256=example_digest("image"),
             vae_sha256=example_digest("vae"),
