@@ -31,7 +31,7 @@ INTRODUCTION = """\
 
 A VAE is recognised by the names and shapes of its tensors. Where families have the same tensors, the file's name decides: the
 column *by name* has the part of the name that tells it. *Latent space* is what `latent_space` in the metadata says, the name
-of ComfyUI's class in `comfy.latent_formats`. The columns *0.3.75* and *0.33* say whether these ComfyUI releases encode with it.
+of ComfyUI's class in `comfy.latent_formats`. The columns *0.3.75* and *0.33* say whether these releases encode with it.
 *Fast path* marks the families that the [single-frame encoder](encoder.md) encodes; the others use ComfyUI's own. A VAE of no
 family in this table runs too, if ComfyUI encodes images with it; its `latent_space` is `null`.
 """

@@ -102,7 +102,7 @@ def make_wan(model_dir: Path) -> None:
 
 
 def make_tiny(model_dir: Path) -> None:
-    """Every small VAE that this release knows beside TAESD's: TAEHVs, FLUX.2's TAESD pair, the encoder of Stable Cascade's stage C."""
+    """Every other small VAE that this release knows: TAEHVs, FLUX.2's TAESD pair, the encoder of Stable Cascade C."""
     for name in getattr(nodes.VAELoader, "video_taes", ()):
         if name in TAEHV_CHANNELS:
             weights = random_weights(

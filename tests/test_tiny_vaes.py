@@ -1,4 +1,4 @@
-"""The small VAEs of every family, encoded from end to end: by our service and by the stock nodes, each in a process of its own."""
+"""The small VAEs of every family, end to end: our service against the stock nodes, each in a process of its own."""
 
 from __future__ import annotations
 
