@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from errors import SetupError, one_line
-from image_features import ENDINGS, Feature, decoder_of
+from image_features import ENDINGS, Feature, ImageNote, decoder_of
 from input_folder import Ending, InputFolders
 from lazy_imports import lazy_imports
 from releases import TESTED
@@ -120,7 +120,7 @@ class ComfyRuntime:
         self._load_image = self._node("LoadImage", "image")
         self._scale = self._node("ImageScaleToTotalPixels", "image", "upscale_method", "megapixels")
         self._vae_encode = self._node("VAEEncode", "pixels", "vae")
-        self._notes: dict[Feature, str | None] = {}
+        self._notes: dict[Feature, ImageNote | None] = {}
 
     def _node(self, node_id: str, *supplied: str) -> Node:
         return Node(node_id, self.nodes[node_id], supplied)
@@ -151,7 +151,7 @@ class ComfyRuntime:
         """What decodes JPEGs in LoadImage, with its version: Pillow, or PyAV with ffmpeg. Hold `PILLOW_LOCK` meanwhile."""
         return decoder_of(self.load_image)
 
-    def note(self, feature: Feature) -> str | None:
+    def note(self, feature: Feature) -> ImageNote | None:
         """The code in `image_notes` for what LoadImage does with that feature of a file. Hold `PILLOW_LOCK` meanwhile."""
         if feature not in self._notes:
             self._notes[feature] = feature.note(self.load_image(feature.picture(), ENDINGS[feature.format]))

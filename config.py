@@ -22,7 +22,7 @@ from models import (
     descriptions,
 )
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 

@@ -14,8 +14,9 @@ from single_frame import SingleFrameEncoder, UnknownArchitecture
 log = get_logger("latent_encoder")
 
 # Parts of ComfyUI's VAE classes that only decoding uses: SD-style and Wan decoders, SD's and Wan's convolution in front of
-# them, TAESD's decoder. Any other tensor counts as needed.
-DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.")
+# them, TAESD's decoder, Stable Cascade's previewer (its encoder is published in a file of its own), Mage's decoder. Any other
+# tensor counts as needed.
+DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.", "previewer.", "decoder_model.")
 ENCODER_PARTS = ("encoder.", "conv1.")  # those that the single-frame encoder stands in for
 WITHOUT_DECODER = ("WanVAE", "AutoencoderKL", "AutoencodingEngine", "TAESD")
 

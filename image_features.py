@@ -23,11 +23,25 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from input_folder import Ending
+from jpeg_markers import has_further_pictures, without_further_pictures
 
 Format = Literal["JPEG", "PNG"]
 ENDINGS: Mapping[Format, Ending] = {"JPEG": ".jpg", "PNG": ".png"}
 Carrier = Literal["exif", "xmp", "profile"]
 """Where an orientation stands: EXIF data, XMP, or the text chunk of a PNG in which ImageMagick keeps EXIF data."""
+
+ImageNote = Literal[
+    "alpha_applied",
+    "alpha_dropped",
+    "clipped_to_8_bit",
+    "exif_orientation_applied",
+    "exif_orientation_ignored",
+    "exif_orientation_misapplied",
+    "first_frame_used",
+    "other_frame_used",
+    "reduced_to_8_bit",
+]
+"""A code in `image_notes`; API.md says what each means."""
 
 # Four corners of different colours on a picture that is wider than high: all eight orientations of it differ.
 CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
@@ -47,7 +61,7 @@ class Feature(Protocol):
     def picture(self) -> bytes:
         """Return a small file that has this feature."""
 
-    def note(self, loaded: Tensor) -> str | None:
+    def note(self, loaded: Tensor) -> ImageNote | None:
         """Return the code for `image_notes` by what LoadImage made of the picture, `[1, height, width, 3]` in [0, 1]."""
 
 
@@ -79,7 +93,7 @@ class Orientation:
             case _:
                 return {"exif": _exif(self.value)}
 
-    def note(self, loaded: Tensor) -> str:
+    def note(self, loaded: Tensor) -> ImageNote:
         tagged = _corners()
         if _shows(loaded, tagged):
             return "exif_orientation_ignored"
@@ -102,7 +116,7 @@ class Transparency:
         picture = _corners().convert(self.mode if self.mode in ("P", "RGB") else "L")
         return _saved(picture, "PNG", transparency=picture.getpixel((0, 0)))
 
-    def note(self, loaded: Tensor) -> str:
+    def note(self, loaded: Tensor) -> ImageNote:
         hidden = _corners() if self.mode in ("RGBA", "P", "RGB") else _corners().convert("L")
         return "alpha_dropped" if _shows(loaded, hidden) else "alpha_applied"
 
@@ -123,7 +137,7 @@ class SixteenBits:
         chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row * HEIGHT)), (b"IEND", b""))
         return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 
-    def note(self, loaded: Tensor) -> str | None:
+    def note(self, loaded: Tensor) -> ImageNote | None:
         value = loaded.mean().item()
         if abs(value - self.SAMPLE / 0xFFFF) < 1e-4:
             return None
@@ -137,13 +151,11 @@ class FurtherPictures:
     format: Format = "JPEG"
 
     def picture(self) -> bytes:
-        from jpeg_markers import without_further_pictures  # as `images.read_image` gives it to LoadImage
-
         first = _corners()
         further = [ImageOps.mirror(first).resize((WIDTH // 2, HEIGHT // 2))]
         return without_further_pictures(_saved(first, "MPO", save_all=True, append_images=further))
 
-    def note(self, loaded: Tensor) -> str:
+    def note(self, loaded: Tensor) -> ImageNote:
         return "first_frame_used" if _shows(loaded, _corners()) else "other_frame_used"
 
 
@@ -224,7 +236,7 @@ def _features(image: Image.Image, data: bytes) -> Iterator[Feature]:
         yield Orientation(file_format, orientation, _carrier(image))
     if file_format == "PNG" and data[DEPTH_OFFSET] == 16:
         yield SixteenBits(data[DEPTH_OFFSET + 1])
-    if file_format == "JPEG" and getattr(image, "n_frames", 1) > 1:
+    if file_format == "JPEG" and (getattr(image, "n_frames", 1) > 1 or has_further_pictures(data)):
         yield FurtherPictures()
 
 

@@ -10,7 +10,7 @@ import torch
 from comfy_runtime import ComfyRuntime
 from errors import EncodingFailed, ImageInvalid, SetupError, translated
 from geometry import Size
-from image_features import Orientation
+from image_features import ImageNote, Orientation
 from images import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_image
 from trial import try_load_image
 
@@ -23,7 +23,7 @@ class LoadedImage:
     """Float32 `[1, height, width, 3]` in [0, 1], on the CPU."""
     sha256: str
     """Of the file's bytes."""
-    notes: tuple[str, ...]
+    notes: tuple[ImageNote, ...]
     """What LoadImage did beyond decoding; the codes are in API.md."""
 
 
@@ -54,7 +54,7 @@ def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
         raise EncodingFailed(str(exc)) from exc
 
 
-def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> Iterator[str]:
+def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> Iterator[ImageNote]:
     loaded = Size(width=pixels.shape[2], height=pixels.shape[1])
     if source.size not in (loaded, loaded.swapped):
         raise ValueError(f"it has {source.size} by its header, and {loaded} after decoding")
@@ -70,7 +70,7 @@ def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> 
         yield "first_frame_used"
 
 
-def _seen_in_sizes(orientation: Orientation, header: Size, loaded: Size) -> str | None:
+def _seen_in_sizes(orientation: Orientation, header: Size, loaded: Size) -> ImageNote | None:
     """The note where the image was not turned at all, whatever became of the small picture; None where sizes do not tell."""
     not_turned = orientation.swaps_sides and header.width != header.height and loaded == header
     return "exif_orientation_ignored" if not_turned else None

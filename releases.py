@@ -29,3 +29,13 @@ def is_tested(version: str) -> bool:
         return Version(version) in map(Version, TESTED_RELEASES)
     except InvalidVersion:
         return False
+
+
+def is_older(version: str, other: str) -> bool:
+    """Return whether a release is older than `other`; False where `version` is not a version."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(version) < Version(other)
+    except InvalidVersion:
+        return False

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from comfy_runtime import ComfyRuntime, Vae
 from config import Settings
 from encoders import DECODER_PARTS, prepare_for_encoding
-from errors import VaeModelInvalid, VaeModelNotFound, one_line, translated
+from errors import VaeModelInvalid, VaeModelNotFound, is_out_of_memory, one_line, translated
 from geometry import Size, factor_of, latent_crop
 from logs import get_logger
 from metrics import VAE_CACHE
@@ -32,7 +32,8 @@ from models import EncoderKind
 from single_frame import SingleFrameEncoder
 from suggestions import FILE_NAMES, closest
 from tiling import OomPolicy, watched
-from vae_families import family_of, read_shapes
+from vae_checks import latent_space_of, no_images, with_defaults
+from vae_families import Family, family_of, read_shapes
 from weights_files import check_weights_file
 
 log = get_logger("latent_encoder")
@@ -216,9 +217,11 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
         EncodingFailed: memory ran out.
     """
     with _refused(name, files), _recorded_missing_keys() as missing:
+        family = _family(name, files)
+        if family is not None and family.no_images is not None:
+            raise VaeModelInvalid(f"{_refusal(name, files)}: {family.fault(runtime.version)}.")
         sha256 = _sha256(files)
-        latent_space = _latent_space(name, files)
-        vae = runtime.load_vae(name)
+        vae = _loaded(runtime, name, files, family)
     if fault := _fault(vae, missing, decodes=settings.roundtrip):
         raise VaeModelInvalid(f"{_refusal(name, files)}: {fault}.")
     with torch.inference_mode():
@@ -230,7 +233,7 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
     if name == TRIAL_VAE:
         log.warning("this vae is for trying the service: its latents mean nothing to a diffusion model", vae=name)
     cells = _try_encoding(runtime, vae, single_frame, _refusal(name, files))
-    return LoadedVae(name, vae, sha256, single_frame, latent_space, cells)
+    return LoadedVae(name, vae, sha256, single_frame, latent_space_of(family, vae, runtime), cells)
 
 
 def _try_encoding(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEncoder | None, refusal: str) -> Cells:
@@ -259,11 +262,25 @@ def _grey(size: Size) -> torch.Tensor:
     return torch.full((1, size.height, size.width, 3), 0.5)
 
 
-def _latent_space(name: str, files: Sequence[Path]) -> str | None:
-    """What the VAE's latents mean, by all of its files."""
+def _family(name: str, files: Sequence[Path]) -> Family | None:
+    """Return the VAE's family, by the headers of all of its files."""
     shapes = {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
-    family = family_of(shapes, name)
-    return family.latent_space if family is not None else None
+    return family_of(shapes, name)
+
+
+def _loaded(runtime: ComfyRuntime, name: str, files: Sequence[Path], family: Family | None) -> Vae:
+    """Return what VAELoader makes of the files.
+
+    Raises:
+        VaeModelInvalid: it fails, and the VAE is of a family that this release does not load.
+    """
+    try:
+        return runtime.load_vae(name)
+    except Exception as exc:
+        fault = family.fault(runtime.version) if family is not None else None
+        if fault is None or is_out_of_memory(exc):
+            raise
+        raise VaeModelInvalid(f"{_refusal(name, files)}: {fault}.") from exc
 
 
 def check_vae_files(name: str, files: Sequence[Path]) -> None:
@@ -308,11 +325,12 @@ def _fault(vae: Vae, missing: Mapping[int, Sequence[str]], *, decodes: bool) -> 
     """What keeps a VAE that did load from encoding images properly, and from decoding them if it `decodes`."""
     model = vae.first_stage_model
     not_needed = () if decodes else DECODER_PARTS
-    if vae.latent_dim not in (2, 3):
-        return "it does not encode images"
+    have_values = (*not_needed, *with_defaults(model))
+    if fault := no_images(vae):
+        return fault
     if id(model) not in missing:
         return "this ComfyUI loads it in a way that cannot be checked for missing tensors"
-    if lacking := _without(not_needed, missing[id(model)]):
+    if lacking := _without(have_values, missing[id(model)]):
         return f"it lacks tensors that {'a round trip' if decodes else 'encoding'} needs: {_shortened(lacking)}"
     if broken := _not_finite(model, not_needed):
         return f"it has values that are not finite in: {_shortened(broken)}"

@@ -15,6 +15,7 @@ fifth item is `resolution_steps`.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import sys
@@ -29,6 +30,7 @@ import comfy.cli_args
 
 comfy.cli_args.args.cpu = True
 
+import comfy.ldm.cascade.stage_c_coder
 import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.vae
 import comfy.taesd.taesd
@@ -40,6 +42,14 @@ from safetensors.torch import save_file
 
 OF_TINY_VAE = Path(__file__).resolve().parent.parent / "tiny_vae"
 TINY_VAE = "tiny_qwen_vae.safetensors"
+TAEHV_CHANNELS = {
+    "taehv": 16,
+    "lighttaew2_1": 16,
+    "lighttaew2_2": 48,
+    "lighttaehy1_5": 32,
+    "taeltx_2": 128,
+    "taeh3": 24,
+}
 
 KL_CONFIG = {
     "double_z": True,
@@ -86,7 +96,7 @@ def load(out: Path, images: list[str]) -> None:
 
 
 def make_vaes(model_dir: Path, families: list[str]) -> None:
-    makers = {"kl": make_kl, "hollow-kl": make_hollow_kl, "taesd": make_taesd, "wan": make_wan}
+    makers = {"kl": make_kl, "hollow-kl": make_hollow_kl, "taesd": make_taesd, "wan": make_wan, "tiny": make_tiny}
     for family in families:
         makers[family](model_dir)
 
@@ -111,17 +121,37 @@ def make_hollow_kl(model_dir: Path) -> None:
 
 
 def make_taesd(model_dir: Path) -> None:
-    weights = random_weights(comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
+    make_pair(model_dir, "taesd", 4)
+
+
+def make_pair(model_dir: Path, name: str, channels: int) -> None:
+    weights = random_weights(comfy.taesd.taesd.TAESD(latent_channels=channels).state_dict())
     for part in ("encoder", "decoder"):
         prefix = f"taesd_{part}."
         weights_of_part = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        save_file(weights_of_part, model_dir / "vae_approx" / f"taesd_{part}.safetensors")
+        save_file(weights_of_part, model_dir / "vae_approx" / f"{name}_{part}.safetensors")
 
 
 def make_wan(model_dir: Path) -> None:
     shape = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
     model = comfy.ldm.wan.vae.WanVAE(dim=96, z_dim=16, dropout=0.0, **shape)
     save_file(random_weights(model.state_dict()), model_dir / "vae" / "random_wan.safetensors")
+
+
+def make_tiny(model_dir: Path) -> None:
+    """Every other small VAE that this release knows: TAEHVs, FLUX.2's TAESD pair, the encoder of Stable Cascade C."""
+    for name in getattr(nodes.VAELoader, "video_taes", ()):
+        if name in TAEHV_CHANNELS:
+            weights = random_weights(
+                importlib.import_module("comfy.taesd.taehv").TAEHV(latent_channels=TAEHV_CHANNELS[name]).state_dict()
+            )
+            dtype = torch.float16 if name == "taehv" else torch.bfloat16  # by which ComfyUI tells HunyuanVideo's from Wan's
+            weights = {key: value.to(dtype) for key, value in weights.items()}
+            save_file(weights, model_dir / "vae_approx" / f"{name}.safetensors")
+    if "taef2" in getattr(nodes.VAELoader, "image_taes", ()):
+        make_pair(model_dir, "taef2", 128)
+    encoder = comfy.ldm.cascade.stage_c_coder.StageC_coder().encoder
+    save_file(random_weights(encoder.state_dict()), model_dir / "vae" / "effnet_encoder.safetensors")
 
 
 def random_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -131,6 +161,8 @@ def random_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    if key.endswith("running_var"):
+        return 1 + 0.1 * torch.rand(shape, generator=generator)
     if key.endswith("gamma") or (key.endswith("weight") and len(shape) == 1):
         return 1 + 0.1 * torch.randn(shape, generator=generator)
     if len(shape) < 2:

@@ -368,6 +368,20 @@ def test_further_pictures_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Enco
     assert encode(path).metadata.image_notes == ("first_frame_used",)
 
 
+@pytest.mark.parametrize(
+    ("behind", "notes"), [(b"\0" * 4000, ("first_frame_used",)), (b"", ("first_frame_used",)), (b"moov", ())]
+)
+def test_picture_behind_the_first_is_noted_without_an_index(
+    behind: bytes, notes: tuple[str, ...], encode: Encode, tmp_path: Path
+) -> None:
+    """Gain maps of phones; a film that is appended to a photo is no picture."""
+    photo = (IMAGES / "photo.jpg").read_bytes()
+    (tmp_path / "phone.jpg").write_bytes(photo + behind + photo)
+    response = encode(tmp_path / "phone.jpg")
+    assert response.metadata.image_notes == notes
+    assert torch.equal(load_latent(response.latent_file_path), load_latent(encode("photo.jpg").latent_file_path))
+
+
 def test_odd_exif_is_no_reason_to_warn_or_fail(encode: Encode, tmp_path: Path) -> None:
     """Pillow warns of an entry that lies outside the file; here, warnings are errors."""
     entry = b"\x0e\x01\x02\x00\xff\x00\x00\x00\x08\x00\x00\x00"  # a description that is longer than the file

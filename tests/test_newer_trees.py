@@ -182,6 +182,24 @@ def test_stock_encoder_gives_the_same_bits(
     assert Path(response["latent_file_path"]).parent == tmp_path / "output"
 
 
+def test_pictures_of_an_image_that_is_not_cropped(newer: Path, model_dir: Path, run_main: RunMain) -> None:
+    """Preview and round trip show all of it; inspecting the latent afterwards draws the same preview."""
+    env = {"COMFYUI_PATH": str(newer), "MODEL_DIR": str(model_dir), "DEVICE": "cpu"}
+    options = ("--vae_model_name", KL, "--megapixels", "0.02", "--preview", "--roundtrip")
+    done = run_main("--image_path", IMAGES / "photo.jpg", *options, env=env)
+    assert done.returncode == 0, done.stderr
+    response = json.loads(done.stdout)
+    with Image.open(response["preview_path"]) as preview, Image.open(response["roundtrip_path"]) as decoded:
+        assert preview.size == (2 * 177, 118)
+        assert decoded.size == (176, 112)
+    assert response["metadata"]["roundtrip"]["psnr_db"] > 0
+    drawn = Path(response["preview_path"]).read_bytes()
+    Path(response["preview_path"]).unlink()
+    done = run_main("--mode", "inspect", response["latent_file_path"], env={"COMFYUI_PATH": str(newer)})
+    assert "preview" in done.stdout
+    assert Path(response["preview_path"]).read_bytes() == drawn
+
+
 def test_further_pictures_are_a_feature_of_phone_photos(pictures: Path) -> None:
     """The photo of this test is one of those that phones make: Pillow finds two pictures in it."""
     with Image.open(pictures / "phone.jpg") as image:

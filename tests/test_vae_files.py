@@ -116,7 +116,24 @@ def broken_archive(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def for_audio(path: Path) -> None:
+    save_file({"vocoder.backbone.channel_layers.0.0.bias": torch.zeros(128)}, path)
+
+
+def for_objects(path: Path) -> None:
+    save_file({"txt_dec.blocks.3.4.conv2.weight": torch.zeros(64, 3, 3, 3, 64)}, path)
+
+
+def named_by_diffusers(path: Path) -> None:
+    """The beginning of AutoencoderKLWan."""
+    weights = {"decoder.conv_in.weight": torch.zeros(384, 16, 3, 3, 3)}
+    save_file({**weights, "decoder.mid_block.resnets.0.norm1.gamma": torch.zeros(384, 1, 1, 1)}, path)
+
+
 INVALID = {
+    "ace_step.safetensors": (for_audio, "it is a VAE for audio (ACE-Step), which encodes no images"),
+    "trellis.safetensors": (for_objects, "it is a VAE for 3-D objects (Trellis 2 texture), which encodes no images"),
+    "diffusers_wan.safetensors": (named_by_diffusers, "as diffusers names it, which ComfyUI does not load"),
     "no_encoder_middle.safetensors": (without_encoder_tensors, "lacks tensors that encoding needs: encoder.middle.0"),
     "no_conv1_bias.safetensors": (without_quantisation_convolution, "lacks tensors that encoding needs: conv1.bias"),
     "wrong_shape.safetensors": (with_wrong_shape, "size mismatch for encoder.conv1.weight"),

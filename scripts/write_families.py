@@ -1,0 +1,83 @@
+"""Write docs/vae-families.md: which VAEs encode, with which ComfyUI, and what their latents are called.
+
+    python scripts/write_families.py
+
+All of it follows from vae_families.py; the words around the tables stand here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from releases import is_older
+from vae_families import FAMILIES, Family
+
+PAGE = PROJECT / "docs" / "vae-families.md"
+
+RELEASES = ("0.3.75", "0.33.0")
+"""The pinned release, and the newest tested one."""
+
+INTRODUCTION = """\
+[Latent Encoder](../README.md)
+
+# VAE families
+
+<!-- Written by scripts/write_families.py. -->
+
+A VAE is recognised by the names and shapes of its tensors. Where families have the same tensors, the file's name decides: the
+column *by name* has the part of the name that tells it. *Latent space* is what `latent_space` in the metadata says, the name
+of ComfyUI's class in `comfy.latent_formats`. The columns *0.3.75* and *0.33* say whether these releases encode with it.
+*Fast path* marks the families that the [single-frame encoder](encoder.md) encodes; the others use ComfyUI's own. A VAE of no
+family in this table runs too, if ComfyUI encodes images with it; its `latent_space` is `null`.
+"""
+
+OTHERS = """
+## VAEs that encode no images
+
+A request that names one of these is answered with `VAE_MODEL_INVALID`, before the file is loaded.
+"""
+
+
+def main() -> None:
+    PAGE.write_text(document(), encoding="utf-8")
+    print(f"{PAGE.relative_to(PROJECT)} written")
+
+
+def document() -> str:
+    """Return the text of the page."""
+    images = [family for family in FAMILIES if family.no_images is None]
+    others = [family for family in FAMILIES if family.no_images is not None]
+    header = ("family", "latent space", *(release.removesuffix(".0") for release in RELEASES), "fast path", "by name")
+    return INTRODUCTION + table(header, map(row, images)) + OTHERS + table(("VAE", "it is"), map(other_row, others))
+
+
+def row(family: Family) -> Sequence[str]:
+    """Return the cells of a family that encodes images."""
+    releases = ("yes" if encodes(family, release) else "no" for release in RELEASES)
+    space = f"`{family.latent_space}`" if family.latent_space is not None else ""
+    return (family.name, space, *releases, "yes" if family.single_frame else "", family.by_name or "")
+
+
+def other_row(family: Family) -> Sequence[str]:
+    """Return the cells of a family that does not."""
+    return (family.name, str(family.no_images))
+
+
+def encodes(family: Family, release: str) -> bool:
+    """Return whether a release encodes with VAEs of a family."""
+    return family.since is not None and not is_older(release, family.since)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, with an empty line before it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+if __name__ == "__main__":
+    main()
