@@ -31,17 +31,20 @@ CORE = {
     "test_cli.py": 3,
     "test_doctor.py": 17,
     "test_health.py": 3,
-    "test_images.py": 57,
+    "test_images.py": 60,
     "test_kafka.py": 14,
     "test_lazy_imports.py": 2,
     "test_other_trees.py": 1,
     "test_service.py": 17,
     "test_setup.py": 7,
-    "test_single_frame.py": 16,
+    "test_setup_of_a_tree.py": 3,
+    "test_single_frame.py": 18,
     "test_stock_equality.py": 78,
     "test_tiling.py": 6,
+    "test_tiny_vaes.py": 8,
     "test_utils.py": 11,
-    "test_vae_files.py": 32,
+    "test_vae_files.py": 35,
+    "test_vae_zoo.py": 91,
 }
 
 
