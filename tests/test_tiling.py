@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from config import Settings
+from errors import EncodingFailed
+from geometry import Size
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import TINY_VAE, Encode, load_latent, request_for
+from tiling import watched
 
 LARGEST = 260  # pixels a side that memory suffices for in these tests; ComfyUI's tiles have 256
 
@@ -88,3 +91,41 @@ def test_tiles_are_taken_where_wanted_and_told_of(
     assert given.shape == expected.shape
     assert not torch.equal(given, expected)
     assert (given - expected).abs().mean() < 0.1 * expected.std()
+
+
+class TilingModel:
+    """A model that ComfyUI asks to encode in tiles by itself, as it does with some since 2026."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels * 2
+
+    def encode_tiled(self, pixels: torch.Tensor, tile_x: int) -> torch.Tensor:
+        return torch.cat([self.encode(part) for part in torch.split(pixels, tile_x, dim=-1)], -1)
+
+
+def test_tiles_of_a_model_that_makes_them_itself_are_noticed() -> None:
+    """They are refused or told of, like ComfyUI's own; afterwards the model is as it was."""
+    model, pixels = TilingModel(), torch.rand(1, 3, 8, 32)
+    with watched(model, model.encode, Size(32, 8), "fail") as watch, pytest.raises(EncodingFailed, match="OOM_POLICY=tile"):
+        model.encode_tiled(pixels, tile_x=16)
+    assert not watch.tiled
+    with watched(model, model.encode, Size(32, 8), "tile") as watch:
+        assert torch.equal(model.encode_tiled(pixels, tile_x=16), pixels * 2)
+    assert watch.tiled
+    assert vars(model) == {}
+
+
+def test_parts_that_a_model_makes_of_any_picture_are_no_tiles() -> None:
+    """Calls of `encode` within an `encode` are the model's own affair, whatever arguments they have."""
+
+    class Recursive:
+        def encode(self, pixels: torch.Tensor, device: str | None = None) -> torch.Tensor:
+            if pixels.shape[-1] <= 8:
+                return pixels.clone()
+            half = pixels.shape[-1] // 2
+            return torch.cat([self.encode(part, device=device) for part in torch.split(pixels, half, dim=-1)], -1)
+
+    model, pixels = Recursive(), torch.rand(1, 3, 8, 32)
+    with watched(model, model.encode, Size(32, 8), "fail") as watch:
+        assert torch.equal(model.encode(pixels, device="cpu"), pixels)
+    assert (watch.tiled, watch.seen) == (False, Size(32, 8))
