@@ -31,17 +31,22 @@ from utils import (
 
 NODE_IDS = ("VAELoader", "LoadImage", "ImageScaleToTotalPixels", "VAEEncode")
 
-# What ComfyUI imports at its start and the four nodes never use: sampling, text encoders, diffusion models, an audio VAE. They
-# alone bring transformers, scipy and torchsde, and torchvision brings torch's compiler. A release may lack some of them.
+# Modules that ComfyUI imports at its start and the four nodes never use: sampling, text encoders, diffusion models, audio
+# VAEs, image filters. Only they need transformers, scipy, torchsde and torchaudio. torchvision and comfy_kitchen import
+# torch's compiler (`torch._dynamo`), which takes a second. A release may lack some of them.
 NOT_USED = (
     "comfy.controlnet",
     "comfy.ldm.ace.*",
+    "comfy.ldm.lightricks.vae.audio_vae",
     "comfy.model_base",
     "comfy.samplers",
     "comfy.sd1_clip",
     "comfy.sdxl_clip",
     "comfy.supported_models",
     "comfy.text_encoders.*",
+    "kornia",
+    "torch._dynamo",
+    "torchaudio",
     "torchvision",
 )
 
