@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from config import Settings
-from errors import EncodingFailed
+from errors import EncodingFailed, is_out_of_memory
 from geometry import Size
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
@@ -25,6 +25,13 @@ Shortage = Callable[[], None]
 def of_a_gpu() -> None:
     """What torch raises when a GPU's memory runs out."""
     raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
+def of_a_gpu_by_code() -> None:
+    """What torch raises when a GPU's memory runs out in a call other than its own allocator's."""
+    exc = torch.AcceleratorError("CUDA error: a text of another release")
+    exc.error_code = 2  # type: ignore[attr-defined]  # torch sets it where it raises the error
+    raise exc
 
 
 def of_a_cpu() -> None:
@@ -53,7 +60,7 @@ def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> 
     return short_of_memory
 
 
-@pytest.mark.parametrize("shortage", [of_a_gpu, of_a_cpu])
+@pytest.mark.parametrize("shortage", [of_a_gpu, of_a_gpu_by_code, of_a_cpu])
 @pytest.mark.parametrize("vae_name", [TINY_VAE, "taesd"])
 def test_error_says_what_to_do(
     vae_name: str, shortage: Shortage, short_of_memory: Callable[[Shortage, str], None], answer: Encode
@@ -68,7 +75,7 @@ def test_error_says_what_to_do(
     assert isinstance(answer("photo.jpg", vae_model_name=vae_name), SuccessResponse)
 
 
-@pytest.mark.parametrize("shortage", [of_a_gpu, of_a_cpu])
+@pytest.mark.parametrize("shortage", [of_a_gpu, of_a_gpu_by_code, of_a_cpu])
 def test_tiles_are_taken_where_wanted_and_told_of(
     shortage: Shortage,
     encoder: LatentEncoder,
@@ -129,3 +136,30 @@ def test_parts_that_a_model_makes_of_any_picture_are_no_tiles() -> None:
     with watched(model, model.encode, Size(32, 8), "fail") as watch:
         assert torch.equal(model.encode(pixels, device="cpu"), pixels)
     assert (watch.tiled, watch.seen) == (False, Size(32, 8))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "HIP out of memory. Tried to allocate 2.00 GiB.",
+        "HIP error: out of memory",
+        "XPU out of memory. Tried to allocate 2.00 GiB.",
+        "MPS backend out of memory (MPS allocated: 17.00 GB)",
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_shortage_is_told_by_torchs_text(text: str) -> None:
+    """In a plain RuntimeError; the same text in an error of another kind is something else."""
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text))
+
+
+def test_other_faults_of_a_gpu_are_no_shortage() -> None:
+    """Neither by their code nor by their text."""
+    fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    assert not is_out_of_memory(fault)
+    fault.error_code = 700  # type: ignore[attr-defined]
+    assert not is_out_of_memory(fault)
+    assert not is_out_of_memory(RuntimeError("the disk is out of memory cards"))
