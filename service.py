@@ -250,8 +250,8 @@ class LatentEncoder:
             raise InvalidRequest(
                 f"Invalid request: megapixels: must be at most MAX_OUTPUT_MEGAPIXELS={limit} (got {request.megapixels})"
             )
-        self._images.folders.resolve(request.image_path)
-        self._outputs.resolve(request.output_dir)
+        self._images.folders.check(request.image_path)
+        self._outputs.check(request.output_dir)
 
     def _load_image(self, path: str) -> tuple[SourceImage, torch.Tensor]:
         """The checked source and its pixels, float32 `[1, height, width, 3]` in [0, 1]."""
