@@ -22,7 +22,7 @@ WORKDIR /app
 # another wheel index, say for ROCm.
 ARG VARIANT=cuda
 ARG TORCH_INDEX_URL=""
-COPY setup_comfyui.sh requirements.txt ./
+COPY setup_comfyui.sh releases.py requirements.txt ./
 COPY setup/ setup/
 COPY tiny_vae/ tiny_vae/
 # The secrets are for networks with a package index of their own: they are there in this step, and in no layer.
@@ -33,7 +33,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
         cuda) index="" ;; \
         *) echo "VARIANT is cpu or cuda, not $VARIANT." >&2; exit 1 ;; \
     esac \
-    && TORCH_INDEX_URL="${TORCH_INDEX_URL:-$index}" PIP_NO_CACHE_DIR=1 ./setup_comfyui.sh \
+    && TORCH_INDEX_URL="${TORCH_INDEX_URL:-$index}" PIP_NO_CACHE_DIR=1 ./setup_comfyui.sh --no-trial \
     && .venv/bin/python -m compileall -q -j 0 comfyui
 
 
@@ -62,7 +62,8 @@ COPY setup/ setup/
 COPY LICENSE *.py ./
 COPY doctor/ doctor/
 COPY inspection/ inspection/
-RUN .venv/bin/python -m compileall -q ./*.py doctor inspection
+# An image whose ComfyUI cannot encode is not built.
+RUN .venv/bin/python -m compileall -q ./*.py doctor inspection && .venv/bin/python try_comfyui.py comfyui
 
 # With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. Whoever runs it
 # in production names a real VAE.
@@ -84,7 +85,7 @@ ENTRYPOINT ["/usr/bin/tini", "--", "/app/.venv/bin/python", "/app/main.py"]
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
     CMD ["/app/.venv/bin/python", "/app/main.py", "--mode", "health"]
 
-ARG VERSION=0.5.0
+ARG VERSION=0.6.0
 ARG REVISION=""
 ARG CREATED=""
 ARG SOURCE=""

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from errors import SetupError, one_line
+from image_features import ENDINGS, Feature, ImageNote, decoder_of
+from input_folder import Ending, InputFolders
 from lazy_imports import lazy_imports
 from releases import TESTED
 from utils import (
@@ -84,10 +86,11 @@ class Node:
         """
         self._call = getattr(node_class(), node_class.FUNCTION)
         self._defaults = _declared_defaults(node_id, node_class, supplied)
+        self.inputs = frozenset().union(*(node_class.INPUT_TYPES().get(kind, ()) for kind in ("required", "optional")))
 
     def __call__(self, **inputs: Any) -> Any:
         """The node's first output."""
-        return get_value_at_index(self._call(**self._defaults, **inputs), 0)
+        return get_value_at_index(self._call(**{**self._defaults, **inputs}), 0)
 
 
 def _declared_defaults(node_id: str, node_class: Any, supplied: Sequence[str]) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class ComfyRuntime:
         self._load_image = self._node("LoadImage", "image")
         self._scale = self._node("ImageScaleToTotalPixels", "image", "upscale_method", "megapixels")
         self._vae_encode = self._node("VAEEncode", "pixels", "vae")
+        self._notes: dict[Feature, ImageNote | None] = {}
 
     def _node(self, node_id: str, *supplied: str) -> Node:
         return Node(node_id, self.nodes[node_id], supplied)
@@ -126,15 +130,45 @@ class ComfyRuntime:
         vae: Vae = self._vae_loader(vae_name=name)
         return vae
 
-    def load_image(self, path: str) -> torch.Tensor:
-        """The image at an absolute path (LoadImage)."""
-        # LoadImage gives endings like `[output]` a meaning; with one of its own, the rest is taken as it stands.
-        image: torch.Tensor = self._load_image(image=f"{path} [input]")
+    def load_image(self, data: bytes, ending: Ending) -> torch.Tensor:
+        """The image in a file with these bytes (LoadImage); `ending` is that of its format. Hold `PILLOW_LOCK` meanwhile.
+
+        Raises:
+            EncodingFailed: there is no room for the file that LoadImage reads.
+            SetupError: there is no folder for it.
+        """
+        with self._input_folders.file(data, ending) as path:
+            self._folder_paths.set_input_directory(str(path.parent))
+            image: torch.Tensor = self._load_image(image=str(path))
         return image
 
-    def scale(self, image: torch.Tensor, upscale_method: str, megapixels: float) -> torch.Tensor:
-        """The image at about `megapixels` * 1024 * 1024 pixels (ImageScaleToTotalPixels), its aspect kept."""
-        scaled: torch.Tensor = self._scale(image=image, upscale_method=upscale_method, megapixels=megapixels)
+    @cached_property
+    def _input_folders(self) -> InputFolders:
+        return InputFolders()
+
+    @cached_property
+    def decoder(self) -> str:
+        """What decodes JPEGs in LoadImage, with its version: Pillow, or PyAV with ffmpeg. Hold `PILLOW_LOCK` meanwhile."""
+        return decoder_of(self.load_image)
+
+    def note(self, feature: Feature) -> ImageNote | None:
+        """The code in `image_notes` for what LoadImage does with that feature of a file. Hold `PILLOW_LOCK` meanwhile."""
+        if feature not in self._notes:
+            self._notes[feature] = feature.note(self.load_image(feature.picture(), ENDINGS[feature.format]))
+        return self._notes[feature]
+
+    @property
+    def can_fit_exactly(self) -> bool:
+        """Whether ImageScaleToTotalPixels can scale to multiples of a number of pixels."""
+        return "resolution_steps" in self._scale.inputs
+
+    def scale(self, image: torch.Tensor, upscale_method: str, megapixels: float, steps: int | None = None) -> torch.Tensor:
+        """The image at about `megapixels` * 1024 * 1024 pixels (ImageScaleToTotalPixels), its aspect kept.
+
+        With `steps`, both sides are multiples of it, which takes a node that `can_fit_exactly`.
+        """
+        more = {} if steps is None else {"resolution_steps": steps}
+        scaled: torch.Tensor = self._scale(image=image, upscale_method=upscale_method, megapixels=megapixels, **more)
         return scaled
 
     def encode(self, vae: Vae, pixels: torch.Tensor) -> torch.Tensor:

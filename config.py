@@ -10,9 +10,19 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from errors import LatentEncoderError, one_line
-from models import MAX_MEGAPIXELS, LatentFormat, Megapixels, Text, UpscaleMethod, VaeModelName, descriptions
+from models import (
+    MAX_MEGAPIXELS,
+    EncodeRequest,
+    Fit,
+    LatentFormat,
+    Megapixels,
+    Text,
+    UpscaleMethod,
+    VaeModelName,
+    descriptions,
+)
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
@@ -176,6 +186,12 @@ class Settings(BaseSettings):
         1.0, description="Size to scale to, 0.01 to 16.0 (one is 1024 x 1024), for requests that name none."
     )
 
+    fit: Fit = Field(
+        "crop",
+        description="`crop` cuts off what exceeds multiples of the VAE's factor, `exact` scales to such multiples "
+        "(needs a ComfyUI of 2026), for requests that name none.",
+    )
+
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto` takes the accelerator that torch finds, else the CPU; `cpu` or `cuda` insist."
     )
@@ -203,8 +219,11 @@ class Settings(BaseSettings):
     @property
     def request_defaults(self) -> dict[str, Any]:
         """What a request gets for the fields that it leaves out."""
-        names = ("vae_model_name", "upscale_method", "megapixels", "output_dir", "latent_format")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in REQUEST_SETTINGS}
+
+
+REQUEST_SETTINGS = tuple(name for name in EncodeRequest.model_fields if name in Settings.model_fields)
+"""The fields of a request whose default is a setting."""
 
 
 def load_settings(overrides: Mapping[str, Any]) -> Settings:

@@ -57,8 +57,9 @@ def difference(model: Any, encoder: SingleFrameEncoder) -> str | None:
     """Why `encoder` must not stand in for the model's own `encode`; None where both give the same of a small picture."""
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(1, 3, 1, 48, 80, generator=generator).to(parameter) * 2 - 1
     try:
+        colours = model.encoder.conv1.weight.shape[1] // encoder.patch**2
+        pixels = torch.rand(1, colours, 1, 48, 80, generator=generator).to(parameter) * 2 - 1
         expected, given = model.encode(pixels), encoder(pixels)
     except Exception as exc:  # whatever it is, the model's own `encode` is the way out
         return f"{type(exc).__name__}: {exc}"

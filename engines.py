@@ -18,6 +18,7 @@ import torch
 from batch import Outcome, Report
 from config import Settings
 from errors import EncodingFailed, SetupError, as_request_error
+from exits import end_at_once
 from health import Health
 from logs import LogStyle, configure_logging, get_logger
 from models import EncodeRequest, ErrorResponse, SuccessResponse
@@ -252,7 +253,7 @@ def work(connection: Connection, share: Share) -> None:
 
 def _end_now(engine: InProcess) -> NoReturn:
     engine.abort()
-    os._exit(128 + signal.SIGTERM)  # an encode cannot be interrupted
+    end_at_once(128 + signal.SIGTERM)
 
 
 def _settings_of(share: Share) -> Settings:

@@ -18,6 +18,11 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f"{self.width} x {self.height} px"
 
+    @property
+    def swapped(self) -> Size:
+        """The size of the same image turned by 90 degrees."""
+        return Size(self.height, self.width)
+
 
 class Box(NamedTuple):
     """A rectangle in pixels as Pillow's `Image.crop` takes it: `right` and `lower` are the first ones outside."""
@@ -52,6 +57,33 @@ def latent_crop(scaled: Size, factor: int) -> Box:
     left, upper = (scaled.width % factor) // 2, (scaled.height % factor) // 2
     width, height = scaled.width // factor * factor, scaled.height // factor * factor
     return Box(left, upper, left + width, upper + height)
+
+
+def covered(scaled: Size, seen: Size, latent: Size, factor: int) -> Box:
+    """The part of the scaled image that the latent covers, by what the VAE's model was given and gave.
+
+    ComfyUI cuts the image to the size `seen` around its centre and gives that to the model. A cell of the latent covers
+    `factor` pixels a side. If `seen` is no multiple of `factor`, the model adds or drops less than a cell at the right and the
+    bottom.
+
+    Raises:
+        ValueError: the latent's size fits neither.
+    """
+    for pixels, cells in zip(seen, latent, strict=True):
+        if abs(cells * factor - pixels) >= factor:
+            raise ValueError(f"{cells} cells of {factor} pixels do not fit {pixels} pixels")
+    left, upper = (scaled.width - seen.width) // 2, (scaled.height - seen.height) // 2
+    return Box(left, upper, left + seen.width, upper + seen.height)
+
+
+def factor_of(seen: Size, latent: Size) -> int | None:
+    """How many pixels a side of a latent's cell covers, a power of two; None where no single one fits both sides."""
+    fitting = [
+        factor
+        for factor in (1, 2, 4, 8, 16, 32, 64, 128)
+        if all(abs(cells * factor - pixels) < factor for pixels, cells in zip(seen, latent, strict=True))
+    ]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def cropped(images: Tensor, box: Box) -> Tensor:

@@ -1,8 +1,8 @@
 """Input images: read once, judged by their content before anything is decoded, and handed to ComfyUI as they were read.
 
 ComfyUI's LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are checked here
-first, strictly, and LoadImage then reads those same bytes from an anonymous file: what was checked and hashed is what is
-encoded, whatever happens to the source meanwhile, and no part of its name can mean anything to ComfyUI.
+first, strictly, and LoadImage then reads those same bytes from a file of ours (see `input_folder.py`). What was checked and
+hashed is what is encoded, whatever happens to the source meanwhile.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import BinaryIO, cast
 
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from access import AllowedFolders
 from config import Settings
 from errors import ImageInvalid, ImageNotFound, translated
 from geometry import Size
+from image_features import ENDINGS, Feature, FurtherPictures, features_of
+from input_folder import Ending
 from jpeg_markers import scans, without_further_pictures
 
 MAX_JPEG_SCANS = 100  # encoders write about ten; thousands, in some kilobytes, would be decoded for hours
@@ -65,24 +65,12 @@ class SourceImage:
     """The file's bytes; of a JPEG with further pictures, without the index of them: LoadImage would decode them all."""
     sha256: str
     """Of the file's own bytes."""
-    notes: tuple[str, ...]
-    """What LoadImage will do to it beyond decoding; the codes are in API.md."""
-
-    @contextmanager
-    def as_file(self) -> Iterator[str]:
-        """An absolute path at which these bytes can be read as long as the context lasts."""
-        with _anonymous_file() as file:
-            file.write(self.data)
-            file.flush()
-            file.seek(0)
-            yield f"/dev/fd/{file.fileno()}"
-
-
-def _anonymous_file() -> BinaryIO:
-    """A file without a name: in memory where the system has such files (Linux), else in the temporary folder."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("latent-encoder-image"), "w+b")
-    return cast(BinaryIO, tempfile.TemporaryFile())
+    ending: Ending
+    """Of a file name for its format."""
+    size: Size
+    """As the header states it, before any EXIF orientation."""
+    features: tuple[Feature, ...]
+    """What LoadImage may treat in its own way."""
 
 
 def read_image(path: str, limits: ImageLimits) -> SourceImage:
@@ -96,10 +84,10 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
     """
     data = read_file(path, limits)
     with translated(ImageInvalid, f"Image file is damaged: {path}"):
-        notes = _inspect(path, data, limits.max_pixels)
+        ending, size, features = _inspect(path, data, limits.max_pixels)
         _decode_strictly(data)
-        shown = without_further_pictures(data) if "first_frame_used" in notes else data
-    return SourceImage(shown, hashlib.sha256(data).hexdigest(), notes)
+        shown = without_further_pictures(data) if FurtherPictures() in features else data
+    return SourceImage(shown, hashlib.sha256(data).hexdigest(), ending, size, features)
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:
@@ -139,8 +127,8 @@ def _read_regular(path: str, descriptor: int, max_bytes: int) -> bytes:
     return data
 
 
-def _inspect(path: str, data: bytes, max_pixels: int) -> tuple[str, ...]:
-    """Check format, size and number of frames from the header, without decoding, and note what LoadImage will do."""
+def _inspect(path: str, data: bytes, max_pixels: int) -> tuple[Ending, Size, tuple[Feature, ...]]:
+    """Check format, size and number of frames from the header, without decoding; return ending, size and features."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as exc:
@@ -155,7 +143,7 @@ def _inspect(path: str, data: bytes, max_pixels: int) -> tuple[str, ...]:
             raise ImageInvalid(f"Image file is animated, {frames} frames; give one of them as an image of its own: {path}")
         if image.format != "PNG" and (count := scans(data)) > MAX_JPEG_SCANS:
             raise ImageInvalid(f"Image file has {count} scans, more than {MAX_JPEG_SCANS}; save it as a usual JPEG: {path}")
-        return tuple(_notes(image, frames))
+        return ENDINGS["PNG" if image.format == "PNG" else "JPEG"], size, features_of(image, data)
 
 
 def _too_large(path: str, max_pixels: int) -> str:
@@ -169,17 +157,6 @@ def _guess(data: bytes) -> str:
         if accept is not None and accept(data[:16]) is True:
             return f"its content is {name}"
     return "nor any other image that is known, judged by its content"
-
-
-def _notes(image: Image.Image, frames: int) -> Iterator[str]:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        yield "alpha_dropped"
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        yield "exif_orientation_applied"
-    if image.mode.startswith("I;16"):
-        yield "clipped_to_8_bit"
-    if frames > 1:
-        yield "first_frame_used"
 
 
 def _decode_strictly(data: bytes) -> None:

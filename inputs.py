@@ -21,6 +21,7 @@ from selection import ImageSelection
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files in folders; of a file that is named, the content decides
 OUR_PICTURES = ("scaled_image_", "preview_", "roundtrip_")  # how the names of what output_files.py names begin
 STDIN = "-"
+IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
 
 
 @dataclass(frozen=True)
@@ -172,5 +173,7 @@ def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
     item = _item(fields, defaults)
     if isinstance(item, Refusal) or fields.get("request_id") is not None:
         return item
-    asked = item.model_dump_json(include={"vae_model_name", "upscale_method", "megapixels", "latent_format"})
+    asked = item.model_dump_json(
+        include=IN_LASTING_IDS | ({"fit"} if item.fit != "crop" else set())
+    )  # as before `fit` was added
     return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, f"{absolute(item.image_path)} {asked}"))})

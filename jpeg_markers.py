@@ -12,6 +12,9 @@ MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])", re.DOTALL)  # no stuffed zer
 INDEX_LABEL = b"MPF\0"  # begins the APP2 segment that says where further pictures are
 NO_LABEL = b"mpf\0"
 
+PICTURE = b"\xff\xd8\xff"  # how a picture begins
+MOST_PADDING = 64 * 1024  # bytes of zeros between two pictures; phones align to 4096 or less
+
 
 def scans(data: bytes) -> int:
     """How many scans the picture has: how often its decoder goes over all of its pixels, however little there is to read."""
@@ -27,12 +30,19 @@ def without_further_pictures(data: bytes) -> bytes:
     return bytes(hidden)
 
 
+def has_further_pictures(data: bytes) -> bool:
+    """Return whether another picture follows the first one, whether or not an index says so: phones append gain maps."""
+    end = max((content for marker, content in _markers(data) if marker == EOI), default=len(data))
+    return data[end : end + MOST_PADDING].lstrip(b"\0").startswith(PICTURE)
+
+
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each marker, and where the content of its segment begins."""
+    """Each marker of the first picture, and where the content of its segment begins."""
     place = 0
     while found := MARKER.search(data, place):
         marker, place = found[1][0], found.end()
         if marker == EOI:
+            yield marker, place
             return
         yield marker, place + 2
         if marker not in (SOI, TEM):

@@ -36,9 +36,10 @@ from command import (
     fail,
     refuse_options_of_other_modes,
 )
-from config import Settings, SettingsError, origins_of, usable_settings
+from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of, usable_settings
 from dlq_replay import Replay, Selection
 from errors import ErrorCode, KafkaFailed, SetupError, one_line
+from exits import end_at_once
 from inputs import UnusableInputs
 from logs import LogStyle, configure_logging, get_logger, log_style
 from options import CONTEXT, EPILOG, all_options
@@ -47,7 +48,6 @@ from standalone import OutputFailed
 from streams import STDOUT, complain, complain_at_once
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
-REQUEST_OPTIONS = ("vae_model_name", "upscale_method", "megapixels", "output_dir", "latent_format")
 
 
 @cloup.command(cls=Command, epilog=EPILOG, context_settings=CONTEXT)
@@ -102,7 +102,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
 
 def settings_of(given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """The settings with what the command line says, as far as they can be used, and what is wrong with the others."""
-    settings, faults = usable_settings({name: value for name, value in given.items() if name not in REQUEST_OPTIONS})
+    settings, faults = usable_settings({name: value for name, value in given.items() if name not in REQUEST_SETTINGS})
     if settings.mode != "standalone":  # where they are not those of a request, which answers for them
         settings, faults = usable_settings(given)
     return settings, faults
@@ -115,7 +115,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
         raise click.UsageError("Standalone mode needs --image_path FILE, or --input-list FILE.")
     if selection.paths and selection.input_list is not None:
         raise click.UsageError("Images come from --image_path or from --input-list, not from both.")
-    fields = {name: given[name] for name in ("request_id", *REQUEST_OPTIONS)}
+    fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
     options = RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
     try:
         sys.exit(standalone.run(settings, selection, fields, options, style))
@@ -125,7 +125,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
         fail(str(exc), EXIT_SERVICE_FAILED)
     except OutputFailed as exc:
         complain(f"Error: {exc}")
-        os._exit(EXIT_SERVICE_FAILED)  # an encode that nobody waits for cannot be interrupted
+        end_at_once(EXIT_SERVICE_FAILED)
 
 
 def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
@@ -189,7 +189,7 @@ def serve(settings: Settings) -> NoReturn:
         finished = False
     logging.shutdown()
     # An encode that nobody waits for any more cannot be interrupted: Python's own way out would wait for it, or crash.
-    os._exit(0 if finished else EXIT_SERVICE_FAILED)
+    end_at_once(0 if finished else EXIT_SERVICE_FAILED)
 
 
 def replay(
@@ -238,7 +238,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
             stop()
         else:
             complain_at_once("Error: Stopped at once by a second signal; what was not answered is delivered again.\n")
-            os._exit(128 + number)
+            end_at_once(128 + number)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

@@ -20,6 +20,7 @@ MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its 
 MAX_MEGAPIXELS = 16.0
 MAX_PATH_LENGTH = 4096  # Linux takes no longer ones; resolving one takes time that grows with its square
 
+Fit = Literal["crop", "exact"]
 EncoderKind = Literal["single-frame", "stock"]
 LatentFormat = Literal["pt", "safetensors", "comfy"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
@@ -67,6 +68,11 @@ class EncodeRequest(BaseModel):
     )
     upscale_method: UpscaleMethod = Field("lanczos", description="How to scale; `nearest` is ComfyUI's `nearest-exact`.")
     megapixels: Megapixels = Field(1.0, description="Size to scale to; one megapixel is 1024 x 1024 pixels, as in ComfyUI.")
+    fit: Fit = Field(
+        "crop",
+        description="How the image gets sides that are multiples of the VAE's factor: `crop` cuts off the rest, as ComfyUI "
+        "does; `exact` scales to such sides, if the ComfyUI release can.",
+    )
     output_dir: PathText = Field("./output", description="Folder for the files; made if absent.")
     latent_format: LatentFormat = Field(
         "pt",
@@ -216,6 +222,8 @@ class Metadata(BaseModel):
     scaled_image_sha256: str
     fingerprint: str
     latent_format: LatentFormat = "pt"
+    fit: Fit = "crop"
+    image_decoder: str | None = None
     latent_space: str | None = None
     preview_sha256: str | None = None
     roundtrip: Roundtrip | None = None

@@ -13,9 +13,9 @@ from command import Choice, Group, ManyValues, ModeArgument
 from completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
 from config import VERSION, Settings
 from errors import ErrorCode
-from models import LatentFormat, UpscaleMethod
+from models import Fit, LatentFormat, UpscaleMethod
 
-METHODS, FORMATS = get_args(UpscaleMethod), get_args(LatentFormat)
+METHODS, FORMATS, FITS = get_args(UpscaleMethod), get_args(LatentFormat), get_args(Fit)
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 NOT_BOTH = mutually_exclusive.rephrased(error="--quiet does not go with --verbose or --debug.")
@@ -99,6 +99,9 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     RESULTS.option("--latent-format", metavar="FORMAT", shell_complete=OneOf(FORMATS), help=f"One of {', '.join(FORMATS)}."),
     RESULTS.option("--upscale-method", metavar="METHOD", shell_complete=OneOf(METHODS), help=f"One of {', '.join(METHODS)}."),
     RESULTS.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels."),
+    RESULTS.option(
+        "--fit", metavar="FIT", shell_complete=OneOf(FITS), help="crop (default), or exact: sizes with nothing to crop."
+    ),
     RESULTS.option("--preview", is_flag=True, default=None, help="Write the latent as a picture, beside the scaled image."),
     RESULTS.option(
         "--roundtrip", is_flag=True, default=None, help="Decode the latent, write the picture, and measure the difference."

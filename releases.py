@@ -11,6 +11,16 @@ TESTED = f"tested releases: {', '.join(TESTED_RELEASES[:-1])} and {TESTED_RELEAS
 """`TESTED_RELEASES` for an error message."""
 
 
+def is_before(version: str, other: str) -> bool:
+    """Return whether a release is older than another; one whose version cannot be read is not."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(version) < Version(other)
+    except InvalidVersion:
+        return False
+
+
 def is_tested(version: str) -> bool:
     """Return whether the suite has run on that release, compared as versions: `0.33` is `0.33.0`, `0.3.5` is not `0.3.52`."""
     from packaging.version import InvalidVersion, Version

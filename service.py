@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from comfy_runtime import ComfyRuntime, load_runtime
 from config import PROJECT_DIR, Settings
 from errors import (
     EncodingFailed,
-    ImageInvalid,
     ImageNotFound,
     InvalidRequest,
     RequestError,
@@ -35,13 +33,15 @@ from errors import (
     as_request_error,
     translated,
 )
-from geometry import Box, Size, cropped, latent_crop, scaled_size
-from images import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_file, read_image
+from geometry import Box, Size, covered, cropped, scaled_size
+from image_loading import load_image
+from images import PILLOW_LOCK, ImageLimits, read_file
 from latent_files import latent_bytes
 from logs import get_logger
 from metrics import STAGE_SECONDS
 from models import (
     EncodeRequest,
+    EncoderKind,
     ErrorResponse,
     Metadata,
     Response,
@@ -63,7 +63,8 @@ from output_files import (
 from preview import latent_picture, preview_image
 from roundtrip import Comparison, compare
 from tracing import step as traced_step
-from vae import LoadedVae, VaeCache
+from trial import try_nodes
+from vae import Encoding, LoadedVae, VaeCache
 
 log = get_logger("latent_encoder")
 
@@ -87,7 +88,8 @@ class LatentEncoder:
         self._images = ImageLimits.of(settings)
         self._outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
         self.vaes = VaeCache(runtime, settings)
-        self._encoding = threading.Lock()  # a VAE's `encode` is replaced for the length of a VAEEncode
+        self.tried_nodes: tuple[str, ...] = ()
+        """Ids of the nodes that ran on a test picture when this was set up."""
 
     @property
     def versions(self) -> dict[str, str]:
@@ -100,16 +102,20 @@ class LatentEncoder:
 
     @classmethod
     def set_up(cls, settings: Settings) -> LatentEncoder:
-        """Load ComfyUI as the settings say.
+        """Load ComfyUI as the settings say, and try its nodes on a small picture.
 
         Raises:
-            SetupError: ComfyUI is not there, lacks a node, or cannot run on the device.
+            SetupError: ComfyUI is not there, lacks a node or a package, fails on the picture, or cannot run on the device.
         """
         torch.set_num_threads(settings.torch_num_threads or usable_cpus())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
         _search_model_folders(runtime, settings.model_dir)
         Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # one limit, for LoadImage too
-        return cls(settings, runtime)
+        encoder = cls(settings, runtime)
+        with PILLOW_LOCK:
+            encoder.tried_nodes = try_nodes(runtime)
+            log.info("comfyui encodes", version=runtime.version, nodes=encoder.tried_nodes, decoder=runtime.decoder)
+        return encoder
 
     def answer(self, request: EncodeRequest) -> Response:
         """Encode, and answer whatever happens: every failure becomes an error response."""
@@ -132,14 +138,14 @@ class LatentEncoder:
         return response
 
     def warm_up(self) -> None:
-        """Load the VAE of the requests that name none and encode a grey picture, so that the first request waits for neither.
+        """Load the VAE of the requests that name none and encode a picture, so that the first request waits for neither.
 
         Raises:
             SetupError: it fails, as every such request would.
         """
         try:
             vae = self.vaes.get(self._settings.vae_model_name)
-            with self._encoding, torch.inference_mode():
+            with torch.inference_mode():
                 self._encode(vae, torch.full((1, WARMUP_SIDE, WARMUP_SIDE, 3), 0.5))
         except RequestError as exc:
             raise SetupError(
@@ -161,13 +167,13 @@ class LatentEncoder:
             with _timed(timings, "load_vae"):
                 vae = self.vaes.get(request.vae_model_name)
             with _timed(timings, "load_image"):
-                source, image = self._load_image(request.image_path)
+                image = load_image(self.runtime, request.image_path, self._images)
             with _timed(timings, "scale"):
-                scaled = self._scale(image, request, vae.factor)
+                scaled = self._scale(image.pixels, request, vae.cells.factor)
         files = output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
         prepare_output_dir(files.folder, self._outputs, self._space_needed(_size(scaled), vae))
         # The unscaled pixels end here: a large photo's must not stay in memory through the encode.
-        return Prepared(request, files, vae, source.sha256, source.notes, _size(image), scaled, timings)
+        return Prepared(request, files, vae, image.sha256, image.notes, _size(image.pixels), scaled, timings)
 
     def encode_prepared(self, prepared: Prepared) -> Encoded:
         """The encode itself, and the decode where ROUNDTRIP asks for it.
@@ -176,13 +182,13 @@ class LatentEncoder:
             EncodingFailed: the VAE gave no usable latent or image, or memory ran out.
         """
         vae, scaled, timings, comparison = prepared.vae, prepared.scaled, prepared.timings, None
-        with self._encoding, torch.inference_mode():
+        with torch.inference_mode():
             with _timed(timings, "encode"):
-                latent, tiled = self._encode(vae, scaled)
+                latent, crop, encoding = self._encode(vae, scaled)
             if self._settings.roundtrip:
                 with _timed(timings, "roundtrip"):
-                    comparison = compare(self.runtime, vae, latent, cropped(scaled, prepared.crop))
-        return Encoded(prepared, latent, tiled, comparison)
+                    comparison = compare(self.runtime, vae, latent, cropped(scaled, crop))
+        return Encoded(prepared, latent, crop, encoding.tiled, encoding.encoder, comparison)
 
     def write(self, encoded: Encoded) -> SuccessResponse:
         """Write latent, scaled image, the pictures that the settings ask for and, last, metadata.
@@ -196,7 +202,9 @@ class LatentEncoder:
             with _timed(prepared.timings, "save"):
                 png = png_bytes(prepared.scaled)
                 facts = self._facts(encoded, png)
-                latent = latent_bytes(encoded.latent, prepared.request.latent_format, frames=prepared.vae.frames, header=facts)
+                latent = latent_bytes(
+                    encoded.latent, prepared.request.latent_format, frames=prepared.vae.cells.frames, header=facts
+                )
                 preview = self._preview(encoded) if self._settings.preview else None
                 staged.add(files.latent.name, latent)
                 staged.add(files.scaled_image.name, png)
@@ -236,13 +244,14 @@ class LatentEncoder:
 
     def _space_needed(self, scaled: Size, vae: LoadedVae) -> int:
         pictures = 1 + 2 * self._settings.preview + self._settings.roundtrip  # a preview is twice as wide as the others
-        return space_needed(scaled, vae.factor, vae.channels, pictures)
+        return space_needed(scaled, vae.cells.factor, vae.cells.channels, pictures)
 
     def _admit(self, request: EncodeRequest) -> None:
         """Refuse what the settings do not allow, before anything is looked at for it.
 
         Raises:
             InvalidRequest: more megapixels than MAX_OUTPUT_MEGAPIXELS.
+                Or an exact fit, which this ComfyUI cannot make.
             AccessDenied: a path that leads out of the allowed folders.
         """
         limit = self._settings.max_output_megapixels
@@ -250,15 +259,13 @@ class LatentEncoder:
             raise InvalidRequest(
                 f"Invalid request: megapixels: must be at most MAX_OUTPUT_MEGAPIXELS={limit} (got {request.megapixels})"
             )
+        if request.fit == "exact" and not self.runtime.can_fit_exactly:
+            raise InvalidRequest(
+                "Invalid request: fit: 'exact' takes a ComfyUI whose ImageScaleToTotalPixels has the input resolution_steps, "
+                f"and {self.runtime.version} has not; use 'crop', or another ComfyUI"
+            )
         self._images.folders.check(request.image_path)
         self._outputs.check(request.output_dir)
-
-    def _load_image(self, path: str) -> tuple[SourceImage, torch.Tensor]:
-        """The checked source and its pixels, float32 `[1, height, width, 3]` in [0, 1]."""
-        with PILLOW_LOCK, quiet_pillow():
-            source = read_image(path, self._images)
-            with translated(ImageInvalid, f"ComfyUI cannot load the image file {path}"), source.as_file() as file:
-                return source, self.runtime.load_image(file)
 
     def _scale(self, image: torch.Tensor, request: EncodeRequest, factor: int) -> torch.Tensor:
         """The scaled image, float32 `[1, height, width, 3]`; both sides are at least `factor` pixels."""
@@ -266,8 +273,9 @@ class LatentEncoder:
         target = scaled_size(original, request.megapixels)
         goal = f"the {original} image to {request.megapixels} megapixels ({target})"
         method = COMFYUI_METHODS.get(request.upscale_method, request.upscale_method)
+        steps = factor if request.fit == "exact" else None
         with translated(ScalingFailed, f"Cannot scale {goal}"):
-            scaled = self.runtime.scale(image, method, request.megapixels)
+            scaled = self.runtime.scale(image, method, request.megapixels, steps)
         if min(_size(scaled)) < factor:
             raise ScalingFailed(
                 f"Cannot encode after scaling {goal}: the VAE needs at least {factor} px a side. "
@@ -275,23 +283,29 @@ class LatentEncoder:
             )
         return scaled
 
-    def _encode(self, vae: LoadedVae, scaled: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """The latent as one contiguous float32 tensor `[batch, channels, height, width]` on the CPU, and whether of tiles."""
-        with translated(EncodingFailed, f"VAE {vae.name} failed to encode a {_size(scaled)} image"):
-            samples, tiled = vae.encode(self.runtime, scaled, self._settings.oom_policy)
+    def _encode(self, vae: LoadedVae, scaled: torch.Tensor) -> tuple[torch.Tensor, Box, Encoding]:
+        """The latent as one contiguous float32 tensor `[batch, channels, height, width]` on the CPU, and what it covers."""
+        size, factor = _size(scaled), vae.cells.factor
+        ragged = any(side % factor for side in size)
+        advice = f" (its sides are no multiples of {factor}; fit=exact makes them so where this ComfyUI can)" if ragged else ""
+        with translated(EncodingFailed, f"VAE {vae.name} failed to encode a {size} image{advice}"):
+            encoding = vae.encode(self.runtime, scaled, self._settings.oom_policy)
+        samples = encoding.samples
         if samples.ndim == 5 and samples.shape[2] == 1:
             samples = samples.squeeze(2)  # VAEs for video say that it is one frame
         if samples.ndim != 4:
             raise EncodingFailed(f"VAE {vae.name} gave a tensor of shape {list(samples.shape)}, not the latent of one image.")
         if not torch.isfinite(samples).all():
             raise EncodingFailed(f"VAE {vae.name} gave values that are not finite in {vae.dtype}; try VAE_PRECISION=fp32.")
-        return samples.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format), tiled
+        with translated(EncodingFailed, f"It cannot be told which part of a {size} image the latent of VAE {vae.name} covers"):
+            crop = covered(size, encoding.seen, Size(width=samples.shape[3], height=samples.shape[2]), factor)
+        return samples.to("cpu", torch.float32).clone(memory_format=torch.contiguous_format), crop, encoding
 
     def _preview(self, encoded: Encoded) -> bytes:
         """A PNG of what the latent covers, and of the latent beside it."""
         prepared = encoded.prepared
         picture = latent_picture(self.runtime, encoded.latent, prepared.vae.latent_space)
-        return png_bytes(preview_image(picture, prepared.scaled, prepared.crop, prepared.vae.factor))
+        return png_bytes(preview_image(picture, prepared.scaled, encoded.crop, prepared.vae.cells.factor))
 
     def _facts(self, encoded: Encoded, png: bytes) -> dict[str, Any]:
         """What the metadata say that the same request gives again, wherever it is written: a latent's file may hold it too."""
@@ -304,14 +318,16 @@ class LatentEncoder:
             "vae_model_name": request.vae_model_name,
             "upscale_method": request.upscale_method,
             "megapixels": request.megapixels,
-            "crop": prepared.crop,
+            "fit": request.fit,
+            "crop": encoded.crop,
             "image_notes": prepared.image_notes,
             "latent_dtype": str(encoded.latent.dtype).removeprefix("torch."),
             "vae_dtype": prepared.vae.dtype,
-            "encoder": prepared.vae.encoder,
+            "encoder": encoded.encoder,
             "tiled": encoded.tiled,
             "device": prepared.vae.device,
             "comfyui_version": self.runtime.version,
+            "image_decoder": self.runtime.decoder,
             "torch_version": torch.__version__,
             "image_sha256": prepared.image_sha256,
             "vae_sha256": prepared.vae.sha256,
@@ -342,7 +358,9 @@ class LatentEncoder:
             vae.encoder,
             request.upscale_method,
             request.megapixels,
+            request.fit,
             self.runtime.version,
+            self.runtime.decoder,
             str(files.latent),
         )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -361,11 +379,6 @@ class Prepared:
     scaled: torch.Tensor
     timings: dict[str, float]
 
-    @property
-    def crop(self) -> Box:
-        """What of the scaled image the latent covers."""
-        return latent_crop(_size(self.scaled), self.vae.factor)
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -373,7 +386,10 @@ class Encoded:
 
     prepared: Prepared
     latent: torch.Tensor
+    crop: Box
+    """The part of the scaled image that the latent covers."""
     tiled: bool
+    encoder: EncoderKind
     comparison: Comparison | None
     """None where ROUNDTRIP does not ask for it."""
 

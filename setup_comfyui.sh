@@ -4,6 +4,7 @@
 set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+tree=$project/comfyui
 locks=$project/setup/lock
 read -r -d '' -a torch_packages < <(grep -oE '^torch(vision)?==[^ ]+' "$locks/torch.txt") || true
 
@@ -12,19 +13,25 @@ usage() {
 Usage: ./setup_comfyui.sh [OPTIONS]
 
 Makes .venv (or uses the active environment, or the one that VENV names), installs what is needed there, fills comfyui/
-with ComfyUI's runtime, and puts the tiny VAE where it is found.
+with ComfyUI's runtime, puts the tiny VAE where it is found, installs the packages that this ComfyUI's four nodes need
+beyond that, and encodes a test picture with them.
 
 Options:
   --from DIR      fill comfyui/ from your own ComfyUI checkout instead of the pinned release
                   (COMFYUI_PATH=DIR does the same)
   --link          with --from: symlinks instead of copies
-  --pinned        go back to the pinned release after --from
+  --release TAG   fill comfyui/ with another release, e.g. v0.33.0, from ComfyUI's git repository; TAG may be a commit
+  --pinned        go back to the pinned release after --from or --release
   --full          install all of ComfyUI's requirements, not only those that encoding needs
   --dev           install the test tools too
   --download-vae  download the real qwen_image_vae.safetensors (254 MB) into comfyui/models/vae/
+  --no-trial      neither look for packages that this ComfyUI lacks nor try it; for building container images
   -h, --help      this text
 
+Exit status: 0 if all is set up, 1 if something failed, 2 for wrong usage, 3 if this ComfyUI cannot encode.
+
 Environment:
+  COMFYUI_GIT      the git repository for --release and the pinned release, a URL or a directory; upstream's by default
   VENV             the virtual environment to use, made where it is missing
   PYTHON           the Python (3.11 or newer) that makes it; python3 by default
   TORCH_INDEX_URL  the wheel index for torch and torchvision, for a CPU-only, ROCm or other CUDA build,
@@ -37,22 +44,36 @@ fail() { printf 'Error: %s\n' "$*" >&2; exit 1; }
 wrong_usage() { printf 'Error: %s. Try --help.\n' "$*" >&2; exit 2; }
 
 parse_arguments() {
-    checkout=${COMFYUI_PATH:-} link='' pinned='' full='' dev='' download=''
+    checkout='' link='' release='' pinned='' full='' dev='' download='' untried=''
     while (($#)); do
         case $1 in
             --from) [[ -n ${2:-} ]] || wrong_usage '--from needs a folder'; checkout=$2; shift ;;
             --link) link=--link ;;
+            --release) [[ -n ${2:-} ]] || wrong_usage '--release needs a tag or a commit'; release=$2; shift ;;
             --pinned) pinned=--pinned ;;
             --full) full=yes ;;
             --dev) dev=yes ;;
             --download-vae) download=yes ;;
+            --no-trial) untried=yes ;;
             -h | --help) usage; exit 0 ;;
             *) wrong_usage "unknown option $1" ;;
         esac
         shift
     done
+    choose_tree
+}
+
+# The service runs the tree that COMFYUI_PATH names, so a release in comfyui/ would be fetched for nothing.
+choose_tree() {
+    local chosen=${release:+--release}${pinned:+--pinned}
+    [[ -z $release || -z $pinned ]] || wrong_usage '--release and --pinned exclude each other'
+    [[ -z $chosen || -z $checkout ]] || wrong_usage "$chosen and --from exclude each other"
+    [[ -z $chosen || -z $link ]] || wrong_usage "$chosen and --link exclude each other"
+    [[ -z $chosen || -z ${COMFYUI_PATH:-} || $COMFYUI_PATH -ef $tree ]] ||
+        wrong_usage "$chosen fills comfyui/, but the service runs COMFYUI_PATH=$COMFYUI_PATH; unset that first"
+    [[ -z $chosen ]] || return 0
+    checkout=${checkout:-${COMFYUI_PATH:-}}
     [[ -z $link || -n $checkout ]] || wrong_usage '--link needs --from DIR'
-    [[ -z $pinned || -z $checkout ]] || wrong_usage '--pinned and --from exclude each other'
 }
 
 choose_environment() {
@@ -104,31 +125,53 @@ install_torch() {
 }
 
 fill_comfyui() {
-    "$python" "$project/setup/fill_comfyui.py" "$project/comfyui" ${checkout:+--from "$checkout"} $link $pinned
-    [[ -z $full ]] || install_all_requirements
+    "$python" "$project/setup/fill_comfyui.py" "$tree" ${checkout:+"--from=$checkout"} ${release:+"--release=$release"} \
+        $link $pinned
     # The tests also run on a release whose nodes have the older style.
-    [[ -z $dev ]] || "$python" "$project/setup/fill_comfyui.py" "$project/tests/.comfyui-0.3.52" --release 0.3.52
+    [[ -z $dev ]] || "$python" "$project/setup/fill_comfyui.py" "$project/tests/.comfyui-0.3.52" --release 0.3.52 --keep
 }
 
-# torch and torchvision are there already; torchaudio has no build for every torch, and encoding does not need it.
-# The locks do not have all that is wanted here, so they set the versions of what they have, and no sums are checked.
-install_all_requirements() {
-    say 'Packages: all of ComfyUI'"'"'s requirements but torchaudio, without checked sums'
-    grep -vE '^(torch|torchvision|torchaudio)\b' "$project/comfyui/requirements.txt" >"$project/comfyui/.requirements"
-    sed -nE 's/^([^ #]+==[^\]*).*/\1/p' "$locks/runtime.txt" >"$project/comfyui/.constraints"
-    pip_install --quiet -r "$project/comfyui/.requirements" -c "$project/comfyui/.constraints"
-    rm "$project/comfyui/.requirements" "$project/comfyui/.constraints"
+# The locks do not have what a ComfyUI may ask for, so no sums are checked; what they do have stays as it is installed.
+install_unlocked() {
+    "$python" "$project/setup/constraints.py" "$1" "$locks/runtime.txt" >"$scratch/constraints" || exit
+    pip_install --quiet -r "$1" -c "$scratch/constraints" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
 }
+
+install_tree_packages() {
+    find_lacking
+    [[ -s $scratch/lacking ]] || return 0
+    say "Packages: $(one_line "$scratch/lacking") for this ComfyUI, without checked sums"
+    install_unlocked "$scratch/lacking"
+    find_lacking
+    [[ ! -s $scratch/lacking ]] || fail "pip ended well, but this ComfyUI still lacks $(one_line "$scratch/lacking")."
+}
+
+find_lacking() { "$python" "$project/comfy_packages.py" "$tree" >"$scratch/lacking" || exit; }
+one_line() { sed -e ':all' -e 'N;$!b all' -e 's/\n/, /g' "$1"; }
+
+install_all_requirements() {
+    [[ -f $tree/requirements.txt ]] || fail "$tree has no requirements.txt, which --full needs."
+    say 'Packages: all of this ComfyUI'"'"'s requirements, without checked sums'
+    grep -viE '^(torch|torchvision)([^[:alnum:]_.-]|$)' "$tree/requirements.txt" >"$scratch/requirements" || true
+    install_unlocked "$scratch/requirements"
+}
+
+try_tree() { "$python" "$project/try_comfyui.py" "$tree"; }
 
 place_tiny_vae() {
-    local source=$project/tiny_vae/tiny_qwen_vae.safetensors target=$project/comfyui/models/vae/tiny_qwen_vae.safetensors
+    local source=$project/tiny_vae/tiny_qwen_vae.safetensors target=$tree/models/vae/tiny_qwen_vae.safetensors
     cmp -s "$source" "$target" || { cp "$source" "$target.part" && mv "$target.part" "$target"; }
 }
 
 parse_arguments "$@"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 choose_environment
 install_packages
 fill_comfyui
 place_tiny_vae
-[[ -z $download ]] || "$python" "$project/setup/download_vae.py" "$project/comfyui/models/vae"
+[[ -n $untried ]] || install_tree_packages
+[[ -z $full ]] || install_all_requirements
+[[ -n $untried ]] || try_tree
+[[ -z $download ]] || "$python" "$project/setup/download_vae.py" "$tree/models/vae"
 say "Ready. Activate the environment with: source ${python%/python}/activate"

@@ -72,15 +72,21 @@ class SingleFrameEncoder(nn.Module):
             raise UnknownArchitecture(f"{type(model).__name__} is not built like a Wan VAE: {exc}") from exc
         self.requires_grad_(False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """The mean of the latent's distribution, `[1, channels, 1, height / 8, width / 8]` (Wan 2.2: / 16).
+    def forward(self, pixels: Tensor, **_: Any) -> Tensor:
+        """Return the mean of the latent's distribution, `[1, channels, 1, height / 8, width / 8]` (Wan 2.2: / 16).
 
-        `pixels` are `[1, 3, 1, height, width]` in [-1, 1], in the weights' dtype and on their device.
+        `pixels` are `[1, colours, 1, height, width]` in [-1, 1], in the weights' dtype, and are moved to the weights' device.
+        Further options, which ComfyUI gives to the `encode` of some models, change nothing here.
         """
-        stream = _strips(pixels[0, :, 0], self.patch)
+        stream = _strips(pixels[0, :, 0].to(self.device), self.patch)
         for layer in self.layers:
             stream = layer(stream)
         return _joined(stream).permute(2, 0, 1)[None, :, None]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
 
 
 def _strip_pixels(device: torch.device) -> int:
@@ -88,13 +94,13 @@ def _strip_pixels(device: torch.device) -> int:
 
 
 def _strips(pixels: Tensor, patch: int) -> Stream:
-    """The rows of a picture `[3, height, width]`; for Wan 2.2, those of `patch` x `patch` pixels, side by side as channels."""
-    _, height, width = pixels.shape
+    """The rows of a picture `[colours, height, width]`; for Wan 2.2, of `patch` x `patch` pixels, side by side as channels."""
+    colours, height, width = pixels.shape
     rows = max(1, _strip_pixels(pixels.device) // width // patch) * patch
     for start in range(0, height, rows):
         strip = pixels[:, start : start + rows]
         # Of a patch's numbers, the channel comes first, then the column, then the row.
-        patches = strip.view(3, -1, patch, width // patch, patch).permute(1, 3, 0, 4, 2)
+        patches = strip.view(colours, -1, patch, width // patch, patch).permute(1, 3, 0, 4, 2)
         yield patches.flatten(2), start + rows >= height
 
 
@@ -320,8 +326,9 @@ class Each(nn.Module):
 
 
 def _patch_side(model: Any) -> int:
+    """The side of the patches that a model takes: 1 pixel of RGB or RGBA (Wan 2.1), 2 pixels of RGB (Wan 2.2)."""
     channels = model.encoder.conv1.weight.shape[1]
-    sides = {3: 1, 12: 2}
+    sides = {3: 1, 4: 1, 12: 2}
     if channels not in sides:
         raise UnknownArchitecture(f"{type(model).__name__} takes {channels} channels")
     return sides[channels]

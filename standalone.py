@@ -20,6 +20,7 @@ from batch import Batch, Engine, Outcome, Report
 from command import EXIT_ERROR_RESPONSE
 from config import Settings
 from errors import LatentEncoderError
+from exits import end_at_once
 from inputs import Inputs, inputs_of
 from logs import LogStyle, get_logger
 from models import ErrorResponse
@@ -184,9 +185,9 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _end_interrupted(number: int, message: str) -> NoReturn:
-    """End the process as shells expect of one that a signal ended. An encode cannot be interrupted: nobody waits for it."""
+    """End the process as shells expect of one that a signal ended."""
     complain_at_once(f"Error: {message}\n")
-    os._exit(128 + number)
+    end_at_once(128 + number)
 
 
 @contextmanager

@@ -25,46 +25,75 @@ WAY_OUT = "; or set OOM_POLICY=tile to have it encoded in tiles, which gives a s
 class WatchedEncode:
     """Encodes pictures of one size, `[…, height, width]`, and notices or refuses tiles of them."""
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], whole: Size, policy: OomPolicy) -> None:
+    def __init__(self, encode: Callable[..., Tensor], whole: Size, policy: OomPolicy) -> None:
         self._encode = encode
         self._whole = whole
         self._policy = policy
+        self._inside = False
         self.tiled = False
+        self.seen: Size | None = None
+        """The size of the picture that was encoded as a whole; None before that."""
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """The latent.
+    def __call__(self, pixels: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The latent. Further arguments are the model's own.
 
         Raises:
             EncodingFailed: memory ran out, here or before, and the policy is `fail`.
             torch.OutOfMemoryError: memory ran out, the CPU's too, and the policy is `tile`: what ComfyUI waits for.
         """
-        height, width = pixels.shape[-2:]
-        if width < self._whole.width or height < self._whole.height:
-            if self._policy == "fail":
-                raise self._failure()
-            self.tiled = True
+        if self._inside:  # a model that encodes parts of a picture by itself does so for any picture
+            return self._encode(pixels, *args, **options)
+        size = Size(width=pixels.shape[-1], height=pixels.shape[-2])
+        if size.width < self._whole.width or size.height < self._whole.height:
+            self.note_tiles()
+        else:
+            self.seen = size
+        self._inside = True
         try:
-            return self._encode(pixels)
+            return self._encode(pixels, *args, **options)
         except (RuntimeError, MemoryError) as exc:
             if not is_out_of_memory(exc):
                 raise
             if self._policy == "fail":
                 raise self._failure() from exc
             raise torch.cuda.OutOfMemoryError(str(exc)) from exc
+        finally:
+            self._inside = False
+
+    def note_tiles(self) -> None:
+        """Note that ComfyUI encodes in tiles.
+
+        Raises:
+            EncodingFailed: the policy is `fail`.
+        """
+        if self._policy == "fail":
+            raise self._failure()
+        self.tiled = True
 
     def _failure(self) -> EncodingFailed:
         return EncodingFailed(f"Cannot encode a {self._whole} image: {OUT_OF_MEMORY}{WAY_OUT}")
 
 
 @contextmanager
-def watched(model: Any, encode: Callable[[Tensor], Tensor], whole: Size, policy: OomPolicy) -> Iterator[WatchedEncode]:
-    """Let the model's `encode` be that function inside, watched."""
-    before = vars(model).get("encode")
-    model.encode = watch = WatchedEncode(encode, whole, policy)
+def watched(model: Any, encode: Callable[..., Tensor], whole: Size, policy: OomPolicy) -> Iterator[WatchedEncode]:
+    """Let the model's `encode` be that function inside, watched; `whole` is the size of the picture that it will get.
+
+    A model that tiles by itself has an `encode_tiled`, to which ComfyUI turns when memory runs out. It is watched too.
+    """
+    watch = WatchedEncode(encode, whole, policy)
+    replaced: dict[str, Any] = {"encode": watch}
+    if callable(tiles := getattr(model, "encode_tiled", None)):
+
+        def encode_tiled(*args: Any, **options: Any) -> Any:
+            watch.note_tiles()
+            return tiles(*args, **options)
+
+        replaced["encode_tiled"] = encode_tiled
+    before = {name: vars(model)[name] for name in replaced if name in vars(model)}
+    vars(model).update(replaced)
     try:
         yield watch
     finally:
-        if before is None:
-            del model.encode  # the class' own is back
-        else:
-            model.encode = before
+        for name in replaced:
+            del vars(model)[name]  # the class' own is back
+        vars(model).update(before)

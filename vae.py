@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from comfy_runtime import ComfyRuntime, Vae
 from config import Settings
 from encoders import DECODER_PARTS, prepare_for_encoding
 from errors import VaeModelInvalid, VaeModelNotFound, one_line, translated
-from geometry import Size, latent_crop
+from geometry import Size, factor_of, latent_crop
 from logs import get_logger
 from metrics import VAE_CACHE
 from models import EncoderKind
@@ -43,7 +43,38 @@ TRIAL_VAE = "tiny_qwen_vae.safetensors"  # comes along, and is the image's defau
 
 _LOADING = threading.Lock()  # one at a time has torch's method wrapped
 
+ENCODING = threading.Lock()
+"""Held while a VAE encodes or decodes: a model's `encode` is replaced meanwhile, and ComfyUI moves models between devices."""
+
+# A picture for the trial of a VAE. Its sides are no multiples of any factor, so that it shows what is cut off.
+TRIAL_SIZE = Size(width=133, height=69)
+# For VAEs that encode nothing else than multiples of their factor, of which 32 is the largest known.
+TRIAL_SIZE_CUT = Size(width=128, height=64)
+
 Stamp = tuple[tuple[int, int, int], ...]
+
+
+class Encoding(NamedTuple):
+    """What VAEEncode gave of an image, and how."""
+
+    samples: torch.Tensor
+    """In the VAE's own number of dimensions, float32 on the CPU."""
+    tiled: bool
+    """Whether the image was encoded in tiles."""
+    seen: Size
+    """The size of the image that the model was given: ComfyUI cuts most images a little."""
+    encoder: EncoderKind
+    """What ran."""
+
+
+class Cells(NamedTuple):
+    """What a VAE's latents consist of, found out by a trial."""
+
+    factor: int
+    """How many pixels a side of one cell covers: 8 for most VAEs, 1 for `pixel_space`. ComfyUI states it wrong for a few."""
+    channels: int
+    frames: bool
+    """Whether latents have a dimension for frames, as those of VAEs for video do."""
 
 
 @dataclass(frozen=True)
@@ -58,45 +89,27 @@ class LoadedVae:
     """What encodes in place of the model's own `encode`; None where nothing does."""
     latent_space: str | None
     """ComfyUI's name for what its latents mean; None where its family is not known."""
+    cells: Cells
 
     @property
     def encoder(self) -> EncoderKind:
-        return "single-frame" if self.single_frame is not None else "stock"
+        return _kind(self.single_frame)
 
-    def encode(self, runtime: ComfyRuntime, pixels: torch.Tensor, oom_policy: OomPolicy) -> tuple[torch.Tensor, bool]:
-        """The latent that VAEEncode gives of an image, and whether it was encoded in tiles. Not for two threads at once.
+    def encode(self, runtime: ComfyRuntime, pixels: torch.Tensor, oom_policy: OomPolicy) -> Encoding:
+        """Encode an image `[1, height, width, 3]` with VAEEncode. Threads wait for each other here.
 
         Raises:
             EncodingFailed: memory ran out, and the policy is `fail`.
         """
-        whole = latent_crop(Size(width=pixels.shape[2], height=pixels.shape[1]), self.factor).size
-        vae = self.vae
         if self.single_frame is not None and pixels.shape[0] > 1:
-            vae = runtime.load_vae(self.name)  # several frames are a matter for ComfyUI's own encoder, with all its weights
-        model: Any = vae.first_stage_model
-        encode = model.encode if vae is not self.vae or self.single_frame is None else self.single_frame
-        with watched(model, encode, whole, oom_policy) as watch:
-            samples = runtime.encode(vae, pixels)
-        return samples, watch.tiled
+            # Several frames are a matter for ComfyUI's own encoder, with all its weights.
+            return _encode(runtime, runtime.load_vae(self.name), None, pixels, oom_policy)
+        return _encode(runtime, self.vae, self.single_frame, pixels, oom_policy)
 
     def decode(self, runtime: ComfyRuntime, latent: torch.Tensor) -> torch.Tensor:
         """The image that VAEDecode gives of a latent `[1, channels, height, width]`; only where ROUNDTRIP is set."""
-        return runtime.decode(self.vae, latent.unsqueeze(2) if self.frames else latent)
-
-    @property
-    def factor(self) -> int:
-        """How many pixels a side of one latent cell covers: 8 for most VAEs, 1 for `pixel_space`."""
-        return int(self.vae.spacial_compression_encode())
-
-    @property
-    def channels(self) -> int:
-        """How many channels its latents have."""
-        return int(self.vae.latent_channels)
-
-    @property
-    def frames(self) -> bool:
-        """Whether its latents have a dimension for frames, as those of VAEs for video do."""
-        return self.vae.latent_dim == 3
+        with ENCODING:
+            return runtime.decode(self.vae, latent.unsqueeze(2) if self.cells.frames else latent)
 
     @property
     def dtype(self) -> str:
@@ -105,6 +118,25 @@ class LoadedVae:
     @property
     def device(self) -> str:
         return str(self.vae.device)
+
+
+def _encode(
+    runtime: ComfyRuntime,
+    vae: Vae,
+    single_frame: SingleFrameEncoder | None,
+    pixels: torch.Tensor,
+    oom_policy: OomPolicy,
+) -> Encoding:
+    size = Size(width=pixels.shape[2], height=pixels.shape[1])
+    whole = latent_crop(size, int(vae.spacial_compression_encode())).size if getattr(vae, "crop_input", True) else size
+    model: Any = vae.first_stage_model
+    with ENCODING, watched(model, single_frame or model.encode, whole, oom_policy) as watch:
+        samples = runtime.encode(vae, pixels)
+    return Encoding(samples, watch.tiled, watch.seen or whole, _kind(single_frame))
+
+
+def _kind(single_frame: SingleFrameEncoder | None) -> EncoderKind:
+    return "single-frame" if single_frame is not None else "stock"
 
 
 class VaeCache:
@@ -190,14 +222,41 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
     if fault := _fault(vae, missing, decodes=settings.roundtrip):
         raise VaeModelInvalid(f"{_refusal(name, files)}: {fault}.")
     with torch.inference_mode():
-        single_frame = None
+        single_frame: SingleFrameEncoder | None = None
         if settings.encoder == "auto":
             single_frame = prepare_for_encoding(
                 vae.first_stage_model, name, compiled=settings.compile, decodes=settings.roundtrip
             )
     if name == TRIAL_VAE:
         log.warning("this vae is for trying the service: its latents mean nothing to a diffusion model", vae=name)
-    return LoadedVae(name=name, vae=vae, sha256=sha256, single_frame=single_frame, latent_space=latent_space)
+    cells = _try_encoding(runtime, vae, single_frame, _refusal(name, files))
+    return LoadedVae(name, vae, sha256, single_frame, latent_space, cells)
+
+
+def _try_encoding(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEncoder | None, refusal: str) -> Cells:
+    """Encode a small grey picture, to see that the VAE encodes images and what their latents consist of.
+
+    Raises:
+        VaeModelInvalid: it fails, or gives something that is not the latent of one image.
+        EncodingFailed: memory ran out.
+    """
+    with translated(VaeModelInvalid, f"{refusal}: it does not encode a test picture"), torch.inference_mode():
+        try:
+            encoding = _encode(runtime, vae, single_frame, _grey(TRIAL_SIZE), "fail")
+        except (RuntimeError, ValueError):
+            encoding = _encode(runtime, vae, single_frame, _grey(TRIAL_SIZE_CUT), "fail")
+    samples, frames = encoding.samples, encoding.samples.ndim == 5
+    if samples.ndim == 4 or (frames and samples.shape[2] == 1):
+        factor = factor_of(encoding.seen, Size(width=samples.shape[-1], height=samples.shape[-2]))
+        if factor is not None:
+            return Cells(factor, samples.shape[1], frames)
+    raise VaeModelInvalid(
+        f"{refusal}: it does not encode images; of a picture of {encoding.seen} it gives a tensor of {list(samples.shape)}."
+    )
+
+
+def _grey(size: Size) -> torch.Tensor:
+    return torch.full((1, size.height, size.width, 3), 0.5)
 
 
 def _latent_space(name: str, files: Sequence[Path]) -> str | None:

@@ -50,6 +50,10 @@ def main() -> None:
             click.echo(json.dumps(run(runtime, vae, Round(**json.loads(line)))))
 
 
+def load_image(runtime: ComfyRuntime, image: Path) -> torch.Tensor:
+    return runtime.load_image(image.read_bytes(), ".png" if image.suffix == ".png" else ".jpg")
+
+
 def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
     """Requests per second, the median seconds of the encode and of the rest of a request, the latent's SHA-256."""
     folder = Path(wanted.folder)
@@ -57,9 +61,9 @@ def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
     encodes, rests, ends = [], [], []
     for n in range(wanted.count):
         start = time.perf_counter()
-        scaled = runtime.scale(runtime.load_image(wanted.image), "lanczos", wanted.megapixels)
+        scaled = runtime.scale(load_image(runtime, Path(wanted.image)), "lanczos", wanted.megapixels)
         encode_start = time.perf_counter()
-        latent, _ = vae.encode(runtime, scaled, "fail")
+        latent = vae.encode(runtime, scaled, "fail").samples
         encode_end = time.perf_counter()
         data = write(scaled, latent, output_files(wanted.folder, wanted.image, str(n)))
         ends.append(time.perf_counter())

@@ -24,16 +24,20 @@ from benchmarks.encode_goals import HEADER, Results, goal_rows
 from benchmarks.encode_others import measure_others, others_text
 from benchmarks.encode_plot import draw
 from benchmarks.encode_processes import Bench, measure_memory, memory_text
+from benchmarks.encode_releases import measure_releases, releases_text
 from benchmarks.encode_report import markdown, progress
-from benchmarks.encode_sides import Workbench
-from benchmarks.encode_start import measure_start, start_text
+from benchmarks.encode_sides import COMFYUI as COMFYUI_SIDE
+from benchmarks.encode_sides import OURS, Workbench
+from benchmarks.encode_start import measure_start, start_once, start_text
 from benchmarks.encode_time import measure_time, time_text
+from benchmarks.encode_trees import Tree, comfyui_version, trees_of
 from logs import configure_logging
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS
 from service import usable_cpus
 from tests.helpers import COMFYUI, clean_environment, stock
 
-SECTIONS = ("time", "difference", "memory", "start", "files", "others")
+SECTIONS = ("time", "difference", "releases", "memory", "start", "files", "others")
+BY_RELEASE = ("releases", "start")  # the sections that measure the trees of --comfyui too
 FAMILIES = ("wan", "kl", "taesd")
 PAIRS, QUICK_PAIRS = 5, 1
 MEGAPIXELS, QUICK_MEGAPIXELS = (0.25, 1.0, 4.0, 16.0), (0.25,)
@@ -44,6 +48,8 @@ class Plan:
     """What is measured, and with what."""
 
     comfyui_path: Path
+    further_paths: tuple[Path, ...]
+    """Trees of --comfyui."""
     sizes: tuple[float, ...]
     """Megapixels, ascending."""
     stock_up_to: float
@@ -54,6 +60,11 @@ class Plan:
     def stock_sizes(self) -> list[float]:
         """Those at which ComfyUI's own encode and diffusers' run too."""
         return [size for size in self.sizes if size <= self.stock_up_to]
+
+    @cached_property
+    def trees(self) -> list[Tree]:
+        """That of --comfyui-path, then those of --comfyui."""
+        return trees_of([self.comfyui_path, *self.further_paths])
 
     @cached_property
     def temporary_folder(self) -> tempfile.TemporaryDirectory[str]:
@@ -120,6 +131,14 @@ class Sizes(click.ParamType[tuple[float, ...]]):
     envvar="COMFYUI_PATH",
     help="ComfyUI tree to measure instead of ./comfyui; so does the variable COMFYUI_PATH.",
 )
+@click.option(
+    "--comfyui",
+    "further_paths",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="A further ComfyUI tree, side by side with the first: its own encode, and ours on it; may be given several times.",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the section memory there.")
 def main(
@@ -135,15 +154,16 @@ def main(
     \b
     time        one VAEEncode with the full-size Qwen/Wan VAE, in turns, and against the convolutions' floor
     difference  of the latents, in float32 and in bfloat16
+    releases    the trees of --comfyui-path and --comfyui, each one's own VAEEncode against ours on it, in turns
     memory      peak of a process that does the whole job
-    start       until the nodes can be called
+    start       until the nodes can be called, on each tree
     files       what a request takes beside the nodes
     others      SD-style VAE and TAESD
 
     Results go to standard output as Markdown, section by section, what is done meanwhile to standard error.
     OMP_NUM_THREADS sets the threads of all sides.
     """  # noqa: D301  # click needs the character that \b stands for
-    wanted = [name for name in SECTIONS if not only or name in only]
+    wanted = wanted_sections(only, several_trees=bool(options["further_paths"]))
     quick = options.pop("quick")
     plan = Plan(
         sizes=sizes or (QUICK_MEGAPIXELS if quick else MEGAPIXELS),
@@ -155,8 +175,10 @@ def main(
         del os.environ[name]  # the service's settings: each side gets its own
     configure_logging("WARNING", "text")
     os.environ["OMP_NUM_THREADS"] = str(usable_cpus())  # in every process, ours or not
-    results = Results(machine(plan.comfyui_path), plan.pairs)
+    results = Results(machine(plan), plan.pairs)
     with plan.temporary_folder, torch.inference_mode():
+        if plan.further_paths:
+            try_trees(plan)
         click.echo("\n".join(f"- {name}: {value}" for name, value in {**results.machine, "rounds": plan.pairs}.items()))
         for name, text in run(plan, results, wanted):
             click.echo(f"\n### {name}\n\n{text}")
@@ -165,6 +187,23 @@ def main(
     click.echo(f"\n### results\n\n{markdown(HEADER, goal_rows(results))}")
     if plot_file is not None:
         draw(results.memory, results.machine, plot_file)
+
+
+def wanted_sections(only: Sequence[str], *, several_trees: bool) -> list[str]:
+    """Return the sections to run; all if `only` is empty, except that of the releases, which needs several trees."""
+    return [name for name in SECTIONS if name in only or (not only and (name != "releases" or several_trees))]
+
+
+def try_trees(plan: Plan) -> None:
+    """Start both sides on each tree of --comfyui once.
+
+    Raises:
+        TreeFailed: a tree lacks something here.
+    """
+    for tree in plan.trees[1:]:
+        progress(f"trying ComfyUI {tree.release}")
+        for side in (COMFYUI_SIDE, OURS):
+            start_once(side, tree, plan.folder)
 
 
 def refuse(wanted: Sequence[str], plan: Plan, plot_file: Path | None) -> None:
@@ -177,6 +216,8 @@ def refuse(wanted: Sequence[str], plan: Plan, plot_file: Path | None) -> None:
         raise click.UsageError("--plot draws what the section memory measures.")
     if plot_file is not None and find_spec("matplotlib") is None:
         raise click.UsageError(f"--plot needs matplotlib: {HOW_TO_INSTALL}")
+    if plan.further_paths and not set(wanted) & set(BY_RELEASE):
+        raise click.UsageError(f"--comfyui is for the sections {' and '.join(BY_RELEASE)}; --only leaves out both.")
     with_stock = [name for name in wanted if name not in ("memory", "start")]
     if with_stock and not plan.stock_sizes:
         raise click.UsageError(f"--sizes: {', '.join(with_stock)} need one of at most {plan.stock_up_to:g} (--stock-up-to).")
@@ -187,6 +228,7 @@ def run(plan: Plan, results: Results, wanted: Sequence[str]) -> Iterator[tuple[s
     sections: dict[str, Callable[[Plan, Results], str]] = {
         "time": run_time,
         "difference": run_difference,
+        "releases": run_releases,
         "memory": run_memory,
         "start": run_start,
         "files": run_files,
@@ -208,13 +250,18 @@ def run_difference(plan: Plan, results: Results) -> str:
     return difference_text(results.difference)
 
 
+def run_releases(plan: Plan, results: Results) -> str:
+    results.releases = measure_releases(plan.processes, plan.trees, plan.stock_sizes, plan.pairs)
+    return releases_text(results.releases)
+
+
 def run_memory(plan: Plan, results: Results) -> str:
     results.memory = measure_memory(plan.processes, plan.sizes, plan.stock_sizes)
     return memory_text(results.memory)
 
 
 def run_start(plan: Plan, results: Results) -> str:
-    results.start = measure_start(plan.comfyui_path, plan.folder, plan.pairs)
+    results.start = measure_start(plan.trees, plan.folder, plan.pairs)
     return start_text(results.start)
 
 
@@ -228,7 +275,7 @@ def run_others(plan: Plan, results: Results) -> str:
     return others_text(results.others)
 
 
-def machine(comfyui_path: Path) -> dict[str, Any]:
+def machine(plan: Plan) -> dict[str, Any]:
     """What the figures depend on beside the code."""
     return {
         "cpu": cpu_model(),
@@ -237,8 +284,9 @@ def machine(comfyui_path: Path) -> dict[str, Any]:
         "load average at start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ComfyUI": comfyui_version(comfyui_path),
-        "ComfyUI's tree": "the project's" if comfyui_path.samefile(COMFYUI) else "another",
+        "ComfyUI": comfyui_version(plan.comfyui_path),
+        "ComfyUI's tree": "the project's" if plan.comfyui_path.samefile(COMFYUI) else "another",
+        "further trees": ", ".join(comfyui_version(path) for path in plan.further_paths) or "none",
         "diffusers": diffusers_version(),
     }
 
@@ -250,13 +298,6 @@ def cpu_model() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def comfyui_version(path: Path) -> str:
-    """The release that a tree says it is; nothing of it is run."""
-    file = path / "comfyui_version.py"
-    found = re.search(r"""__version__\s*=\s*["']([^"']+)""", file.read_text(encoding="utf-8")) if file.exists() else None
-    return found[1] if found else "unknown"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from benchmarks.encode_difference import BFLOAT16, FLOAT32, Difference, Differen
 from benchmarks.encode_files import FileWork
 from benchmarks.encode_others import OtherVae
 from benchmarks.encode_processes import OK, Job
+from benchmarks.encode_releases import SizeReleases
 from benchmarks.encode_report import Spread, gigabytes, megapixels_text
 from benchmarks.encode_sides import COMFYUI, OURS
 from benchmarks.encode_start import Starts
@@ -37,9 +38,10 @@ class Results:
     machine: dict[str, Any]
     pairs: int
     time: list[SizeTimes] = field(default_factory=list)
+    releases: list[SizeReleases] = field(default_factory=list)
     difference: Differences | None = None
     memory: list[Job] = field(default_factory=list)
-    start: Starts | None = None
+    start: list[Starts] = field(default_factory=list)
     files: FileWork | None = None
     others: list[OtherVae] = field(default_factory=list)
 
@@ -99,9 +101,9 @@ def _ratios(ours: list[Difference], stock: list[Difference], measure: str) -> li
 
 
 def _other_rows(results: Results) -> Iterator[Row]:
-    start, files = results.start, results.files
-    beside = f" s (ComfyUI's modules, plainly imported: {start.comfyui.text()} s)" if start else ""
-    yield "start, until the nodes can be called", f"<= {START_S} s", _text(start.ours if start else None) + beside
+    start, files = next(iter(results.start), None), results.files
+    beside = f" s (ComfyUI's modules, plainly imported: {start.comfyui.seconds.text()} s)" if start else ""
+    yield "start, until the nodes can be called", f"<= {START_S} s", _text(start.ours.seconds if start else None) + beside
     work = files if files and files.megapixels == FILES_SIZE else None
     measured = (
         f"{work.writing.text(0, 1e3)} ms, and {work.checking.text(0, 1e3)} ms to check the image" if work else NOT_MEASURED

@@ -11,7 +11,7 @@ from benchmarks.encode_processes import FLOOR_MEGAPIXELS, OK, Job
 from benchmarks.encode_sides import COMFYUI, OURS
 
 COLOURS = {COMFYUI: "#b0413e", OURS: "#1f5f8b"}
-LABELS = {COMFYUI: "ComfyUI", OURS: "Latent Encoder"}
+SIDES = (COMFYUI, OURS)
 SIZE_INCHES = (11, 4.8)
 DPI = 120
 
@@ -22,10 +22,11 @@ def draw(jobs: Sequence[Job], machine: Mapping[str, Any], file: Path) -> None:
     pyplot = importlib.import_module("matplotlib.pyplot")
     pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = pyplot.subplots(1, 2, figsize=SIZE_INCHES, layout="constrained")
-    shown = {side: done for side in LABELS if (done := measured(jobs, side))}
+    labels = {COMFYUI: f"ComfyUI {machine['ComfyUI']}", OURS: "Latent Encoder"}
+    shown = {side: done for side in SIDES if (done := measured(jobs, side))}
     for axes, (field, factor) in zip(panels, (("seconds", 1.0), ("peak_bytes", 1e-9)), strict=True):
         for side, done in shown.items():
-            _line(axes, [(job.megapixels, getattr(job, field) * factor) for job in done], side)
+            _line(axes, [(job.megapixels, getattr(job, field) * factor) for job in done], side, labels[side])
         sizes = sorted({job.megapixels for done in shown.values() for job in done})
         axes.set(xscale="log", xlabel="megapixels (1 = 1024 x 1024)")
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
@@ -52,8 +53,8 @@ def measured(jobs: Sequence[Job], side: str) -> list[Job]:
     return sorted(done, key=lambda job: job.megapixels)
 
 
-def _line(axes: Any, points: Sequence[tuple[float, float]], side: str) -> None:
-    axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5, color=COLOURS[side], label=LABELS[side])
+def _line(axes: Any, points: Sequence[tuple[float, float]], side: str, label: str) -> None:
+    axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5, color=COLOURS[side], label=label)
     offset, align = ((4, -18), "left") if side == OURS else ((-4, 8), "right")  # ours lies lower: its figures are below it
     for x, y in points:
         text = f"{y:.0f}" if y >= 10 else f"{y:.1f}"

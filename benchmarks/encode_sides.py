@@ -68,7 +68,7 @@ class Workbench:
 
     def pixels(self, megapixels: float) -> Tensor:
         """The photo at about that size, `[1, height, width, 3]`."""
-        scaled = self.runtime.scale(self.runtime.load_image(str(PHOTO)), "lanczos", megapixels)
+        scaled = self.runtime.scale(self.runtime.load_image(PHOTO.read_bytes(), ".png"), "lanczos", megapixels)
         height, width = (side // CELL * CELL for side in scaled.shape[1:3])
         return scaled[:, :height, :width].contiguous()
 
@@ -127,7 +127,7 @@ class Workbench:
             return self.runtime.encode(loaded.vae, pixels)
 
         def ours(pixels: Tensor) -> Tensor:
-            return loaded.encode(self.runtime, pixels, settings.oom_policy)[0]
+            return loaded.encode(self.runtime, pixels, settings.oom_policy).samples
 
         encode = comfyui if name == COMFYUI else ours
         return Side(name, loaded.encoder, load_s, loaded.vae.first_stage_model, encode)

@@ -1,16 +1,18 @@
-"""One start, as a process: until the nodes can be called, of which it then prints a line.
+"""One start, as a process: until the nodes can be called, of which it then prints a line, `ready SECONDS`.
 
     python encode_start_process.py ours|ComfyUI COMFYUI_DIR
 
-It imports nothing itself, so that what it takes is what its side takes.
+SECONDS is the part of the start that loads ComfyUI, with torch imported already. The process then waits until its standard
+input is closed, so that its memory can be read. It imports nothing itself, so that what it takes is what its side takes.
 """
 
 import sys
+import time
 from pathlib import Path
 
 
-def start_ours(comfyui_path: Path) -> None:
-    """As `main.py` does it."""
+def start_ours(comfyui_path: Path) -> float:
+    """Start as `main.py` does; return the seconds that loading ComfyUI took."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import main  # noqa: F401  # for what it imports
     from config import load_settings
@@ -19,11 +21,16 @@ def start_ours(comfyui_path: Path) -> None:
 
     settings = load_settings({"comfyui_path": comfyui_path, "device": "cpu", "log_level": "WARNING"})
     configure_logging(settings.log_level, settings.log_format)
+    start = time.perf_counter()
     LatentEncoder.set_up(settings)
+    return time.perf_counter() - start
 
 
-def start_comfyui(comfyui_path: Path) -> None:
-    """ComfyUI's modules with the four nodes, plainly imported."""
+def start_comfyui(comfyui_path: Path) -> float:
+    """Import ComfyUI's modules with the four nodes, plainly; return the seconds that it took without torch."""
+    import torch  # noqa: F401  # first, so that its time does not count
+
+    start = time.perf_counter()
     sys.path.insert(0, str(comfyui_path))
     import comfy.cli_args
 
@@ -31,9 +38,12 @@ def start_comfyui(comfyui_path: Path) -> None:
     import nodes  # noqa: F401
     from comfy_extras import nodes_post_processing  # type: ignore[import-not-found]  # noqa: F401
 
+    return time.perf_counter() - start
+
 
 if __name__ == "__main__":
     side, folder = sys.argv[1:]
-    (start_ours if side == "ours" else start_comfyui)(Path(folder))
-    sys.stdout.write("the nodes can be called\n")
+    loading_s = (start_ours if side == "ours" else start_comfyui)(Path(folder))
+    sys.stdout.write(f"ready {loading_s}\n")
     sys.stdout.flush()
+    sys.stdin.read()

@@ -17,6 +17,7 @@ from errors import LatentEncoderError, SetupError, one_line
 
 if TYPE_CHECKING:
     from comfy_runtime import ComfyRuntime
+    from service import LatentEncoder
 
 
 class State(StrEnum):
@@ -80,9 +81,15 @@ class Installation:
             return f"DEVICE=cuda, but torch {torch.__version__} finds no CUDA device"
         return None
 
-    @cached_property
+    @property
     def comfyui(self) -> ComfyRuntime | SetupError:
-        """ComfyUI as the service loads it, or why it cannot be loaded.
+        """ComfyUI as the service loads it, or why it cannot be used."""
+        encoder = self.encoder
+        return encoder if isinstance(encoder, SetupError) else encoder.runtime
+
+    @cached_property
+    def encoder(self) -> LatentEncoder | SetupError:
+        """The service as it is before its first request, or why it cannot be used.
 
         On any device where the one that is asked for is missing: that is another check's to say, and not to keep this one.
         """
@@ -90,7 +97,7 @@ class Installation:
 
         settings = self.settings.model_copy(update={"device": "auto"} if self.missing_device else {})
         try:
-            return LatentEncoder.set_up(settings).runtime
+            return LatentEncoder.set_up(settings)
         except SetupError as exc:
             return exc
 

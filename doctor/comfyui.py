@@ -6,11 +6,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from comfy_runtime import NODE_IDS, ComfyRuntime
+from comfy_runtime import NODE_IDS
 from doctor.check import Check, Installation, cross_of, tick, warning
 from errors import SetupError
-from releases import is_tested
-from setup.fill_comfyui import RELEASES, source_of, wrong_files
+from releases import TESTED, is_tested
+from setup.fill_comfyui import RELEASES, Source, origin, recorded_sums, version_of, wrong_files
 from utils import find_path
 
 PINNED = RELEASES["0.3.75"]
@@ -27,26 +27,33 @@ def check_tree(installation: Installation) -> Iterator[Check]:
         yield cross_of("comfyui", exc, REFILL)
         return
     yield tick("comfyui", f"{path}, {_source(path)}")
-    yield _files(path, installation.comfyui)
+    yield _files(path)
 
 
 def check_nodes(installation: Installation) -> Iterator[Check]:
-    """Whether it can be imported, with the nodes that encoding needs and the packages of CUSTOM_NODES."""
-    runtime, packages = installation.comfyui, installation.settings.custom_nodes
-    if isinstance(runtime, ComfyRuntime):
-        with_packages = f" with CUSTOM_NODES={','.join(packages)}" if packages else ""
-        yield tick("nodes", f"ComfyUI {runtime.version} loads {', '.join(NODE_IDS)}{with_packages}, on {runtime.device}")
-    else:
-        yield cross_of("nodes", runtime, REFILL)
+    """Whether the nodes that encoding needs run on a test picture, with the packages of CUSTOM_NODES loaded."""
+    encoder, packages = installation.encoder, installation.settings.custom_nodes
+    if isinstance(encoder, SetupError):
+        yield cross_of("nodes", encoder, REFILL)
+        return
+    runtime, tried = encoder.runtime, encoder.tried_nodes
+    where = f"on {runtime.device}" + (f", with CUSTOM_NODES={','.join(packages)}" if packages else "")
+    yield tick("nodes", f"ComfyUI {runtime.version} ran {', '.join(tried)} on a test picture, {where}")
+    yield tick("image decoder", runtime.decoder)
+    if not_tried := [node_id for node_id in NODE_IDS if node_id not in tried]:
+        advice = "They run with the first request; the release has no VAE built in with which they could be tried."
+        yield warning("nodes", f"ComfyUI {runtime.version} loads {', '.join(not_tried)}, which were not tried", advice)
 
 
 def _source(path: Path) -> str:
-    source = source_of(path)
-    if source == PINNED.wheel:
-        return f"release {PINNED.version} as setup_comfyui.sh gets it"
+    source = origin(path)
     if source is None:
         return f"a git checkout{_commit(path)}" if (path / ".git").exists() else "not filled by setup_comfyui.sh"
-    return f"{'links to' if (path / 'comfy').is_symlink() else 'a copy of'} {source}{_commit(Path(source))}"
+    if source.repository is not None:
+        return f"{source} as setup_comfyui.sh fetched it from {source.repository}"
+    if source.source in {release.wheel for release in RELEASES.values()}:
+        return f"{source} as setup_comfyui.sh gets it"
+    return f"{'links to' if (path / 'comfy').is_symlink() else 'a copy of'} {source}{_commit(Path(source.source))}"
 
 
 def _commit(checkout: Path) -> str:
@@ -61,14 +68,35 @@ def _commit(checkout: Path) -> str:
     return f", commit {done.stdout.strip()}"
 
 
-def _files(path: Path, runtime: object) -> Check:
-    """How the tree's Python files compare with the release that is pinned, whatever release it says it is."""
+def _files(path: Path) -> Check:
+    """Return how the tree's Python files compare with their release's, and whether that release is tested."""
     wrong = wrong_files(path, PINNED.sums)
     if not wrong:
         return tick("comfyui files", f"those of release {PINNED.version}, by their SHA-256 sums")
-    version = getattr(runtime, "version", PINNED.version)
-    if version != PINNED.version and is_tested(version):
-        return tick("comfyui files", f"release {version} by its own word, which this service is tested with too")
-    names = ", ".join(wrong[:MAX_NAMES_SHOWN]) + (", …" if len(wrong) > MAX_NAMES_SHOWN else "")
-    found = f"{len(wrong)} are missing or differ from release {PINNED.version}: {names}"
+    source, sums, version = origin(path), recorded_sums(path), version_of(path)
+    if source is not None and sums is not None:
+        return _fetched_files(path, source, sums, version)
+    if version is not None and version != PINNED.version:
+        return _tested(version, f"release {version} by its own word")
+    found = f"{len(wrong)} are missing or differ from release {PINNED.version}: {_names(wrong)}"
     return warning("comfyui files", found, f"Nothing where you changed them on purpose or use another release. {REFILL}")
+
+
+def _fetched_files(path: Path, source: Source, sums: Path, version: str | None) -> Check:
+    """Return how the files compare with the sums that were recorded when their release was fetched."""
+    if changed := wrong_files(path, sums):
+        found = f"{len(changed)} are missing or have changed since {source} was fetched: {_names(changed)}"
+        again = "" if source.commit is None else f" Run ./setup_comfyui.sh --release {source.source} to fetch it again."
+        return warning("comfyui files", found, f"Nothing where you changed them on purpose.{again or f' {REFILL}'}")
+    return _tested(version or "unknown", f"those of {source}, by the sums recorded when it was fetched")
+
+
+def _tested(version: str, found: str) -> Check:
+    """Return a tick for a release that is tested, and a warning for another one."""
+    if is_tested(version):
+        return tick("comfyui files", f"{found}; {version} is tested")
+    return warning("comfyui files", f"{found}; {version} is not tested", f"Compare with {TESTED}. {REFILL}")
+
+
+def _names(files: list[str]) -> str:
+    return ", ".join(files[:MAX_NAMES_SHOWN]) + (", …" if len(files) > MAX_NAMES_SHOWN else "")

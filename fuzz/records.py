@@ -16,6 +16,7 @@ FIELDS = (
     "vae_model_name",
     "upscale_method",
     "megapixels",
+    "fit",
     "output_dir",
     "latent_format",
     "request_id",

@@ -80,6 +80,10 @@ class Painter:
 
 def fitting_crop(inspection: Inspection, scaled: Size) -> Box | None:
     """The part of a scaled image that the latent covers; None where the image is of another latent."""
+    metadata = inspection.metadata
+    if metadata is not None and metadata.latent_shape == tuple(inspection.latent.shape):
+        fits = metadata.scaled_image_shape[:2] == (scaled.height, scaled.width)
+        return Box(*metadata.crop) if fits else None
     height, width = inspection.latent.shape[-2:]
     factor = _factor(scaled.width, width)
     crop = latent_crop(scaled, factor)

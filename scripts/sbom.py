@@ -20,7 +20,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from setup.fill_comfyui import RELEASES, sha256, source_of, wrong_files
+from setup.fill_comfyui import RELEASES, origin, sha256, version_of, wrong_files
 from setup.satisfied import requirements
 
 COMFYUI = PROJECT / "comfyui"
@@ -34,7 +34,7 @@ def main() -> None:
     environment = Path(sys.argv[1])
     if not (environment / "bin" / "python").exists():
         sys.exit(f"Error: {environment} is no virtual environment; run ./setup_comfyui.sh, or name another.")
-    if source_of(COMFYUI) is None:
+    if origin(COMFYUI) is None:
         sys.exit(f"Error: {COMFYUI} is not filled; run ./setup_comfyui.sh.")
     bom = packages_in(environment)
     complete(bom)
@@ -78,19 +78,19 @@ def service() -> Document:
 def comfyui() -> Document:
     """ComfyUI's runtime: the pinned release with its commit, where it is that, else only the version it states."""
     pinned = RELEASES["0.3.75"]
-    source = source_of(COMFYUI)
-    (version,) = re.findall(r'__version__ = "(.+)"', (COMFYUI / "comfyui_version.py").read_text(encoding="utf-8"))
+    source = origin(COMFYUI)
+    assert source is not None
     component: Document = {
         "type": "framework",
         "bom-ref": "comfyui",
         "name": "ComfyUI",
-        "version": version,
+        "version": version_of(COMFYUI) or "unknown",
         "licenses": licence("GPL-3.0"),
     }
     if wrong_files(COMFYUI, pinned.sums):
         return component | {"description": f"Not the pinned release: filled from {source}."}
     return component | {
-        "description": f"Runtime files, filled from {source}; its Python files have the sums of the pinned release.",
+        "description": f"Runtime files, filled from {source.source}; its Python files have the sums of the pinned release.",
         "purl": f"pkg:github/comfyanonymous/comfyui@{pinned.commit}",
         "externalReferences": [{"type": "vcs", "url": pinned.upstream, "comment": f"commit {pinned.commit}"}],
     }

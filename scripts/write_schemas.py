@@ -46,6 +46,7 @@ EXAMPLE_REQUEST: Document = {
     "latent_format": "pt",
     "upscale_method": "lanczos",
     "megapixels": 1.0,
+    "fit": "crop",
     "timestamp": 1730894395,
 }
 
@@ -157,6 +158,7 @@ def example_success() -> SuccessResponse:
             tiled=False,
             device="cuda:0",
             comfyui_version="0.3.75",
+            image_decoder="Pillow 13.0.0, libjpeg-turbo 3.2.0",
             torch_version="2.14.1+cu130",
             image_sha256=example_digest("image"),
             vae_sha256=example_digest("vae"),

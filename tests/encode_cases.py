@@ -2,7 +2,8 @@
 
     python tests/encode_cases.py COMFYUI_DIR MODEL_DIR CASES.json OUTPUT_DIR
 
-Prints one response a line, in the order of the cases `[image_path, vae_name, upscale_method, megapixels]`.
+Prints one response a line, in the order of the cases `[image_path, vae_name, upscale_method, megapixels]`; a fifth item is the
+fit.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from service import LatentEncoder
 def main() -> None:
     comfyui, model_dir, cases, output_dir = map(Path, sys.argv[1:])
     encoder = LatentEncoder.set_up(Settings(_env_file=None, comfyui_path=comfyui, model_dir=model_dir, device="cpu"))
-    for number, (image, vae, method, megapixels) in enumerate(json.loads(cases.read_text())):
+    for number, (image, vae, method, megapixels, *fit) in enumerate(json.loads(cases.read_text())):
         request = EncodeRequest(
             image_path=image,
             vae_model_name=vae,
             upscale_method=method,
             megapixels=megapixels,
+            fit=fit[0] if fit else "crop",
             output_dir=str(output_dir),
             request_id=str(number),
         )

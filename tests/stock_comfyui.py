@@ -4,13 +4,15 @@
     python tests/stock_comfyui.py COMFYUI_DIR encode MODEL_DIR CASES.json OUT.safetensors
     python tests/stock_comfyui.py COMFYUI_DIR decode MODEL_DIR OUT.safetensors LATENT.pt…
 
-`make-vaes` writes VAEs of the real architectures with random weights of a fixed seed; `encode` runs the four nodes by hand
-for each case `[image_path, vae_name, upscale_method, megapixels]` and saves scaled images and latents by the case's number;
+`make-vaes` writes VAEs of the real architectures with random weights of a fixed seed. `encode` runs the four nodes by hand
+for each case `[image_path, vae_name, upscale_method, megapixels]`, and saves scaled images and latents by the case's number. A
+fifth item is `resolution_steps`.
 `decode` saves the pictures that the tiny VAE makes of latents of one frame, by their number.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -101,21 +103,22 @@ def random_tensor(key: str, shape: torch.Size, generator: torch.Generator) -> to
 def encode(cases_file: Path, out: Path) -> None:
     vaes: dict[str, object] = {}
     results: dict[str, torch.Tensor] = {}
-    for number, (image_path, vae_name, method, megapixels) in enumerate(json.loads(cases_file.read_text())):
+    for number, (image_path, vae_name, method, megapixels, *steps) in enumerate(json.loads(cases_file.read_text())):
         if vae_name not in vaes:
             vaes[vae_name] = nodes.VAELoader().load_vae(vae_name)[0]
-        image = nodes.LoadImage().load_image(image_path)[0]
-        scaled = scale(image, method, megapixels)
+        folder_paths.set_input_directory(str(Path(image_path).parent))  # releases since 0.28.0 read nothing else
+        image = nodes.LoadImage().load_image(Path(image_path).name)[0]
+        scaled = scale(image, method, megapixels, *steps)
         results[f"{number}.scaled"] = scaled.contiguous()
         results[f"{number}.latent"] = nodes.VAEEncode().encode(vaes[vae_name], scaled)[0]["samples"].contiguous()
     save_file(results, out)
 
 
-def scale(image: torch.Tensor, method: str, megapixels: float) -> torch.Tensor:
+def scale(image: torch.Tensor, method: str, megapixels: float, steps: int = 1) -> torch.Tensor:
     node = nodes_post_processing.ImageScaleToTotalPixels
-    if hasattr(node, "execute"):
-        return node.execute(image, method, megapixels)[0]
-    return node().upscale(image, method, megapixels)[0]
+    scale = node.execute if hasattr(node, "execute") else node().upscale
+    more = (steps,) if "resolution_steps" in inspect.signature(scale).parameters else ()  # releases of 2026
+    return scale(image, method, megapixels, *more)[0]
 
 
 def decode(out: Path, latents: list[str]) -> None:
@@ -130,6 +133,7 @@ def main() -> None:
     for kind in ("vae", "vae_approx"):
         (model_dir / kind).mkdir(parents=True, exist_ok=True)
         folder_paths.add_model_folder_path(kind, str(model_dir / kind), is_default=True)
+    folder_paths.add_model_folder_path("vae", str(Path(__file__).resolve().parent.parent / "tiny_vae"))
     with torch.inference_mode():
         if command == "make-vaes":
             make_vaes(model_dir, arguments)

@@ -195,13 +195,17 @@ def test_copied_paths_exist_and_reach_the_builder() -> None:
 
 
 def test_image_has_all_that_setting_up_reads() -> None:
-    """What `setup_comfyui.sh` names of the project is copied before it runs, and the code after it."""
+    """What `setup_comfyui.sh` names of the project is copied before it runs, and the code, which tries it, after it."""
     steps = [(words[0], " ".join(words[1:])) for words in DOCKERFILE]
-    (run,) = [number for number, (name, text) in enumerate(steps) if name == "RUN" and "./setup_comfyui.sh" in text]
+    (run,) = [number for number, (name, text) in enumerate(steps) if name == "RUN" and "./setup_comfyui.sh --no-trial" in text]
+    (code,) = [number for number, (name, text) in enumerate(steps) if name == "COPY" and "*.py" in text]
+    (trial,) = [number for number, (name, text) in enumerate(steps) if name == "RUN" and "try_comfyui.py comfyui" in text]
+    assert run < code < trial
     before = [source.rstrip("/") for name, text in steps[:run] if name == "COPY" for source in text.split()[:-1]]
     script = (PROJECT / "setup_comfyui.sh").read_text(encoding="utf-8")
     read = set(re.findall(r"\$project/([\w.-]+)", script)) - {".venv", "comfyui", "tests"}
-    assert read | {"setup_comfyui.sh"} == set(before)
+    read -= {"comfy_packages.py", "try_comfyui.py"}  # which are for the trial
+    assert read | {"setup_comfyui.sh", "releases.py"} == set(before)  # setup/fill_comfyui.py imports the latter
 
 
 def test_venv_stays_where_it_was_made() -> None:

@@ -30,8 +30,10 @@ from doctor.torch_and_device import check_device, check_torch
 from errors import SetupError
 from health import Health
 from http_server import http_server
+from releases import TESTED
 from service import LatentEncoder
 from setup.download_vae import QWEN_IMAGE_VAE
+from setup.fill_comfyui import record_sums
 from tests.broker.ports import free_ports
 from tests.helpers import PROJECT, TINY_VAE, RunMain
 from tests.kafka_tools import Bench
@@ -40,12 +42,12 @@ from tests.test_cli import powerless
 TICK, WARNING, CROSS = State
 
 
-def examined(examine: Examine, settings: Settings, given: tuple[str, ...] = (), comfyui: Any = None) -> list[Check]:
-    """What a check finds with these settings, those in `given` set by somebody, and ComfyUI as the test has it."""
+def examined(examine: Examine, settings: Settings, given: tuple[str, ...] = (), encoder: Any = None) -> list[Check]:
+    """What a check finds with these settings, those in `given` set by somebody, and the service as the test has it."""
     origins = {field: "environment" if field in given else "default" for field in Settings.model_fields}
     installation = Installation(settings, origins)
-    if comfyui is not None:
-        installation.__dict__["comfyui"] = comfyui
+    if encoder is not None:
+        installation.__dict__["encoder"] = encoder
     checks = list(examine(installation))
     assert all(check.advice for check in checks if check.state is not TICK), "what to do about it is missing"
     assert not any(check.advice for check in checks if check.state is TICK)
@@ -184,8 +186,8 @@ def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Sett
     device, threads = examined(check_device, wrong)
     assert (device.state, threads.state) == (CROSS, TICK)
     assert device.found.startswith("DEVICE=cuda, but torch")
-    (nodes,) = examined(check_nodes, wrong)
-    assert nodes.state is TICK
+    nodes, decoder = examined(check_nodes, wrong)
+    assert (nodes.state, decoder.state) == (TICK, TICK)
 
 
 def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,30 +233,76 @@ def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout.strip()
-    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert tree.found == f"{tmp_path}, a git checkout, commit {commit}"
     assert files.state is WARNING
     assert "missing or differ from release 0.3.75: " in files.found
     (tmp_path / ".source.json").write_text(json.dumps({"source": str(tmp_path)}))
-    tree, _ = examined(check_tree, changed(settings, comfyui_path=tmp_path), comfyui=SetupError("it does not load"))
+    tree, _ = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert tree.found == f"{tmp_path}, a copy of {tmp_path}, commit {commit}"
 
 
+@pytest.mark.parametrize(
+    ("version", "state", "words"),
+    [
+        ("0.33.0", TICK, "0.33.0 is tested"),
+        ("9.9.9", WARNING, "9.9.9 is not tested"),
+        (None, WARNING, "unknown is not tested"),
+    ],
+)
+def test_fetched_release_is_known_by_its_recorded_sums(
+    settings: Settings, tmp_path: Path, version: str | None, state: State, words: str
+) -> None:
+    """A tick where the release is tested, else a warning; files that have changed since are counted and named."""
+    (tmp_path / "comfy").mkdir()
+    for name in ("nodes.py", "folder_paths.py"):
+        (tmp_path / name).write_text("# theirs\n")
+    if version:
+        (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    record_sums(tmp_path)
+    source = {"source": "v0.33.0", "repository": "https://example.org/ComfyUI.git", "commit": "783545f6" + "0" * 32}
+    (tmp_path / ".source.json").write_text(json.dumps(source))
+    broken = SetupError("it does not load")
+    tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
+    release = "release v0.33.0 (commit 783545f6)"
+    assert tree.found == f"{tmp_path}, {release} as setup_comfyui.sh fetched it from https://example.org/ComfyUI.git"
+    assert (files.state, files.found) == (state, f"those of {release}, by the sums recorded when it was fetched; {words}")
+    (tmp_path / "nodes.py").write_text("# changed\n")
+    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
+    assert (files.state, files.found) == (WARNING, f"1 are missing or have changed since {release} was fetched: nodes.py")
+    assert "./setup_comfyui.sh --release v0.33.0" in files.advice
+
+
+@pytest.mark.parametrize(("version", "state"), [("0.33.0", TICK), ("9.9.9", WARNING)])
+def test_checkout_is_tested_by_its_own_word(settings: Settings, tmp_path: Path, version: str, state: State) -> None:
+    """A tree whose sums nobody recorded states its version; one that is not tested is a warning that names those that are."""
+    (tmp_path / "comfy").mkdir()
+    for name in ("nodes.py", "folder_paths.py"):
+        (tmp_path / name).write_text("# theirs\n")
+    (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
+    assert files.state is state
+    assert files.found.startswith(f"release {version} by its own word; {version} is ")
+    assert (TESTED in files.advice) is (state is WARNING)
+
+
 def test_tree_of_the_tests_is_the_pinned_release(settings: Settings, encoder: LatentEncoder) -> None:
-    """By its sums, and all four nodes load."""
-    tree, files = examined(check_tree, settings, comfyui=encoder.runtime)
+    """By its sums, and all four nodes run."""
+    tree, files = examined(check_tree, settings, encoder=encoder)
     assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 sums")
-    (nodes,) = examined(check_nodes, settings, comfyui=encoder.runtime)
-    assert nodes.found.startswith("ComfyUI 0.3.75 loads VAELoader, LoadImage, ImageScaleToTotalPixels, VAEEncode, on ")
+    nodes, decoder = examined(check_nodes, settings, encoder=encoder)
+    ran = "VAELoader, LoadImage, ImageScaleToTotalPixels, VAEEncode"
+    assert nodes.found == f"ComfyUI 0.3.75 ran {ran} on a test picture, on {encoder.runtime.device}"
+    assert decoder.found == encoder.runtime.decoder
 
 
 def test_comfyui_that_does_not_load_is_a_cross(settings: Settings) -> None:
     """With what is missing; its models are not looked for."""
     broken = SetupError("ComfyUI in /x cannot be loaded: No module named 'einops'. Install what it needs.")
-    (nodes,) = examined(check_nodes, settings, comfyui=broken)
+    (nodes,) = examined(check_nodes, settings, encoder=broken)
     assert (nodes.state, nodes.advice) == (CROSS, "Install what it needs.")
     assert nodes.found == "ComfyUI in /x cannot be loaded: No module named 'einops'"
-    (folder,) = examined(check_models, settings, comfyui=broken)
+    (folder,) = examined(check_models, settings, encoder=broken)
     assert folder.state is WARNING
 
 
@@ -264,7 +312,7 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     damaged.write_bytes((PROJECT / "tiny_vae" / TINY_VAE).read_bytes()[:5000])
     shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, impostor)
     try:
-        checks = examined(check_models, changed(settings, vae_model_name=impostor.name), comfyui=encoder.runtime)
+        checks = examined(check_models, changed(settings, vae_model_name=impostor.name), encoder=encoder)
     finally:
         damaged.unlink()
         impostor.unlink()
@@ -295,14 +343,14 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
 )
 def test_default_vae_has_to_be_there(name: str, state: State, advice: str, settings: Settings, encoder: LatentEncoder) -> None:
     """A cross says how to get it, or which one may be meant; the trial one is a warning."""
-    check = named(examined(check_models, changed(settings, vae_model_name=name), comfyui=encoder.runtime), "default vae")
+    check = named(examined(check_models, changed(settings, vae_model_name=name), encoder=encoder), "default vae")
     assert check.state is state
     assert advice in check.advice
 
 
 def test_model_folder_that_is_not_there_is_a_warning(settings: Settings, encoder: LatentEncoder, tmp_path: Path) -> None:
     """MODEL_DIR that names none; the folders that are searched are listed."""
-    checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), comfyui=encoder.runtime)
+    checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), encoder=encoder)
     folders = [check for check in checks if check.name == "model folder"]
     assert [check.state for check in folders][:2] == [WARNING, TICK]
     assert len(folders) > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,19 +13,24 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.encode_bench import comfyui_version, main
+from benchmarks.encode_bench import SECTIONS, main, wanted_sections
 from benchmarks.encode_difference import BFLOAT16, FLOAT32, Difference, Differences, distance
 from benchmarks.encode_diffusers import diffusers_key, scaled
 from benchmarks.encode_files import FileWork, TimedRuntime
 from benchmarks.encode_flops import Flops, attention_flops, convolution_flops, count_flops
 from benchmarks.encode_goals import NOT_MEASURED, Results, goal_rows
-from benchmarks.encode_processes import Job, outcome, planned, run_process
+from benchmarks.encode_peers import Peer
+from benchmarks.encode_processes import Bench, Job, outcome, planned, run_process
+from benchmarks.encode_releases import ReleaseTimes, SizeReleases, measure_releases, releases_text
 from benchmarks.encode_report import Spread, gigabytes, markdown
 from benchmarks.encode_sides import COMFYUI, COMPILED, DIFFUSERS, OURS, Side
-from benchmarks.encode_start import Starts
+from benchmarks.encode_start import SideStarts, Start, Starts, measure_start, start_text
 from benchmarks.encode_time import Run, SideTimes, SizeTimes, compile_s, side_times
+from benchmarks.encode_trees import Tree, TreeFailed, comfyui_version, trees_of
+from benchmarks.process_memory import peak_bytes
 from service import LatentEncoder
 from tests.helpers import COMFYUI as TREE
+from tests.helpers import PATIENCE_S, PROJECT, TINY_VAE, clean_environment
 
 FLOPS = Flops(convolutions=400, linear=0, attention=0)
 WAN_DIMS = [(96, 96), (96, 192), (192, 384), (384, 384)]  # in and out, of the four levels of the full-size encoder
@@ -235,7 +241,7 @@ def test_goals_are_held_against_what_was_measured() -> None:
             Job(COMFYUI, "stock", "full", 1.0, 1.0, 6900 * mb, "ok"),
             Job(OURS, "single-frame", "full", 16.0, 1.0, 4000 * mb, "not done in time"),
         ],
-        start=Starts(Spread((2.0, 2.5, 3.0)), Spread((7.0,))),
+        start=[starts_of("0.3.75", (2.0, 2.5, 3.0), (7.0,)), starts_of("0.33.0", (9.0,), (9.0,))],
         files=FileWork(1.0, "single-frame", Spread((0.9,)), Spread((0.18,)), Spread((0.08,)), Spread((0.08, 0.09, 0.1))),
     )
     assert [measured for _, _, measured in goal_rows(results)] == [
@@ -254,6 +260,113 @@ def test_goals_are_held_against_what_was_measured() -> None:
     ]
 
 
+def starts_of(release: str, ours: tuple[float, ...], comfyui: tuple[float, ...]) -> Starts:
+    sides = (SideStarts.of([Start(seconds, seconds / 2, 600_000_000) for seconds in side]) for side in (ours, comfyui))
+    return Starts(release, *sides)
+
+
+def test_start_table_has_both_sides_of_each_tree() -> None:
+    """Seconds, the part that loads ComfyUI, and peak memory."""
+    lines = start_text([starts_of("0.3.75", (2.0, 3.0, 4.0), (7.0,)), starts_of("0.33.0", (5.0,), (8.0,))]).splitlines()
+    assert lines[2] == "| 0.3.75 | ours | 3.00 [2.00-4.00] | 1.50 [1.00-2.00] | 0.60 GB |"
+    assert lines[5] == "| 0.33.0 | ComfyUI's own modules, plainly imported | 8.00 | 4.00 | 0.60 GB |"
+
+
+def test_start_is_measured_on_each_tree(tmp_path: Path) -> None:
+    """Loading ComfyUI is a part of the start, and the memory is that of a process with torch."""
+    (starts,) = measure_start(trees_of([TREE]), tmp_path, pairs=1)
+    for side in (starts.ours, starts.comfyui):
+        assert 0 < side.loading_s.median < side.seconds.median
+        assert side.peak_bytes.median > 100e6
+
+
+def test_releases_are_measured_side_by_side(model_dir: Path, tmp_path: Path) -> None:
+    """Each tree's own encode and ours on it run in processes of their own, on the same pixels, and give like latents."""
+    trees = [Tree(TREE, "first"), Tree(TREE, "second")]
+    bench = Bench(TREE, model_dir, tmp_path, timeout_s=PATIENCE_S)
+    (size,) = measure_releases(bench, trees, (0.01,), pairs=2, vae=TINY_VAE)
+    assert (size.width, size.height) == (96, 96)  # of 102 x 102
+    assert [release.release for release in size.releases] == ["first", "second"]
+    for release in size.releases:
+        assert release.encoder == "single-frame"
+        assert 0 < release.max_abs < 2e-5
+        assert len(release.comfyui_s.runs) == len(release.ours_s.runs) == 2
+        assert min(release.comfyui_peak_bytes, release.our_peak_bytes) > 100e6
+
+
+def test_table_of_releases_has_a_row_for_each() -> None:
+    """A table for each size, with medians, ranges, the difference and both peaks."""
+    own, ours = Spread((4.0, 6.0, 8.0)), Spread((2.0, 2.0, 2.0))
+    release = ReleaseTimes("0.33.0", "single-frame", own, ours, Spread((2.0, 3.0, 4.0)), 3e-6, 3_700_000_000, 1_400_000_000)
+    lines = releases_text([SizeReleases(0.25, 512, 512, 0.012, [release])]).splitlines()
+    assert lines[0] == "512 x 512. Other processes had 1.2% of the CPUs meanwhile."
+    assert lines[-1] == (
+        "| 0.33.0 | 6.00 [4.00-8.00] | 2.00 [2.00-2.00] | 3.00 [2.00-4.00] | single-frame | 3.0e-06 | 3.70 GB | 1.40 GB |"
+    )
+
+
+def test_table_of_releases_on_a_busy_machine_says_that_it_does_not_hold() -> None:
+    """Memory and differences do; a few percent for others are no matter."""
+    calm, busy = (releases_text([SizeReleases(0.25, 512, 512, share, [])]) for share in (0.05, 0.76))
+    assert "too busy" not in calm
+    assert "had 76.0% of the CPUs meanwhile. The machine was too busy: run it again" in busy
+
+
+def test_release_that_fails_in_the_middle_says_why(model_dir: Path, tmp_path: Path) -> None:
+    """Its release, its side and the end of its process are in the message."""
+    bench = Bench(TREE, model_dir, tmp_path, timeout_s=PATIENCE_S)
+    with Peer(bench, Tree(TREE, "0.3.75"), COMFYUI, TINY_VAE) as peer, pytest.raises(TreeFailed) as failed:
+        peer.encode(tmp_path / "absent.pt", tmp_path / "latent.pt")
+    assert "ComfyUI 0.3.75" in failed.value.message
+    assert "absent.pt" in failed.value.message
+
+
+def test_release_that_takes_too_long_is_ended(model_dir: Path, tmp_path: Path) -> None:
+    """The time limit holds for loading too, and the message says that it was the time."""
+    with pytest.raises(TreeFailed, match="not done in time"):
+        Peer(Bench(TREE, model_dir, tmp_path, timeout_s=0.1), Tree(TREE, "0.3.75"), OURS, TINY_VAE)
+
+
+def test_peak_of_a_running_process_is_its_own() -> None:
+    """It counts memory that was given back, and nothing of the process that started it."""
+    code = "held = b'x' * 200_000_000; del held; print('there', flush=True); input()"
+    command = [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert 200e6 < peak_bytes(process.pid) < 260e6
+
+
+def test_trees_have_distinct_names(tmp_path: Path) -> None:
+    """The release, and the path too where two trees have the same one; each tree is there once."""
+    for name, release in (("a", "0.33.0"), ("b", "0.33.0"), ("c", "0.3.64")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "comfyui_version.py").write_text(f'__version__ = "{release}"\n')
+    trees = trees_of([tmp_path / "a", tmp_path / "b", tmp_path / "c", tmp_path / "b" / ".." / "a"])
+    assert [tree.release for tree in trees] == [f"0.33.0 ({tmp_path / 'a'})", f"0.33.0 ({tmp_path / 'b'})", "0.3.64"]
+
+
+def test_releases_are_a_section_where_there_are_several() -> None:
+    """Or where it is named; the other sections run in any case."""
+    assert wanted_sections((), several_trees=True) == list(SECTIONS)
+    assert wanted_sections((), several_trees=False) == [name for name in SECTIONS if name != "releases"]
+    assert wanted_sections(("start", "releases"), several_trees=False) == ["releases", "start"]
+
+
+def test_tree_that_cannot_run_is_named_before_anything_is_measured(tmp_path: Path) -> None:
+    """With the reason, and what to do."""
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "cli_args.py").write_text("import a_package_that_is_not_here\n")
+    arguments = ("--comfyui", tmp_path, "--only", "releases", "--sizes", "0.01")
+    command = [sys.executable, "-m", "benchmarks.encode_bench", *map(str, arguments)]
+    done = subprocess.run(command, cwd=PROJECT, env=clean_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"ComfyUI unknown in {tmp_path}" in done.stderr
+    assert "a_package_that_is_not_here" in done.stderr
+    assert "has the packages that every tree named needs" in done.stderr
+    assert "making VAEs" not in done.stderr
+
+
 def test_version_of_a_tree_is_read_without_running_it(tmp_path: Path) -> None:
     """It is unknown where the tree does not say it."""
     assert comfyui_version(TREE) != "unknown"
@@ -267,6 +380,7 @@ def test_version_of_a_tree_is_read_without_running_it(tmp_path: Path) -> None:
         (["--sizes", "0.25,17"], "0.01 to 16 megapixels"),
         (["--sizes", "4", "--only", "time"], "--stock-up-to"),
         (["--plot", "plot.png", "--only", "time"], "section memory"),
+        (["--comfyui", str(TREE), "--only", "time"], "sections releases and start"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_at_once(arguments: list[str], reason: str) -> None:

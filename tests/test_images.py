@@ -9,6 +9,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from access import ANYWHERE
 from config import Settings
 from errors import ErrorCode, ImageInvalid, ImageNotFound
 from fuzz import jpegs
+from image_features import FurtherPictures
 from images import MAX_JPEG_SCANS, PILLOW_LOCK, ImageLimits, read_image
 from jpeg_markers import scans
 from models import ErrorResponse
@@ -107,7 +109,7 @@ def test_pixel_limit_is_checked() -> None:
     path = str(IMAGES / "photo.jpg")
     with pytest.raises(ImageInvalid, match=r"MAX_IMAGE_PIXELS=6143 pixels.*96 x 64 px"):
         read_image(path, replace(LIMITS, max_pixels=96 * 64 - 1))
-    assert read_image(path, replace(LIMITS, max_pixels=96 * 64)).notes == ()
+    assert read_image(path, replace(LIMITS, max_pixels=96 * 64)).features == ()
 
 
 def test_byte_limit_is_checked() -> None:
@@ -282,11 +284,25 @@ def test_further_pictures_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Enco
         photo.save(path, "MPO", save_all=True, append_images=[photo] * 9)
     with PILLOW_LOCK:
         source = read_image(str(path), LIMITS)
-    assert source.notes == ("first_frame_used",)
-    with source.as_file() as file, Image.open(file) as given, Image.open(path) as first:
+    assert source.features == (FurtherPictures(),)
+    with Image.open(BytesIO(source.data)) as given, Image.open(path) as first:
         assert given.format == "JPEG"
         assert given.tobytes() == first.tobytes()
     assert encode(path).metadata.image_notes == ("first_frame_used",)
+
+
+@pytest.mark.parametrize(
+    ("behind", "notes"), [(b"\0" * 4000, ("first_frame_used",)), (b"", ("first_frame_used",)), (b"moov", ())]
+)
+def test_picture_behind_the_first_is_noted_without_an_index(
+    behind: bytes, notes: tuple[str, ...], encode: Encode, tmp_path: Path
+) -> None:
+    """Gain maps of phones; a film that is appended to a photo is no picture."""
+    photo = (IMAGES / "photo.jpg").read_bytes()
+    (tmp_path / "phone.jpg").write_bytes(photo + behind + photo)
+    response = encode(tmp_path / "phone.jpg")
+    assert response.metadata.image_notes == notes
+    assert torch.equal(load_latent(response.latent_file_path), load_latent(encode("photo.jpg").latent_file_path))
 
 
 def test_odd_exif_is_no_reason_to_warn_or_fail(encode: Encode, tmp_path: Path) -> None:

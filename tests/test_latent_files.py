@@ -118,7 +118,9 @@ def test_comfyui_opens_and_decodes_it(
     assert tuple(loaded["samples"].shape) == shape
     with torch.inference_mode():
         vae = encoder.runtime.load_vae(vae_name)
-        scaled = encoder.runtime.scale(encoder.runtime.load_image(str(IMAGES / "photo.jpg")), "lanczos", 0.01)
+        scaled = encoder.runtime.scale(
+            encoder.runtime.load_image((IMAGES / "photo.jpg").read_bytes(), ".jpg"), "lanczos", 0.01
+        )
         torch.testing.assert_close(loaded["samples"], encoder.runtime.encode(vae, scaled), atol=2e-5, rtol=0)
         (picture,) = encoder.runtime.nodes["VAEDecode"]().decode(vae, loaded)
     left, upper, right, lower = response.metadata.crop

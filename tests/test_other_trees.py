@@ -18,9 +18,27 @@ from safetensors.torch import load_file
 from setup.fill_comfyui import copy as copy_entry
 from setup.fill_comfyui import place_runtime
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
+from tests.newer_tree import INPUT_FOLDER_ENFORCED, require_resolution_steps
 
 RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"
 EXTRAS = "comfy_extras/nodes_post_processing.py"
+
+# Loads small files, and fails for good as soon as it was given a file larger than the limit, if that is what `FOR_GOOD` says.
+CHOOSY = """
+class LoadImageOfSmallFiles(LoadImage):
+    broken = False
+
+    def load_image(self, image):
+        if os.path.getsize(folder_paths.get_annotated_filepath(image)) > 200000:
+            LoadImageOfSmallFiles.broken = FOR_GOOD
+            raise ValueError("no such decoder")
+        if self.broken:
+            raise ValueError("out of order")
+        return super().load_image(image)
+
+
+NODE_CLASS_MAPPINGS["LoadImage"] = LoadImageOfSmallFiles
+"""
 
 
 @pytest.fixture
@@ -67,22 +85,9 @@ def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) ->
         torch.testing.assert_close(load_latent(response["latent_file_path"]), stock_latent, atol=2e-5, rtol=0)
 
 
-def with_resolution_steps(tree: Path, *, default: str) -> None:
-    """Give ImageScaleToTotalPixels the further input that releases of 2026 have."""
-    extras = tree / EXTRAS
-    text = extras.read_text()
-    declared = 'io.Float.Input("megapixels", default=1.0, min=0.01, max=16.0, step=0.01),'
-    added = f'{declared}\n                io.Int.Input("resolution_steps", {default}min=1, max=256),'
-    signature = "def execute(cls, image, upscale_method, megapixels) -> io.NodeOutput:"
-    assert declared in text
-    assert signature in text
-    text = text.replace(declared, added).replace(signature, signature.replace("megapixels)", "megapixels, resolution_steps)"))
-    extras.write_text(text)
-
-
 def test_input_of_a_newer_node_takes_its_default(tree: Path, tmp_path: Path, run_main: RunMain) -> None:
     """And what a custom node package, or a process that it starts, prints does not reach standard output."""
-    with_resolution_steps(tree, default="default=1, ")
+    require_resolution_steps(tree)
     (tree / "custom_nodes" / "my-nodes").mkdir()
     (tree / "custom_nodes" / "my-nodes" / "__init__.py").write_text(
         "import os\nprint('### loading my nodes')\nos.system('echo from a child')\nNODE_CLASS_MAPPINGS = {}\n"
@@ -100,7 +105,7 @@ def test_input_of_a_newer_node_takes_its_default(tree: Path, tmp_path: Path, run
 
 
 def without_default(tree: Path) -> None:
-    with_resolution_steps(tree, default="")
+    require_resolution_steps(tree, default="")
 
 
 def without_node(tree: Path) -> None:
@@ -119,12 +124,39 @@ def with_broken_yaml(tree: Path) -> None:
     (tree / "extra_model_paths.yaml").write_text("a: [unclosed\n")
 
 
+def without_input_folder(tree: Path) -> None:
+    """As ComfyUI is since 0.28.0, with an input folder that nobody can set."""
+    with (tree / "folder_paths.py").open("a") as file:
+        file.write(f"{INPUT_FOLDER_ENFORCED}\n\ndef set_input_directory(path):\n    pass\n")
+
+
+def with_other_pixels(tree: Path) -> None:
+    with (tree / "nodes.py").open("a") as file:
+        file.write("\nload = LoadImage.load_image\nLoadImage.load_image = lambda self, image: (1 - load(self, image)[0],)\n")
+
+
+def with_failing_scaling(tree: Path) -> None:
+    with (tree / "comfy" / "utils.py").open("a") as file:
+        file.write("\ndef lanczos(samples, width, height):\n    raise RuntimeError('no lanczos here')\n")
+
+
+def with_vaes_that_fail(tree: Path) -> None:
+    with (tree / "comfy" / "pixel_space_convert.py").open("a") as file:
+        file.write("\nPixelspaceConversionVAE.encode = lambda self, pixels: pixels.no_such_method()\n")
+
+
 SPOILED: dict[str, Callable[[Path], None]] = {
     "node ImageScaleToTotalPixels requires resolution_steps, which has no default (tested releases: ": without_default,
     "has no node ImageScaleToTotalPixels: no module in comfy_extras/ has it (tested releases: ": without_node,
     "has no node ImageScaleToTotalPixels: nodes_post_processing.py cannot be loaded: No module named": with_broken_node,
     "cannot be loaded: invalid syntax": with_broken_core,
     "extra_model_paths.yaml": with_broken_yaml,
+    "its node LoadImage fails on a test picture: Invalid file path: ": without_input_folder,
+    "its node LoadImage fails on a test picture: gives pixels of a JPEG that are off by": with_other_pixels,
+    "its node ImageScaleToTotalPixels fails on a test picture: no lanczos here. Run ./setup_comfyui.sh --pinned": (
+        with_failing_scaling
+    ),
+    "its node VAEEncode fails on a test picture: 'Tensor' object has no attribute 'no_such_method'": with_vaes_that_fail,
 }
 
 
@@ -152,6 +184,22 @@ def test_tree_that_cannot_work_ends_set_up(words: str, endings: dict[str, subpro
     assert words in done.stderr
     assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("for_good", "code"), [(False, "IMAGE_INVALID"), (True, "ENCODING_FAILED")])
+def test_fault_of_the_tree_is_not_the_images(for_good: bool, code: str, tree: Path, model_dir: Path, tmp_path: Path) -> None:
+    """A sound image that this tree alone cannot decode is refused. If no image can be decoded any more, it is not to blame."""
+    with (tree / "nodes.py").open("a") as file:
+        file.write(CHOOSY.replace("FOR_GOOD", str(for_good)))
+    cases: list[list[object]] = [
+        [str(IMAGES / name), TINY_VAE, "lanczos", 0.02] for name in ("photo.jpg", "astronaut.png", "photo.jpg")
+    ]
+    before, large, after = encode_cases(tree, model_dir, cases, tmp_path)
+    assert before["status"] == "success"
+    assert large["error_code"] == code
+    assert ("its node LoadImage fails on a test picture: out of order" in large["error_message"]) == for_good
+    assert (f"cannot load the image file {IMAGES / 'astronaut.png'}: no such decoder" in large["error_message"]) != for_good
+    assert after.get("error_code") == ("ENCODING_FAILED" if for_good else None)
 
 
 def test_extra_model_paths_are_searched_last(tree: Path, tmp_path: Path) -> None:

@@ -27,12 +27,12 @@ MOMENT = datetime(2024, 11, 6, 12, 0, 0, 999_999, tzinfo=UTC)
 def test_load_vae_gives_the_model_and_its_factor(encoder: LatentEncoder) -> None:
     """Stage one: VAELoader's VAE with what a request needs to know of it."""
     vae = encoder.vaes.get(TINY_VAE)
-    assert (vae.name, vae.factor, vae.dtype, vae.device) == (TINY_VAE, 8, "float32", "cpu")
+    assert (vae.name, vae.cells, vae.dtype, vae.device) == (TINY_VAE, (8, 16, True), "float32", "cpu")
 
 
 def test_load_image_gives_pixels_in_unit_range(encoder: LatentEncoder) -> None:
     """Stage two: LoadImage's tensor holds the file's 8-bit values over 255."""
-    pixels = encoder.runtime.load_image(str(IMAGES / "astronaut.png"))
+    pixels = encoder.runtime.load_image((IMAGES / "astronaut.png").read_bytes(), ".png")
     with Image.open(IMAGES / "astronaut.png") as png:
         expected = torch.frombuffer(bytearray(png.convert("RGB").tobytes()), dtype=torch.uint8).view(1, 512, 512, 3)
     assert pixels.dtype == torch.float32
@@ -52,8 +52,9 @@ def test_scale_gives_the_size_that_the_formula_says(
 def test_encode_gives_the_latent_of_the_architecture(encoder: LatentEncoder) -> None:
     """Stage four: VAEEncode's own tensor, five-dimensional for this family, one cell for 8 x 8 pixels."""
     with torch.inference_mode():
-        samples, tiled = encoder.vaes.get(TINY_VAE).encode(encoder.runtime, torch.rand(1, 40, 64, 3), "fail")
-    assert not tiled
+        encoding = encoder.vaes.get(TINY_VAE).encode(encoder.runtime, torch.rand(1, 43, 64, 3), "fail")
+    samples = encoding.samples
+    assert (encoding.tiled, encoding.seen, encoding.encoder) == (False, Size(64, 40), "single-frame")
     assert samples.shape == (1, 16, 1, 5, 8)
     assert samples.dtype == torch.float32
 

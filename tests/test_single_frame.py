@@ -48,7 +48,17 @@ def models(encoder: LatentEncoder) -> dict[str, Pair]:
         "2.1 wide": (random_model("comfy.ldm.wan.vae", dim=64, z_dim=16), 8),
         "2.2": (random_model("comfy.ldm.wan.vae2_2", dim=16, z_dim=48), 16),
     }
+    made["2.1 RGBA"] = (with_alpha(random_model("comfy.ldm.wan.vae", dim=8, z_dim=16)), 8)
     return {name: (model, SingleFrameEncoder(model), factor) for name, (model, factor) in made.items()}
+
+
+def with_alpha(model: Any) -> Any:
+    """The model with a first convolution of four channels, as Qwen-Image-Layered's VAE has it."""
+    first = model.encoder.conv1
+    model.encoder.conv1 = type(first)(4, first.out_channels, 3, padding=1).requires_grad_(False)
+    weights = torch.cat((first.weight, first.weight[:, :1].flip(-1)), dim=1)
+    model.encoder.conv1.load_state_dict({"weight": weights, "bias": first.bias})
+    return model
 
 
 @pytest.fixture
@@ -57,8 +67,8 @@ def strip_pixels(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda pixels: monkeypatch.setitem(single_frame.STRIP_PIXELS, "cpu", pixels)
 
 
-def picture(height: int, width: int) -> torch.Tensor:
-    return torch.rand(1, 3, 1, height, width, generator=torch.Generator().manual_seed(height * 1000 + width)) * 2 - 1
+def picture(height: int, width: int, colours: int = 3) -> torch.Tensor:
+    return torch.rand(1, colours, 1, height, width, generator=torch.Generator().manual_seed(height * 1000 + width)) * 2 - 1
 
 
 def assert_same(pair: Pair, pixels: torch.Tensor) -> None:
@@ -78,6 +88,24 @@ def test_latent_of_any_size_in_any_strips(name: str, models: dict[str, Pair], ro
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(single_frame.STRIP_PIXELS, "cpu", pixels)
         assert_same(models[name], picture(rows * factor, columns * factor))
+
+
+def test_alpha_is_a_fourth_channel(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
+    """It is not lost on the way into the strips, and the check of a new encoder tries it."""
+    strip_pixels(300)
+    model, encoder, _ = models["2.1 RGBA"]
+    pixels = picture(40, 24, colours=4)
+    assert_same(models["2.1 RGBA"], pixels)
+    with torch.inference_mode():
+        assert difference(model, encoder) is None
+        assert not torch.equal(encoder(pixels), encoder(pixels * torch.tensor([1, 1, 1, -1]).view(1, 4, 1, 1, 1)))
+
+
+def test_options_of_a_models_encode_are_taken(models: dict[str, Pair]) -> None:
+    """Newer releases give some models a device."""
+    _, encoder, _ = models["2.1"]
+    with torch.inference_mode():
+        assert torch.equal(encoder(picture(16, 16), device=torch.device("cpu")), encoder(picture(16, 16)))
 
 
 def test_strip_borders_at_every_offset(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
@@ -184,9 +212,10 @@ def test_several_frames_are_left_to_the_models_own_encode(encoder: LatentEncoder
     with torch.inference_mode():
         vae = encoder.vaes.get(TINY_VAE)
         expected = encoder.runtime.encode(encoder.runtime.load_vae(TINY_VAE), frames)
-        before, _ = vae.encode(encoder.runtime, frames[:1], "fail")
-        video, _ = vae.encode(encoder.runtime, frames, "fail")
-        after, _ = vae.encode(encoder.runtime, frames[:1], "fail")
+        before = vae.encode(encoder.runtime, frames[:1], "fail")
+        video = vae.encode(encoder.runtime, frames, "fail")
+        after = vae.encode(encoder.runtime, frames[:1], "fail")
     assert expected.shape == (1, 16, 2, 3, 2)
-    assert torch.equal(video, expected)
-    assert torch.equal(before, after)
+    assert torch.equal(video.samples, expected)
+    assert (before.encoder, video.encoder, after.encoder) == ("single-frame", "stock", "single-frame")
+    assert torch.equal(before.samples, after.samples)

@@ -103,7 +103,7 @@ def test_crop_says_what_the_latent_covers(
     assert 0 <= upper < lower <= height
     cropped = stock_results[f"{number}.scaled"][:, upper:lower, left:right]
     with torch.inference_mode():
-        again, _ = encoder.vaes.get(vae).encode(encoder.runtime, cropped, "fail")
+        again = encoder.vaes.get(vae).encode(encoder.runtime, cropped, "fail").samples
     assert torch.equal(again.view(response.latent_shape), load_latent(response.latent_file_path))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,10 +39,10 @@ def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> 
         method = "forward" if vae.single_frame else "encode"
         encode = getattr(model, method)
 
-        def limited(pixels: torch.Tensor) -> torch.Tensor:
+        def limited(pixels: torch.Tensor, **options: Any) -> torch.Tensor:
             if max(pixels.shape[-2:]) > LARGEST:
                 shortage()
-            result: torch.Tensor = encode(pixels)
+            result: torch.Tensor = encode(pixels, **options)
             return result
 
         monkeypatch.setattr(model, method, limited)
