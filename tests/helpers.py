@@ -35,8 +35,11 @@ def stock(*arguments: str | Path, comfyui: Path = COMFYUI) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without any of the service's settings, whatever the person who runs the tests has set."""
-    variables = {name.upper() for name in Settings.model_fields}
+    """The environment without the service's settings, whatever the person who runs the tests has set.
+
+    Nor has it PYTHONUNBUFFERED, with which Python has nothing to flush at its end, and no fault of it is seen.
+    """
+    variables = {"PYTHONUNBUFFERED", *(name.upper() for name in Settings.model_fields)}
     return {name: value for name, value in os.environ.items() if name not in variables}
 
 
