@@ -3,10 +3,14 @@
 A path is resolved first, symlinks and all, and what it leads to has to be in an allowed folder. That place is then opened
 name by name from `/`, each in the descriptor of the one before, and no symlink is followed any more: what somebody puts in
 the way after the check is refused, and what is open is what was checked.
+
+`os.path.realpath` does not serve to resolve it: for a loop of symlinks it returns a path that is resolved in part, and
+other Pythons return other parts.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +28,8 @@ PASS = getattr(os, "O_PATH", getattr(os, "O_SEARCH", os.O_RDONLY)) | os.O_DIRECT
 READ_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # non-blocking: a named pipe is not waited for
 READ_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
+MOST_SYMLINKS = 40  # that Linux follows for one path: path_resolution(7)
+
 
 @dataclass(frozen=True)
 class AllowedFolders:
@@ -35,15 +41,28 @@ class AllowedFolders:
     setting: str
     folders: tuple[Path, ...] | None = None
 
-    def resolve(self, path: str) -> Path:
-        """Where the path leads; nothing has to be there. It is made `absolute` first, so that no `..` probes what is outside.
+    def check(self, path: str) -> None:
+        """Check where the path leads. Nothing is looked up where any folder is allowed.
 
         Raises:
-            AccessDenied: outside of the folders. It says the same of what is there and of what is not.
+            AccessDenied: outside of the folders.
         """
-        place = _resolved(path)
-        if self.folders is None or any(place.is_relative_to(_resolved(str(folder))) for folder in self.folders):
-            return place
+        if self.folders is not None:
+            self.resolve(path)
+
+    def resolve(self, path: str) -> Path:
+        """Return where the path leads; nothing has to be there. It is made `absolute` first: no `..` probes what is outside.
+
+        Raises:
+            AccessDenied: outside of the folders, or nowhere. The text is the same whether something is there or not.
+            OSError: any folder is allowed, and the path leads nowhere: too many symlinks.
+        """
+        if self.folders is None:
+            return resolved(path)
+        with suppress(OSError):
+            place = resolved(path)
+            if any(_contains(folder, place) for folder in self.folders):
+                return place
         raise AccessDenied(
             f"Access denied: {path} does not lead into a folder of {self.setting}; "
             "name one that does, or add its folder there."
@@ -99,11 +118,41 @@ def absolute(path: str) -> Path:
     return Path("/" + os.path.abspath(path).lstrip("/"))  # noqa: PTH100  # Path.resolve() looks symlinks up
 
 
-def _resolved(path: str) -> Path:
+def resolved(path: str) -> Path:
+    """Return the path made `absolute`, with every symlink resolved. Nothing has to be there.
+
+    A name that cannot be looked up counts as no symlink, and `..` in a symlink's target goes back from it as from a folder: so
+    nothing tells whether it is there.
+
+    Raises:
+        OSError: more symlinks than the system follows, a loop for example.
+    """
+    place, names, followed = Path("/"), [*reversed(absolute(path).parts[1:])], 0
+    while names:
+        name = names.pop()
+        if name == "..":
+            place = place.parent
+            continue
+        try:
+            target = (place / name).readlink()
+        except OSError:  # no symlink, or not to be looked up
+            place /= name
+            continue
+        followed += 1
+        if followed > MOST_SYMLINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if target.is_absolute():
+            place = Path("/")
+        names += [name for name in reversed(target.parts) if name != target.root]
+    return place
+
+
+def _contains(folder: Path, place: Path) -> bool:
+    """Tell whether the resolved `place` is in the folder. A loop of symlinks contains nothing."""
     try:
-        return Path(os.path.realpath(absolute(path)))
-    except RecursionError as exc:  # hundreds of symlinks, one after the other; the system itself follows forty
-        raise AccessDenied(f"Access denied: {path} leads through too many symlinks.") from exc
+        return place.is_relative_to(resolved(str(folder)))
+    except OSError:
+        return False
 
 
 def _open_file(place: Path) -> int:

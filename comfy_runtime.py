@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from comfy_packages import unsatisfied_packages
 from errors import SetupError, one_line
 from image_features import ENDINGS, Feature, ImageNote, decoder_of
 from input_folder import Ending, InputFolders
@@ -33,17 +35,22 @@ from utils import (
 
 NODE_IDS = ("VAELoader", "LoadImage", "ImageScaleToTotalPixels", "VAEEncode")
 
-# What ComfyUI imports at its start and the four nodes never use: sampling, text encoders, diffusion models, an audio VAE. They
-# alone bring transformers, scipy and torchsde, and torchvision brings torch's compiler. A release may lack some of them.
+# Modules that ComfyUI imports at its start and the four nodes never use: sampling, text encoders, diffusion models, audio
+# VAEs, image filters. Only they need transformers, scipy, torchsde and torchaudio. torchvision and comfy_kitchen import
+# torch's compiler (`torch._dynamo`), which takes a second. A release may lack some of them.
 NOT_USED = (
     "comfy.controlnet",
     "comfy.ldm.ace.*",
+    "comfy.ldm.lightricks.vae.audio_vae",
     "comfy.model_base",
     "comfy.samplers",
     "comfy.sd1_clip",
     "comfy.sdxl_clip",
     "comfy.supported_models",
     "comfy.text_encoders.*",
+    "kornia",
+    "torch._dynamo",
+    "torchaudio",
     "torchvision",
 )
 
@@ -254,22 +261,34 @@ def load_runtime(comfyui_path: Path, device: str, precision: str, custom_nodes: 
     path = find_path(comfyui_path)
     _refuse_second_tree(path)
     with _contained(path):
-        add_comfyui_directory_to_sys_path(path)
         try:
-            with lazy_imports(*NOT_USED):
-                _configure(importlib.import_module("comfy.cli_args").args, device, precision)
-                import_custom_nodes_minimal(path, NODE_IDS)
+            import_nodes(path, device, precision)
             add_extra_model_paths(path)
             return ComfyRuntime(path, custom_nodes)
-        except SetupError:
-            raise
-        except ModuleNotFoundError as exc:
-            raise SetupError(
-                f"ComfyUI in {path} cannot be loaded: {exc}. Install what it needs with "
-                f"pip install -r {path}/requirements.txt ({TESTED})."
-            ) from exc
         except Exception as exc:
+            if isinstance(exc.__cause__ if isinstance(exc, SetupError) else exc, (ImportError, AttributeError)):
+                _refuse_unsatisfied_packages(path, exc)
+            if isinstance(exc, SetupError):
+                raise
             raise SetupError(f"ComfyUI in {path} cannot be loaded: {one_line(exc)} ({TESTED}).") from exc
+
+
+def import_nodes(path: Path, device: str, precision: str) -> None:
+    """Import the modules of the tree at `path` that have the four nodes; what the nodes do not use waits."""
+    add_comfyui_directory_to_sys_path(path)
+    with lazy_imports(*NOT_USED):
+        _configure(importlib.import_module("comfy.cli_args").args, device, precision)
+        import_custom_nodes_minimal(path, NODE_IDS)
+
+
+def _refuse_unsatisfied_packages(path: Path, exc: Exception) -> None:
+    """Raise a SetupError that names every package that the tree needs and this environment lacks, if there are any."""
+    packages = unsatisfied_packages(path)
+    if packages.wanted:
+        raise SetupError(
+            f"ComfyUI in {path} needs packages that are missing or too old: {', '.join(packages.wanted)}. "
+            f"Install them with: {packages.command}, or run ./setup_comfyui.sh --from {shlex.quote(str(path))}."
+        ) from exc
 
 
 def _refuse_second_tree(path: Path) -> None:

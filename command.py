@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
@@ -18,6 +19,7 @@ import colours
 from completion import COMPLETE_VAR, normalised
 from config import Settings
 from errors import one_line
+from streams import complain, drop_unwritten, open_closed_streams
 from suggestions import closest
 
 EXIT_ERROR_RESPONSE = 1
@@ -70,25 +72,42 @@ class Command(cloup.Command):
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
+        open_closed_streams()
         try:
             return super().main(args, complete_var=COMPLETE_VAR, **extra)
         except Exception as exc:
             if "--debug" in args:
-                traceback.print_exc()
+                with suppress(OSError):
+                    traceback.print_exc()
                 fail("Unexpected error, please report it with what stands above.", EXIT_SERVICE_FAILED)
             what = one_line(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {one_line(exc)}"
             fail(f"Unexpected error: {what}. Run again with --debug for details.", EXIT_SERVICE_FAILED)
+        finally:
+            drop_unwritten()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.color = colours.forced()
         repeated = [name for param in self.params if isinstance(param, ManyValues) for name in param.opts]
-        return super().parse_args(ctx, spread(args, repeated))
+        with _wrong_usage_shown():
+            return super().parse_args(ctx, spread(args, repeated))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _wrong_usage_shown():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("Interrupted.", EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _wrong_usage_shown() -> Iterator[None]:
+    """Show wrong usage as click does, which has another status where standard error takes nothing."""
+    try:
+        yield
+    except click.UsageError as exc:
+        with suppress(OSError):
+            exc.show()
+        sys.exit(exc.exit_code)
 
 
 def spread(args: Sequence[str], repeated: Sequence[str]) -> list[str]:
@@ -131,5 +150,5 @@ def _listed(names: Sequence[str]) -> str:
 
 def fail(message: str, status: int) -> NoReturn:
     """End with one line on standard error."""
-    click.echo(f"Error: {message}", err=True)
+    complain(f"Error: {message}")
     sys.exit(status)

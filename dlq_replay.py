@@ -77,6 +77,7 @@ class Replay:
     dry_run: bool
     report: Callable[[str], None]
     tally: Tally = field(default_factory=Tally)
+    _unreported: list[str] = field(default_factory=list)
 
     def run(self) -> Tally:
         """Send them back and wait until every one is acknowledged.
@@ -84,6 +85,7 @@ class Replay:
         Raises:
             SettingsError: librdkafka refuses a property.
             KafkaFailed: the broker cannot be reached, refuses access, or has no such topic.
+            Exception: what `report` raised. What was sent until then is acknowledged, and counted in the tally.
         """
         connection = Connection(self.settings.kafka_bootstrap_servers)
         callbacks = {"error_cb": connection.on_error}
@@ -95,10 +97,12 @@ class Replay:
             for record, original in self._dead_letters(consumer, connection):
                 self._send(producer, record, original)
                 producer.poll(0)
+                self._report()
         finally:
             consumer.close()
             while producer.flush(POLL_S) and connection.fatal is None:
                 pass
+        self._report()
         connection.check()
         return self.tally
 
@@ -176,4 +180,9 @@ class Replay:
             "error_code": headers[ERROR_CODE],
             "error_message": headers[ERROR_MESSAGE],
         }
-        self.report(json.dumps(line | more, ensure_ascii=False))
+        self._unreported.append(json.dumps(line | more, ensure_ascii=False))
+
+    def _report(self) -> None:
+        """Report what became of records. Not in librdkafka's callbacks: what is raised there would end the flush."""
+        while self._unreported:
+            self.report(self._unreported.pop(0))

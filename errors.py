@@ -7,12 +7,18 @@ into these once, where our code calls foreign code, by `translated`. `KafkaFaile
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import ClassVar
 
 OUT_OF_MEMORY = "memory ran out; ask for fewer megapixels or give the service more memory"
+
+GPU_OUT_OF_MEMORY = 2
+"""The error code of that in CUDA (`cudaErrorMemoryAllocation`) and HIP (`hipErrorOutOfMemory`)."""
+
+_OUT_OF_MEMORY_TEXT = re.compile("DefaultCPUAllocator|(CUDA|HIP|XPU|MPS backend)( error:)? out of memory")
 
 
 class ErrorCode(StrEnum):
@@ -140,10 +146,15 @@ def as_request_error(exc: BaseException) -> RequestError:
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
-    """Whether `exc` means that memory ran out: Python's, torch's on a GPU, or torch's CPU allocator's RuntimeError."""
-    return isinstance(exc, MemoryError) or (
-        isinstance(exc, RuntimeError) and (type(exc).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(exc))
-    )
+    """Return whether `exc` means that memory ran out: Python's, or torch's on a CPU or a GPU.
+
+    torch reports a GPU's as OutOfMemoryError, as AcceleratorError with the error code 2, or as a plain RuntimeError.
+    """
+    if not isinstance(exc, RuntimeError):
+        return isinstance(exc, MemoryError)
+    kind = type(exc).__name__  # torch is not imported here
+    out_of_memory_code = kind == "AcceleratorError" and getattr(exc, "error_code", None) == GPU_OUT_OF_MEMORY
+    return kind == "OutOfMemoryError" or out_of_memory_code or _OUT_OF_MEMORY_TEXT.search(str(exc)) is not None
 
 
 def one_line(exc: BaseException, limit: int = 300) -> str:

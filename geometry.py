@@ -80,7 +80,7 @@ def factor_of(seen: Size, latent: Size) -> int | None:
     """How many pixels a side of a latent's cell covers, a power of two; None where no single one fits both sides."""
     fitting = [
         factor
-        for factor in (1, 2, 4, 8, 16, 32, 64, 128)
+        for factor in (1, 2, 4, 8, 16, 32, 64)
         if all(abs(cells * factor - pixels) < factor for pixels, cells in zip(seen, latent, strict=True))
     ]
     return fitting[0] if len(fitting) == 1 else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,8 @@ Ending = Literal[".jpg", ".png"]
 
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  # Linux mounts memory there; the private folder in it has mode 0700
 USUAL_TEMPORARY_FOLDER = Path("/tmp")  # noqa: S108
-PREFIX = "latent-encoder-"
+PREFIX = "latent-encoder-images-"
+IMAGES = "image-*.*"
 TRIAL_BYTES = 4096  # one page: that a folder has no room at all shows at the start
 NEEDED = "give the service a writable /dev/shm (docker: --shm-size) or /tmp, or set TMPDIR to a folder with room for one image"
 
@@ -75,7 +75,8 @@ class PrivateFolder:
         """Remove the folder. A process that was forked from its owner leaves it alone."""
         not_on_exit(self.close)
         if os.getpid() == self._owner:
-            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):
+                _remove(self.path)
             os.close(self._lock)
 
     def _renew(self) -> None:
@@ -174,7 +175,18 @@ def _remove_abandoned(parent: Path) -> None:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
+                _remove(path)
                 log.info("removed the images of a process that was killed", folder=str(path))
             finally:
                 os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a private folder and the images in it. With anything else in it, it stays.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    for image in folder.glob(IMAGES):
+        image.unlink(missing_ok=True)
+    folder.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def find_images(paths: Sequence[str], *, recursive: bool, output_dir: str) -> li
     Raises:
         UnusableInputs: a folder or a pattern holds none, or cannot be read.
     """
-    outputs = Path(output_dir).resolve()
+    outputs = Path(os.path.realpath(output_dir))  # no Path.resolve(), which raises for a loop of symlinks before Python 3.13
     found: dict[str, None] = {}
     for path in paths:
         if not _stands_for_several(path):

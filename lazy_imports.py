@@ -39,6 +39,10 @@ def lazy_imports(*patterns: str) -> Iterator[None]:
 
     What is below a package that waits, waits with it. A package in a package that has run does not wait: once it has run too,
     nothing would tell that one of its modules is used. What was imported before stays as it is.
+
+    One such package waits all the same: it is given by its full name, and the package around it has a `__getattr__`, which
+    has to import it on demand. For example, torch imports `torch._dynamo` on demand. When the block ends, its stand-in leaves
+    the package around it, as if it had never been imported. Modules in it do not wait: an import of one runs both at once.
     """
     finder = _Finder(patterns)
     sys.meta_path.insert(0, finder)
@@ -81,6 +85,7 @@ class _Finder(MetaPathFinder, Loader):
         self.is_open = True
         self._patterns = patterns
         self._names: list[str] = []  # of all stand-ins; what is imported once more is not to wait any longer
+        self._on_demand: set[str] = set()  # packages that the package around them imports when it is asked for them
         self._lock = threading.RLock()
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -89,15 +94,26 @@ class _Finder(MetaPathFinder, Loader):
         if fullname in self._names or not (below or any(fnmatchcase(fullname, pattern) for pattern in self._patterns)):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or (parent and not below and spec.submodule_search_locations is not None):
+        if spec is None:
             return None
+        if parent and not below and spec.submodule_search_locations is not None:
+            if not (fullname in self._patterns and "__getattr__" in vars(sys.modules[parent])):
+                return None
+            self._on_demand.add(fullname)
         spec.loader = self
         return spec
 
     def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        parent = name.rpartition(".")[0]
         with self._lock:
-            self._names.append(module.__name__)
-        module.__class__ = _StandIn
+            self._names.append(name)
+        if parent in self._on_demand:
+            self._withdraw([parent])
+            del sys.modules[name]
+            importlib.import_module(name)  # the import system goes on with what is under that name now
+        else:
+            module.__class__ = _StandIn
 
     def run(self, name: str, attribute: str) -> ModuleType:
         """The module, and what was imported under that attribute of it, run now if they have not."""
@@ -124,3 +140,7 @@ class _Finder(MetaPathFinder, Loader):
         """From now on, nothing waits that is imported anew."""
         self.is_open = False
         self._withdraw(self._names)
+        for name in self._on_demand:
+            parent, _, child = name.rpartition(".")
+            if type(vars(sys.modules[parent]).get(child)) is _StandIn:
+                delattr(sys.modules[parent], child)

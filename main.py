@@ -45,6 +45,7 @@ from logs import LogStyle, configure_logging, get_logger, log_style
 from options import CONTEXT, EPILOG, all_options
 from selection import ImageSelection, RunOptions
 from standalone import OutputFailed
+from streams import STDOUT, complain, complain_at_once
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
 
@@ -123,7 +124,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
     except OutputFailed as exc:
-        click.echo(f"Error: {exc}", err=True)
+        complain(f"Error: {exc}")
         end_at_once(EXIT_SERVICE_FAILED)
 
 
@@ -148,7 +149,7 @@ def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any])
     encoding = sys.stdout.encoding
     try:
         # ComfyUI prints while it is loaded, in the middle of what is told.
-        with os.fdopen(os.dup(standalone.STDOUT), "w", encoding=encoding) as stdout, standalone.stdout_on_stderr():
+        with os.fdopen(os.dup(STDOUT), "w", encoding=encoding) as stdout, standalone.stdout_on_stderr():
             status = doctor.run(
                 settings,
                 origins_of(given),
@@ -181,7 +182,7 @@ def serve(settings: Settings) -> NoReturn:
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
     except (SetupError, KafkaFailed) as exc:
-        click.echo(f"Error: {exc} What was not answered is not committed.", err=True)
+        complain(f"Error: {exc} What was not answered is not committed.")
         finished = False
     except Exception:
         get_logger("latent_encoder").exception("stopped by an unexpected error, please report it; nothing was lost")
@@ -202,9 +203,11 @@ def replay(
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
     except KafkaFailed as exc:
         fail(f"{exc} So far: {run.tally}.", EXIT_SERVICE_FAILED)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}). So far: {run.tally}.", EXIT_SERVICE_FAILED)
     except KeyboardInterrupt:
         fail(f"Interrupted. So far: {run.tally}.", EXIT_INTERRUPTED)
-    click.echo(f"Dead letters: {run.tally}.", err=True)
+    complain(f"Dead letters: {run.tally}.")
     sys.exit(EXIT_ERROR_RESPONSE if run.tally.refused else 0)
 
 
@@ -218,7 +221,10 @@ def show_health(settings: Settings) -> NoReturn:
         answer, alive = ask(settings)
     except (OSError, ValueError) as exc:
         fail(f"No worker answers on HTTP_PORT={settings.http_port}: {one_line(exc)}.", EXIT_ERROR_RESPONSE)
-    click.echo(json.dumps(answer, indent=2))
+    try:
+        click.echo(json.dumps(answer, indent=2))
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
     sys.exit(0 if alive else EXIT_ERROR_RESPONSE)
 
 
@@ -231,9 +237,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
         if len(signals) == 1:
             stop()
         else:
-            os.write(
-                standalone.STDERR, b"Error: Stopped at once by a second signal; what was not answered is delivered again.\n"
-            )
+            complain_at_once("Error: Stopped at once by a second signal; what was not answered is delivered again.\n")
             end_at_once(128 + number)
 
     signal.signal(signal.SIGTERM, on_signal)

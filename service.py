@@ -264,8 +264,8 @@ class LatentEncoder:
                 "Invalid request: fit: 'exact' takes a ComfyUI whose ImageScaleToTotalPixels has the input resolution_steps, "
                 f"and {self.runtime.version} has not; use 'crop', or another ComfyUI"
             )
-        self._images.folders.resolve(request.image_path)
-        self._outputs.resolve(request.output_dir)
+        self._images.folders.check(request.image_path)
+        self._outputs.check(request.output_dir)
 
     def _scale(self, image: torch.Tensor, request: EncodeRequest, factor: int) -> torch.Tensor:
         """The scaled image, float32 `[1, height, width, 3]`; both sides are at least `factor` pixels."""

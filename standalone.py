@@ -25,8 +25,7 @@ from inputs import Inputs, inputs_of
 from logs import LogStyle, get_logger
 from models import ErrorResponse
 from selection import ImageSelection, RunOptions
-
-STDOUT, STDERR = 1, 2  # file descriptors
+from streams import STDERR, STDOUT, complain, complain_at_once
 
 BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {rate_fmt}, {remaining} left"
 
@@ -133,7 +132,7 @@ class Run:
             counts = {"encoded": self._tally.encoded, "stored": self._tally.stored, "failed": self._tally.failures}
             log.info("run ended", **counts, seconds=round(self._tally.seconds, 1), interrupted=bool(self._signals))
         else:
-            sys.stderr.write(f"{self._tally}.\n")
+            complain(f"{self._tally}.")
 
     @contextmanager
     def _signals_stop_it(self) -> Iterator[None]:
@@ -150,7 +149,7 @@ class Run:
         if len(self._signals) == 1 and not self._inputs.single:
             self._batch.stop()
             if sys.stderr.isatty():
-                os.write(STDERR, b"\nStopping after the images in hand; Ctrl-C again stops at once.\n")
+                complain_at_once("\nStopping after the images in hand; Ctrl-C again stops at once.\n")
             return
         self._batch.abort()
         _end_interrupted(number, "Interrupted.")
@@ -187,7 +186,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _end_interrupted(number: int, message: str) -> NoReturn:
     """End the process as shells expect of one that a signal ended."""
-    os.write(STDERR, f"Error: {message}\n".encode())
+    complain_at_once(f"Error: {message}\n")
     end_at_once(128 + number)
 
 

@@ -93,18 +93,18 @@ def import_custom_nodes_minimal(comfyui: Path, node_ids: Iterable[str], packages
 
 def _find_extra_node(comfyui: Path, node_id: str) -> type:
     """The class of a node in `comfy_extras/`; only modules whose text has the node's id are imported."""
-    reason = "no module in comfy_extras/ has it"
+    reason, failure = "no module in comfy_extras/ has it", None
     for file in sorted((comfyui / "comfy_extras").glob("*.py")):
         if f'"{node_id}"' not in file.read_text(encoding="utf-8"):
             continue
         try:
             classes = _node_classes(importlib.import_module(f"comfy_extras.{file.stem}"))
         except Exception as exc:
-            reason = f"{file.name} cannot be loaded: {one_line(exc)}"
+            reason, failure = f"{file.name} cannot be loaded: {one_line(exc)}", exc
             continue
         if node_id in classes:
             return classes[node_id]
-    raise SetupError(f"The ComfyUI tree {comfyui} has no node {node_id}: {reason} ({TESTED}).")
+    raise SetupError(f"The ComfyUI tree {comfyui} has no node {node_id}: {reason} ({TESTED}).") from failure
 
 
 def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:

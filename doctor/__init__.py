@@ -22,7 +22,11 @@ GROUPS = {
         "torch": "doctor.torch_and_device.check_torch",
         "device": "doctor.torch_and_device.check_device",
     },
-    "ComfyUI": {"comfyui": "doctor.comfyui.check_tree", "nodes": "doctor.comfyui.check_nodes"},
+    "ComfyUI": {
+        "comfyui": "doctor.comfyui.check_tree",
+        "packages": "doctor.comfyui.check_packages",
+        "nodes": "doctor.comfyui.check_nodes",
+    },
     "Models": {"vae file": "doctor.models.check_models", "model disk": "doctor.folders.check_model_disk"},
     "Folders": {
         "output folder": "doctor.folders.check_output_dir",

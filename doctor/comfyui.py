@@ -1,4 +1,4 @@
-"""Checks of the ComfyUI tree: what it is, where it is from, and whether its nodes load."""
+"""Checks of the ComfyUI tree: what it is, where it is from, whether its packages are installed, and whether its nodes load."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from comfy_packages import unsatisfied_packages
 from comfy_runtime import NODE_IDS
-from doctor.check import Check, Installation, cross_of, tick, warning
+from doctor.check import Check, Installation, cross, cross_of, tick, warning
 from errors import SetupError
 from releases import TESTED, is_tested
 from setup.fill_comfyui import RELEASES, Source, origin, recorded_sums, version_of, wrong_files
@@ -28,6 +29,24 @@ def check_tree(installation: Installation) -> Iterator[Check]:
         return
     yield tick("comfyui", f"{path}, {_source(path)}")
     yield _files(path)
+
+
+def check_packages(installation: Installation) -> Iterator[Check]:
+    """Check that the packages which the tree's four nodes import are installed, in versions that the tree asks for."""
+    try:
+        packages = unsatisfied_packages(installation.settings.comfyui_path)
+    except SetupError:
+        return  # the check of the tree says so
+    if packages.wanted:
+        yield cross("packages", f"missing or too old: {', '.join(packages.wanted)}", f"Install them with: {packages.command}")
+    elif packages.by_setup:
+        found = f"this ComfyUI asks for {', '.join(packages.by_setup)}"
+        yield warning("packages", found, "Run ./setup_comfyui.sh, which installs torch and torchvision.")
+    elif packages.stopped_by is not None:
+        advice = "The check named nodes says what to do about that."
+        yield warning("packages", f"only some could be looked at, because loading ended early: {packages.stopped_by}", advice)
+    else:
+        yield tick("packages", "all that the nodes import are installed, in versions that this ComfyUI asks for")
 
 
 def check_nodes(installation: Installation) -> Iterator[Check]:

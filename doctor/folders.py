@@ -24,7 +24,7 @@ def check_output_dir(installation: Installation) -> Iterator[Check]:
     folder = absolute(settings.output_dir)
     advice = "Set OUTPUT_DIR to a folder that this user may write to and that has room."
     try:
-        AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs).resolve(settings.output_dir)
+        AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs).check(settings.output_dir)
     except AccessDenied as exc:
         yield cross_of("output folder", exc, advice)
         return

@@ -13,7 +13,7 @@ import psutil
 
 from doctor.check import Check, Installation, cross, tick, warning
 
-OLDEST_PYTHON, TESTED_PYTHON = (3, 11), "3.11"
+OLDEST_PYTHON, TESTED_PYTHONS = (3, 11), ("3.11", "3.12", "3.13")
 
 # What an encode takes at its peak with the full-size VAE in float32 on a CPU: docs/encode_benchmark.png has the curve.
 PEAK_AT_MEGAPIXELS, PEAK_GB = (1.0, 4.0, 16.0), (1.4, 1.9, 4.4)
@@ -23,11 +23,13 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of control groups, version 2
 
 def check_python(_: Installation) -> Iterator[Check]:
     """The version that runs this."""
-    found = f"{platform.python_version()}, {sys.executable}"
+    version = platform.python_version()
+    found = f"{version}, {sys.executable}"
     if sys.version_info < OLDEST_PYTHON:
         yield cross("python", found, "Install Python 3.11 or newer and run ./setup_comfyui.sh.")
     else:
-        yield tick("python", found if found.startswith(f"{TESTED_PYTHON}.") else f"{found} (tested: {TESTED_PYTHON})")
+        tested = version.rpartition(".")[0] in TESTED_PYTHONS
+        yield tick("python", found if tested else f"{found} (tested: {', '.join(TESTED_PYTHONS)})")
 
 
 def check_memory(installation: Installation) -> Iterator[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -60,9 +61,9 @@ def _check_files(runtime: ComfyRuntime) -> Iterator[Check]:
 
 def _folders(runtime: ComfyRuntime) -> list[Path]:
     """The folders that are searched, once each: MODEL_DIR is one of both kinds, and one may be a symlink to another."""
-    folders: dict[Path, Path] = {}
+    folders: dict[str, Path] = {}
     for folder in (folder for kind in KINDS for folder in runtime.vae_folders(kind)):
-        folders.setdefault(folder.resolve(), folder)
+        folders.setdefault(os.path.realpath(folder), folder)  # no Path.resolve(): a loop of symlinks raises before Python 3.13
     return list(folders.values())
 
 

@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import click
-
 import colours
 from access import AllowedFolders
 from config import Settings
@@ -27,6 +25,7 @@ from inspection.pictures import Painter
 from inspection.text import as_json as json_line
 from inspection.text import as_text, drawing, printable, unreadable_as_json
 from output_files import StagedFiles, open_output_folder
+from streams import complain
 
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
@@ -146,4 +145,4 @@ def _draws_in_colour() -> bool:
 
 
 def _complain(kind: str, text: str) -> None:
-    click.echo(f"{kind}: {printable(text)}", err=True)
+    complain(f"{kind}: {printable(text)}")

@@ -39,8 +39,11 @@ def stock(*arguments: str | Path, comfyui: Path = COMFYUI) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment with `PROCESS_SETTINGS` in place of whatever settings the person who runs the tests has there."""
-    variables = {name.upper() for name in Settings.model_fields}
+    """Return the environment with `PROCESS_SETTINGS` in place of whatever settings the person who runs the tests has there.
+
+    Nor has it PYTHONUNBUFFERED, with which Python has nothing to flush at its end, and no fault of it is seen.
+    """
+    variables = {"PYTHONUNBUFFERED", *(name.upper() for name in Settings.model_fields)}
     return {name: value for name, value in os.environ.items() if name not in variables} | PROCESS_SETTINGS
 
 

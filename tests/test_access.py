@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import access
-from access import AllowedFolders
+from access import ANYWHERE, MOST_SYMLINKS, AllowedFolders, absolute, resolved
 from config import Settings
 from errors import AccessDenied, ErrorCode, ImageInvalid, ImageNotFound, OutputDirNotWritable, RequestError
 from images import ImageLimits, read_file
@@ -394,12 +395,131 @@ def test_kafka_requests_outside_are_answered_and_no_dead_letters(
     assert "ALLOWED_OUTPUT_DIRS" in got[4]["error_message"]
 
 
-def test_chain_of_a_thousand_symlinks_is_denied(tmp_path: Path) -> None:
-    """Python follows one in another, until it cannot any more."""
-    link = tmp_path / "photo.jpg"
+def chain(folder: Path, length: int) -> Path:
+    """The last of so many symlinks, each to the one before, the first to a photo."""
+    link = folder / "photo.jpg"
     link.write_bytes(PHOTO)
-    for n in range(2000):
-        (tmp_path / f"{n}").symlink_to(link)
-        link = tmp_path / f"{n}"
-    with pytest.raises(AccessDenied, match="too many symlinks"):
-        AllowedFolders("ALLOWED_INPUT_DIRS", (tmp_path,)).resolve(str(link))
+    for n in range(length):
+        (folder / f"{n}").symlink_to(link)
+        link = folder / f"{n}"
+    return link
+
+
+def system_error(path: Path) -> int:
+    """The number of the error that the system itself gives for opening the path; 0 where it opens it."""
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as exc:
+        return exc.errno or 0
+    return 0
+
+
+def test_as_many_symlinks_are_followed_as_the_system_follows(tmp_path: Path) -> None:
+    """The folders on the way count too: one symlink to the folder, and all but one behind it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    chain(folder, MOST_SYMLINKS)
+    limits = ImageLimits(AllowedFolders("X", (tmp_path,)), 1_000_000, 1_000_000)
+    for path, followed in {
+        folder / f"{MOST_SYMLINKS - 1}": True,
+        tmp_path / "link" / f"{MOST_SYMLINKS - 2}": True,
+        tmp_path / "link" / f"{MOST_SYMLINKS - 1}": False,
+    }.items():
+        assert system_error(path) == (0 if followed else errno.ELOOP)
+        with nullcontext() if followed else pytest.raises(AccessDenied):
+            assert read_file(str(path), limits) == PHOTO
+
+
+@pytest.mark.parametrize("length", [MOST_SYMLINKS + 1, 2000])
+def test_longer_chain_of_symlinks_is_denied(length: int, site: Site) -> None:
+    """In the same words as what is outside, wherever it is and leads: they do not tell of symlinks outside."""
+    for folder in ("inside", "outside"):
+        link = chain(site.base / folder, length)
+        with pytest.raises(AccessDenied) as caught:
+            site.allowing().resolve(str(link))
+        assert str(caught.value) == denied(link)
+
+
+LOOPS = {
+    "itself": "itself",
+    "there": "back",
+    "back": "there",
+    "up": "itself/../../outside/deep",
+    "into": "../outside/round",
+    "longer": "longer/a",
+    "twice": "twice/../twice",
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_of_symlinks_is_denied(name: str, site: Site) -> None:
+    """For what is read, below it, and for what is written; where any folder is allowed, the system's reason is given."""
+    for loop, target in LOOPS.items():
+        (site.base / "inside" / loop).symlink_to(target)
+    (site.base / "outside" / "round").symlink_to(site.base / "inside" / "into")
+    link = site.base / "inside" / name
+    assert system_error(link) == errno.ELOOP
+    for path in (link, link / "deep" / "photo.jpg"):
+        with pytest.raises(AccessDenied) as caught:
+            site.allowing().resolve(str(path))
+        assert str(caught.value) == denied(path)
+        with pytest.raises(ImageInvalid, match=r"\(Too many levels of symbolic links\)$"):
+            read_file(str(path), ImageLimits(ANYWHERE, 1_000_000, 1_000_000))
+        unwritable = pytest.raises(OutputDirNotWritable, match=r"\(Too many levels of symbolic links\)$")
+        with unwritable, open_output_folder(path, ANYWHERE):
+            pass
+
+
+@pytest.mark.parametrize("target", ["allowed", "allowed/../outside", "outside/allowed"])
+def test_allowed_folder_that_is_a_loop_of_symlinks_allows_nothing(target: str, site: Site) -> None:
+    """Neither what its unresolved rest names, nor its own name; the other folders of the setting stay allowed."""
+    (site.base / "allowed").symlink_to(target)
+    (site.base / "outside" / "allowed").symlink_to("../allowed")
+    assert system_error(site.base / "allowed") == errno.ELOOP
+    allowed = AllowedFolders("ALLOWED_INPUT_DIRS", (site.base / "allowed", site.base / "inside"))
+    for path in ("allowed", "allowed/photo.jpg", "outside", "outside/deep/photo.jpg", "outside/allowed", "photo.jpg"):
+        with pytest.raises(AccessDenied):
+            allowed.resolve(str(site.base / path))
+    assert allowed.resolve(str(site.base / "inside/in.jpg")) == site.base / "inside/deep/photo.jpg"
+
+
+def test_back_from_what_is_missing_tells_nothing(site: Site) -> None:
+    """A symlink's target with `..` leads to the same file whether what it goes back from is there, outside, or not."""
+    for name in ("deep", "missing", "deep/photo.jpg"):
+        steps = "../" * (name.count("/") + 2)
+        link = site.base / "inside" / name.replace("/", "-")
+        link = link.with_name(f"by-{link.name}")
+        link.symlink_to(f"../outside/{name}/{steps}inside/deep/photo.jpg")
+        assert read_file(str(link), ImageLimits(site.allowing(), 1_000_000, 1_000_000)) == PHOTO
+
+
+def where_the_system_goes(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115  # as it is, not as a path is written
+    finally:
+        os.close(descriptor)
+
+
+PLACES = st.lists(st.sampled_from(["a", "b", "c", ".."]), min_size=1, max_size=5).map("/".join)
+
+
+@given(st.lists(st.tuples(PLACES, PLACES | st.none()), max_size=10), st.lists(PLACES, min_size=1, max_size=5))
+def test_what_is_resolved_is_where_the_system_goes(things: list[tuple[str, str | None]], wanted: list[str]) -> None:
+    """In a random tree of folders and symlinks, loops among them: the same place, or too many symlinks for both."""
+    with TemporaryDirectory() as name:
+        root = Path(name).resolve() / "1/2/3/4/5"
+        root.mkdir(parents=True)
+        for path, target in things:
+            with suppress(OSError):  # it is there already, or its folder is not
+                place = root / path
+                place.mkdir(parents=True) if target is None else place.symlink_to(target)
+        for path in wanted:
+            place = absolute(str(root / path))
+            error = system_error(place)
+            if error == 0:
+                assert str(resolved(str(place))) == where_the_system_goes(place)
+            elif error == errno.ELOOP:
+                with pytest.raises(OSError, match="Too many levels of symbolic links"):
+                    resolved(str(place))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,22 @@ def test_command_prints_what_it_did(filled: Bench, run_main: RunMain) -> None:
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["action"] for line in done.stdout.splitlines()] == ["sent", "sent"]
     assert done.stderr.splitlines()[-1].endswith("2 chosen, 2 sent, 0 refused.")
+
+
+def test_full_standard_output_ends_the_replay_with_a_true_tally(filled: Bench, run_main: RunMain) -> None:
+    """Status 3. What was sent by then is in its topic, as often as the tally says."""
+    environment = {"KAFKA_BOOTSTRAP_SERVERS": filled.servers, "KAFKA_DLQ_TOPIC": filled.dlq_topic}
+    requests = filled.topic(filled.request_topic)
+    requests.take(5)
+    done = run_main("--mode", "dlq-replay", env=environment, prefix=["sh", "-c", 'exec "$@" >/dev/full', "sh"])
+    assert done.returncode == 3
+    told = re.fullmatch(
+        r"Error: Cannot write to standard output \(No space left on device\)\. So far: .* (\d+) sent, 0 refused\.",
+        done.stderr.splitlines()[-1],
+    )
+    assert told is not None, done.stderr
+    assert int(told[1]) > 0
+    assert len(requests.all_within(2)) == 5 + int(told[1])
 
 
 @pytest.mark.usefixtures("apache_kafka")

@@ -178,9 +178,10 @@ def test_torch_that_cannot_be_imported_stops_no_other_check(tmp_path: Path, run_
 
 
 def test_python_and_torch_of_this_machine_are_fine(settings: Settings) -> None:
-    """Since the tests run on them."""
+    """Since the tests run on them: this Python is one of those that are tested."""
     for check in (*examined(check_python, settings), *examined(check_torch, settings)):
         assert check.state is TICK
+    assert "tested" not in named(examined(check_python, settings), "python").found
     assert named(examined(check_torch, settings), "torch").found == torch.__version__
 
 
@@ -384,6 +385,15 @@ def test_model_folder_that_is_not_there_is_a_warning(settings: Settings, encoder
     folders = [check for check in checks if check.name == "model folder"]
     assert [check.state for check in folders][:2] == [WARNING, TICK]
     assert len(folders) > 2
+
+
+def test_model_folder_that_is_a_loop_of_symlinks_is_a_warning(tmp_path: Path, run_main: RunMain) -> None:
+    """As one that is not there, on every Python; no check fails by itself."""
+    (tmp_path / "loop").symlink_to("loop")
+    done = run_main("--mode", "doctor", "--json", env={"MODEL_DIR": "loop", "VAE_MODEL_NAME": TINY_VAE, "HTTP_PORT": "0"})
+    states = [(check["name"], check["state"]) for check in json.loads(done.stdout)["checks"]]
+    assert ("model folder", "warning") in states
+    assert "cross" not in dict(states).values(), done.stdout
 
 
 @pytest.mark.core

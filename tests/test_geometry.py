@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from geometry import Size, latent_crop, scaled_size
+from geometry import Size, covered, factor_of, latent_crop, scaled_size
 
 sides = st.integers(1, 20_000)
 sizes = st.builds(Size, sides, sides)
@@ -47,3 +50,31 @@ def test_crop_is_the_largest_centred_box_of_whole_cells(scaled: Size, factor: in
 def test_crop_by_one_is_everything(scaled: Size) -> None:
     """A VAE that does not scale down loses nothing."""
     assert latent_crop(scaled, 1) == (0, 0, *scaled)
+
+
+@given(
+    st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 2, 4, 8, 16, 32]), st.sampled_from([1, 2, 4, 8, 16, 32])
+)
+def test_covered_part_is_what_the_model_was_given(width: int, height: int, stated: int, true: int) -> None:
+    """By ComfyUI's own cut, also where the factor that it cuts to is not the one that the model has."""
+    scaled = Size(max(width, stated), max(height, stated))
+    cut = latent_crop(scaled, stated)
+    for rounded in (math.floor, math.ceil):
+        latent = Size(rounded(cut.size.width / true), rounded(cut.size.height / true))
+        assert covered(scaled, cut.size, latent, true) == cut
+    with pytest.raises(ValueError, match="do not fit"):
+        covered(scaled, cut.size, Size(cut.size.width // true + 2, latent.height), true)
+
+
+@given(st.sampled_from([1, 2, 4, 8, 16, 32, 64]), st.booleans())
+def test_factor_follows_from_a_picture_that_is_large_enough(factor: int, up: bool) -> None:
+    """Whether a model fills the last cell up or leaves it out."""
+    seen = Size(133, 69)
+    latent = Size(*(math.ceil(side / factor) if up else side // factor for side in seen))
+    assert factor_of(seen, latent) == factor
+
+
+@pytest.mark.parametrize("latent", [Size(16, 4), Size(1, 17), Size(300, 150)])
+def test_sides_with_different_factors_have_none(latent: Size) -> None:
+    """Such a tensor is not the latent of an image."""
+    assert factor_of(Size(133, 69), latent) is None

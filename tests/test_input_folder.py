@@ -90,12 +90,16 @@ def test_next_start_removes_what_a_killed_process_left_and_nothing_else(tmp_path
     target.mkdir()
     (target / "precious").touch()
     link.symlink_to(target)
+    other = tmp_path / f"{PREFIX}other"
+    (other / "precious").mkdir(parents=True)
+    (other / "precious.jpg").touch()
     folder = PrivateFolder(tmp_path)
     assert held.read_bytes() == b"image"
     assert (target / "precious").exists()
+    assert len(list(other.iterdir())) == 2
     end(alive)
     folder.close()
-    assert private_folders(tmp_path) == [link]
+    assert private_folders(tmp_path) == [link, other]
 
 
 def test_forked_process_leaves_its_parents_folder(tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ def test_image_named_twice_is_one(photos: Path) -> None:
     assert found == ["photos/c.jpeg", "photos/A.JPG", "photos/b.png"]
 
 
+def test_output_folder_that_is_a_loop_of_symlinks_is_left_to_the_requests(photos: Path) -> None:
+    """Finding the images does not fail for it; each request is answered with what is wrong."""
+    (photos / "loop").symlink_to("loop")
+    assert len(find_images([str(photos)], recursive=False, output_dir=str(photos / "loop"))) == 3
+
+
 def test_own_pictures_are_no_input(photos: Path) -> None:
     """Where files are written into the folder of the images, the next run leaves them out, by whatever name of the folder."""
     files = output_files(str(photos), "b.png", "1")

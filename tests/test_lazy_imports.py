@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Barrier
 from types import ModuleType
@@ -32,6 +33,19 @@ PARCEL = {
     "parcel/deep/down.py": 'print("down runs"); from parcel import extra; number = 3',
 }
 
+# A package that imports one of its own packages when it is asked for it, as torch does with `torch._dynamo`.
+HOLDER = {
+    "holder/__init__.py": (
+        "import importlib\n"
+        "def __getattr__(name):\n"
+        "    if name == 'late': return importlib.import_module('holder.late')\n"
+        "    raise AttributeError(name)\n"
+    ),
+    "holder/late/__init__.py": 'import time\nprint("late runs")\ntime.sleep(0.05)\nfrom holder.late import inner\nnumber = 7',
+    "holder/late/inner.py": 'print("inner runs"); number = 1',
+    "holder/late/extra.py": 'print("extra runs"); number = 2',
+}
+
 Write = Callable[[str, str], None]
 Import = Callable[..., Any]
 
@@ -49,7 +63,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
         importlib.invalidate_caches()
 
     monkeypatch.syspath_prepend(tmp_path)
-    for file, code in PARCEL.items():
+    for file, code in (PARCEL | HOLDER).items():
         write(file, code)
     yield write
     forget(*written)
@@ -151,6 +165,96 @@ def test_names_can_mean_what_is_in_a_package(import_lazily: Import, capsys: pyte
     assert user.parcel.inner is sys.modules["parcel.inner"]
 
 
+@pytest.mark.parametrize("statement", ["import holder.late as late", "from holder import late", "import holder.late, holder"])
+def test_package_that_its_package_fetches_waits(
+    statement: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where its full name is given; afterwards, whoever asks the package around it gets the real one."""
+    user = import_lazily(f"import holder\n{statement}", "holder.late")
+    assert ran(capsys) == []
+    assert "holder.late" not in sys.modules
+    assert "late" not in vars(sys.modules["holder"])
+    assert user.holder.late.number == 7
+    assert user.holder.late is sys.modules["holder.late"]
+    assert vars(user).get("late", user.holder.late).inner is sys.modules["holder.late.inner"]
+    assert ran(capsys) == ["late", "inner"]
+
+
+def test_fetched_package_can_be_imported_in_every_way(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the block, an import statement gives the real one, which stays."""
+    user = import_lazily("import holder.late", "holder.late")
+    from holder import late  # type: ignore[import-not-found]
+
+    assert late is sys.modules["holder.late"]
+    assert user.holder.late is late
+    assert importlib.import_module("holder.late.extra").number == 2
+    assert late.extra is sys.modules["holder.late.extra"]
+    assert ran(capsys) == ["late", "inner", "extra"]
+
+
+@pytest.mark.parametrize("module", ["inner", "extra"])
+def test_module_of_a_fetched_package_does_not_wait(
+    module: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs at once after its package, and once, even where its package runs it too."""
+    user = import_lazily(f"import holder.late.{module}\nimport holder.late.{module}", "holder.late")
+    assert ran(capsys) == {"inner": ["late", "inner"], "extra": ["late", "inner", "extra"]}[module]
+    real = sys.modules[f"holder.late.{module}"]
+    assert user.holder.late is sys.modules["holder.late"]
+    assert getattr(user.holder.late, module) is real
+    assert real.__spec__ is not None
+    assert type(real.__spec__.loader).__name__ == "SourceFileLoader"
+    assert ran(capsys) == []
+
+
+@pytest.mark.parametrize(("statement", "pattern"), [("import holder.late", "holder.*"), ("import parcel.deep", "parcel.deep")])
+def test_other_package_in_a_package_runs_at_once(
+    statement: str, pattern: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is not named in full, or that the package around it does not fetch."""
+    import_lazily(statement, pattern)
+    assert set(ran(capsys)) & {"late", "deep"}
+
+
+def test_missing_module_of_a_fetched_package_is_missed_at_the_import(
+    import_lazily: Import, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the package itself is there afterwards."""
+    code = "try:\n    import holder.late.nowhere\nexcept ModuleNotFoundError as exc:\n    print(exc.name)"
+    assert import_lazily(code, "holder.late").__name__ == "importing"
+    assert "holder.late.nowhere" in capsys.readouterr().out.split()
+    assert importlib.import_module("holder").late.number == 7
+
+
+@pytest.mark.usefixtures("write")
+@pytest.mark.parametrize("still_open", [True, False])
+def test_threads_fetch_a_package_once(still_open: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the block and after it; by attribute, by import statements and by a module of it at once."""
+    ways = (
+        "import holder; number = holder.late.number",
+        "import holder.late; number = holder.late.number",
+        "from holder import late; number = late.number",
+        "from holder.late.extra import number; number += 5",
+    )
+    together = Barrier(len(ways))
+
+    def use(way: str) -> int:
+        names: dict[str, Any] = {}
+        together.wait()
+        exec(way, names)  # noqa: S102
+        number: int = names["number"]
+        return number
+
+    with ThreadPoolExecutor(len(ways)) as pool, ExitStack() as block:
+        block.enter_context(lazy_imports("holder.late"))
+        importlib.import_module("holder.late")
+        if not still_open:
+            block.close()
+        assert list(pool.map(use, ways)) == [7] * len(ways)
+    assert sys.modules["holder"].late is sys.modules["holder.late"]
+    assert sorted(ran(capsys)) == ["extra", "inner", "late"]
+
+
 def test_missing_module_is_missed_at_the_import(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
     """Where `except ImportError` expects it, for a submodule too."""
     guarded = "try:\n    import {0}\nexcept ModuleNotFoundError as exc:\n    print(exc.name)\n"
@@ -249,6 +353,26 @@ def test_encoding_uses_none_of_it_and_others_get_all_of_it(tmp_path: Path) -> No
         "import torchvision.transforms\n"
         "assert compose is torchvision.transforms.Compose\n",
         *(COMFYUI, PROJECT / "tests/fixtures/test_images/photo.jpg", VAE, tmp_path),
+    )
+
+
+@pytest.mark.core
+def test_compiler_of_torch_waits_and_works(tmp_path: Path) -> None:
+    """Where a module imports it by name, as comfy_kitchen does: that module, torch and everybody else get the real one."""
+    place_runtime(COMFYUI, tmp_path, copy_entry)
+    with (tmp_path / "nodes.py").open("a") as file:
+        file.write("\nimport torch._dynamo\ndef compiler(): return torch._dynamo\n")
+    run_python(
+        "import torch\n"
+        "assert not heavy & sys.modules.keys()\n"
+        "assert '_dynamo' not in vars(torch)\n"
+        "double = torch.compile(lambda x: x * 2, backend='eager')\n"
+        "assert double(torch.ones(2)).tolist() == [2, 2]\n"
+        "real = sys.modules['torch._dynamo']\n"
+        "from torch import _dynamo\n"
+        "assert importlib.import_module('nodes').compiler() is torch._dynamo is _dynamo is real\n"
+        "assert real.__spec__.loader.__class__.__name__ == 'SourceFileLoader'\n",
+        tmp_path,
     )
 
 

@@ -112,8 +112,16 @@ def without_node(tree: Path) -> None:
     (tree / EXTRAS).unlink()
 
 
+def with_missing_packages(tree: Path) -> None:
+    with (tree / "nodes.py").open("a") as nodes, (tree / EXTRAS).open("a") as extras:
+        nodes.write("\nimport no_such_package\n")
+        extras.write("\nimport no_other_package\n")
+    with (tree / "requirements.txt").open("a") as file:
+        file.write("\nno-such-package>=1.5\n")
+
+
 def with_broken_node(tree: Path) -> None:
-    (tree / EXTRAS).write_text('import no_such_package  # "ImageScaleToTotalPixels"\n')
+    (tree / EXTRAS).write_text('import comfy.no_such_module  # "ImageScaleToTotalPixels"\n')
 
 
 def with_broken_core(tree: Path) -> None:
@@ -149,6 +157,7 @@ SPOILED: dict[str, Callable[[Path], None]] = {
     "node ImageScaleToTotalPixels requires resolution_steps, which has no default (tested releases: ": without_default,
     "has no node ImageScaleToTotalPixels: no module in comfy_extras/ has it (tested releases: ": without_node,
     "has no node ImageScaleToTotalPixels: nodes_post_processing.py cannot be loaded: No module named": with_broken_node,
+    f"Install them with: {sys.executable} -m pip install no-other-package 'no-such-package>=1.5'": with_missing_packages,
     "cannot be loaded: invalid syntax": with_broken_core,
     "extra_model_paths.yaml": with_broken_yaml,
     "its node LoadImage fails on a test picture: Invalid file path: ": without_input_folder,
