@@ -12,7 +12,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,6 +131,10 @@ class ComfyRuntime:
 
     def _node(self, node_id: str, *supplied: str) -> Node:
         return Node(node_id, self.nodes[node_id], supplied)
+
+    def contained(self) -> AbstractContextManager[None]:
+        """Keep what ComfyUI logs and prints inside from users, except errors: it is not about a request."""
+        return _contained(self.path)
 
     def load_vae(self, name: str) -> Vae:
         """A VAE by its name in the model folders (VAELoader), on the device and in the precision in force."""

@@ -112,9 +112,9 @@ class LatentEncoder:
         _search_model_folders(runtime, settings.model_dir)
         Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # one limit, for LoadImage too
         encoder = cls(settings, runtime)
-        with PILLOW_LOCK:
+        with PILLOW_LOCK, runtime.contained():
             encoder.tried_nodes = try_nodes(runtime)
-            log.info("comfyui encodes", version=runtime.version, nodes=encoder.tried_nodes, decoder=runtime.decoder)
+            log.debug("comfyui encodes", version=runtime.version, nodes=encoder.tried_nodes, decoder=runtime.decoder)
         return encoder
 
     def answer(self, request: EncodeRequest) -> Response:
