@@ -148,10 +148,19 @@ class ComfyRuntime:
             EncodingFailed: there is no room for the file that LoadImage reads.
             SetupError: there is no folder for it.
         """
-        with self._input_folders.file(data, ending) as path:
-            self._folder_paths.set_input_directory(str(path.parent))
+        with self._input_folders.file(data, ending) as path, self._input_folder(path.parent):
             image: torch.Tensor = self._load_image(image=str(path))
         return image
+
+    @contextmanager
+    def _input_folder(self, folder: Path) -> Iterator[None]:
+        """Let this be ComfyUI's input folder inside; custom nodes find their own again afterwards."""
+        before: str = self._folder_paths.get_input_directory()
+        self._folder_paths.set_input_directory(str(folder))
+        try:
+            yield
+        finally:
+            self._folder_paths.set_input_directory(before)
 
     @cached_property
     def _input_folders(self) -> InputFolders:
