@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from comfy_runtime import ComfyRuntime
-from doctor.check import Check, Installation, cross, tick, warning
-from errors import SetupError, one_line
+from doctor.check import Check, Installation, cross, cross_of, tick, warning
+from errors import RequestError, SetupError, one_line
+from service import LatentEncoder
 from setup.download_vae import CHUNK_BYTES, QWEN_IMAGE_VAE
 from suggestions import FILE_NAMES, closest
 from vae import TRIAL_VAE
@@ -27,17 +28,17 @@ MAX_NAMES_SHOWN = 5
 
 def check_models(installation: Installation) -> Iterator[Check]:
     """Each folder that is searched, the VAE files in them, and whether the VAE of requests that name none is one of them."""
-    runtime = installation.comfyui
-    if isinstance(runtime, SetupError):
+    encoder = installation.encoder
+    if isinstance(encoder, SetupError):
         yield warning("model folder", "not looked for, since ComfyUI does not load", "Mend what is marked there first.")
         return
-    model_dir = installation.settings.model_dir
+    runtime, model_dir = encoder.runtime, installation.settings.model_dir
     if model_dir is not None and not model_dir.is_dir():
         yield warning("model folder", f"{model_dir} is not there", "Make it, or set MODEL_DIR to the folder of your models.")
     for folder in _folders(runtime):
         yield tick("model folder", f"{folder} is searched{'' if folder.is_dir() else ', and not there'}")
     yield from _check_files(runtime)
-    yield _default_vae(runtime, installation.settings.vae_model_name)
+    yield _default_vae(encoder, installation.settings.vae_model_name)
 
 
 def _check_files(runtime: ComfyRuntime) -> Iterator[Check]:
@@ -84,17 +85,22 @@ def _vae_file(file: Path, family: Family) -> Check:
     return tick("vae file", f"{found}, for trying the service only" if file.name == TRIAL_VAE else found)
 
 
-def _default_vae(runtime: ComfyRuntime, name: str) -> Check:
-    """Whether VAE_MODEL_NAME is there."""
+def _default_vae(encoder: LatentEncoder, name: str) -> Check:
+    """Whether VAE_MODEL_NAME is there, and encodes a test picture on this ComfyUI."""
+    runtime = encoder.runtime
     if runtime.vae_files(name) is None:
         similar = closest(name, runtime.vae_choices(), FILE_NAMES)
         suggestion = f"Did you mean {similar}? " if similar else ""
         advice = f"{suggestion}{_download(name)}VAE_MODEL_NAME names another one, MODEL_DIR a folder to look in."
         return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice)
+    try:
+        vae = encoder.vaes.get(name)
+    except RequestError as exc:
+        return cross_of("default vae", exc, "VAE_MODEL_NAME names another one.")
     if name == TRIAL_VAE:
         advice = f"Run ./setup_comfyui.sh --download-vae and set VAE_MODEL_NAME={QWEN_IMAGE_VAE.name} for ones that do."
         return warning("default vae", f"{name}: its latents mean nothing to a diffusion model", advice)
-    return tick("default vae", f"{name} (VAE_MODEL_NAME) is there")
+    return tick("default vae", f"{name} (VAE_MODEL_NAME) encodes a test picture with the {vae.encoder} encoder")
 
 
 def _download(name: str) -> str:

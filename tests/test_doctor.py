@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import doctor.machine
 from config import Settings, load_settings, origins_of, usable_settings
@@ -357,7 +358,7 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     )
     assert any("TAESD" in check.found for check in found.values())
     assert any("SD 1.x" in check.found for check in found.values())
-    assert named(checks, "default vae").state is TICK
+    assert named(checks, "default vae").state is (TICK if VAE == TINY_VAE else CROSS)
 
 
 @pytest.mark.core
@@ -366,16 +367,31 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     [
         (QWEN_IMAGE_VAE.name, CROSS, "./setup_comfyui.sh --download-vae gets it."),
         ("tiny_qwen_va.safetensors", CROSS, f"Did you mean {TINY_VAE}?"),
-        (TINY_VAE, WARNING, "./setup_comfyui.sh --download-vae"),
+        (TINY_VAE, *((WARNING, "./setup_comfyui.sh --download-vae") if VAE == TINY_VAE else (CROSS, "VAE_MODEL_NAME"))),
         pytest.param("pixel_space", TICK, "", marks=needs_pixel_space),
         ("taesd", TICK, ""),
     ],
 )
 def test_default_vae_has_to_be_there(name: str, state: State, advice: str, settings: Settings, encoder: LatentEncoder) -> None:
-    """A cross says how to get it, or which one may be meant; the trial one is a warning."""
+    """A cross says how to get it, or which one may be meant; the trial one is a warning where the release can load it."""
     check = named(examined(check_models, changed(settings, vae_model_name=name), encoder=encoder), "default vae")
     assert check.state is state
     assert advice in check.advice
+
+
+@pytest.mark.core
+def test_default_vae_has_to_encode(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
+    """A whole file that holds no VAE is a cross with ComfyUI's reason; a tick names the encoder that ran."""
+    save_file({"weight": torch.zeros(3, 3)}, model_dir / "no_vae.safetensors")
+    try:
+        checks = examined(check_models, changed(settings, vae_model_name="no_vae.safetensors"), encoder=encoder)
+    finally:
+        (model_dir / "no_vae.safetensors").unlink()
+    check = named(checks, "default vae")
+    assert (check.state, check.advice) == (CROSS, "VAE_MODEL_NAME names another one.")
+    assert "ComfyUI recognises no VAE in it" in check.found
+    check = named(examined(check_models, changed(settings, vae_model_name="taesd"), encoder=encoder), "default vae")
+    assert check.found == "taesd (VAE_MODEL_NAME) encodes a test picture with the stock encoder"
 
 
 @pytest.mark.core
