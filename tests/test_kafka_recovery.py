@@ -108,7 +108,7 @@ def test_broker_that_goes_away_is_waited_for(
     events: Events,
     transactional: bool,
 ) -> None:
-    """Away at the start, and killed for 20 s in the middle: said once each time, and all is answered."""
+    """Away at the start, and killed for 20 s in the middle: said once while it is, and all is answered."""
     bench = make_bench(servers=own.bootstrap_servers)
     own.stop()
     config = client_config(bench.folder, transaction_timeout_ms=10_000)  # the broker aborts a transaction meanwhile
@@ -132,8 +132,9 @@ def test_broker_that_goes_away_is_waited_for(
         bench.wait_for_commit({0: 40})
     assert worker.outcome is True
     assert not transactional or set(request_ids(responses).values()) == {1}
-    assert [len(events(name)) for name in ("broker is away, waiting for it", "broker is back")] == [2, 2]
-    assert [len(events(name)) for name in ("ready", "not ready")] == [2, 2]  # the last when it is stopped
+    # At least twice: a broker that starts may drop the first connections, which is said too.
+    assert len(events("broker is away, waiting for it")) == len(events("broker is back")) >= 2
+    assert len(events("ready")) == len(events("not ready")) >= 2  # the last when it is stopped
 
 
 def test_dead_letter_that_is_not_acknowledged_stops_the_service(
