@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from comfy_runtime import ComfyRuntime
-from doctor.check import Check, Installation, cross, cross_of, tick, warning
+from doctor.check import Check, Installation, cross, tick, warning
 from errors import RequestError, SetupError, one_line
 from service import LatentEncoder
 from setup.download_vae import CHUNK_BYTES, QWEN_IMAGE_VAE
@@ -96,7 +96,7 @@ def _default_vae(encoder: LatentEncoder, name: str) -> Check:
     try:
         vae = encoder.vaes.get(name)
     except RequestError as exc:
-        return cross_of("default vae", exc, "VAE_MODEL_NAME names another one.")
+        return cross("default vae", str(exc).removesuffix("."), "VAE_MODEL_NAME names another one.")
     if name == TRIAL_VAE:
         advice = f"Run ./setup_comfyui.sh --download-vae and set VAE_MODEL_NAME={QWEN_IMAGE_VAE.name} for ones that do."
         return warning("default vae", f"{name}: its latents mean nothing to a diffusion model", advice)
