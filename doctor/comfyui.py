@@ -10,11 +10,11 @@ from comfy_packages import unsatisfied_packages
 from comfy_runtime import NODE_IDS
 from doctor.check import Check, Installation, cross, cross_of, tick, warning
 from errors import SetupError
-from releases import TESTED, is_tested
+from releases import PINNED_RELEASE, TESTED, is_tested
 from setup.fill_comfyui import RELEASES, Source, origin, recorded_sums, version_of, wrong_files
 from utils import find_path
 
-PINNED = RELEASES["0.3.75"]
+PINNED = RELEASES[PINNED_RELEASE]
 GIT_TIMEOUT_S = 5
 REFILL = "Run ./setup_comfyui.sh --pinned for the release that this service is tested with."
 MAX_NAMES_SHOWN = 3

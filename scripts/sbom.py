@@ -20,6 +20,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from releases import PINNED_RELEASE
 from setup.fill_comfyui import RELEASES, origin, sha256, version_of, wrong_files
 from setup.satisfied import requirements
 
@@ -77,7 +78,7 @@ def service() -> Document:
 
 def comfyui() -> Document:
     """ComfyUI's runtime: the pinned release with its commit, where it is that, else only the version it states."""
-    pinned = RELEASES["0.3.75"]
+    pinned = RELEASES[PINNED_RELEASE]
     source = origin(COMFYUI)
     assert source is not None
     component: Document = {

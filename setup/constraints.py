@@ -20,10 +20,8 @@ if __name__ == "__main__":  # started as a script, it has to find the project's 
 from setup.satisfied import requirements
 
 NEVER_REPLACED = ("torch", "torchvision")
-TORCHAUDIO_FREE = (
-    2,
-    11,
-)  # the first torchaudio that does not ask for one torch; each before fits the torch of its number only
+# The first torchaudio that does not ask for one torch. Each before fits the torch of its number only.
+TORCHAUDIO_FREE = (2, 11)
 
 
 def main() -> None:

