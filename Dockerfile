@@ -22,8 +22,10 @@ WORKDIR /app
 # another wheel index, say for ROCm.
 ARG VARIANT=cuda
 ARG TORCH_INDEX_URL=""
-COPY setup_comfyui.sh releases.py requirements.txt ./
-COPY setup/ setup/
+COPY setup_comfyui.sh requirements.txt ./
+COPY requirements/ requirements/
+COPY latent_encoder/__init__.py latent_encoder/releases.py latent_encoder/
+COPY latent_encoder/installer/ latent_encoder/installer/
 COPY tiny_vae/ tiny_vae/
 # The secrets are for networks with a package index of their own: they are there in this step, and in no layer.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
@@ -58,12 +60,12 @@ WORKDIR /app
 COPY --from=dependencies /app/.venv .venv
 COPY --from=dependencies /app/comfyui comfyui
 COPY tests/fixtures/test_images/astronaut.png /data/sample.png
-COPY setup/ setup/
+COPY requirements/ requirements/
 COPY LICENSE *.py ./
-COPY doctor/ doctor/
-COPY inspection/ inspection/
+COPY latent_encoder/ latent_encoder/
 # An image whose ComfyUI cannot encode is not built.
-RUN .venv/bin/python -m compileall -q ./*.py doctor inspection && .venv/bin/python try_comfyui.py comfyui
+RUN .venv/bin/python -m compileall -q ./*.py latent_encoder \
+    && .venv/bin/python latent_encoder/installer/try_comfyui.py comfyui
 
 # With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. Whoever runs it
 # in production names a real VAE.

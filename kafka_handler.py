@@ -19,21 +19,21 @@ from queue import Empty, SimpleQueue
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-import kafka_telemetry
 from config import VERSION, Settings
 from errors import KafkaFailed, MessageUnusable, RequestError, ResponseRefused, as_request_error
-from health import Health
-from kafka_config import consumer_properties, make_client, producer_properties
-from kafka_connection import Connection, failure, is_fatal
-from kafka_lanes import Job, Lanes, Partition
-from kafka_publishers import AnswerThenCommit, AnswerWithCommit, Publisher, Refusal, Reports
-from kafka_records import Incoming, Outgoing, dead_letter, read_request, response_record, sender_of
-from kafka_topics import create_topics, topics_of
-from logs import get_logger
-from metrics import IN_FLIGHT, INFO, REBALANCES, RETRIES, observe_lag
+from latent_encoder.kafka import telemetry as kafka_telemetry
+from latent_encoder.kafka.connection import Connection, failure, is_fatal
+from latent_encoder.kafka.lanes import Job, Lanes, Partition
+from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
+from latent_encoder.kafka.publishers import AnswerThenCommit, AnswerWithCommit, Publisher, Refusal, Reports
+from latent_encoder.kafka.records import Incoming, Outgoing, dead_letter, read_request, response_record, sender_of
+from latent_encoder.kafka.topics import create_topics, topics_of
+from latent_encoder.stages import Stages
+from latent_encoder.telemetry.health import Health
+from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.telemetry.metrics import IN_FLIGHT, INFO, REBALANCES, RETRIES, observe_lag
 from models import ErrorResponse, Response, ResponseMessage, SuccessResponse
 from service import LatentEncoder, log_failure, utc_now
-from stages import Stages
 
 log = get_logger("latent_encoder.kafka")
 

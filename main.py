@@ -25,9 +25,11 @@ from typing import Any, NoReturn
 import click
 import cloup
 
-import standalone
-from access import log_missing_limits
-from command import (
+from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of, usable_settings
+from errors import ErrorCode, KafkaFailed, SetupError, one_line
+from latent_encoder.access import log_missing_limits
+from latent_encoder.cli.options import CONTEXT, EPILOG, all_options
+from latent_encoder.cli.parsing import (
     EXIT_ERROR_RESPONSE,
     EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
@@ -36,16 +38,14 @@ from command import (
     fail,
     refuse_options_of_other_modes,
 )
-from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of, usable_settings
-from dlq_replay import Replay, Selection
-from errors import ErrorCode, KafkaFailed, SetupError, one_line
-from exits import end_at_once
-from inputs import UnusableInputs
-from logs import LogStyle, configure_logging, get_logger, log_style
-from options import CONTEXT, EPILOG, all_options
-from selection import ImageSelection, RunOptions
-from standalone import OutputFailed
-from streams import STDOUT, complain, complain_at_once
+from latent_encoder.exits import end_at_once
+from latent_encoder.kafka.replay import Replay, Selection
+from latent_encoder.standalone import run as standalone
+from latent_encoder.standalone.inputs import UnusableInputs
+from latent_encoder.standalone.run import OutputFailed
+from latent_encoder.standalone.selection import ImageSelection, RunOptions
+from latent_encoder.streams import STDOUT, complain, complain_at_once
+from latent_encoder.telemetry.logs import LogStyle, configure_logging, get_logger, log_style
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
 
@@ -132,7 +132,7 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
     """Inspect mode: what latent files hold."""
     if not given["paths"]:
         raise click.UsageError("Inspect mode needs latent files: python main.py --mode inspect FILE")
-    import inspection  # here, because torch comes with it
+    from latent_encoder import inspection  # here, because torch comes with it
 
     try:
         status = inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
@@ -143,8 +143,8 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
 
 def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> NoReturn:
     """Doctor mode: what of the installation works, even where settings cannot be used; nothing else on standard output."""
-    import doctor
-    from doctor.report import encodable
+    from latent_encoder import doctor
+    from latent_encoder.doctor.report import encodable
 
     encoding = sys.stdout.encoding
     try:
@@ -165,9 +165,9 @@ def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any])
 def serve(settings: Settings) -> NoReturn:
     """Kafka mode, until a signal ends it: the first SIGTERM or SIGINT after the work in hand, the second at once."""
     # Imported here, so that --help and wrong usage do not wait for torch.
-    import tracing
-    from http_server import http_server
     from kafka_handler import KafkaHandler
+    from latent_encoder.telemetry import tracing
+    from latent_encoder.telemetry.http_server import http_server
     from service import ready_encoder
 
     log_missing_limits(settings)
@@ -213,7 +213,7 @@ def replay(
 
 def show_health(settings: Settings) -> NoReturn:
     """Print what the worker on this machine says of itself."""
-    from http_server import ask
+    from latent_encoder.telemetry.http_server import ask
 
     if not settings.http_port:
         raise click.UsageError("HTTP_PORT=0: a worker without an HTTP port cannot be asked.")

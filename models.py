@@ -14,7 +14,7 @@ from uuid import uuid4
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from errors import ErrorCode, InvalidRequest, MessageUnusable, RequestError, one_line
-from suggestions import closest
+from latent_encoder.suggestions import closest
 
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0

@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from access import AllowedFolders
-from comfy_runtime import ComfyRuntime, load_runtime
 from config import PROJECT_DIR, Settings
 from errors import (
     EncodingFailed,
@@ -33,23 +31,12 @@ from errors import (
     as_request_error,
     translated,
 )
-from geometry import Box, Size, covered, cropped, scaled_size
-from image_loading import load_image
-from images import PILLOW_LOCK, ImageLimits, read_file
-from latent_files import latent_bytes
-from logs import get_logger
-from metrics import STAGE_SECONDS
-from models import (
-    EncodeRequest,
-    EncoderKind,
-    ErrorResponse,
-    Metadata,
-    Response,
-    SuccessResponse,
-    Timings,
-    utc_timestamp,
-)
-from output_files import (
+from latent_encoder.access import AllowedFolders
+from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
+from latent_encoder.geometry import Box, Size, covered, cropped, scaled_size
+from latent_encoder.images.loading import load_image
+from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_file
+from latent_encoder.outputs.files import (
     WRITING,
     OutputFiles,
     OutputFolder,
@@ -60,11 +47,24 @@ from output_files import (
     prepare_output_dir,
     space_needed,
 )
-from preview import latent_picture, preview_image
-from roundtrip import Comparison, compare
-from tracing import step as traced_step
-from trial import try_nodes
-from vae import Encoding, LoadedVae, VaeCache
+from latent_encoder.outputs.latent_files import latent_bytes
+from latent_encoder.outputs.preview import latent_picture, preview_image
+from latent_encoder.outputs.roundtrip import Comparison, compare
+from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.telemetry.metrics import STAGE_SECONDS
+from latent_encoder.telemetry.tracing import step as traced_step
+from latent_encoder.trial import try_nodes
+from latent_encoder.vae.cache import Encoding, LoadedVae, VaeCache
+from models import (
+    EncodeRequest,
+    EncoderKind,
+    ErrorResponse,
+    Metadata,
+    Response,
+    SuccessResponse,
+    Timings,
+    utc_timestamp,
+)
 
 log = get_logger("latent_encoder")
 

@@ -5,7 +5,8 @@ set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 tree=$project/comfyui
-locks=$project/setup/lock
+installer=$project/latent_encoder/installer
+locks=$project/requirements/lock
 read -r -d '' -a torch_packages < <(grep -oE '^torch(vision)?==[^ ]+' "$locks/torch.txt") || true
 
 usage() {
@@ -103,9 +104,9 @@ sys.exit([v(p).split("+")[0] for p in ("torch", "torchvision")] != sys.argv[1:])
 install_locked() { pip_install --require-hashes "$@"; }
 
 install_packages() {
-    local wanted=("$locks/runtime.txt") lists=("$project/requirements.txt" "$project/setup/comfyui-requirements.txt") status=0
-    [[ -z $dev ]] || { wanted+=("$locks/dev.txt"); lists+=("$project/setup/dev-requirements.txt"); }
-    "$python" "$project/setup/satisfied.py" "${wanted[@]/#/--lock=}" "${lists[@]}" || status=$?
+    local wanted=("$locks/runtime.txt") lists=("$project/requirements.txt" "$project/requirements/comfyui.txt") status=0
+    [[ -z $dev ]] || { wanted+=("$locks/dev.txt"); lists+=("$project/requirements/dev.txt"); }
+    "$python" "$installer/satisfied.py" "${wanted[@]/#/--lock=}" "${lists[@]}" || status=$?
     ((status < 2)) || exit 1
     if ((status == 1)); then
         say 'Packages: all but torch and torchvision'
@@ -125,15 +126,15 @@ install_torch() {
 }
 
 fill_comfyui() {
-    "$python" "$project/setup/fill_comfyui.py" "$tree" ${checkout:+"--from=$checkout"} ${release:+"--release=$release"} \
+    "$python" "$installer/fill_comfyui.py" "$tree" ${checkout:+"--from=$checkout"} ${release:+"--release=$release"} \
         $link $pinned
     # The tests also run on a release whose nodes have the older style.
-    [[ -z $dev ]] || "$python" "$project/setup/fill_comfyui.py" "$project/tests/.comfyui-0.3.52" --release 0.3.52 --keep
+    [[ -z $dev ]] || "$python" "$installer/fill_comfyui.py" "$project/tests/.comfyui-0.3.52" --release 0.3.52 --keep
 }
 
 # The locks do not have what a ComfyUI may ask for, so no sums are checked; what they do have stays as it is installed.
 install_unlocked() {
-    "$python" "$project/setup/constraints.py" "$1" "$locks/runtime.txt" >"$scratch/constraints" || exit
+    "$python" "$installer/constraints.py" "$1" "$locks/runtime.txt" >"$scratch/constraints" || exit
     pip_install --quiet -r "$1" -c "$scratch/constraints" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
 }
 
@@ -146,7 +147,7 @@ install_tree_packages() {
     [[ ! -s $scratch/lacking ]] || fail "pip ended well, but this ComfyUI still lacks $(one_line "$scratch/lacking")."
 }
 
-find_lacking() { "$python" "$project/comfy_packages.py" "$tree" >"$scratch/lacking" || exit; }
+find_lacking() { "$python" "$installer/comfy_packages.py" "$tree" >"$scratch/lacking" || exit; }
 one_line() { sed -e ':all' -e 'N;$!b all' -e 's/\n/, /g' "$1"; }
 
 install_all_requirements() {
@@ -156,7 +157,7 @@ install_all_requirements() {
     install_unlocked "$scratch/requirements"
 }
 
-try_tree() { "$python" "$project/try_comfyui.py" "$tree"; }
+try_tree() { "$python" "$installer/try_comfyui.py" "$tree"; }
 
 place_tiny_vae() {
     local source=$project/tiny_vae/tiny_qwen_vae.safetensors target=$tree/models/vae/tiny_qwen_vae.safetensors
@@ -173,5 +174,5 @@ place_tiny_vae
 [[ -n $untried ]] || install_tree_packages
 [[ -z $full ]] || install_all_requirements
 [[ -n $untried ]] || try_tree
-[[ -z $download ]] || "$python" "$project/setup/download_vae.py" "$tree/models/vae"
+[[ -z $download ]] || "$python" "$installer/download_vae.py" "$tree/models/vae"
 say "Ready. Activate the environment with: source ${python%/python}/activate"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import SetupError, one_line
-from releases import TESTED
+from latent_encoder.releases import TESTED
 
 
 def get_value_at_index(output: Any, index: int) -> Any:

@@ -21,12 +21,12 @@ from typing import Any
 import click
 import torch
 
-from access import ANYWHERE
-from comfy_runtime import ComfyRuntime, load_runtime
 from config import Settings
-from latent_files import latent_bytes
-from output_files import OutputFiles, StagedFiles, open_output_folder, output_files, png_bytes
-from vae import LoadedVae, VaeCache
+from latent_encoder.access import ANYWHERE
+from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
+from latent_encoder.outputs.files import OutputFiles, StagedFiles, open_output_folder, output_files, png_bytes
+from latent_encoder.outputs.latent_files import latent_bytes
+from latent_encoder.vae.cache import LoadedVae, VaeCache
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from benchmarks.encode_sides import OURS, Workbench
 from benchmarks.encode_start import measure_start, start_once, start_text
 from benchmarks.encode_time import measure_time, time_text
 from benchmarks.encode_trees import Tree, comfyui_version, trees_of
-from logs import configure_logging
+from latent_encoder.telemetry.logs import configure_logging
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS
 from service import usable_cpus
 from tests.helpers import COMFYUI, clean_environment, stock

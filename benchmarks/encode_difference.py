@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.encode_diffusers import Unavailable
 from benchmarks.encode_report import markdown, megapixels_text, progress
 from benchmarks.encode_sides import COMFYUI, OURS, SIDES, Workbench, as_frame
-from single_frame import SingleFrameEncoder, UnknownArchitecture
+from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitecture
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 HEADER = ("size", "dtype", "side", "encoder", "max abs", "mean abs", "standard deviation of ComfyUI's latent")

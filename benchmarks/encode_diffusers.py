@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-HOW_TO_INSTALL = "install it with .venv/bin/python -m pip install --require-hashes --no-deps -r setup/lock/benchmark.txt"
+HOW_TO_INSTALL = (
+    "install it with .venv/bin/python -m pip install --require-hashes --no-deps -r requirements/lock/benchmark.txt"
+)
 
 # From the names that the VAE's file has to diffusers', in this order.
 RENAMED = (

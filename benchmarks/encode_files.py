@@ -13,9 +13,9 @@ from PIL import Image
 
 from benchmarks.encode_report import Spread, markdown, megapixels_text, progress
 from benchmarks.encode_sides import Workbench
-from comfy_runtime import ComfyRuntime
 from config import Settings
-from images import ImageLimits, read_image
+from latent_encoder.comfy_runtime import ComfyRuntime
+from latent_encoder.images.source import ImageLimits, read_image
 from models import EncodeRequest
 from service import LatentEncoder
 from tests.helpers import TINY_VAE

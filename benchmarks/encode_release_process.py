@@ -28,7 +28,7 @@ def load_ours(comfyui_path: Path, model_dir: Path, vae: str) -> tuple[str, Encod
     """Load the VAE as the service does on that tree; return the encoder that runs, and its call."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from benchmarks.encode_sides import OURS, Workbench
-    from logs import configure_logging
+    from latent_encoder.telemetry.logs import configure_logging
 
     configure_logging("WARNING", "text")
     side = Workbench(comfyui_path, model_dir).side(OURS, vae)

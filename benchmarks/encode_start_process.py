@@ -16,7 +16,7 @@ def start_ours(comfyui_path: Path) -> float:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import main  # noqa: F401  # for what it imports
     from config import load_settings
-    from logs import configure_logging
+    from latent_encoder.telemetry.logs import configure_logging
     from service import LatentEncoder
 
     settings = load_settings({"comfyui_path": comfyui_path, "device": "cpu", "log_level": "WARNING"})

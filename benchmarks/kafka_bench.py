@@ -19,7 +19,7 @@ import confluent_kafka
 import torch
 from confluent_kafka import Producer
 
-from kafka_records import Incoming
+from latent_encoder.kafka.records import Incoming
 from tests.broker import Broker
 from tests.helpers import PROJECT, TINY_VAE, clean_environment
 from tests.kafka_tools import QUIET, Bench, Process, Topic, wait_until

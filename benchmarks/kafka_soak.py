@@ -20,7 +20,7 @@ from benchmarks.kafka_bench import PATIENCE_S, machine
 from benchmarks.soak_ledger import SUCCESS, Ledger
 from benchmarks.soak_requests import REPEATED, Generator, Planned, environment, prepare
 from benchmarks.soak_samples import Sample, Series, Trend, take_sample, total
-from kafka_records import Incoming
+from latent_encoder.kafka.records import Incoming
 from tests.broker import Broker, choose
 from tests.broker.ports import free_ports
 from tests.kafka_tools import Bench, Process

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.soak_requests import Planned, Response, files_of
-from kafka_records import ERROR_CODE, ORIGINAL_OFFSET, ORIGINAL_PARTITION, Headers, Incoming
+from latent_encoder.kafka.records import ERROR_CODE, ORIGINAL_OFFSET, ORIGINAL_PARTITION, Headers, Incoming
 
 NUMBER = "soak-number"
 SUCCESS = "success"

@@ -20,9 +20,9 @@ from errors import ErrorCode, MessageUnusable, RequestError
 from fuzz.cases import TINY_VAE, Case, Corpus, make_case
 from fuzz.pickles import EXECUTED
 from fuzz.records import PICTURE
-from kafka_records import Incoming, dead_letter, read_request, response_record, sender_of
-from latent_files import read_latent_file
-from logs import configure_logging
+from latent_encoder.kafka.records import Incoming, dead_letter, read_request, response_record, sender_of
+from latent_encoder.outputs.latent_files import read_latent_file
+from latent_encoder.telemetry.logs import configure_logging
 from models import EncodeRequest, ErrorResponse, Response, ResponseMessage, SuccessResponse
 from service import LatentEncoder, log_failure, utc_now
 

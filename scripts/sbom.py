@@ -20,13 +20,13 @@ from cyclonedx.validation.json import JsonStrictValidator
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from releases import PINNED_RELEASE
-from setup.fill_comfyui import RELEASES, origin, sha256, version_of, wrong_files
-from setup.satisfied import requirements
+from latent_encoder.installer.fill_comfyui import RELEASES, origin, sha256, version_of, wrong_files
+from latent_encoder.installer.satisfied import requirements
+from latent_encoder.releases import PINNED_RELEASE
 
 COMFYUI = PROJECT / "comfyui"
 TINY_VAE = PROJECT / "tiny_vae" / "tiny_qwen_vae.safetensors"
-LISTS = ("requirements.txt", "setup/comfyui-requirements.txt", "setup/torch-requirements.txt")
+LISTS = ("requirements.txt", "requirements/comfyui.txt", "requirements/torch.txt")
 
 Document = dict[str, Any]
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(PROJECT))
 
 from config import Settings, SettingsError, load_settings
 from errors import KafkaFailed
-from kafka_config import consumer_properties, make_client, producer_properties
-from kafka_connection import Connection, failure
+from latent_encoder.kafka.connection import Connection, failure
+from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
 from models import UpscaleMethod
 
 CONNECT_TIMEOUT_S = 10.0

@@ -8,7 +8,7 @@ usage() {
     cat <<'HELP'
 Usage: scripts/supply_chain.sh COMMAND
 
-  lock [UV OPTIONS]   write setup/lock/*.txt, the exact versions and SHA-256 sums, from the lists of requirements;
+  lock [UV OPTIONS]   write requirements/lock/*.txt, the exact versions and SHA-256 sums, from the lists of requirements;
                       what is locked stays, but for --upgrade (all) or --upgrade-package NAME
   audit [OPTIONS]     ask PyPI for known vulnerabilities of what is locked; fails where there is one, or no answer;
                       options are pip-audit's, such as --vulnerability-service osv
@@ -21,8 +21,8 @@ HELP
 
 install_tools() {
     [[ -x $tools/bin/python ]] || "${PYTHON:-python3}" -m venv "$tools"
-    "$tools/bin/python" setup/satisfied.py --lock setup/lock/tools.txt setup/tools-requirements.txt ||
-        "$tools/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r setup/lock/tools.txt
+    "$tools/bin/python" latent_encoder/installer/satisfied.py --lock requirements/lock/tools.txt requirements/tools.txt ||
+        "$tools/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/lock/tools.txt
 }
 
 # Sums of all files that PyPI has for a version, and versions for every system and every Python from 3.11 on.
@@ -39,24 +39,24 @@ lock() {
     work=$(mktemp -d)
     # shellcheck disable=SC2064  # the folder of this call
     trap "rm -r '$work'" EXIT
-    grep --no-filename == setup/lock/{torch,runtime,dev,benchmark}.txt | sort --unique >"$work/all.txt"
+    grep --no-filename == requirements/lock/{torch,runtime,dev,benchmark}.txt | sort --unique >"$work/all.txt"
     sed --in-place 's/ \\$//' "$work/all.txt"
-    compile "$work/all.txt" requirements.txt setup/{torch,comfyui,dev,benchmark}-requirements.txt "$@"
+    compile "$work/all.txt" requirements.txt requirements/{torch,comfyui,dev,benchmark}.txt "$@"
 
     local chosen=(--constraints "$work/all.txt" --no-annotate --upgrade)
-    compile setup/lock/torch.txt setup/torch-requirements.txt "${chosen[@]}"
+    compile requirements/lock/torch.txt requirements/torch.txt "${chosen[@]}"
     # Neither torch nor what only torch needs: another build of it needs other packages.
-    chosen+=(--excludes setup/torch-requirements.txt)
-    compile setup/lock/runtime.txt requirements.txt setup/comfyui-requirements.txt "${chosen[@]}"
-    compile setup/lock/dev.txt setup/dev-requirements.txt "${chosen[@]}"
-    compile setup/lock/benchmark.txt setup/benchmark-requirements.txt "${chosen[@]}"
-    compile setup/lock/tools.txt setup/tools-requirements.txt --no-annotate "$@"
+    chosen+=(--excludes requirements/torch.txt)
+    compile requirements/lock/runtime.txt requirements.txt requirements/comfyui.txt "${chosen[@]}"
+    compile requirements/lock/dev.txt requirements/dev.txt "${chosen[@]}"
+    compile requirements/lock/benchmark.txt requirements/benchmark.txt "${chosen[@]}"
+    compile requirements/lock/tools.txt requirements/tools.txt --no-annotate "$@"
 }
 
 # PyPI's answer has the vulnerabilities of its advisory database; --strict: no answer is a failure, too.
 audit() {
     local file status=0
-    for file in setup/lock/*.txt; do
+    for file in requirements/lock/*.txt; do
         printf '%s\n' "$file" >&2
         "$tools/bin/pip-audit" --strict --require-hashes --disable-pip --requirement "$file" "$@" || status=1
     done

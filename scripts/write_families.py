@@ -2,7 +2,7 @@
 
     python scripts/write_families.py
 
-All of it follows from vae_families.py; the words around the tables stand here.
+All of it follows from vae/families.py; the words around the tables stand here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from releases import is_older
-from vae_families import FAMILIES, Family
+from latent_encoder.releases import is_older
+from latent_encoder.vae.families import FAMILIES, Family
 
 PAGE = PROJECT / "docs" / "vae-families.md"
 

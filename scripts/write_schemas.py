@@ -2,7 +2,7 @@
 
     python scripts/write_schemas.py
 
-All of it follows from models.py, config.py and kafka_records.py; what they do not know, such as the examples, stands here.
+All of it follows from models.py, config.py and kafka/records.py; what they do not know, such as the examples, stands here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pydantic.json_schema import GenerateJsonSchema
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import kafka_records
 from config import VERSION, Settings
 from errors import ImageNotFound
+from latent_encoder.kafka import records as kafka_records
 from models import EncodeRequest, ErrorResponse, Metadata, ResponseMessage, SuccessResponse, Timings, utc_timestamp
 
 FOLDER = PROJECT / "docs" / "schemas"

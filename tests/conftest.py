@@ -18,7 +18,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from config import Settings
-from logs import StderrHandler
+from latent_encoder.telemetry.logs import StderrHandler
 from service import LatentEncoder
 from tests.broker import Broker, choose
 from tests.helpers import (

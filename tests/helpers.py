@@ -20,6 +20,10 @@ __all__ = ["COMFYUI", "IMAGES", "PATIENCE_S", "PROJECT", "TINY_VAE", "VAE", "Enc
 COMFYUI = TREE
 IMAGES = PROJECT / "tests" / "fixtures" / "test_images"
 
+OUR_FILES = sorted([*PROJECT.glob("*.py"), *(PROJECT / "latent_encoder").rglob("*.py")])
+"""Every Python file of the product."""
+assert len(OUR_FILES) > 70, "most of the product's files are not where the tests look for them"
+
 PROCESS_SETTINGS: dict[str, str] = {} if TREE == PINNED_TREE else {"COMFYUI_PATH": str(TREE)}
 """Settings of every process that a test starts, because the tests run on another tree than the pinned one."""
 

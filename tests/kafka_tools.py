@@ -24,7 +24,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from config import Settings
 from kafka_handler import KafkaHandler
-from kafka_records import Headers, Incoming
+from latent_encoder.kafka.records import Headers, Incoming
 from service import LatentEncoder
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
 

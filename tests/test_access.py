@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import access
-from access import ANYWHERE, MOST_SYMLINKS, AllowedFolders, absolute, resolved
 from config import Settings
 from errors import AccessDenied, ErrorCode, ImageInvalid, ImageNotFound, OutputDirNotWritable, RequestError
-from images import ImageLimits, read_file
+from latent_encoder import access
+from latent_encoder.access import ANYWHERE, MOST_SYMLINKS, AllowedFolders, absolute, resolved
+from latent_encoder.images.source import ImageLimits, read_file
+from latent_encoder.outputs.files import StagedFiles, open_output_folder
 from models import ErrorResponse, SuccessResponse
-from output_files import StagedFiles, open_output_folder
 from service import LatentEncoder
 from tests.helpers import IMAGES, TINY_VAE, RunMain, request_for
 from tests.kafka_tools import Bench, answers

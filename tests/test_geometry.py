@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from geometry import Size, covered, factor_of, latent_crop, scaled_size
+from latent_encoder.geometry import Size, covered, factor_of, latent_crop, scaled_size
 
 sides = st.integers(1, 20_000)
 sizes = st.builds(Size, sides, sides)

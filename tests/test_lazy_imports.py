@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from lazy_imports import lazy_imports
-from setup.fill_comfyui import copy as copy_entry
-from setup.fill_comfyui import place_runtime
+from latent_encoder.installer.fill_comfyui import copy as copy_entry
+from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.lazy_imports import lazy_imports
 from tests.helpers import COMFYUI, PROJECT, VAE, clean_environment
 
 RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"

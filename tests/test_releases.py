@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from releases import PINNED_RELEASE, TESTED, TESTED_RELEASES, is_tested
+from latent_encoder.releases import PINNED_RELEASE, TESTED, TESTED_RELEASES, is_tested
 
 
 @pytest.mark.parametrize("version", [*TESTED_RELEASES, "v0.33.0", "0.33", "0.33.0.0"])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from config import Settings
 from errors import ErrorCode, ScalingFailed
-from geometry import Size, scaled_size
+from latent_encoder.geometry import Size, scaled_size
 from models import ErrorResponse, Metadata, SuccessResponse
 from service import LatentEncoder, usable_cpus
 from tests.helpers import IMAGES, VAE, Encode, load_latent, request_for

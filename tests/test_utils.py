@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from comfy_runtime import Node, load_runtime
 from errors import SetupError
+from latent_encoder.comfy_runtime import Node, load_runtime
 from service import LatentEncoder
-from tests.helpers import COMFYUI, PROJECT
+from tests.helpers import COMFYUI, OUR_FILES, PROJECT
 from tests.trees import FACTS
 from utils import add_comfyui_directory_to_sys_path, find_path, get_value_at_index, import_custom_nodes_minimal
 
@@ -102,7 +102,7 @@ def test_set_up_leaves_logging_and_warnings_alone(encoder: LatentEncoder) -> Non
 
 def test_importing_our_modules_does_nothing() -> None:
     """No ComfyUI, no handler, no thread, no change of `sys.path`, no output."""
-    ours = ", ".join(sorted(path.stem for path in PROJECT.glob("*.py")))
+    ours = ", ".join(".".join(file.relative_to(PROJECT).with_suffix("").parts) for file in OUR_FILES)
     code = (
         f"import sys, logging, threading; before = sys.path[:]; import {ours}\n"
         "assert sys.path == before and not logging.getLogger().handlers and threading.active_count() == 1\n"

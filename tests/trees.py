@@ -25,26 +25,26 @@ IS_PINNED = TREE.resolve() == PINNED_TREE.resolve()
 CORE_ONLY = bool(os.environ.get(VARIABLE))
 FACTS_VARIABLE = "TEST_COMFYUI_TREE_FACTS"
 
-# The core: each of its files, and how many of its tests belong to it at least. `tests/test_check_on_trees.py` counts them, so
-# that a file or a test that drops out of the core is noticed.
+# The core: each of its files, and how many of its tests belong to it at least. `project/test_check_on_trees.py` counts them,
+# so that a file or a test that drops out of the core is noticed.
 CORE = {
-    "test_cli.py": 3,
-    "test_doctor.py": 17,
-    "test_health.py": 3,
-    "test_images.py": 60,
-    "test_kafka.py": 14,
+    "cli/test_cli.py": 3,
+    "doctor/test_doctor.py": 17,
+    "telemetry/test_health.py": 3,
+    "images/test_source.py": 60,
+    "kafka/test_handler.py": 14,
     "test_lazy_imports.py": 3,
     "test_other_trees.py": 1,
     "test_service.py": 17,
-    "test_setup.py": 7,
-    "test_setup_of_a_tree.py": 3,
-    "test_single_frame.py": 18,
-    "test_stock_equality.py": 78,
-    "test_tiling.py": 19,
-    "test_tiny_vaes.py": 8,
+    "installer/test_setup.py": 7,
+    "installer/test_setup_of_a_tree.py": 3,
+    "vae/test_single_frame.py": 18,
+    "vae/test_stock_equality.py": 78,
+    "vae/test_tiling.py": 19,
+    "vae/test_tiny_vaes.py": 8,
     "test_utils.py": 11,
-    "test_vae_files.py": 35,
-    "test_vae_zoo.py": 91,
+    "vae/test_files.py": 35,
+    "vae/test_zoo.py": 91,
 }
 
 

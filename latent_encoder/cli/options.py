@@ -1,0 +1,161 @@
+"""Every option of the command line, in the groups that `--help` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import click
+import cloup
+from cloup.constraints import mutually_exclusive
+
+from config import VERSION, Settings
+from errors import ErrorCode
+from latent_encoder.cli.completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
+from latent_encoder.cli.parsing import Choice, Group, ManyValues, ModeArgument
+from models import Fit, LatentFormat, UpscaleMethod
+
+METHODS, FORMATS, FITS = get_args(UpscaleMethod), get_args(LatentFormat), get_args(Fit)
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+NOT_BOTH = mutually_exclusive.rephrased(error="--quiet does not go with --verbose or --debug.")
+
+CONTEXT = cloup.Context.settings(
+    help_option_names=["-h", "--help"],
+    token_normalize_func=normalised,
+    max_content_width=100,
+    formatter_settings=cloup.HelpFormatter.settings(
+        theme=cloup.HelpTheme(
+            heading=cloup.Style(bold=True), invoked_command=cloup.Style(bold=True), col1=cloup.Style(fg=cloup.Color.cyan)
+        )
+    ),
+)
+
+EPILOG = """
+Defaults come from environment variables or from a file named .env, and there are a few settings more:
+docs/configuration.md lists them. Options win over the environment, the environment over .env.
+"""
+
+
+def choice_of(field: str) -> Choice:
+    """The values that a setting takes."""
+    return Choice(get_args(Settings.model_fields[field].annotation))
+
+
+def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | None) -> None:
+    """Print what the shell is to evaluate, and end."""
+    if shell is not None and not ctx.resilient_parsing:
+        click.echo(script(ctx.command, shell), nl=False)
+        ctx.exit()
+
+
+MODE = Group("Mode")
+IMAGES = Group("Images", "standalone")
+MANY = Group("Many images", "standalone")
+PLACE = Group("Where files go", "standalone", "kafka", "inspect", "doctor")
+RESULTS = Group("Results", "standalone", "kafka", "doctor")
+MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor")
+KAFKA = Group("Kafka", "kafka", "dlq-replay", "doctor")
+HEALTH = Group("Health and metrics", "kafka", "health", "doctor")
+DEAD_LETTERS = Group("Dead letters", "dlq-replay")
+PAGE = Group("Latent files", "inspect")
+REPORT = Group("Reports", "inspect", "doctor")
+OUTPUT = Group("Output and logs")
+
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    cloup.argument(
+        "paths",
+        cls=ModeArgument,
+        modes=("standalone", "inspect"),
+        nargs=-1,
+        metavar="[PATH]...",
+        shell_complete=files,
+        help="Images, as with --image-path; in inspect mode, latent files.",
+    ),
+    MODE.option("--mode", type=choice_of("mode"), metavar="MODE", help="See above; standalone is the default."),
+    IMAGES.option(
+        "--image-path",
+        cls=ManyValues,
+        metavar="PATH...",
+        shell_complete=files,
+        help="JPEGs or PNGs to encode: files, folders and quoted patterns such as 'a/*.png'.",
+    ),
+    IMAGES.option("--recursive", is_flag=True, help="Take what is below the folders too."),
+    IMAGES.option(
+        "--input-list", metavar="FILE", shell_complete=files, help="Requests, one JSON object a line; - is standard input."
+    ),
+    IMAGES.option("--request-id", metavar="ID", help="Part of the files' names, for one image; a new UUID if absent."),
+    MANY.option("--force", is_flag=True, help="Encode again what has its files already."),
+    MANY.option("--fail-fast", is_flag=True, help="Stop at the first image that fails."),
+    MANY.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Processes that share the images.",
+    ),
+    PLACE.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; made if absent."),
+    RESULTS.option("--latent-format", metavar="FORMAT", shell_complete=OneOf(FORMATS), help=f"One of {', '.join(FORMATS)}."),
+    RESULTS.option("--upscale-method", metavar="METHOD", shell_complete=OneOf(METHODS), help=f"One of {', '.join(METHODS)}."),
+    RESULTS.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels."),
+    RESULTS.option(
+        "--fit", metavar="FIT", shell_complete=OneOf(FITS), help="crop (default), or exact: sizes with nothing to crop."
+    ),
+    RESULTS.option("--preview", is_flag=True, default=None, help="Write the latent as a picture, beside the scaled image."),
+    RESULTS.option(
+        "--roundtrip", is_flag=True, default=None, help="Decode the latent, write the picture, and measure the difference."
+    ),
+    MODELS.option("--vae-model-name", metavar="NAME", shell_complete=vae_names, help="VAE file in the model folders."),
+    MODELS.option("--model-dir", metavar="DIR", shell_complete=folders, help="Folder searched first for VAE files."),
+    MODELS.option("--comfyui-path", metavar="DIR", shell_complete=folders, help="ComfyUI tree to run instead of ./comfyui."),
+    MODELS.option("--device", type=choice_of("device"), help="Where to run."),
+    MODELS.option("--vae-precision", type=choice_of("vae_precision"), help="Precision of the VAE."),
+    KAFKA.option("--kafka-bootstrap-servers", metavar="HOST:PORT,…", help="Kafka brokers."),
+    KAFKA.option("--request-topic", "kafka_request_topic", metavar="TOPIC", help="Topic of the requests."),
+    KAFKA.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the answers."),
+    KAFKA.option("--dlq-topic", "kafka_dlq_topic", metavar="TOPIC", help="Topic of the dead letters."),
+    KAFKA.option("--consumer-group", "kafka_consumer_group", metavar="GROUP", help="Consumer group of the service."),
+    HEALTH.option("--http-port", metavar="PORT", help="Port of health and metrics; 0 turns it off."),
+    DEAD_LETTERS.option(
+        "--error-code",
+        "error_codes",
+        type=Choice(ErrorCode),
+        metavar="CODE",
+        multiple=True,
+        help="Only those with this code; may be given several times.",
+    ),
+    DEAD_LETTERS.option(
+        "--since",
+        type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z"]),
+        metavar="TIME",
+        help="Only those written at 2026-11-23T12:00:00Z or later.",
+    ),
+    DEAD_LETTERS.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many."),
+    DEAD_LETTERS.option("--dry-run", is_flag=True, help="Send nothing, say what would be sent."),
+    PAGE.option("--html", is_flag=True, help="Write one page with pictures and histograms."),
+    REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
+    OUTPUT.option("--quiet", "-q", is_flag=True, help="Errors only: no progress bar, no summary, no warnings."),
+    OUTPUT.option("--verbose", "-v", is_flag=True, help="Say what is done, as text."),
+    OUTPUT.option("--debug", is_flag=True, help="Say everything, with tracebacks."),
+    OUTPUT.option("--log-level", metavar="LEVEL", shell_complete=OneOf(LEVELS), help=f"One of {', '.join(LEVELS)}."),
+    OUTPUT.option("--log-format", type=choice_of("log_format"), help="How standard error is written."),
+    cloup.option(
+        "--completion",
+        type=Choice(SHELLS),
+        is_eager=True,
+        expose_value=False,
+        callback=show_completion,
+        help='Print completion for a shell, as in eval "$(python main.py --completion bash)".',
+    ),
+    cloup.version_option(VERSION, prog_name=PROG_NAME),
+    cloup.constraint(NOT_BOTH, ["quiet", "verbose"]),
+    cloup.constraint(NOT_BOTH, ["quiet", "debug"]),
+)
+
+
+def all_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Declare the options, in the order above."""
+    for declare in reversed(OPTIONS):
+        function = declare(function)
+    return function

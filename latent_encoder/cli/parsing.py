@@ -1,0 +1,154 @@
+"""How the command line is parsed and how it fails, whatever the options are.
+
+Two things differ from click: an option may take several values one after the other, and each option belongs to some of
+the service's modes.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import click
+import cloup
+
+from config import Settings
+from errors import one_line
+from latent_encoder import colours
+from latent_encoder.cli.completion import COMPLETE_VAR, normalised
+from latent_encoder.streams import complain, drop_unwritten, open_closed_streams
+from latent_encoder.suggestions import closest
+
+EXIT_ERROR_RESPONSE = 1
+EXIT_WRONG_USAGE = 2
+EXIT_SERVICE_FAILED = 3
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class Group(cloup.OptionGroup):
+    """Options under one heading of the help, for some of the modes; for all of them where none is named."""
+
+    def __init__(self, title: str, *modes: str) -> None:
+        super().__init__(f"{title} ({', '.join(modes)})" if modes else title)
+        self.modes = modes
+
+
+class ManyValues(cloup.Option):
+    """An option that takes every word up to the next option, and may be given several times: `--image-path a b`."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, multiple=True, **attributes)
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        """As click's, which would take an option that comes next for the value."""
+        values = super().process_value(ctx, value)
+        if any(value.startswith("-") for value in values):
+            raise click.BadOptionUsage(self.opts[0], f"Option {self.opts[0]!r} requires an argument.", ctx)
+        return values
+
+
+class ModeArgument(cloup.Argument):
+    """A positional argument for some of the modes."""
+
+    def __init__(self, *args: Any, modes: Sequence[str], **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.modes = modes
+
+
+class Choice(click.Choice[Any]):
+    """A choice that says what a mistyped value was meant to be."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        message = super().get_invalid_choice_message(value, ctx)
+        meant = closest(str(value), [self.normalize_choice(choice, ctx) for choice in self.choices])
+        return message if meant is None else f"{message} Did you mean {meant!r}?"
+
+
+class Command(cloup.Command):
+    """A command that knows options with many values, decides on colours once, and shows nobody a traceback unasked."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        args = sys.argv[1:] if args is None else args
+        open_closed_streams()
+        try:
+            return super().main(args, complete_var=COMPLETE_VAR, **extra)
+        except Exception as exc:
+            if "--debug" in args:
+                with suppress(OSError):
+                    traceback.print_exc()
+                fail("Unexpected error, please report it with what stands above.", EXIT_SERVICE_FAILED)
+            what = one_line(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {one_line(exc)}"
+            fail(f"Unexpected error: {what}. Run again with --debug for details.", EXIT_SERVICE_FAILED)
+        finally:
+            drop_unwritten()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.color = colours.forced()
+        repeated = [name for param in self.params if isinstance(param, ManyValues) for name in param.opts]
+        with _wrong_usage_shown():
+            return super().parse_args(ctx, spread(args, repeated))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _wrong_usage_shown():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("Interrupted.", EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _wrong_usage_shown() -> Iterator[None]:
+    """Show wrong usage as click does, which has another status where standard error takes nothing."""
+    try:
+        yield
+    except click.UsageError as exc:
+        with suppress(OSError):
+            exc.show()
+        sys.exit(exc.exit_code)
+
+
+def spread(args: Sequence[str], repeated: Sequence[str]) -> list[str]:
+    """The words with an option's name before each of its values: `--image-path a b` is `--image-path a --image-path b`."""
+    words: list[str] = []
+    option: str | None = None
+    for arg in args:
+        if arg.startswith("-"):
+            option = arg if normalised(arg) in repeated else None
+        elif option is not None and words[-1] is not option:
+            words.append(option)
+        words.append(arg)
+    return words
+
+
+def refuse_options_of_other_modes(ctx: click.Context, settings: Settings) -> None:
+    """Refuse an option on the command line that the mode in force would not heed.
+
+    Raises:
+        click.UsageError: there is one; the text says which mode it is for.
+    """
+    for param in ctx.command.params:
+        modes = _modes_of(param)
+        given = param.name and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
+        if given and modes and settings.mode not in modes:
+            name = param.opts[0] if isinstance(param, click.Option) else param.make_metavar(ctx)
+            raise click.UsageError(f"{name} is for --mode {_listed(modes)}, not for --mode {settings.mode}.")
+
+
+def _modes_of(param: click.Parameter) -> Sequence[str]:
+    if isinstance(param, ModeArgument):
+        return param.modes
+    group = getattr(param, "group", None)
+    return group.modes if isinstance(group, Group) else ()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """End with one line on standard error."""
+    complain(f"Error: {message}")
+    sys.exit(status)

@@ -1,0 +1,50 @@
+"""Checks of the machine: Python and memory. They need no torch."""
+
+from __future__ import annotations
+
+import math
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
+
+OLDEST_PYTHON, TESTED_PYTHONS = (3, 11), ("3.11", "3.12", "3.13")
+
+# What an encode takes at its peak with the full-size VAE in float32 on a CPU: docs/encode_benchmark.png has the curve.
+PEAK_AT_MEGAPIXELS, PEAK_GB = (1.0, 4.0, 16.0), (1.4, 1.9, 4.4)
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of control groups, version 2: docs.kernel.org/admin-guide/cgroup-v2.html
+
+
+def check_python(_: Installation) -> Iterator[Check]:
+    """The version that runs this."""
+    version = platform.python_version()
+    found = f"{version}, {sys.executable}"
+    if sys.version_info < OLDEST_PYTHON:
+        yield cross("python", found, "Install Python 3.11 or newer and run ./setup_comfyui.sh.")
+    else:
+        tested = version.rpartition(".")[0] in TESTED_PYTHONS
+        yield tick("python", found if tested else f"{found} (tested: {', '.join(TESTED_PYTHONS)})")
+
+
+def check_memory(installation: Installation) -> Iterator[Check]:
+    """What is available, against what an encode of MEGAPIXELS needs on a CPU."""
+    megapixels = installation.settings.megapixels
+    needed = float(np.interp(megapixels, PEAK_AT_MEGAPIXELS, PEAK_GB))
+    available = min(psutil.virtual_memory().available, _container_limit()) / 1e9
+    found = f"{available:.1f} GB available; MEGAPIXELS={megapixels:g} takes about {needed:.1f} GB to encode on a CPU"
+    if available < needed:
+        yield warning("memory", found, "End other programs, ask for fewer megapixels, or give the container more memory.")
+    else:
+        yield tick("memory", found)
+
+
+def _container_limit() -> float:
+    """What the container's control group allows, in bytes; infinite where it says nothing."""
+    text = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
+    return math.inf if text == "max" else float(text)

@@ -1,0 +1,76 @@
+"""An image from its path to the pixels that LoadImage gives, with notes on what LoadImage changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from errors import EncodingFailed, ImageInvalid, SetupError, translated
+from latent_encoder.comfy_runtime import ComfyRuntime
+from latent_encoder.geometry import Size
+from latent_encoder.images.features import ImageNote, Orientation
+from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_image
+from latent_encoder.trial import try_load_image
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """An image as LoadImage gives it."""
+
+    pixels: torch.Tensor
+    """Float32 `[1, height, width, 3]` in [0, 1], on the CPU."""
+    sha256: str
+    """Of the file's bytes."""
+    notes: tuple[ImageNote, ...]
+    """What LoadImage did beyond decoding; the codes are in API.md."""
+
+
+def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedImage:
+    """Check the image file at `path` and load it with LoadImage.
+
+    Raises:
+        AccessDenied, ImageNotFound, ImageInvalid: as `images.read_image`; `ImageInvalid` too if this ComfyUI cannot decode it.
+        EncodingFailed: LoadImage fails on every image, memory ran out, or there is no room to hand the file over.
+    """
+    with PILLOW_LOCK, quiet_pillow():
+        source = read_image(path, limits)
+        try:
+            with translated(ImageInvalid, f"ComfyUI {runtime.version} cannot load the image file {path}"):
+                pixels = runtime.load_image(source.data, source.ending)
+                notes = tuple(_notes(runtime, source, pixels))
+        except ImageInvalid:
+            _blame_the_tree_if_it_is_at_fault(runtime)
+            raise
+    return LoadedImage(pixels[:1], source.sha256, notes)
+
+
+def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
+    """Raise EncodingFailed where LoadImage fails on a picture that it has loaded before."""
+    try:
+        try_load_image(runtime)
+    except SetupError as exc:
+        raise EncodingFailed(str(exc)) from exc
+
+
+def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> Iterator[ImageNote]:
+    loaded = Size(width=pixels.shape[2], height=pixels.shape[1])
+    if source.size not in (loaded, loaded.swapped):
+        raise ValueError(f"it has {source.size} by its header, and {loaded} after decoding")
+    several = pixels.shape[0] > 1
+    for feature in source.features:
+        note = runtime.note(feature)
+        if isinstance(feature, Orientation):
+            note = _seen_in_sizes(feature, source.size, loaded) or note
+        if note is not None:
+            yield note
+        several = several and note != "first_frame_used"
+    if several:
+        yield "first_frame_used"
+
+
+def _seen_in_sizes(orientation: Orientation, header: Size, loaded: Size) -> ImageNote | None:
+    """The note where the image was not turned at all, whatever became of the small picture; None where sizes do not tell."""
+    not_turned = orientation.swaps_sides and header.width != header.height and loaded == header
+    return "exif_orientation_ignored" if not_turned else None

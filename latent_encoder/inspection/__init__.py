@@ -1,0 +1,148 @@
+"""`--mode inspect`: shows what latent files hold, and writes the picture of each and, where asked for, a page.
+
+With `as_json`, one object a line for each file. `file` (as it was named), `ok` and `error` are always there; where `error` is
+not null, the file cannot be read as a latent, and nothing else is said. Else: `format`, `shape`, `dtype`, `finite`,
+`channels` (each `mean`, `deviation`, `minimum`, `maximum`, `finite`; over what is finite), `latent_space` and
+`latent_space_guessed`, `hashes` (`ok`, `differs` or `missing` for each of `latent`, `scaled_image`, `preview`, `roundtrip`
+that the metadata names), `metadata` or null, `metadata_note` (why there is none), and the paths `preview` and `page`, null
+where there is none.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from config import Settings
+from errors import LatentUnreadable, RequestError
+from latent_encoder import colours
+from latent_encoder.access import AllowedFolders
+from latent_encoder.inspection.findings import Inspection, inspect_latent
+from latent_encoder.inspection.pictures import Painter
+from latent_encoder.inspection.text import as_json as json_line
+from latent_encoder.inspection.text import as_text, drawing, printable, unreadable_as_json
+from latent_encoder.outputs.files import StagedFiles, open_output_folder
+from latent_encoder.streams import complain
+
+EXIT_PROBLEM = 1
+EXIT_USAGE = 2
+
+
+def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, echo: Callable[[str], None]) -> int:
+    """Inspect each file and show it by `echo`; what is wrong goes to standard error, a line each.
+
+    Returns the exit status: 0 where all is well; 1 where a file cannot be read as a latent, a hash differs, a file is missing,
+    a value is not finite, or a page cannot be written; 2 where no file is named, or two whose pictures would be one file.
+    """
+    output_dir = Path(settings.output_dir) if "output_dir" in settings.model_fields_set else None
+    if reason := _wrong_usage(paths, output_dir):
+        _complain("Error", reason)
+        return EXIT_USAGE
+    inspector = Inspector(settings, output_dir, html=html, as_json=as_json, echo=echo)
+    fine = [inspector.show(Path(path)) for path in paths]
+    return 0 if all(fine) else EXIT_PROBLEM
+
+
+def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:
+    if not paths:
+        return "Inspect mode needs latent files: python main.py --mode inspect FILE"
+    name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
+    if output_dir is not None and count > 1:
+        return f"{count} files are named {name}, and what is written of one would replace the other's in {output_dir}."
+    return None
+
+
+class Inspector:
+    """Shows one file after the other."""
+
+    def __init__(
+        self, settings: Settings, output_dir: Path | None, *, html: bool, as_json: bool, echo: Callable[[str], None]
+    ) -> None:
+        self._output_dir = output_dir
+        self._allowed = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
+        self._html = html
+        self._as_json = as_json
+        self._echo = echo
+        self._draws = not as_json and _draws_in_colour()
+        self._painter = Painter(settings, warn=lambda text: _complain("Warning", text))
+
+    def show(self, path: Path) -> bool:
+        """Show the file, and write its preview and its page; whether all is well with it."""
+        try:
+            inspection = inspect_latent(path)
+        except LatentUnreadable as exc:
+            if self._as_json:
+                self._echo(unreadable_as_json(path, str(exc)))
+            _complain("Error", str(exc))
+            return False
+        preview = self._preview(inspection)
+        page, page_problem = self._page(inspection) if self._html else (None, None)
+        shown = json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n"
+        # A name may have letters that a terminal of another encoding than UTF-8 lacks.
+        self._echo(shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+        if self._draws:
+            self._draw(inspection)
+        problems = [*inspection.problems, *([page_problem] if page_problem else [])]
+        for problem in problems:
+            _complain("Error", f"{path}: {problem}")
+        return not problems
+
+    def _preview(self, inspection: Inspection) -> Path | None:
+        """Where the preview is: it is written where it is not there, or not whole. None where that cannot be done."""
+        place = self._place(inspection.files.preview)
+        if self._output_dir is None and self._painter.whole(inspection, "preview") is not None:
+            return place
+        data = self._painter.preview(inspection)
+        if data is None:
+            return None
+        try:
+            self._write(place, data)
+        except RequestError as exc:
+            _complain(
+                "Warning", f"{inspection.files.latent}: no preview was written. {exc} --output_dir names another folder."
+            )
+            return None
+        return place
+
+    def _page(self, inspection: Inspection) -> tuple[Path | None, str | None]:
+        """Where the page was written, or why it was not."""
+        from latent_encoder.inspection.page import as_page  # jinja2 is for pages alone
+
+        latent = inspection.files.latent
+        place = self._place(latent.with_name(f"{latent.name}.html"))
+        try:
+            self._write(place, as_page(inspection, self._painter).encode())
+        except RequestError as exc:
+            return None, f"no page was written. {exc} --output_dir names another folder."
+        return place, None
+
+    def _draw(self, inspection: Inspection) -> None:
+        picture = self._painter.picture(inspection)
+        if picture is not None:
+            terminal = shutil.get_terminal_size()
+            self._echo(drawing(picture, terminal.columns, terminal.lines - 2) + "\n")
+
+    def _place(self, beside: Path) -> Path:
+        return beside if self._output_dir is None else self._output_dir / beside.name
+
+    def _write(self, place: Path, data: bytes) -> None:
+        """Write a file so that it appears whole.
+
+        Raises:
+            AccessDenied, OutputDirNotWritable: it cannot be written there.
+        """
+        with open_output_folder(place.parent, self._allowed) as folder, StagedFiles(folder) as staged:
+            staged.add(place.name, data)
+            staged.publish()
+
+
+def _draws_in_colour() -> bool:
+    """Whether standard output takes colours, and the characters that the drawing is made of."""
+    return colours.wanted(sys.stdout) and sys.stdout.encoding.lower().startswith("utf")
+
+
+def _complain(kind: str, text: str) -> None:
+    complain(f"{kind}: {printable(text)}")

@@ -1,0 +1,95 @@
+"""The pictures of a latent: those beside it, and the one that ComfyUI's factors make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from io import BytesIO
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from config import Settings
+from errors import ImageInvalid, ImageNotFound, SetupError
+from latent_encoder.access import ANYWHERE
+from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
+from latent_encoder.geometry import Box, Size, latent_crop
+from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_image
+from latent_encoder.inspection.findings import Inspection
+from latent_encoder.outputs.files import png_bytes
+from latent_encoder.outputs.preview import latent_picture, preview_image
+
+PictureName = Literal["scaled_image", "preview", "roundtrip"]
+
+USUAL_FACTOR = 8  # pixels to a cell, where nothing says how many
+
+
+class Painter:
+    """Pictures of latents. ComfyUI is loaded for the first one that needs it; where it cannot be, there are none."""
+
+    def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
+        self._settings = settings
+        # A preview has two pictures beside each other.
+        self._limits = ImageLimits(ANYWHERE, 2 * settings.max_image_bytes, 2 * settings.max_image_pixels)
+        self._warn = warn
+        # Of the file in hand, it is needed for up to three things.
+        self.picture = lru_cache(maxsize=1)(self._picture)
+
+    def whole(self, inspection: Inspection, name: PictureName) -> bytes | None:
+        """The bytes of that picture; None where it is not there, damaged, or not the one that the metadata names."""
+        if inspection.state_of(name) == "differs":
+            return None
+        try:
+            with PILLOW_LOCK:
+                return read_image(str(getattr(inspection.files, name)), self._limits).data
+        except (ImageNotFound, ImageInvalid):
+            return None
+
+    def preview(self, inspection: Inspection) -> bytes | None:
+        """The preview as a PNG: the scaled image at the left, where that is there and fits, the latent at the right."""
+        picture = self.picture(inspection)
+        if picture is None:
+            return None
+        scaled = self._scaled_image(inspection)
+        crop = fitting_crop(inspection, Size(scaled.shape[2], scaled.shape[1])) if scaled is not None else None
+        return png_bytes(preview_image(picture, scaled if crop else None, crop, USUAL_FACTOR))
+
+    def _picture(self, inspection: Inspection) -> torch.Tensor | None:
+        """The first latent of the file as a picture, `[1, height, width, 3]`, a pixel a cell; None without ComfyUI."""
+        if self._runtime is None:
+            return None
+        return latent_picture(self._runtime, inspection.latent[:1].float(), inspection.space.name)
+
+    @cached_property
+    def _runtime(self) -> ComfyRuntime | None:
+        try:
+            return load_runtime(self._settings.comfyui_path, self._settings.device, self._settings.vae_precision)
+        except SetupError as exc:
+            self._warn(f"No pictures of latents, which take ComfyUI's colours. {exc}")
+            return None
+
+    def _scaled_image(self, inspection: Inspection) -> torch.Tensor | None:
+        data = self.whole(inspection, "scaled_image")
+        if data is None:
+            return None
+        with Image.open(BytesIO(data)) as image:
+            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            return pixels.view(1, image.height, image.width, 3).float() / 255
+
+
+def fitting_crop(inspection: Inspection, scaled: Size) -> Box | None:
+    """The part of a scaled image that the latent covers; None where the image is of another latent."""
+    metadata = inspection.metadata
+    if metadata is not None and metadata.latent_shape == tuple(inspection.latent.shape):
+        fits = metadata.scaled_image_shape[:2] == (scaled.height, scaled.width)
+        return Box(*metadata.crop) if fits else None
+    height, width = inspection.latent.shape[-2:]
+    factor = _factor(scaled.width, width)
+    crop = latent_crop(scaled, factor)
+    return crop if crop.size == Size(width * factor, height * factor) else None
+
+
+def _factor(pixels: int, cells: int) -> int:
+    """The power of two that VAEs have: the largest with which so many cells do not exceed so many pixels."""
+    return 1 << max(pixels // cells, 1).bit_length() - 1

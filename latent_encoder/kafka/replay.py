@@ -1,0 +1,188 @@
+"""`--mode dlq-replay`: sends dead letters back to the topic they came from, as they were, each once in a run.
+
+The dead letters stay in their topic, which is read from its start to where it ended when the run began. What is sent is
+neither lost nor doubled when the connection breaks: the producer is idempotent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from config import Settings
+from errors import ErrorCode, KafkaFailed
+from latent_encoder.kafka.connection import Connection, failure
+from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
+from latent_encoder.kafka.publishers import produce
+from latent_encoder.kafka.records import (
+    ERROR_CODE,
+    ERROR_MESSAGE,
+    ORIGINAL_OFFSET,
+    ORIGINAL_PARTITION,
+    ORIGINAL_TOPIC,
+    Incoming,
+    Outgoing,
+    revived,
+)
+
+CONNECT_TIMEOUT_S = 10.0
+POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which dead letters to send back."""
+
+    error_codes: frozenset[ErrorCode] = frozenset()
+    """Those with one of these codes; all where it is empty."""
+    since: datetime | None = None
+    """Those written at that time or later."""
+    limit: int | None = None
+    """At most so many."""
+
+    def takes(self, record: Incoming) -> bool:
+        """Whether the record is one of them, but for the limit."""
+        code = dict(record.headers).get(ERROR_CODE) or b""
+        written = record.timestamp or 0
+        return (not self.error_codes or code.decode() in self.error_codes) and (
+            self.since is None or written >= self.since.timestamp() * 1000
+        )
+
+
+@dataclass
+class Tally:
+    """What a run did, in records."""
+
+    read: int = 0
+    foreign: int = 0
+    """Records of that topic that are no dead letters of this service."""
+    chosen: int = 0
+    sent: int = 0
+    refused: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.read} read, {self.foreign} foreign, {self.chosen} chosen, {self.sent} sent, {self.refused} refused"
+
+
+@dataclass
+class Replay:
+    """One run; `report` gets a line of JSON for each dead letter that was chosen."""
+
+    settings: Settings
+    selection: Selection
+    dry_run: bool
+    report: Callable[[str], None]
+    tally: Tally = field(default_factory=Tally)
+    _unreported: list[str] = field(default_factory=list)
+
+    def run(self) -> Tally:
+        """Send them back and wait until every one is acknowledged.
+
+        Raises:
+            SettingsError: librdkafka refuses a property.
+            KafkaFailed: the broker cannot be reached, refuses access, or has no such topic.
+            Exception: what `report` raised. What was sent until then is acknowledged, and counted in the tally.
+        """
+        connection = Connection(self.settings.kafka_bootstrap_servers)
+        callbacks = {"error_cb": connection.on_error}
+        settings = self.settings
+        group = {"group.id": f"{settings.kafka_consumer_group}-dlq-replay", "enable.partition.eof": True}
+        consumer = make_client(Consumer, consumer_properties(settings) | group | callbacks, settings)
+        producer = make_client(Producer, producer_properties(settings, transactional=False) | callbacks, settings)
+        try:
+            for record, original in self._dead_letters(consumer, connection):
+                self._send(producer, record, original)
+                producer.poll(0)
+                self._report()
+        finally:
+            consumer.close()
+            while producer.flush(POLL_S) and connection.fatal is None:
+                pass
+        self._report()
+        connection.check()
+        return self.tally
+
+    def _dead_letters(self, consumer: Consumer, connection: Connection) -> Iterator[tuple[Incoming, Outgoing]]:
+        """Those chosen, each with its original, of every partition, up to where it ended when the run began."""
+        ends = self._assign(consumer, connection)
+        while ends and self.tally.chosen != self.selection.limit:
+            message = consumer.poll(POLL_S)
+            connection.check()
+            if message is None:
+                continue
+            if self._is_past_end(message, ends):
+                ends.pop(message.partition() or 0, None)
+                continue
+            record = Incoming.of(message)
+            self.tally.read += 1
+            original = revived(record)
+            if original is None:
+                self.tally.foreign += 1
+            elif self.selection.takes(record):
+                self.tally.chosen += 1
+                yield record, original
+
+    def _is_past_end(self, message: Message, ends: dict[int, int]) -> bool:
+        error = message.error()
+        if error is not None:
+            if error.code() != KafkaError._PARTITION_EOF:
+                raise failure(f"Cannot read topic {self.settings.kafka_dlq_topic}", error)
+            return True
+        return (message.offset() or 0) >= ends.get(message.partition() or 0, 0)
+
+    def _assign(self, consumer: Consumer, connection: Connection) -> dict[int, int]:
+        """Read every partition from its start; gives the offset at which each that is not empty ends now."""
+        topic = self.settings.kafka_dlq_topic
+        try:
+            partitions = consumer.list_topics(topic, timeout=CONNECT_TIMEOUT_S).topics[topic].partitions
+            marks = {n: consumer.get_watermark_offsets(TopicPartition(topic, n), CONNECT_TIMEOUT_S) for n in partitions}
+        except KafkaException as exc:
+            consumer.poll(0)  # for its callback, which knows whether access was refused
+            connection.check()
+            raise failure(f"Cannot read topic {topic} at {self.settings.kafka_bootstrap_servers}", exc.args[0]) from exc
+        if not partitions:
+            raise KafkaFailed(f"Topic {topic} does not exist; KAFKA_DLQ_TOPIC or --dlq-topic names another.")
+        filled = {n: mark for n, mark in marks.items() if mark[0] < mark[1]}
+        consumer.assign([TopicPartition(topic, n, low) for n, (low, _) in filled.items()])
+        return {n: high for n, (_, high) in filled.items()}
+
+    def _send(self, producer: Producer, record: Incoming, original: Outgoing) -> None:
+        if self.dry_run:
+            self._say(record, "would be sent")
+            return
+
+        def delivered(_: Outgoing, error: KafkaError | None) -> None:
+            if error is None:
+                self.tally.sent += 1
+                self._say(record, "sent")
+            else:
+                self.tally.refused += 1
+                self._say(record, "refused", reason=error.str())
+
+        while True:
+            try:
+                produce(producer, original, delivered)
+            except BufferError:
+                producer.poll(POLL_S)  # its queue is full
+            else:
+                return
+
+    def _say(self, record: Incoming, action: str, **more: str) -> None:
+        headers = {name: (value or b"").decode(errors="replace") for name, value in record.headers}
+        line = {
+            "action": action,
+            "dead_letter": f"{record.topic}/{record.partition}/{record.offset}",
+            "request": "/".join(headers[name] for name in (ORIGINAL_TOPIC, ORIGINAL_PARTITION, ORIGINAL_OFFSET)),
+            "error_code": headers[ERROR_CODE],
+            "error_message": headers[ERROR_MESSAGE],
+        }
+        self._unreported.append(json.dumps(line | more, ensure_ascii=False))
+
+    def _report(self) -> None:
+        """Report what became of records. Not in librdkafka's callbacks: what is raised there would end the flush."""
+        while self._unreported:
+            self.report(self._unreported.pop(0))

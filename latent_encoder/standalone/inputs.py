@@ -1,0 +1,179 @@
+"""Which images a standalone run encodes: what paths, folders, globs and lists of requests come to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import NAMESPACE_URL, uuid5
+
+from errors import LatentEncoderError, MessageUnusable, RequestError
+from latent_encoder.access import absolute
+from latent_encoder.standalone.selection import ImageSelection
+from models import EncodeRequest, ErrorResponse, read_fields, request_id_of, usable_text
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files in folders; of a file that is named, the content decides
+OUR_PICTURES = ("scaled_image_", "preview_", "roundtrip_")  # how the names of what outputs/files.py names begin
+STDIN = "-"
+IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The answer to what is no request that can be tried."""
+
+    response: ErrorResponse
+    correlation_id: str | None = None
+
+    @classmethod
+    def of(cls, error: RequestError, fields: Mapping[str, Any]) -> Refusal:
+        response = ErrorResponse.of(error, request_id_of(fields), datetime.now(UTC))
+        return cls(response, usable_text(fields, "correlation_id"))
+
+
+Item = EncodeRequest | Refusal
+
+
+class UnusableInputs(LatentEncoderError):
+    """A folder or a pattern holds no image, a list cannot be read, or one id is for several images; the text says which."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The images of a run, in order. `total` is None where it is not known before the last one came."""
+
+    items: Iterable[Item]
+    total: int | None
+    single: bool
+    """Whether one image was named by its own path, and that was all."""
+
+
+def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
+    """What the command line selects; `fields` are the request's fields that it gives, `defaults` the settings'.
+
+    Requests without an id get one made of what they ask for, so that a run that is started again finds its files; a
+    single image gets a new one.
+
+    Raises:
+        UnusableInputs: a folder or a pattern holds none, the list cannot be read, or a request id is given for several.
+    """
+    defaults = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
+    if len(selection.paths) == 1 and not _stands_for_several(selection.paths[0]):
+        return Inputs([_item({**fields, "image_path": selection.paths[0]}, defaults)], total=1, single=True)
+    if fields.get("request_id") is not None:
+        raise UnusableInputs("--request-id is for one image; leave it out, and each image gets an id of its own.")
+    if selection.input_list is not None:
+        return _of_list(selection.input_list, defaults)
+    paths = find_images(selection.paths, recursive=selection.recursive, output_dir=str(defaults["output_dir"]))
+    items = [_lasting_item({**fields, "image_path": path}, defaults) for path in paths]
+    return Inputs(items, total=len(items), single=False)
+
+
+def find_images(paths: Sequence[str], *, recursive: bool, output_dir: str) -> list[str]:
+    """The files that the paths stand for, each once: a folder's and a glob's sorted by name, a file as it is named.
+
+    What this service wrote into `output_dir` is left out of folders and globs.
+
+    Raises:
+        UnusableInputs: a folder or a pattern holds none, or cannot be read.
+    """
+    outputs = Path(os.path.realpath(output_dir))  # no Path.resolve(), which raises for a loop of symlinks before Python 3.13
+    found: dict[str, None] = {}
+    for path in paths:
+        if not _stands_for_several(path):
+            found[path] = None
+            continue
+        with _readable(path):
+            images = [file for file in _matching(path, recursive=recursive) if not _is_output(file, outputs)]
+        if not images:
+            raise UnusableInputs(_nothing_in(path, recursive=recursive))
+        found.update(dict.fromkeys(map(str, images)))
+    return list(found)
+
+
+def _stands_for_several(path: str) -> bool:
+    """A folder, or a pattern; a file whose name looks like one is that file."""
+    place = Path(path)
+    try:
+        return place.is_dir() or (has_magic(path) and not place.exists())
+    except (OSError, ValueError):
+        return False  # too long a name, a NUL byte: the answer says so
+
+
+def _matching(path: str, *, recursive: bool) -> list[Path]:
+    folder = Path(path)
+    if folder.is_dir():
+        return sorted(_images_in(folder, recursive=recursive))
+    places = [Path(match) for match in sorted(glob(path, recursive=True))]  # noqa: PTH207  # absolute patterns too
+    folders = [image for place in places if recursive and place.is_dir() for image in _images_in(place, recursive=True)]
+    return [place for place in places if place.is_file()] + sorted(folders)
+
+
+def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
+    for file in folder.rglob("*") if recursive else folder.iterdir():
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file():
+            yield file
+
+
+def _is_output(file: Path, outputs: Path) -> bool:
+    return file.name.startswith(OUR_PICTURES) and file.parent.resolve() == outputs
+
+
+def _nothing_in(path: str, *, recursive: bool) -> str:
+    if not Path(path).is_dir():
+        return f"No file matches {path}"
+    hint = "" if recursive else "; --recursive looks in the folders below it too"
+    return f"No JPEG or PNG in the folder {path}{hint}"
+
+
+def _of_list(name: str, defaults: Mapping[str, Any]) -> Inputs:
+    with _readable(name):
+        if name == STDIN:
+            return Inputs(_items_of_lines("standard input", sys.stdin.buffer, defaults), total=None, single=False)
+        lines = Path(name).read_bytes().splitlines()
+    return Inputs(_items_of_lines(name, lines, defaults), total=sum(map(bool, map(bytes.strip, lines))), single=False)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as exc:
+        raise UnusableInputs(f"Cannot read {name} ({getattr(exc, 'strerror', None) or exc})") from exc
+
+
+def _items_of_lines(name: str, lines: Iterable[bytes] | BinaryIO, defaults: Mapping[str, Any]) -> Iterator[Item]:
+    """A request of each line that is not empty, as it is read."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = read_fields(line)
+        except MessageUnusable as exc:
+            yield Refusal.of(MessageUnusable(f"Line {number} of {name}: {exc}"), {})
+        else:
+            yield _lasting_item(fields, defaults)
+
+
+def _item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Item:
+    try:
+        return EncodeRequest.from_fields(fields, defaults)
+    except RequestError as exc:
+        return Refusal.of(exc, fields)
+
+
+def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Item:
+    """As `_item`, but an id that is absent is the same each time the same is asked for."""
+    item = _item(fields, defaults)
+    if isinstance(item, Refusal) or fields.get("request_id") is not None:
+        return item
+    asked = item.model_dump_json(
+        include=IN_LASTING_IDS | ({"fit"} if item.fit != "crop" else set())
+    )  # as before `fit` was added
+    return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, f"{absolute(item.image_path)} {asked}"))})

@@ -1,0 +1,124 @@
+"""OpenTelemetry traces of Kafka mode: a span for each request, joined to the trace in its headers, with a child per step.
+
+Optional: without `opentelemetry-api` there is nothing, and without configuration its spans go nowhere. The configuration is
+OpenTelemetry's own: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from config import VERSION, SettingsError
+from errors import RequestError
+from latent_encoder.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+try:
+    from opentelemetry import propagate, trace
+except ImportError:
+    INSTALLED = False
+else:
+    INSTALLED = True
+
+log = get_logger("latent_encoder.tracing")
+
+NAME = "latent-encoder"
+CONFIGURED_BY = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+FLUSH_MS = 5000
+
+# The names under which OpenTelemetry's packages offer their exporters, for OTEL_EXPORTER_OTLP_PROTOCOL.
+OTLP = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
+
+
+@contextmanager
+def exported() -> Iterator[None]:
+    """Send spans where OpenTelemetry's environment variables say, and at the end of the context what was not sent yet.
+
+    Raises:
+        SettingsError: the exporter that they name is not installed.
+    """
+    _set_up()
+    try:
+        yield
+    finally:
+        if INSTALLED and hasattr(provider := trace.get_tracer_provider(), "force_flush"):
+            provider.force_flush(FLUSH_MS)
+
+
+def _set_up() -> None:
+    """Configure the SDK, unless somebody did that already, `opentelemetry-instrument` for one."""
+    if not any(os.environ.get(name) for name in CONFIGURED_BY):
+        return
+    try:
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        log.warning("tracing is configured but not installed: pip install opentelemetry-sdk and an exporter")
+        return
+    if isinstance(trace.get_tracer_provider(), TracerProvider):
+        return
+    defaults = Resource({"service.name": NAME, "service.version": VERSION})
+    provider = TracerProvider(resource=defaults.merge(OTELResourceDetector().detect()))
+    for exporter in _exporters():
+        provider.add_span_processor(BatchSpanProcessor(exporter()))
+    trace.set_tracer_provider(provider)
+
+
+def _exporters() -> Iterator[type]:
+    protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+    for name in (os.environ.get("OTEL_TRACES_EXPORTER") or "otlp").split(","):
+        wanted = OTLP.get(protocol, protocol) if name.strip() == "otlp" else name.strip()
+        if wanted == "none":
+            continue
+        found = next(iter(entry_points(group="opentelemetry_traces_exporter", name=wanted)), None)
+        if found is None:
+            raise SettingsError(
+                f"OTEL_TRACES_EXPORTER: no exporter {wanted!r} is installed; "
+                f"pip install opentelemetry-exporter-{wanted.replace('_', '-')}, or set it to none."
+            )
+        yield found.load()
+
+
+def begin(name: str, headers: Iterable[tuple[str, bytes | None]], attributes: Mapping[str, str | int]) -> Span | None:
+    """The span of a request, a child of the one in its record's headers. None where OpenTelemetry is not installed."""
+    if not INSTALLED:
+        return None
+    parent = propagate.extract({key: value.decode("utf-8", "replace") for key, value in headers if value is not None})
+    return trace.get_tracer(NAME, VERSION).start_span(name, parent, trace.SpanKind.CONSUMER, dict(attributes))
+
+
+@contextmanager
+def within(span: Span | None) -> Iterator[None]:
+    """Make the spans that begin in this thread children of that one."""
+    if span is None:
+        yield
+        return
+    with trace.use_span(span, record_exception=False, set_status_on_exception=False):
+        yield
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """A step of the request at hand; it fails with whatever is raised."""
+    if not INSTALLED or not trace.get_current_span().get_span_context().is_valid:
+        yield
+        return
+    with trace.get_tracer(NAME, VERSION).start_as_current_span(name):
+        yield
+
+
+def end(span: Span | None, error: RequestError | None) -> None:
+    """The request ended, with an error where there is one."""
+    if span is None:
+        return
+    if error is not None:
+        span.set_attribute("error.type", error.code)
+        span.set_status(trace.StatusCode.ERROR, str(error))
+    span.end()

@@ -1,0 +1,394 @@
+"""Input images: what is accepted, what is refused and with which words, and what is noted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, ImageOps
+from safetensors.torch import load_file
+
+from config import Settings
+from errors import ErrorCode, ImageInvalid, ImageNotFound
+from fuzz import jpegs
+from latent_encoder.access import ANYWHERE
+from latent_encoder.images.features import FurtherPictures
+from latent_encoder.images.jpeg_markers import scans
+from latent_encoder.images.source import MAX_JPEG_SCANS, PILLOW_LOCK, ImageLimits, read_image
+from models import ErrorResponse
+from service import LatentEncoder
+from tests.helpers import IMAGES, Encode, load_latent, request_for, stock
+from tests.trees import IS_PINNED
+
+pytestmark = pytest.mark.core
+
+LIMITS = ImageLimits(ANYWHERE, max_bytes=1_000_000, max_pixels=1_000_000)
+
+REFUSED = {
+    "empty.png": "is empty",
+    "text.png": "is not a JPEG or PNG, nor any other image",
+    "truncated.png": "is damaged",
+    "truncated.jpg": "is damaged",
+    "cut_after_20_bytes.png": "is damaged",
+    "bad_checksum.png": "is damaged",
+    "animated.png": "is animated, 2 frames",
+    "decompression_bomb.png": "more than MAX_IMAGE_PIXELS=89478485 pixels",
+    "tiff_named.png": "is not a JPEG or PNG, its content is TIFF",
+    "gif_named.png": "is not a JPEG or PNG, its content is GIF",
+    "webp_named.png": "is not a JPEG or PNG, its content is WEBP",
+    "bmp_named.png": "is not a JPEG or PNG, its content is BMP",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_file_that_is_no_proper_image_is_refused(name: str, answer: Encode, tmp_path: Path) -> None:
+    """IMAGE_INVALID with what is wrong and the file's path, and not one file is written."""
+    response = answer(name)
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == ErrorCode.IMAGE_INVALID
+    assert REFUSED[name] in response.error_message
+    assert str(IMAGES / name) in response.error_message
+    assert list(tmp_path.iterdir()) == []
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def dangling_link(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere.png"))
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def nothing(path: Path) -> None:
+    del path
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "words"),
+    [
+        (nothing, ErrorCode.IMAGE_NOT_FOUND, "Image file not found"),
+        (dangling_link, ErrorCode.IMAGE_NOT_FOUND, "Image file not found"),
+        (folder, ErrorCode.IMAGE_INVALID, "is a folder"),
+        (pipe, ErrorCode.IMAGE_INVALID, "is not a regular file"),
+        (link_to_itself, ErrorCode.IMAGE_INVALID, "cannot be read"),
+    ],
+)
+def test_path_without_a_readable_file_is_answered(
+    make: Callable[[Path], None], code: ErrorCode, words: str, answer: Encode, tmp_path: Path
+) -> None:
+    """Nothing that a path can lead to is waited for or raises; the message has the path."""
+    path = tmp_path / "input.png"
+    make(path)
+    response = answer(path)
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == code
+    assert words in response.error_message
+    assert str(path) in response.error_message
+
+
+def test_path_through_a_file_is_not_found(answer: Encode) -> None:
+    """`photo.jpg/x.png` does not exist, whatever errno the system has for it."""
+    assert answer("photo.jpg/x.png").error_code == ErrorCode.IMAGE_NOT_FOUND
+
+
+def test_pixel_limit_is_checked() -> None:
+    """A limit below the image's size refuses it and says both; at the limit it is accepted."""
+    path = str(IMAGES / "photo.jpg")
+    with pytest.raises(ImageInvalid, match=r"MAX_IMAGE_PIXELS=6143 pixels.*96 x 64 px"):
+        read_image(path, replace(LIMITS, max_pixels=96 * 64 - 1))
+    assert read_image(path, replace(LIMITS, max_pixels=96 * 64)).features == ()
+
+
+def test_byte_limit_is_checked() -> None:
+    """Likewise, before a byte is read."""
+    path = IMAGES / "photo.jpg"
+    size = path.stat().st_size
+    with pytest.raises(ImageInvalid, match=rf"has {size} bytes, more than MAX_IMAGE_BYTES={size - 1}; .*: {path}$"):
+        read_image(str(path), replace(LIMITS, max_bytes=size - 1))
+    assert read_image(str(path), replace(LIMITS, max_bytes=size)).data == path.read_bytes()
+
+
+def test_service_has_the_byte_limit_of_its_settings(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
+    """MAX_IMAGE_BYTES."""
+    limited = LatentEncoder(settings.model_copy(update={"max_image_bytes": 100}), encoder.runtime)
+    response = limited.answer(request_for(settings, tmp_path, "photo.jpg", {}))
+    assert isinstance(response, ErrorResponse)
+    assert response.error_code == ErrorCode.IMAGE_INVALID
+    assert "more than MAX_IMAGE_BYTES=100" in response.error_message
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system has no file with more bytes than it states")
+def test_file_is_not_read_beyond_its_size() -> None:
+    """One that grows while it is read; those in /proc state 0 bytes and have many."""
+    with pytest.raises(ImageInvalid, match="grew while it was read"):
+        read_image("/proc/self/smaps", LIMITS)
+
+
+def test_what_is_no_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """However often a request names a folder or a pipe."""
+    pipe(tmp_path / "pipe")
+    before = len(list(Path("/dev/fd").iterdir()))
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "nothing", "/"):
+        with pytest.raises((ImageInvalid, ImageNotFound)):
+            read_image(str(path), LIMITS)
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+BOMB = zlib.compress(bytes(100_000_000), 9)  # a tenth of a megabyte
+HIDDEN = {
+    "colour profile": chunk(b"iCCP", b"profile\0\0" + BOMB),
+    "compressed text": chunk(b"zTXt", b"text\0\0" + BOMB),
+    "international text": chunk(b"iTXt", b"text\0\1\0\0\0" + BOMB),
+    "many texts": 70 * chunk(b"zTXt", b"text\0\0" + zlib.compress(bytes(1_000_000), 9)),
+}
+
+
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_bomb_beside_the_pixels_is_refused(name: str, place: bytes, answer: Encode, tmp_path: Path) -> None:
+    """What a small PNG has compressed in it before or after its pixels does not fill the memory either."""
+    before, after = (IMAGES / "rgba.png").read_bytes().split(place, 1)
+    image = tmp_path / "bomb.png"
+    image.write_bytes(before[:-4] + HIDDEN[name] + before[-4:] + place + after)
+    tracemalloc.start()
+    response = answer(image)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (response.error_code, list(tmp_path.iterdir())) == (ErrorCode.IMAGE_INVALID, [image])
+    assert peak < 80_000_000
+
+
+NOTES = {
+    "photo.jpg": (),
+    "grey.png": (),
+    "rgba.png": ("alpha_dropped",),
+    "grey_with_alpha.png": ("alpha_dropped",),
+    "palette_with_transparency.png": ("alpha_dropped",),
+    "exif_orientation_6.jpg": ("exif_orientation_applied",),
+    "grey_16_bit.png": ("clipped_to_8_bit",),
+    "two_frames_mpo.jpg": ("first_frame_used",),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The pixels that plain ComfyUI's LoadImage gives of the images in `NOTES`."""
+    out = tmp_path_factory.mktemp("stock") / "loaded.safetensors"
+    stock("load", model_dir, out, *[IMAGES / name for name in NOTES])
+    return {name: load_file(out)[str(number)] for number, name in enumerate(NOTES)}
+
+
+def seen(name: str, pixels: torch.Tensor) -> tuple[str, ...]:
+    """The notes for an image, by comparing what LoadImage gave with what Pillow reads from the file."""
+    with Image.open(IMAGES / name) as image:
+        readings = {note: as_pixels(picture) for note, picture in READINGS[name](image).items()}
+    fitting = [note for note, picture in readings.items() if fits(pixels[:1], picture)]
+    assert len(fitting) == 1, f"LoadImage's pixels of {name} fit {fitting} of {list(readings)}"
+    return tuple(filter(None, fitting))
+
+
+def as_pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, picture.height, picture.width, 3) / 255
+
+
+def fits(pixels: torch.Tensor, picture: torch.Tensor) -> bool:
+    """Decoders of JPEG differ by less than a hundredth on average, different pictures by more."""
+    return pixels.shape == picture.shape and float((pixels - picture).abs().mean()) < 0.01
+
+
+Readings = Callable[[Image.Image], dict[str, Image.Image]]
+
+
+def plainly(note: str) -> Readings:
+    return lambda image: {note: image.convert("RGB")}
+
+
+def over_black(image: Image.Image) -> dict[str, Image.Image]:
+    black = Image.new("RGBA", image.size, "black")
+    return {
+        "alpha_dropped": image.convert("RGBA").convert("RGB"),
+        "alpha_applied": Image.alpha_composite(black, image.convert("RGBA")).convert("RGB"),
+    }
+
+
+def turned(image: Image.Image) -> dict[str, Image.Image]:
+    return {"exif_orientation_applied": ImageOps.exif_transpose(image), "exif_orientation_ignored": image.copy()}
+
+
+def sixteen_bits(image: Image.Image) -> dict[str, Image.Image]:
+    values = np.asarray(image)
+    clipped, kept = values.clip(0, 255), values // 257
+    return {
+        note: Image.fromarray(grey.astype("uint8")).convert("RGB")
+        for note, grey in {"clipped_to_8_bit": clipped, "": kept}.items()
+    }
+
+
+READINGS: dict[str, Readings] = {
+    "photo.jpg": plainly(""),
+    "grey.png": plainly(""),
+    "rgba.png": over_black,
+    "grey_with_alpha.png": over_black,
+    "palette_with_transparency.png": over_black,
+    "exif_orientation_6.jpg": turned,
+    "grey_16_bit.png": sixteen_bits,
+    "two_frames_mpo.jpg": plainly("first_frame_used"),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_metadata_notes_what_loading_changed(name: str, encode: Encode, loaded: dict[str, torch.Tensor]) -> None:
+    """Changes that a person would not expect are in `image_notes`, as they are seen in the pixels of this tree's LoadImage."""
+    notes = encode(name).metadata.image_notes
+    assert notes == seen(name, loaded[name])
+    if IS_PINNED:
+        assert notes == NOTES[name]
+
+
+def test_size_in_the_metadata_is_that_of_the_loaded_image(encode: Encode, loaded: dict[str, torch.Tensor]) -> None:
+    """A 96 x 64 photo that is to be turned by 90 degrees is 64 wide and 96 high, if this tree's LoadImage turns it."""
+    assert encode("photo.jpg").metadata.original_image_shape == (64, 96, 3)
+    turned = encode("exif_orientation_6.jpg").metadata.original_image_shape
+    assert turned == tuple(loaded["exif_orientation_6.jpg"].shape[1:])
+    if IS_PINNED:
+        assert turned == (96, 64, 3)
+
+
+def test_alpha_is_dropped_as_load_image_does(encode: Encode) -> None:
+    """An image and the same image with an alpha channel give one latent."""
+    with Image.open(IMAGES / "rgba.png") as image:
+        opaque = Path(encode("photo.jpg").latent_file_path).with_name("opaque.png")
+        image.convert("RGB").save(opaque)
+    assert torch.equal(load_latent(encode("rgba.png").latent_file_path), load_latent(encode(opaque).latent_file_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "día größe 写真.jpg",
+        "two  spaces .jpg",
+        "photo.jpg [output]",
+        "photo[input]",
+        "[temp].jpg",
+        "a'b\"c;$(d).jpg",
+        "-v.jpg",
+    ],
+)
+def test_name_has_no_meaning(name: str, encode: Encode, tmp_path: Path) -> None:
+    """The file of that very name is encoded, whatever ComfyUI would make of it."""
+    folder = tmp_path / "in [output]"
+    folder.mkdir()
+    shutil.copy(IMAGES / "photo.jpg", folder / name)
+    expected = load_latent(encode("photo.jpg").latent_file_path)
+    assert torch.equal(load_latent(encode(folder / name).latent_file_path), expected)
+
+
+def test_symlink_is_followed_and_names_the_files(encode: Encode, tmp_path: Path) -> None:
+    """The link's own name is the stem."""
+    (tmp_path / "link.jpg").symlink_to(IMAGES / "photo.jpg")
+    response = encode(tmp_path / "link.jpg")
+    assert Path(response.latent_file_path).name == "latent_link_test.pt"
+    assert response.metadata.image_sha256 == encode("photo.jpg").metadata.image_sha256
+
+
+@pytest.mark.parametrize("name", ["truncated.png", "truncated.jpg", "bad_checksum.png"])
+def test_damage_is_found_where_others_tolerate_it(name: str, answer: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Custom node packages set Pillow's tolerance for the whole process: our check is strict all the same."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert answer(name).error_code == ErrorCode.IMAGE_INVALID
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_pillow_is_as_strict_after_a_request_as_before(answer: Encode) -> None:
+    """LoadImage's tolerance of truncated files does not outlive it."""
+    answer("two_frames_mpo.jpg")
+    answer("truncated.png")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+def repeated_scan(times: int) -> bytes:
+    """The progressive test image with its last scan so many times."""
+    data = (IMAGES / "progressive.jpeg").read_bytes()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * times + data[-2:]
+
+
+def test_jpeg_that_would_be_decoded_for_hours_is_refused(answer: Encode, tmp_path: Path) -> None:
+    """Each scan costs a pass over all pixels, whatever its length: too many are refused, those that fit are encoded."""
+    path = tmp_path / "scans.jpg"
+    usual = scans(repeated_scan(1))
+    assert usual == 10
+    path.write_bytes(repeated_scan(MAX_JPEG_SCANS - usual + 2))
+    response = answer(path)
+    assert response.error_code == ErrorCode.IMAGE_INVALID
+    assert f"has {MAX_JPEG_SCANS + 1} scans, more than {MAX_JPEG_SCANS}" in response.error_message
+    path.write_bytes(repeated_scan(MAX_JPEG_SCANS - usual + 1))
+    assert answer(path).status == "success"
+
+
+def test_scans_are_those_of_the_first_picture() -> None:
+    """Bytes that look like a scan in a comment or behind the picture's end are none."""
+    segments, rest = jpegs.parse((IMAGES / "photo.jpg").read_bytes())
+    assert scans(jpegs.build([(0xFE, b"\xff\xda" * 9), *segments], rest) + b"\xff\xda" * 9) == 1
+
+
+def test_further_pictures_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Encode) -> None:
+    """LoadImage would hold every one of them as floats: a small file with many would take any amount of memory."""
+    path = tmp_path / "many.jpg"
+    with Image.open(IMAGES / "photo.jpg") as photo:
+        photo.save(path, "MPO", save_all=True, append_images=[photo] * 9)
+    with PILLOW_LOCK:
+        source = read_image(str(path), LIMITS)
+    assert source.features == (FurtherPictures(),)
+    with Image.open(BytesIO(source.data)) as given, Image.open(path) as first:
+        assert given.format == "JPEG"
+        assert given.tobytes() == first.tobytes()
+    assert encode(path).metadata.image_notes == ("first_frame_used",)
+
+
+@pytest.mark.parametrize(
+    ("behind", "notes"), [(b"\0" * 4000, ("first_frame_used",)), (b"", ("first_frame_used",)), (b"moov", ())]
+)
+def test_picture_behind_the_first_is_noted_without_an_index(
+    behind: bytes, notes: tuple[str, ...], encode: Encode, tmp_path: Path
+) -> None:
+    """Gain maps of phones; a film that is appended to a photo is no picture."""
+    photo = (IMAGES / "photo.jpg").read_bytes()
+    (tmp_path / "phone.jpg").write_bytes(photo + behind + photo)
+    response = encode(tmp_path / "phone.jpg")
+    assert response.metadata.image_notes == notes
+    assert torch.equal(load_latent(response.latent_file_path), load_latent(encode("photo.jpg").latent_file_path))
+
+
+def test_odd_exif_is_no_reason_to_warn_or_fail(encode: Encode, tmp_path: Path) -> None:
+    """Pillow warns of an entry that lies outside the file; here, warnings are errors."""
+    entry = b"\x0e\x01\x02\x00\xff\x00\x00\x00\x08\x00\x00\x00"  # a description that is longer than the file
+    exif = (0xE1, b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0")
+    segments, rest = jpegs.parse((IMAGES / "photo.jpg").read_bytes())
+    path = tmp_path / "exif.jpg"
+    path.write_bytes(jpegs.build([exif, *segments], rest))
+    with pytest.warns(UserWarning, match="Tag data larger than file"), Image.open(path) as image:
+        image.getexif()
+    assert encode(path).metadata.image_notes == ()

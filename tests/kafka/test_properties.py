@@ -1,0 +1,146 @@
+"""librdkafka's properties: those that the guarantees rest on, those that can be given, and secrets that stay secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from config import Settings, SettingsError
+from latent_encoder.kafka.properties import REFUSED, admin_properties, consumer_properties, make_client, producer_properties
+from tests.helpers import RunMain
+
+SECRET = "hunter2-hunter2"  # noqa: S105
+
+
+def settings(**given: Any) -> Settings:
+    return Settings(_env_file=None, **given)
+
+
+def properties_file(folder: Path, text: str) -> Path:
+    file = folder / "client.properties"
+    file.write_text(text)
+    return file
+
+
+def test_guarantees_are_set() -> None:
+    """Nothing is committed or stored by itself; answers are idempotent, acknowledged by all, and never given up."""
+    consumer, producer = consumer_properties(settings()), producer_properties(settings())
+    assert {name: consumer[name] for name in REFUSED if name in consumer} == {
+        "bootstrap.servers": "localhost:9092",
+        "group.id": "latent-encoder-group",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",
+        "isolation.level": "read_committed",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "allow.auto.create.topics": False,
+        "statistics.interval.ms": 1000,
+    }
+    assert {name: producer[name] for name in REFUSED if name in producer} == {
+        "bootstrap.servers": "localhost:9092",
+        "enable.idempotence": True,
+        "acks": "all",
+        "message.max.bytes": 1_000_000_000,
+        "message.timeout.ms": 0,
+    }
+    transactional = producer_properties(settings(kafka_transactional_id="worker-1"))
+    assert transactional["transactional.id"] == "worker-1"
+    assert "message.timeout.ms" not in transactional
+
+
+def test_security_settings_reach_every_client(tmp_path: Path) -> None:
+    """By librdkafka's names; a secret is given to it and not shown in the settings."""
+    given = settings(
+        kafka_security_protocol="sasl_ssl",
+        kafka_sasl_mechanism="SCRAM-SHA-512",
+        kafka_sasl_username="service",
+        kafka_sasl_password=SECRET,
+        kafka_ssl_ca_location=tmp_path / "ca.pem",
+        kafka_ssl_certificate_location=tmp_path / "cert.pem",
+        kafka_ssl_key_location=tmp_path / "key.pem",
+        kafka_ssl_key_password=SECRET,
+    )
+    expected = {
+        "security.protocol": "SASL_SSL",
+        "sasl.mechanism": "SCRAM-SHA-512",
+        "sasl.username": "service",
+        "sasl.password": SECRET,
+        "ssl.ca.location": str(tmp_path / "ca.pem"),
+        "ssl.certificate.location": str(tmp_path / "cert.pem"),
+        "ssl.key.location": str(tmp_path / "key.pem"),
+        "ssl.key.password": SECRET,
+    }
+    for properties in (consumer_properties(given), producer_properties(given), admin_properties(given)):
+        assert expected.items() <= properties.items()
+    assert SECRET not in repr(given) + str(given)
+
+
+def test_file_gives_any_other_property(tmp_path: Path) -> None:
+    """As it stands after the equals sign, case and all; comments and blank lines are left out; a named setting wins."""
+    text = "# tuned\nsocket.keepalive.enable = true\n\nsasl.password=a=b #c;%d\nsasl.username=file\nclient.id=Mine\n"
+    given = settings(kafka_client_config=properties_file(tmp_path, text), kafka_sasl_username="setting")
+    for properties in (consumer_properties(given), producer_properties(given)):
+        assert properties["socket.keepalive.enable"] == "true"
+        assert properties["sasl.password"] == "a=b #c;%d"
+        assert properties["sasl.username"] == "setting"
+        assert properties["client.id"] == "Mine"
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_property_that_would_break_the_guarantees_is_refused(name: str, tmp_path: Path) -> None:
+    """By its name, with the reason."""
+    file = properties_file(tmp_path, f"client.id=x\n{name}=1\n")
+    with pytest.raises(SettingsError, match=rf"KAFKA_CLIENT_CONFIG: .* may not set {name} \(.+\)"):
+        consumer_properties(settings(kafka_client_config=file))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("no equals sign", "is not a file of name=value lines"),
+        ("a=1\na=2", "is not a file of name=value lines"),
+        (None, "cannot be read"),
+    ],
+)
+def test_file_that_cannot_be_used_is_named(text: str | None, reason: str, tmp_path: Path) -> None:
+    """Broken, ambiguous, or not there."""
+    file = tmp_path / "none.properties" if text is None else properties_file(tmp_path, text)
+    with pytest.raises(SettingsError, match=f"KAFKA_CLIENT_CONFIG: {file} {reason}"):
+        producer_properties(settings(kafka_client_config=file))
+
+
+@pytest.mark.parametrize("line", ["no.such.property=1", "session.timeout.ms=long", "compression.codec=rar"])
+def test_property_that_librdkafka_refuses_is_named(line: str, tmp_path: Path) -> None:
+    """The message has the property, not a traceback."""
+    given = settings(kafka_client_config=properties_file(tmp_path, line))
+    with pytest.raises(SettingsError, match=f"Kafka client: .*{line.split('=', maxsplit=1)[0]}"):
+        make_client(Producer, producer_properties(given), given)
+
+
+def test_secret_in_librdkafkas_message_is_masked(tmp_path: Path) -> None:
+    """A password where another property belongs, as after a slip with the lines."""
+    file = properties_file(tmp_path, f"security.protocol={SECRET}\n")
+    given = settings(kafka_client_config=file, kafka_sasl_password=SECRET)
+    with pytest.raises(SettingsError) as caught:
+        make_client(Consumer, consumer_properties(given), given)
+    assert SECRET not in str(caught.value)
+    assert "security.protocol" in str(caught.value)
+
+
+def test_wrong_property_is_wrong_usage(run_main: RunMain, tmp_path: Path) -> None:
+    """Kafka mode ends before ComfyUI is loaded: status 2, one message, no traceback."""
+    file = properties_file(tmp_path, "enable.auto.commit=true\n")
+    done = run_main("--mode", "kafka", env={"KAFKA_CLIENT_CONFIG": str(file)})
+    assert done.returncode == 2
+    assert "may not set enable.auto.commit" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_topics_must_differ(run_main: RunMain) -> None:
+    """Else the service would take its own answers for requests."""
+    done = run_main("--mode", "kafka", "--request-topic", "same", "--response-topic", "same")
+    assert done.returncode == 2
+    assert "KAFKA_REQUEST_TOPIC, KAFKA_RESPONSE_TOPIC, KAFKA_DLQ_TOPIC: must be three different topics" in done.stderr

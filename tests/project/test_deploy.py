@@ -1,0 +1,280 @@
+"""Dockerfile, Compose file and Kubernetes manifests: that they agree with the settings, with each other and with the files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from config import VERSION, Settings
+from latent_encoder.kafka.topics import DLQ_CONFIG, topics_of
+
+PROJECT = Path(__file__).resolve().parents[2]
+COMPOSE = yaml.safe_load((PROJECT / "docker-compose.yml").read_text(encoding="utf-8"))
+MANIFESTS = list(yaml.safe_load_all((PROJECT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8")))
+# Continuation lines joined, comments left out.
+DOCKERFILE = [
+    shlex.split(line, comments=True)
+    for line in (PROJECT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+DEFAULTS = Settings.model_construct()
+
+
+def manifest(kind: str) -> Any:
+    """The only manifest of its kind."""
+    (found,) = [each for each in MANIFESTS if each["kind"] == kind]
+    return found
+
+
+def instructions(name: str) -> Iterator[list[str]]:
+    """The words of each instruction of that name, without options."""
+    return ([word for word in words[1:] if not word.startswith("--")] for words in DOCKERFILE if words[0] == name)
+
+
+def json_form(instruction: str) -> Any:
+    """The list of the only instruction that begins so: no shell runs it."""
+    text = (PROJECT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (found,) = re.findall(rf"^{instruction}[^[\n]*(\[.*\])$", text, re.MULTILINE)
+    return yaml.safe_load(found)
+
+
+def copied_from_the_project() -> list[str]:
+    """What the image takes from the project's folder, and not from another stage."""
+    copied = [words for words in DOCKERFILE if words[0] == "COPY" and not words[1].startswith("--from")]
+    return [source for _, *sources, _ in copied for source in sources]
+
+
+def container() -> Any:
+    """The only container of the Deployment's pods."""
+    (found,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+def without_shell(value: str) -> str:
+    """What Compose makes of `${NAME:-default}` where the variable is not set."""
+    return re.sub(r"\$\{\w+:?-(.*?)\}", r"\1", value)
+
+
+def dockerfile_environment() -> dict[str, str]:
+    return dict(pair.split("=", 1) for words in instructions("ENV") for pair in words)
+
+
+def compose_environment() -> dict[str, str]:
+    given: dict[str, str] = COMPOSE["services"]["latent-encoder"]["environment"]
+    return {name: without_shell(value) for name, value in given.items()}
+
+
+def kubernetes_environment() -> dict[str, str]:
+    own = {variable["name"]: variable.get("value", "from elsewhere") for variable in container().get("env", [])}
+    return {**manifest("ConfigMap")["data"], **manifest("Secret")["stringData"], **own}
+
+
+ENVIRONMENTS = {
+    "Dockerfile": dockerfile_environment(),
+    "docker-compose.yml": compose_environment(),
+    "kubernetes.yaml": kubernetes_environment(),
+}
+
+
+@pytest.fixture
+def settings_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The settings that an environment makes, whatever else is set here."""
+
+    def settings_of(environment: dict[str, str]) -> Settings:
+        for name in Settings.model_fields:
+            monkeypatch.delenv(name.upper(), raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return Settings(_env_file=None)
+
+    return settings_of
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_every_variable_is_a_setting_and_loads(environment: dict[str, str], settings_of: Any) -> None:
+    """Each variable is a setting's name in capitals, and its value is one that the setting takes."""
+    assert environment
+    assert [name for name in environment if name.lower() not in Settings.model_fields or name != name.upper()] == []
+    assert settings_of(environment).model_fields_set == {name.lower() for name in environment}
+
+
+def test_containers_serve_kafka(settings_of: Any) -> None:
+    """Compose and Kubernetes start Kafka mode, and Compose at the listener that its broker has for containers."""
+    compose, kubernetes = (settings_of(ENVIRONMENTS[name]) for name in ("docker-compose.yml", "kubernetes.yaml"))
+    assert (compose.mode, kubernetes.mode) == ("kafka", "kafka")
+    advertised = COMPOSE["services"]["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    assert f"//{compose.kafka_bootstrap_servers}," in advertised
+    assert f"//{DEFAULTS.kafka_bootstrap_servers}" in advertised
+
+
+def created_topics() -> dict[str, dict[str, str]]:
+    """The topics that Compose creates, each with its configuration."""
+    (script,) = COMPOSE["services"]["topics"]["command"]
+    calls = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("create ")]
+    return {name: dict(option.split("=") for option in options if option != "--config") for name, *options in calls}
+
+
+def test_compose_creates_the_topics_of_the_settings() -> None:
+    """The three default names, and for the dead letters what the service itself would configure."""
+    assert created_topics() == {name: DLQ_CONFIG if name == DEFAULTS.kafka_dlq_topic else {} for name in topics_of(DEFAULTS)}
+
+
+def test_keda_scales_by_the_requests_of_the_settings(settings_of: Any) -> None:
+    """Brokers, topic and group of the trigger are those of the workers, and all of its values are strings."""
+    settings = settings_of(ENVIRONMENTS["kubernetes.yaml"])
+    (trigger,) = manifest("ScaledObject")["spec"]["triggers"]
+    metadata = trigger["metadata"]
+    assert metadata["bootstrapServers"] == settings.kafka_bootstrap_servers
+    assert metadata["topic"] == settings.kafka_request_topic == DEFAULTS.kafka_request_topic
+    assert metadata["consumerGroup"] == settings.kafka_consumer_group == DEFAULTS.kafka_consumer_group
+    assert [name for name, value in metadata.items() if not isinstance(value, str)] == []
+
+
+def test_no_more_workers_than_partitions() -> None:
+    """KEDA's maximum, the partitions that Compose creates and those that the service creates are one number."""
+    (script,) = COMPOSE["services"]["topics"]["command"]
+    partitions = [int(number) for number in re.findall(r"--partitions (\d+)", script)]
+    assert partitions == [manifest("ScaledObject")["spec"]["maxReplicaCount"]] == [DEFAULTS.kafka_topic_partitions]
+
+
+def test_grace_periods_exceed_the_shutdown_timeout() -> None:
+    """Nobody kills a worker before it gave up by itself."""
+    compose = int(COMPOSE["services"]["latent-encoder"]["stop_grace_period"].removesuffix("s"))
+    kubernetes = manifest("Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert min(compose, kubernetes) > DEFAULTS.shutdown_timeout_s
+
+
+def test_manifests_refer_to_what_is_there() -> None:
+    """Names of ConfigMap, Secret, volumes and Deployment, and the labels by which pods are found, match."""
+    pod = manifest("Deployment")["spec"]["template"]
+    sources = {next(iter(source.values()))["name"] for source in container()["envFrom"]}
+    secret = manifest("Secret")
+    assert sources == {manifest("ConfigMap")["metadata"]["name"], secret["metadata"]["name"]}
+    for reference in manifest("TriggerAuthentication")["spec"]["secretTargetRef"]:
+        assert reference["name"] == secret["metadata"]["name"]
+        assert reference["key"] in secret["stringData"]
+    claims = {each["metadata"]["name"] for each in MANIFESTS if each["kind"] == "PersistentVolumeClaim"}
+    claimed = [volume["persistentVolumeClaim"] for volume in pod["spec"]["volumes"] if "persistentVolumeClaim" in volume]
+    assert claims == {claim["claimName"] for claim in claimed}
+    assert {mount["name"] for mount in container()["volumeMounts"]} == {volume["name"] for volume in pod["spec"]["volumes"]}
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        assert manifest(kind)["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    scaled = manifest("ScaledObject")["spec"]
+    assert scaled["scaleTargetRef"]["name"] == manifest("Deployment")["metadata"]["name"]
+    assert scaled["triggers"][0]["authenticationRef"]["name"] == manifest("TriggerAuthentication")["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "kubernetes.yaml"])
+def test_folders_of_the_settings_are_mounted(name: str, settings_of: Any) -> None:
+    """Models come from a volume that cannot be written, and answers go to one that can."""
+    volumes = COMPOSE["services"]["latent-encoder"]["volumes"]
+    writable = {
+        "docker-compose.yml": {volume["target"]: not volume.get("read_only") for volume in volumes},
+        "kubernetes.yaml": {mount["mountPath"]: not mount.get("readOnly") for mount in container()["volumeMounts"]},
+    }[name]
+    settings = settings_of(ENVIRONMENTS[name])
+    writable.pop("/tmp", None)  # noqa: S108  # in memory, and gone with the container
+    assert writable == {str(settings.model_dir): False, "/data": False, settings.output_dir: True}
+
+
+def test_copied_paths_exist_and_reach_the_builder() -> None:
+    """All that the Dockerfile copies is in the project, and `.dockerignore` excludes nothing of it, and all else."""
+    sources = copied_from_the_project()
+    assert [source for source in sources if not list(PROJECT.glob(source))] == []
+    excluding, *sent = [line for line in (PROJECT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert excluding == "*"
+    outermost = {source for source in sources if not any(source != other and source.startswith(other) for other in sources)}
+    assert {f"!{source}" for source in outermost} == {line for line in sent if line.startswith("!")}
+
+
+def test_image_has_all_that_setting_up_reads() -> None:
+    """What `setup_comfyui.sh` names of the project is copied before it runs, and the code, which tries it, after it."""
+    steps = [(words[0], " ".join(words[1:])) for words in DOCKERFILE]
+    (run,) = [number for number, (name, text) in enumerate(steps) if name == "RUN" and "./setup_comfyui.sh --no-trial" in text]
+    (code,) = [number for number, (name, text) in enumerate(steps) if name == "COPY" and "*.py" in text]
+    (trial,) = [number for number, (name, text) in enumerate(steps) if name == "RUN" and "try_comfyui.py comfyui" in text]
+    assert run < code < trial
+    before = [source.rstrip("/") for name, text in steps[:run] if name == "COPY" for source in text.split()[:-1]]
+    script = (PROJECT / "setup_comfyui.sh").read_text(encoding="utf-8")
+    read = set(re.findall(r"\$project/((?:latent_encoder/)?[\w.-]+)", script)) - {".venv", "comfyui", "tests"}
+    imported = {"latent_encoder/__init__.py", "latent_encoder/releases.py"}  # by fill_comfyui.py
+    assert read | {"setup_comfyui.sh"} | imported == set(before)
+
+
+def test_venv_stays_where_it_was_made() -> None:
+    """Both stages work in one folder and take one base, since a venv knows both; two folders go from one to the other."""
+    stages = [words for words in DOCKERFILE if words[0] == "FROM"]
+    assert [words[1] for words in stages] == ["${BASE}", "${BASE}"]
+    (folder,) = {words[0] for words in instructions("WORKDIR")}
+    taken = [words for words in DOCKERFILE if words[0] == "COPY" and words[1].startswith("--from")]
+    assert [words[1:] for words in taken] == [[f"--from={stages[0][3]}", f"{folder}/{it}", it] for it in (".venv", "comfyui")]
+
+
+def test_image_runs_python_under_an_init_and_asks_it_for_its_health() -> None:
+    """Entry point and health check run what the setup has made, by absolute paths, as a user with a number."""
+    (folder,) = {words[0] for words in instructions("WORKDIR")}
+    service = [f"{folder}/.venv/bin/python", f"{folder}/main.py"]
+    assert json_form("ENTRYPOINT") == ["/usr/bin/tini", "--", *service]
+    assert json_form("HEALTHCHECK") == [*service, "--mode", "health"]
+    pod = manifest("Deployment")["spec"]["template"]["spec"]["securityContext"]
+    assert list(instructions("USER")) == [[f"{pod['runAsUser']}:{pod['runAsGroup']}"]]
+
+
+def test_image_tests_itself(settings_of: Any) -> None:
+    """The VAE that it names is one that setting up puts into it, and an image lies in a folder that may be read."""
+    settings = settings_of(ENVIRONMENTS["Dockerfile"])
+    assert (PROJECT / "tiny_vae" / settings.vae_model_name).is_file()
+    (sample,) = [words[-1] for words in instructions("COPY") if words[-1].endswith(".png")]
+    assert str(Path(sample).parent) == ENVIRONMENTS["Dockerfile"]["ALLOWED_INPUT_DIRS"]
+    assert set(json_form("VOLUME")) == {str(settings.model_dir), settings.output_dir}
+
+
+def test_versions_are_the_services() -> None:
+    """The image's label, and the tag of the image that Kubernetes runs."""
+    assert [words[0] for words in instructions("ARG") if words[0].startswith("VERSION")] == [f"VERSION={VERSION}"]
+    assert container()["image"].split(":") == ["latent-encoder", VERSION]
+
+
+def test_port_is_one_everywhere() -> None:
+    """The setting, what Kubernetes probes and Prometheus scrapes, and what Compose publishes on this machine only."""
+    port = ENVIRONMENTS["Dockerfile"]["HTTP_PORT"]
+    assert ENVIRONMENTS["kubernetes.yaml"]["HTTP_PORT"] == port
+    assert list(instructions("EXPOSE")) == [[port]]
+    assert COMPOSE["services"]["latent-encoder"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert container()["ports"] == [{"name": "http", "containerPort": int(port)}]
+    annotations = manifest("Deployment")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == port
+
+
+@pytest.mark.parametrize(("probe", "path"), [("startup", "/healthz"), ("liveness", "/healthz"), ("readiness", "/readyz")])
+def test_probes_ask_the_port(probe: str, path: str) -> None:
+    """Only readiness asks for the broker and the model: nobody kills a worker for those."""
+    assert container()[f"{probe}Probe"]["httpGet"] == {"path": path, "port": container()["ports"][0]["name"]}
+
+
+def test_containers_have_no_rights_to_spare() -> None:
+    """The root cannot be written, no capability is left, and none can be gained."""
+    compose = COMPOSE["services"]["latent-encoder"]
+    assert (compose["read_only"], compose["cap_drop"], compose["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
+    assert container()["securityContext"] == {
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+KUBERNETES_OWN = [each for each in MANIFESTS if not each["apiVersion"].startswith("keda.sh/")]
+
+
+@pytest.mark.parametrize("document", KUBERNETES_OWN, ids=lambda document: document["kind"])
+def test_manifests_are_what_kubernetes_takes(document: Any) -> None:
+    """By the schemas of the newest release that is known; a field that they do not have is refused."""
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)

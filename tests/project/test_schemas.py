@@ -1,0 +1,265 @@
+"""The committed schemas: they are those of the code, and they say what the code does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from config import VERSION, Settings
+from errors import InvalidRequest, RequestError
+from latent_encoder.kafka.records import DLQ_HEADERS, Incoming, response_record
+from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS, EncodeRequest, ErrorResponse, Response, ResponseMessage, UpscaleMethod
+from scripts.write_schemas import ANSWERED_AT, ASYNCAPI, FOLDER, REQUEST, RESPONSE, documents, example_success
+
+REQUEST_SCHEMA = json.loads((FOLDER / REQUEST).read_text(encoding="utf-8"))
+RESPONSE_SCHEMA = json.loads((FOLDER / RESPONSE).read_text(encoding="utf-8"))
+REQUESTS = Draft202012Validator(REQUEST_SCHEMA)
+RESPONSES = Draft202012Validator(RESPONSE_SCHEMA)
+SERVICE = yaml.safe_load((FOLDER / ASYNCAPI).read_text(encoding="utf-8"))
+IMAGE = {"image_path": "photo.jpg"}
+OPTIONAL = sorted(EncodeRequest.model_fields.keys() - IMAGE.keys())
+
+
+def is_accepted(fields: dict[str, Any]) -> bool:
+    try:
+        EncodeRequest.from_fields(fields, {})
+    except InvalidRequest:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("name", "text"), documents().items())
+def test_committed_files_are_what_the_command_writes(name: str, text: str) -> None:
+    """Word for word."""
+    assert (FOLDER / name).read_text(encoding="utf-8") == text, "run: .venv/bin/python scripts/write_schemas.py"
+
+
+def test_nothing_else_is_committed_there() -> None:
+    """Each file is one that the command writes."""
+    assert {path.name for path in FOLDER.iterdir()} == documents().keys()
+
+
+@pytest.mark.parametrize("schema", [REQUEST_SCHEMA, RESPONSE_SCHEMA], ids=[REQUEST, RESPONSE])
+def test_schemas_are_valid_and_so_are_their_examples(schema: dict[str, Any]) -> None:
+    """By the dialect that they name."""
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    Draft202012Validator.check_schema(schema)
+    for example in schema["examples"]:
+        Draft202012Validator(schema).validate(example)
+
+
+def test_example_request_shows_every_field_and_is_accepted() -> None:
+    """Nothing is left out, and the service would take it."""
+    (example,) = REQUEST_SCHEMA["examples"]
+    assert example.keys() == EncodeRequest.model_fields.keys()
+    assert is_accepted(example)
+
+
+def test_example_responses_are_both_outcomes() -> None:
+    """A success and an error, each as the service writes it."""
+    examples = RESPONSE_SCHEMA["examples"]
+    assert [example["status"] for example in examples] == ["success", "error"]
+    for example in examples:
+        message = ResponseMessage.model_validate_json(json.dumps(example))
+        assert json.loads(message.model_dump_json()) == example
+
+
+def test_defaults_are_the_requests() -> None:
+    """Those that the schema states are those that a request gets; an id that is made anew is none of them."""
+    properties = REQUEST_SCHEMA["properties"]
+    stated = {name: field["default"] for name, field in properties.items() if "default" in field}
+    request = EncodeRequest.from_fields(IMAGE, {})
+    assert stated == request.model_dump(exclude={"image_path", "request_id"})
+
+
+@pytest.mark.parametrize("fields", [IMAGE, {**IMAGE, "priority": 7}, *({**IMAGE, name: None} for name in OPTIONAL)])
+def test_only_the_image_is_required(fields: dict[str, Any]) -> None:
+    """What is absent, null or not known is accepted by both."""
+    assert is_accepted(fields)
+    REQUESTS.validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_path", " "),
+        ("vae_model_name", "sub/vae.safetensors"),
+        ("vae_model_name", "..."),
+        ("vae_model_name", "a..b/..c/d.."),
+        ("vae_model_name", "./vae.safetensors"),
+        ("upscale_method", "nearest-exact"),
+        ("megapixels", MIN_MEGAPIXELS),
+        ("megapixels", 1),
+        ("megapixels", MAX_MEGAPIXELS),
+        ("output_dir", "../output"),
+        ("request_id", "a/../b"),
+        ("correlation_id", ""),
+        ("timestamp", 1730894395),
+        ("timestamp", -0.5),
+    ],
+)
+def test_good_value_is_accepted_by_both(field: str, value: object) -> None:
+    """By the schema and by the service."""
+    fields = {**IMAGE, field: value}
+    assert is_accepted(fields)
+    REQUESTS.validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_path", None),
+        ("image_path", ""),
+        ("image_path", 7),
+        ("image_path", "nul\0byte.png"),
+        ("image_path", "line\n\0"),
+        ("vae_model_name", ""),
+        ("vae_model_name", "nul\0byte"),
+        ("vae_model_name", "/models/vae.safetensors"),
+        ("vae_model_name", ".."),
+        ("vae_model_name", "../vae.safetensors"),
+        ("vae_model_name", "sub/.."),
+        ("vae_model_name", "sub//../../vae.safetensors"),
+        ("vae_model_name", "line\n/../vae.safetensors"),
+        ("upscale_method", "Lanczos"),
+        ("megapixels", MIN_MEGAPIXELS / 2),
+        ("megapixels", MAX_MEGAPIXELS + 1),
+        ("megapixels", "1.0"),
+        ("megapixels", True),
+        ("output_dir", ""),
+        ("output_dir", "nul\0byte"),
+        ("request_id", ""),
+        ("request_id", 42),
+        ("correlation_id", 42),
+        ("timestamp", "2024-11-06T12:00:00Z"),
+        ("timestamp", False),
+    ],
+)
+def test_bad_value_is_refused_by_both(field: str, value: object) -> None:
+    """By the schema and by the service."""
+    fields = {**IMAGE, field: value}
+    assert not is_accepted(fields)
+    assert not REQUESTS.is_valid(fields)
+
+
+def test_request_without_image_is_refused_by_both() -> None:
+    """The one field that is required."""
+    assert not is_accepted({})
+    assert not REQUESTS.is_valid({})
+
+
+# No newline: Python takes the `$` of a pattern to match before a last one too, which JSON Schema does not.
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\n"))
+paths = st.lists(st.sampled_from(["", ".", "..", "...", "a", "..a", "\0"]), max_size=3).map("/".join)
+numbers = st.integers(-1, 20) | st.floats(0, 20) | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+methods = st.sampled_from(get_args(UpscaleMethod))
+values = st.none() | st.booleans() | numbers | texts | paths | methods | st.lists(texts, max_size=1)
+names = st.sampled_from([*EncodeRequest.model_fields, "priority"])
+
+
+@settings(max_examples=1000)
+@given(st.dictionaries(names, values, max_size=2))
+def test_schema_and_service_agree(fields: dict[str, Any]) -> None:
+    """Whatever one or two fields hold, both accept them or neither does."""
+    request = {**IMAGE, **fields}
+    assert REQUESTS.is_valid(request) == is_accepted(request)
+
+
+def written(response: Response) -> Any:
+    """What stands in the record of a response."""
+    record = Incoming("requests", partition=0, offset=0, timestamp=None, key=None, value=None, headers=())
+    value = response_record(record, ResponseMessage.of(response, None, ANSWERED_AT), "responses").value
+    assert value is not None
+    return json.loads(value)
+
+
+@pytest.mark.parametrize("error", RequestError.__subclasses__())
+def test_every_error_response_validates(error: type[RequestError]) -> None:
+    """Whatever its code."""
+    RESPONSES.validate(written(ErrorResponse.of(error("Went wrong."), "id", ANSWERED_AT)))
+
+
+@pytest.mark.parametrize("changed", [{}, {"vae_sha256": None}, {"image_notes": ("alpha_dropped",)}])
+def test_every_success_response_validates(changed: dict[str, Any]) -> None:
+    """Also one without a VAE file, and one with notes."""
+    success = example_success()
+    metadata = success.metadata.model_copy(update=changed)
+    RESPONSES.validate(written(success.model_copy(update={"metadata": metadata})))
+
+
+@pytest.mark.parametrize("name", ResponseMessage.model_fields)
+def test_no_field_of_a_response_is_ever_absent(name: str) -> None:
+    """Null says that it does not apply."""
+    response = written(example_success())
+    del response[name]
+    assert not RESPONSES.is_valid(response)
+
+
+def references(node: Any) -> Iterator[str]:
+    """Every `$ref` in a document."""
+    if isinstance(node, dict):
+        yield from [node["$ref"]] if "$ref" in node else []
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from references(child)
+
+
+def resolved(reference: str) -> Any:
+    """What a reference of the AsyncAPI document leads to."""
+    file, _, pointer = reference.partition("#")
+    node = json.loads((FOLDER / file).read_text(encoding="utf-8")) if file else SERVICE
+    for name in pointer.split("/")[1:]:
+        node = node[name]
+    return node
+
+
+def test_asyncapi_has_what_version_3_requires() -> None:
+    """Its version, a title and a version of the service, and of each operation an action, a channel and its messages."""
+    assert SERVICE["asyncapi"] == "3.0.0"
+    assert (SERVICE["info"]["title"], SERVICE["info"]["version"]) == ("Latent Encoder", VERSION)
+    for operation in SERVICE["operations"].values():
+        assert operation["action"] in {"send", "receive"}
+        channel = operation["channel"]["$ref"]
+        assert all(message["$ref"].startswith(f"{channel}/messages/") for message in operation["messages"])
+
+
+def test_references_lead_somewhere() -> None:
+    """Those inside the AsyncAPI document, and those to the schemas."""
+    found = set(references(SERVICE))
+    assert {f"./{REQUEST}", f"./{RESPONSE}"} < found
+    assert all(isinstance(resolved(reference), dict) for reference in found)
+
+
+def test_operations_are_the_services() -> None:
+    """It receives from one topic in its group and sends to two, by the names that the settings have as defaults."""
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    operations = SERVICE["operations"].values()
+    assert [(each["action"], resolved(each["channel"]["$ref"])["address"]) for each in operations] == [
+        ("receive", defaults["kafka_request_topic"]),
+        ("send", defaults["kafka_response_topic"]),
+        ("send", defaults["kafka_dlq_topic"]),
+    ]
+    groups = [each["bindings"]["kafka"]["groupId"]["const"] for each in operations if each["action"] == "receive"]
+    assert groups == [defaults["kafka_consumer_group"]]
+
+
+@pytest.mark.parametrize(("channel", "message"), [("requests", "request"), ("responses", "response")])
+def test_correlation_id_is_where_asyncapi_says(channel: str, message: str) -> None:
+    """A field of the payload's schema."""
+    described = SERVICE["channels"][channel]["messages"][message]
+    name = described["correlationId"]["location"].removeprefix("$message.payload#/")
+    assert name in resolved(described["payload"]["$ref"])["properties"]
+
+
+def test_every_dead_letter_header_is_described() -> None:
+    """In the order in which they are sent; all of them always are."""
+    headers = SERVICE["channels"]["deadLetters"]["messages"]["deadLetter"]["headers"]
+    assert tuple(headers["properties"]) == tuple(headers["required"]) == DLQ_HEADERS

@@ -1,0 +1,162 @@
+"""What the command line's paths, globs and lists come to; nothing is encoded here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latent_encoder.outputs.files import output_files
+from latent_encoder.standalone.inputs import OUR_PICTURES, Inputs, Refusal, UnusableInputs, find_images, inputs_of
+from latent_encoder.standalone.selection import ImageSelection
+from models import EncodeRequest
+
+DEFAULTS: dict[str, Any] = {
+    "vae_model_name": "a.safetensors",
+    "upscale_method": "lanczos",
+    "megapixels": 1.0,
+    "output_dir": "out",
+    "latent_format": "pt",
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with images, other files, and images below it; it is the working folder's `photos`."""
+    folder = tmp_path / "photos"
+    for name in ("b.png", "A.JPG", "c.jpeg", "notes.txt", ".hidden.png", "below/d.png", "below/deep/e.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def requests(inputs: Inputs) -> list[EncodeRequest]:
+    found = list(inputs.items)
+    assert all(isinstance(item, EncodeRequest) for item in found)
+    return [item for item in found if isinstance(item, EncodeRequest)]
+
+
+@pytest.mark.parametrize(
+    ("path", "recursive", "names"),
+    [
+        ("photos", False, ["photos/A.JPG", "photos/b.png", "photos/c.jpeg"]),
+        ("photos/below/", True, ["photos/below/d.png", "photos/below/deep/e.jpg"]),
+        ("photos/*.[pP]*", False, ["photos/b.png"]),
+        ("photos/**/*.jpg", False, ["photos/below/deep/e.jpg"]),
+        ("photos/be*", True, ["photos/below/d.png", "photos/below/deep/e.jpg"]),
+        ("photos/notes.txt", False, ["photos/notes.txt"]),
+        ("no/such.png", False, ["no/such.png"]),
+    ],
+)
+def test_paths_stand_for_images(path: str, recursive: bool, names: list[str], photos: Path) -> None:
+    """Folders by the names of what is in them, sorted; patterns as they match; a file that is named is taken as it is."""
+    assert photos.is_dir()
+    assert find_images([path], recursive=recursive, output_dir="out") == names
+
+
+def test_image_named_twice_is_one(photos: Path) -> None:
+    """It keeps its first place."""
+    paths = ["photos/c.jpeg", "photos", "photos/*.png"]
+    found = find_images(paths, recursive=False, output_dir=str(photos / "out"))
+    assert found == ["photos/c.jpeg", "photos/A.JPG", "photos/b.png"]
+
+
+def test_output_folder_that_is_a_loop_of_symlinks_is_left_to_the_requests(photos: Path) -> None:
+    """Finding the images does not fail for it; each request is answered with what is wrong."""
+    (photos / "loop").symlink_to("loop")
+    assert len(find_images([str(photos)], recursive=False, output_dir=str(photos / "loop"))) == 3
+
+
+def test_own_pictures_are_no_input(photos: Path) -> None:
+    """Where files are written into the folder of the images, the next run leaves them out, by whatever name of the folder."""
+    files = output_files(str(photos), "b.png", "1")
+    ours = [files.scaled_image, files.preview, files.roundtrip]
+    assert {re.sub("b_1.png", "", file.name) for file in ours} == set(OUR_PICTURES)
+    for file in ours:
+        file.touch()
+    (photos / "below" / "preview_of_mine.png").touch()
+    found = find_images([str(photos)], recursive=True, output_dir="./below/../photos")
+    assert [Path(path).name for path in found] == ["A.JPG", "b.png", "d.png", "e.jpg", "preview_of_mine.png", "c.jpeg"]
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        (ImageSelection(("photos", "photos/*.gif")), r"No file matches photos/\*\.gif"),
+        (ImageSelection(("photos/folder.png",)), "No JPEG or PNG in the folder photos/folder.png; --recursive looks"),
+        (ImageSelection(("photos/folder.png",), recursive=True), "No JPEG or PNG in the folder photos/folder.png$"),
+        (ImageSelection(input_list="no.jsonl"), r"Cannot read no.jsonl \(No such file or directory\)"),
+        (ImageSelection(input_list="photos"), r"Cannot read photos \(Is a directory\)"),
+    ],
+)
+def test_nothing_to_encode_is_said(selection: ImageSelection, words: str, photos: Path) -> None:
+    """With what was looked for, before anything is encoded."""
+    assert photos.is_dir()
+    with pytest.raises(UnusableInputs, match=words):
+        inputs_of(selection, {}, DEFAULTS)
+
+
+def test_file_whose_name_looks_like_a_pattern_is_that_file(photos: Path) -> None:
+    """`[1].png` is a common name."""
+    (photos / "b[1].png").touch()
+    inputs = inputs_of(ImageSelection(("photos/b[1].png",)), {}, DEFAULTS)
+    assert (inputs.single, [request.image_path for request in requests(inputs)]) == (True, ["photos/b[1].png"])
+
+
+def test_ids_last_over_runs_and_differ_by_what_is_asked(photos: Path) -> None:
+    """The same image asked for in the same way has the same id, from wherever; another size, VAE or format has another."""
+    there = [
+        (request.image_path, request.request_id) for request in requests(inputs_of(ImageSelection(("photos",)), {}, DEFAULTS))
+    ]
+    absolute = inputs_of(ImageSelection((str(photos),)), {}, {**DEFAULTS, "output_dir": "elsewhere"})
+    assert [request.request_id for request in requests(absolute)] == [request_id for _, request_id in there]
+    others: list[dict[str, Any]] = [
+        {"megapixels": 0.5},
+        {"vae_model_name": "b"},
+        {"latent_format": "comfy"},
+        {"upscale_method": "area"},
+    ]
+    ids = {request_id for _, request_id in there}
+    for fields in others:
+        ids |= {request.request_id for request in requests(inputs_of(ImageSelection(("photos",)), fields, DEFAULTS))}
+    assert len(ids) == 3 * 5
+
+
+def test_single_image_gets_a_new_id(photos: Path) -> None:
+    """Each time, unless one is given."""
+    selection = ImageSelection((str(photos / "b.png"),))
+    first, second = (requests(inputs_of(selection, {"request_id": None}, DEFAULTS))[0].request_id for _ in range(2))
+    assert first != second
+    assert requests(inputs_of(selection, {"request_id": "mine"}, DEFAULTS))[0].request_id == "mine"
+
+
+def test_list_holds_requests_as_kafka_has_them(photos: Path) -> None:
+    """A line each; what it leaves out is the command line's, then the settings'; a bad line is refused in its place."""
+    lines = [
+        json.dumps({"image_path": "photos/b.png", "request_id": "r", "correlation_id": "c", "megapixels": 0.5}),
+        "",
+        "{",
+        '["photos/b.png"]',
+        json.dumps({"image_path": "photos/b.png", "request_id": "s", "correlation_id": "c", "megapixels": "1"}),
+        json.dumps({"image_path": "photos/c.jpeg", "vae_model_name": None}),
+    ]
+    (photos / "list.jsonl").write_text("\n".join(lines) + "\n")
+    inputs = inputs_of(ImageSelection(input_list="photos/list.jsonl"), {"upscale_method": "area"}, DEFAULTS)
+    first, broken, array, wrong, last = inputs.items
+    assert (inputs.total, inputs.single) == (5, False)
+    assert isinstance(first, EncodeRequest)
+    assert (first.request_id, first.correlation_id, first.megapixels, first.upscale_method) == ("r", "c", 0.5, "area")
+    assert isinstance(last, EncodeRequest)
+    assert (last.vae_model_name, last.output_dir) == ("a.safetensors", "out")
+    assert isinstance(broken, Refusal)
+    assert broken.response.error_code == "MESSAGE_UNUSABLE"
+    assert broken.response.error_message.startswith("Line 3 of photos/list.jsonl: The message is not JSON: ")
+    assert isinstance(array, Refusal)
+    assert array.response.error_message == "Line 4 of photos/list.jsonl: The message is JSON but not an object: list."
+    assert isinstance(wrong, Refusal)
+    assert (wrong.response.request_id, wrong.response.error_code, wrong.correlation_id) == ("s", "INVALID_REQUEST", "c")

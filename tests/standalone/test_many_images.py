@@ -1,0 +1,249 @@
+"""Many images in one run: their order, their failures, going on where a run was, and ending one early."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import psutil
+import pytest
+import torch
+
+from config import Settings
+from latent_encoder.standalone import run as standalone
+from latent_encoder.standalone.selection import ImageSelection, RunOptions
+from latent_encoder.telemetry.logs import LogStyle
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, clean_environment, load_latent
+
+GOOD = ("astronaut.png", "grey.png", "photo.jpg")
+TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with three images and, between them by name, one that is truncated."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in GOOD:
+        shutil.copy(IMAGES / name, folder)
+    shutil.copy(IMAGES / "truncated.jpg", folder / "broken.jpg")
+    return folder
+
+
+@pytest.fixture
+def run(
+    settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str], encoder: object
+) -> Callable[..., tuple[int, list[dict[str, Any]], str]]:
+    """Encode images in this process, which has loaded ComfyUI. Gives the exit status, the responses, and standard error."""
+    assert encoder is not None
+    fields = {"output_dir": str(tmp_path / "output"), "vae_model_name": TINY_VAE, "megapixels": 0.02}
+
+    def run(selection: ImageSelection, options: RunOptions = RunOptions(), **more: Any) -> Any:  # noqa: B008  # frozen
+        capfd.readouterr()
+        status = standalone.run(settings, selection, {**fields, **more}, options, LogStyle("INFO", "text", tracebacks=True))
+        output, errors = capfd.readouterr()
+        return status, [json.loads(line) for line in output.splitlines()], errors
+
+    return run
+
+
+def names(responses: list[dict[str, Any]]) -> list[str]:
+    """What became of which image."""
+    return [response.get("error_code") or Path(response["latent_file_path"]).name.split("_")[1] for response in responses]
+
+
+def modified(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_one_failure_does_not_stop_the_rest(photos: Path, run: Any) -> None:
+    """Responses come in input order, one a line; the status is 1, and the summary counts."""
+    status, responses, errors = run(ImageSelection((str(photos),)))
+    assert (status, names(responses)) == (1, ["astronaut", "IMAGE_INVALID", "grey", "photo"])
+    assert all(load_latent(response["latent_file_path"]).shape[1] == 16 for response in responses if "metadata" in response)
+    assert errors.splitlines()[-1].startswith("3 encoded, 0 done before, 1 failed (IMAGE_INVALID: 1), in 0:0")
+
+
+def test_run_goes_on_where_it_was(photos: Path, run: Any, tmp_path: Path) -> None:
+    """What has whole and matching files is not encoded again; what is damaged, or whose image changed, is."""
+    (photos / "broken.jpg").unlink()
+    status, first, _ = run(ImageSelection((str(photos),)))
+    assert (status, len(first)) == (0, 3)
+    before = modified(tmp_path / "output")
+    Path(first[0]["latent_file_path"]).write_bytes(b"damaged")
+    shutil.copy(IMAGES / "rgba.png", photos / "grey.png")
+    status, second, errors = run(ImageSelection((str(photos),)))
+    assert errors.splitlines()[-1].startswith("2 encoded, 1 done before, 0 failed, in ")
+    assert second[2] == first[2]
+    assert second[0]["metadata"]["latent_sha256"] == first[0]["metadata"]["latent_sha256"]
+    assert second[1]["metadata"]["latent_sha256"] != first[1]["metadata"]["latent_sha256"]
+    after = modified(tmp_path / "output")
+    assert {name.split("_")[-2] for name in after if after[name] == before[name]} == {"photo"}
+    _, _, errors = run(ImageSelection((str(photos),)), RunOptions(force=True))
+    assert errors.splitlines()[-1].startswith("3 encoded, 0 done before, 0 failed, in ")
+    assert not set(modified(tmp_path / "output").values()) & set(after.values())
+
+
+def test_fail_fast_ends_with_the_first_failure(tmp_path: Path, run: Any) -> None:
+    """Later images are not begun; at most those in hand are finished."""
+    images = [str(IMAGES / "truncated.jpg"), *(str(IMAGES / name) for name in GOOD * 1)]
+    copies = [str(shutil.copy(IMAGES / "photo.jpg", tmp_path / f"{n}.jpg")) for n in range(20)]
+    status, responses, _ = run(ImageSelection((*images, *copies)), RunOptions(fail_fast=True))
+    assert (status, responses[0]["error_code"]) == (1, "IMAGE_INVALID")
+    assert len(responses) < 10
+
+
+def test_list_of_requests_is_answered_like_a_topic(photos: Path, run: Any, tmp_path: Path) -> None:
+    """Ids come back, and what a line leaves out is the command line's."""
+    requests = [
+        {"image_path": str(photos / "photo.jpg"), "request_id": "one", "correlation_id": "c1", "megapixels": 0.03},
+        {"image_path": str(photos / "none.jpg"), "request_id": "two", "correlation_id": "c2"},
+        {"image_path": str(photos / "photo.jpg"), "request_id": "three"},
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    status, responses, _ = run(ImageSelection(input_list=str(tmp_path / "list.jsonl")))
+    assert (status, names(responses)) == (1, ["photo", "IMAGE_NOT_FOUND", "photo"])
+    assert [response["request_id"] for response in responses] == ["one", "two", "three"]
+    assert [response.get("correlation_id") for response in responses] == ["c1", "c2", None]
+    assert [response["metadata"]["megapixels"] for response in responses if "metadata" in response] == [0.03, 0.02]
+
+
+def test_latents_do_not_depend_on_the_way(photos: Path, run: Any, encode: Callable[..., Any]) -> None:
+    """A run over a folder gives what a single encode gives, to the last bit."""
+    status, responses, _ = run(ImageSelection((str(photos / "a*.png"), str(photos / "photo.jpg"))))
+    assert status == 0
+    for response, image in zip(responses, ("astronaut.png", "photo.jpg"), strict=True):
+        alone = load_latent(encode(image, vae_model_name=TINY_VAE, megapixels=0.02).latent_file_path)
+        assert torch.equal(load_latent(response["latent_file_path"]), alone)
+
+
+# What follows needs a process of its own: signals, pipes, worker processes, a terminal.
+
+
+@contextmanager
+def started(folder: Path, *arguments: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, str(PROJECT / "main.py"), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=folder, env=clean_environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def copies(folder: Path, count: int) -> Path:
+    images = folder / "copies"
+    images.mkdir()
+    for number in range(count):
+        shutil.copy(IMAGES / "photo.jpg", images / f"{number:02}.jpg")
+    return images
+
+
+def assert_whole(responses: list[dict[str, Any]], output: Path) -> None:
+    """Exactly the three files of each response are there, with the checksums that the metadata say."""
+    assert {response["status"] for response in responses} == {"success"}
+    expected = {Path(path).name for r in responses for path in (r["latent_file_path"], r["scaled_image_path"])}
+    expected |= {f"{Path(response['latent_file_path']).name}.json" for response in responses}
+    assert {file.name for file in output.iterdir()} == expected
+    for response in responses:
+        load_latent(response["latent_file_path"])
+
+
+def test_ctrl_c_finishes_the_image_in_hand(tmp_path: Path) -> None:
+    """Status 130, every file whole, and the next run goes on. Answers come while standard input still has more to say."""
+    images = sorted(copies(tmp_path, 40).iterdir())
+    with started(tmp_path, "--input-list", "-", *TINY) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps({"image_path": str(images[0])}) + "\n")
+        process.stdin.flush()
+        first = process.stdout.readline()
+        process.stdin.writelines(json.dumps({"image_path": str(image)}) + "\n" for image in images[1:])
+        process.stdin.flush()
+        second = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate()
+    responses = [json.loads(line) for line in (first, second, *output.splitlines())]
+    assert process.returncode == 130, errors
+    *_, ended, last = errors.splitlines()
+    assert last == "Error: Interrupted; the same command goes on from here."
+    assert json.loads(ended) | {"encoded": len(responses), "failed": 0, "interrupted": True} == json.loads(ended)
+    assert len(responses) < 20
+    assert_whole(responses, tmp_path / "output")
+
+
+def test_workers_share_the_images_and_one_may_die(tmp_path: Path) -> None:
+    """Responses in input order; those that a killed worker had are errors, the rest are encoded; then Ctrl-C ends all."""
+    images = copies(tmp_path, 60)
+    with started(tmp_path, "--image-path", images, "--workers", "2", *TINY, start_new_session=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        answered = [json.loads(first)]
+        while "error_code" not in answered[-1]:
+            answered.append(json.loads(process.stdout.readline()))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, errors = process.communicate()
+    answered += [json.loads(line) for line in output.splitlines()]
+    assert process.returncode == 130, errors
+    assert not any(worker.is_running() for worker in workers)
+    failed = [response for response in answered if response["status"] == "error"]
+    assert 1 <= len(failed) <= 3
+    assert "was killed, by the system for lack of memory as a rule; use fewer --workers" in failed[0]["error_message"]
+    succeeded = [response for response in answered if response["status"] == "success"]
+    numbers = [Path(response["latent_file_path"]).name.split("_")[1] for response in succeeded]
+    assert numbers == sorted(numbers)
+    assert len(answered) < 50
+    leftovers = [file for file in (tmp_path / "output").iterdir() if file.name.startswith(".latent-encoder-")]
+    for file in leftovers:  # of the worker that was killed in the middle of a file
+        file.unlink()
+    written = {Path(response["latent_file_path"]).name for response in succeeded}
+    for file in (tmp_path / "output").glob("*.pt"):
+        if file.name not in written:  # it was written, and its worker killed before it could say so
+            load_latent(file)
+            assert len(failed) > 0
+
+
+def test_workers_that_cannot_start_end_the_run(photos: Path, tmp_path: Path) -> None:
+    """Status 3 and one line, whatever the others are at."""
+    with started(tmp_path, "--image-path", photos, "--workers", "2", "--comfyui-path", "/nowhere", *TINY) as process:
+        output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, output) == (3, "")
+    assert errors.startswith("Error: No ComfyUI in /nowhere: ")
+    assert errors.count("\n") == 1
+
+
+def test_progress_is_seen_on_a_terminal_alone(photos: Path, tmp_path: Path) -> None:
+    """Images done, failed, speed and time left, on one line of whatever width; responses are whole lines all the same."""
+    arguments = [str(PROJECT / "main.py"), "--image-path", str(photos), *TINY]
+    terminal = pexpect.spawn(
+        sys.executable,
+        arguments,
+        cwd=str(tmp_path),
+        env=clean_environment(),
+        dimensions=(24, 100),
+        timeout=PATIENCE_S,
+        encoding="utf-8",
+    )
+    screen = terminal.read()
+    terminal.close()
+    assert terminal.exitstatus == 1
+    assert re.search(r"\r4/4, 1 failed \|█+\| +[\d.]+(image/s|s/image), 00:00 left", screen)
+    assert "3 encoded, 0 done before, 1 failed (IMAGE_INVALID: 1), in 0:0" in screen
+    lines = [line.split("\r")[-1].removeprefix("\x1b[K") for line in screen.replace("\r\n", "\n").split("\n")]
+    assert [json.loads(line)["status"] for line in lines if line.startswith("{")] == ["success", "error", "success", "success"]
+    assert "Traceback" not in screen

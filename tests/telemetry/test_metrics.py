@@ -1,0 +1,113 @@
+"""What is counted is what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from config import Settings
+from latent_encoder.telemetry.metrics import CONSUMER_LAG, observe_lag
+from service import LatentEncoder
+from tests.kafka_tools import SECONDS_LONG, Bench, Events, answers, wait_until
+
+Value = Callable[..., float]
+
+
+@pytest.fixture
+def grown() -> Value:
+    """By how much a metric grew since the test began."""
+
+    def samples() -> dict[tuple[str, ...], float]:
+        families = REGISTRY.collect()
+        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+    before = samples()
+    return lambda *place: samples().get(place, 0) - before.get(place, 0)
+
+
+@pytest.fixture(autouse=True)
+def no_lag() -> Iterator[None]:
+    yield
+    CONSUMER_LAG.clear()
+
+
+def test_every_way_that_a_request_can_end_is_counted(
+    bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value, events: Events
+) -> None:
+    """Success, error, retries and dead letter, a request that comes again, a message that is none; each of them once."""
+    (bench.folder / "file").touch()
+    responses = bench.responses
+    with bench.worker(encoder, bench.settings(settings, kafka_max_retries=2, kafka_retry_backoff_s=0.05)):
+        bench.send({"request_id": "good"})
+        answers(responses, 1)
+        bench.send({"request_id": "good"})
+        bench.send({"request_id": "bad", "image_path": "/no"})
+        bench.send({"request_id": "stuck", "output_dir": str(bench.folder / "file")})
+        bench.send(b"no JSON")
+        answers(responses, 4)
+        bench.wait_for_commit({0: 5})
+        wait_until(lambda: len(events("request answered")) == 5, "the end of all")
+        wait_until(lambda: grown("latent_encoder_commits_total", "ok") == 5, "the commits")
+        wait_until(lambda: REGISTRY.get_sample_value("latent_encoder_in_flight") == 0, "nothing in flight")
+    counted = {
+        ("latent_encoder_requests_total", "success", ""): 2,
+        ("latent_encoder_requests_total", "error", "IMAGE_NOT_FOUND"): 1,
+        ("latent_encoder_requests_total", "error", "OUTPUT_DIR_NOT_WRITABLE"): 1,
+        ("latent_encoder_requests_total", "error", "MESSAGE_UNUSABLE"): 1,
+        ("latent_encoder_requests_total", "dropped", ""): 0,
+        ("latent_encoder_retries_total",): 2,
+        ("latent_encoder_dead_letters_total", "OUTPUT_DIR_NOT_WRITABLE"): 1,
+        ("latent_encoder_dead_letters_total", "MESSAGE_UNUSABLE"): 1,
+        ("latent_encoder_redeliveries_total",): 1,
+        ("latent_encoder_rebalances_total", "assigned"): 1,
+        ("latent_encoder_queue_seconds_count",): 5,
+        ("latent_encoder_request_seconds_count",): 5,
+        ("latent_encoder_stage_seconds_count", "encode"): 1,
+        ("latent_encoder_stage_seconds_count", "save"): 1,
+    }
+    assert {place: grown(*place) for place in counted} == counted
+    # Of the VAE: the encode, the request that came again, the one without an image, and three attempts to write.
+    assert sum(grown("latent_encoder_vae_cache_total", result) for result in ("hit", "miss")) >= 4
+    outcomes = {event["request_id"]: event["outcome"] for event in events("request answered")}
+    assert outcomes == {"good": "success", "bad": "error", "stuck": "error", None: "error"}
+    assert [event["attempts"] for event in events("request answered")] == [1, 1, 1, 3, 0]
+
+
+def test_dropped_requests_are_counted(bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value) -> None:
+    """Taken and not begun when the worker is stopped: another one gets it."""
+    with bench.worker(encoder, bench.settings(settings)) as worker:
+        bench.send({"request_id": "first", **SECONDS_LONG})
+        bench.send({"request_id": "second", **SECONDS_LONG})
+        wait_until(lambda: grown("latent_encoder_stage_seconds_count", "scale") == 2, "both prepared")
+        worker.handler.stop()
+    assert grown("latent_encoder_requests_total", "dropped", "") == 1
+    assert grown("latent_encoder_requests_total", "success", "") == 1
+
+
+def test_lag_is_what_waits(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
+    """While one request is encoded, those behind it; nothing when all is answered."""
+
+    def lag() -> float | None:
+        return REGISTRY.get_sample_value("latent_encoder_consumer_lag", {"topic": bench.request_topic, "partition": "0"})
+
+    with bench.worker(encoder, bench.settings(settings)):
+        bench.send({"request_id": "long", **SECONDS_LONG})
+        for n in range(4):
+            bench.send({"request_id": f"r{n}"})
+        wait_until(lambda: lag() == 5, "five behind")
+        bench.wait_for_commit({0: 5})
+        wait_until(lambda: lag() == 0, "nothing behind")
+
+
+def test_lag_of_a_partition_that_is_gone_is_forgotten() -> None:
+    """Another worker shows it now."""
+    mine = {"fetch_state": "active", "lo_offset": 2, "ls_offset": 9, "committed_offset": -1001}
+    partitions: dict[str, dict[str, Any]] = {"0": mine, "1": mine, "-1": {**mine, "fetch_state": "none"}}
+    observe_lag({"requests": {"partitions": partitions}}, {})
+    partitions["0"] = {**mine, "fetch_state": "stopped"}
+    observe_lag({"requests": {"partitions": partitions}}, {("requests", 1): 5})
+    shown = {sample.labels["partition"]: sample.value for family in CONSUMER_LAG.collect() for sample in family.samples}
+    assert shown == {"1": 4}
