@@ -58,6 +58,10 @@ REFUSED = {
 LARGEST_MESSAGE = 1_000_000_000
 
 STATISTICS_INTERVAL_MS = 1000
+"""Once a second: the longest delay until a broker that went away is noticed."""
+
+DEFAULT_MAX_POLL_INTERVAL_MS = 300_000
+"""librdkafka's default."""
 
 SYSLOG_CRITICAL = 2
 
@@ -113,6 +117,11 @@ def admin_properties(settings: Settings) -> Properties:
         SettingsError: the file of further properties cannot be used.
     """
     return _common(settings)
+
+
+def poll_interval_s(properties: Properties) -> float:
+    """Return the seconds between two polls after which the group takes a consumer's partitions away."""
+    return float(properties.get("max.poll.interval.ms", DEFAULT_MAX_POLL_INTERVAL_MS)) / 1000
 
 
 def make_client(kind: Callable[..., Client], properties: Properties, settings: Settings) -> Client:

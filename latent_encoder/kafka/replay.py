@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from config import Settings
 from errors import ErrorCode, KafkaFailed
-from latent_encoder.kafka.connection import Connection, failure
+from latent_encoder.kafka.connection import BrokerState, kafka_failed
 from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
 from latent_encoder.kafka.publishers import produce
 from latent_encoder.kafka.records import (
@@ -54,7 +54,7 @@ class Selection:
 
 
 @dataclass
-class Tally:
+class ReplayTally:
     """What a run did, in records."""
 
     read: int = 0
@@ -76,10 +76,10 @@ class Replay:
     selection: Selection
     dry_run: bool
     report: Callable[[str], None]
-    tally: Tally = field(default_factory=Tally)
+    tally: ReplayTally = field(default_factory=ReplayTally)
     _unreported: list[str] = field(default_factory=list)
 
-    def run(self) -> Tally:
+    def run(self) -> ReplayTally:
         """Send them back and wait until every one is acknowledged.
 
         Raises:
@@ -87,31 +87,31 @@ class Replay:
             KafkaFailed: the broker cannot be reached, refuses access, or has no such topic.
             Exception: what `report` raised. What was sent until then is acknowledged, and counted in the tally.
         """
-        connection = Connection(self.settings.kafka_bootstrap_servers)
-        callbacks = {"error_cb": connection.on_error}
+        broker = BrokerState(self.settings.kafka_bootstrap_servers)
+        callbacks = {"error_cb": broker.on_error}
         settings = self.settings
         group = {"group.id": f"{settings.kafka_consumer_group}-dlq-replay", "enable.partition.eof": True}
         consumer = make_client(Consumer, consumer_properties(settings) | group | callbacks, settings)
         producer = make_client(Producer, producer_properties(settings, transactional=False) | callbacks, settings)
         try:
-            for record, original in self._dead_letters(consumer, connection):
+            for record, original in self._dead_letters(consumer, broker):
                 self._send(producer, record, original)
                 producer.poll(0)
                 self._report()
         finally:
             consumer.close()
-            while producer.flush(POLL_S) and connection.fatal is None:
+            while producer.flush(POLL_S) and broker.fatal is None:
                 pass
         self._report()
-        connection.check()
+        broker.check()
         return self.tally
 
-    def _dead_letters(self, consumer: Consumer, connection: Connection) -> Iterator[tuple[Incoming, Outgoing]]:
+    def _dead_letters(self, consumer: Consumer, broker: BrokerState) -> Iterator[tuple[Incoming, Outgoing]]:
         """Those chosen, each with its original, of every partition, up to where it ended when the run began."""
-        ends = self._assign(consumer, connection)
+        ends = self._assign(consumer, broker)
         while ends and self.tally.chosen != self.selection.limit:
             message = consumer.poll(POLL_S)
-            connection.check()
+            broker.check()
             if message is None:
                 continue
             if self._is_past_end(message, ends):
@@ -130,11 +130,11 @@ class Replay:
         error = message.error()
         if error is not None:
             if error.code() != KafkaError._PARTITION_EOF:
-                raise failure(f"Cannot read topic {self.settings.kafka_dlq_topic}", error)
+                raise kafka_failed(f"Cannot read topic {self.settings.kafka_dlq_topic}", error)
             return True
         return (message.offset() or 0) >= ends.get(message.partition() or 0, 0)
 
-    def _assign(self, consumer: Consumer, connection: Connection) -> dict[int, int]:
+    def _assign(self, consumer: Consumer, broker: BrokerState) -> dict[int, int]:
         """Read every partition from its start; gives the offset at which each that is not empty ends now."""
         topic = self.settings.kafka_dlq_topic
         try:
@@ -142,8 +142,8 @@ class Replay:
             marks = {n: consumer.get_watermark_offsets(TopicPartition(topic, n), CONNECT_TIMEOUT_S) for n in partitions}
         except KafkaException as exc:
             consumer.poll(0)  # for its callback, which knows whether access was refused
-            connection.check()
-            raise failure(f"Cannot read topic {topic} at {self.settings.kafka_bootstrap_servers}", exc.args[0]) from exc
+            broker.check()
+            raise kafka_failed(f"Cannot read topic {topic} at {self.settings.kafka_bootstrap_servers}", exc.args[0]) from exc
         if not partitions:
             raise KafkaFailed(f"Topic {topic} does not exist; KAFKA_DLQ_TOPIC or --dlq-topic names another.")
         filled = {n: mark for n, mark in marks.items() if mark[0] < mark[1]}

@@ -17,7 +17,7 @@ from prometheus_client import make_wsgi_app
 
 from config import Settings
 from errors import SetupError
-from latent_encoder.telemetry.health import Health, Report
+from latent_encoder.telemetry.health import Health, HealthReport
 from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder.http")
@@ -95,7 +95,7 @@ def application(health: Health) -> WSGIApplication:
     return respond
 
 
-def _report(start_response: StartResponse, name: str, report: Report) -> Iterable[bytes]:
+def _report(start_response: StartResponse, name: str, report: HealthReport) -> Iterable[bytes]:
     start_response("200 OK" if report.ok else "503 Service Unavailable", [("Content-Type", "application/json")])
     return [json.dumps({name: report.ok, f"{name}_parts": report.parts}).encode() + b"\n"]
 

@@ -147,7 +147,7 @@ def test_dead_letter_that_is_not_acknowledged_stops_the_service(
         bench.send({"request_id": "r", **SECONDS_LONG}, partition=0)
         wait_until((bench.folder / "output").exists, "the encode")
         own.freeze()
-        wait_until(lambda: bool(events("answer is not acknowledged")), "the message")
+        wait_until(lambda: bool(events("response is not acknowledged")), "the message")
         assert worker.is_alive()
     assert worker.outcome is False
     own.kill()

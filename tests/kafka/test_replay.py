@@ -13,7 +13,7 @@ import pytest
 from config import Settings
 from errors import ErrorCode, KafkaFailed
 from latent_encoder.kafka.records import DLQ_HEADERS
-from latent_encoder.kafka.replay import Replay, Selection, Tally
+from latent_encoder.kafka.replay import Replay, ReplayTally, Selection
 from service import LatentEncoder
 from tests.helpers import RunMain
 from tests.kafka_tools import Bench, answers
@@ -38,7 +38,9 @@ def filled(bench: Bench, encoder: LatentEncoder, settings: Settings) -> Bench:
     return bench
 
 
-def replay(bench: Bench, settings: Settings, *, dry_run: bool = False, **selection: Any) -> tuple[Tally, list[dict[str, Any]]]:
+def replay(
+    bench: Bench, settings: Settings, *, dry_run: bool = False, **selection: Any
+) -> tuple[ReplayTally, list[dict[str, Any]]]:
     lines: list[str] = []
     tally = Replay(bench.settings(settings), Selection(**selection), dry_run, lines.append).run()
     return tally, [json.loads(line) for line in lines]
@@ -48,7 +50,7 @@ def test_dead_letters_go_back_as_they_were(filled: Bench, encoder: LatentEncoder
     """Key, value and headers are the original's; the cause is gone, so the service answers them now."""
     (filled.folder / "file").unlink()
     tally, lines = replay(filled, settings, error_codes=frozenset({ErrorCode.OUTPUT_DIR_NOT_WRITABLE}))
-    assert tally == Tally(read=6, foreign=1, chosen=2, sent=2)
+    assert tally == ReplayTally(read=6, foreign=1, chosen=2, sent=2)
     requests = filled.topic(filled.request_topic).take(7)
     for original, again in zip(requests[:2], requests[5:], strict=True):
         assert (again.key, again.value, again.headers) == (original.key, original.value, GOOD_HEADERS)

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from config import Settings
 from errors import ErrorCode, ImageInvalid, SetupError
-from latent_encoder.kafka.lanes import Job
+from latent_encoder.kafka.jobs import RecordJob
 from latent_encoder.kafka.records import Incoming
 from latent_encoder.stages import Stages
 from latent_encoder.telemetry.health import HEARTBEAT_LIMIT_S, Health
@@ -154,16 +154,16 @@ def test_port_in_use_is_a_setup_error(settings: Settings) -> None:
         pass
 
 
-def request_job(tmp_path: Path, settings: Settings) -> Job:
+def request_job(tmp_path: Path, settings: Settings) -> RecordJob:
     fields = {"image_path": str(IMAGES / "photo.jpg"), "output_dir": str(tmp_path)}
     request = EncodeRequest.from_fields(fields, settings.request_defaults)
-    return Job(Incoming("requests", 0, 0, None, None, b"{}", ()), request)
+    return RecordJob(Incoming("requests", 0, 0, None, None, b"{}", ()), request)
 
 
 def test_thread_that_ended_is_told(encoder: LatentEncoder) -> None:
     """A worker without one of its three answers nothing any more."""
     health = Health(60)
-    stages = Stages[Job](encoder, lambda *_: None, health)
+    stages = Stages[RecordJob](encoder, lambda *_: None, health)
     health.needs(stages.threads)
     assert health.alive().ok
     stages.close()
@@ -188,7 +188,7 @@ def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder
             return super().prepare(request)
 
     outcomes: list[SuccessResponse | BaseException] = []
-    stages = Stages[Job](Exiting(settings, encoder.runtime), lambda _, outcome: outcomes.append(outcome), Health(60))
+    stages = Stages[RecordJob](Exiting(settings, encoder.runtime), lambda _, outcome: outcomes.append(outcome), Health(60))
     stages.submit(request_job(tmp_path, settings))
     stages.submit(request_job(tmp_path, settings))
     wait_until(lambda: len(outcomes) == 2, "both outcomes")
@@ -307,7 +307,7 @@ def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings
             raise ImageInvalid(f"{request.image_path} does not fit into {pixels.shape}")
 
     reported: list[str] = []
-    stages = Stages[Job](Failing(settings, encoder.runtime), lambda _, outcome: reported.append(str(outcome)), Health(60))
+    stages = Stages[RecordJob](Failing(settings, encoder.runtime), lambda _, result: reported.append(str(result)), Health(60))
     gc.disable()
     try:
         stages.submit(request_job(tmp_path, settings))
@@ -348,7 +348,7 @@ def test_only_the_encode_has_threads_of_torch(encoder: LatentEncoder, settings: 
 
     before = torch.get_num_threads()
     done = threading.Event()
-    stages = Stages[Job](Counting(settings, encoder.runtime), lambda *_: done.set(), Health(60))
+    stages = Stages[RecordJob](Counting(settings, encoder.runtime), lambda *_: done.set(), Health(60))
     stages.submit(request_job(tmp_path, settings))
     assert done.wait(60)
     stages.close()
