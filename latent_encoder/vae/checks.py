@@ -1,18 +1,67 @@
-"""What a VAE's header and ComfyUI's object tell of it: whether it encodes images, and what its latents mean."""
+"""Checks of a VAE that ComfyUI has loaded: it encodes images, and no tensor that this needs is missing or broken.
+
+ComfyUI loads weights with `strict=False` into uninitialised memory: a file without some of the encoder's tensors loads with a
+log line and then encodes garbage. So the keys that were missing are recorded while ComfyUI loads.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from latent_encoder.comfy_runtime import ComfyRuntime, Vae
-from latent_encoder.vae.families import Family
+from latent_encoder.comfy_runtime import Vae
+from latent_encoder.vae.encoders import DECODER_PARTS
+
+_LOADING = threading.Lock()  # one at a time has torch's method wrapped
 
 STEREO = 2
 
+
 # VAELoader adds the factor and the shift of the other TAESD models; FLUX.2's latents need none, so the model's 1 and 0 hold.
 TAEF2_DEFAULTS = ("vae_scale", "vae_shift")
+
+
+@contextmanager
+def recorded_missing_keys() -> Iterator[dict[int, list[str]]]:
+    """What `load_state_dict` finds missing inside, by the `id` of the module that was loaded.
+
+    ComfyUI only logs it. torch has no hook that sees every module's load, so the method itself is wrapped for the moment;
+    a load in another thread is recorded too and harms nothing.
+    """
+    missing: dict[int, list[str]] = {}
+
+    def recording(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(module, *args, **kwargs)
+        missing[id(module)] = list(result.missing_keys)
+        return result
+
+    with _LOADING:
+        original = torch.nn.Module.load_state_dict
+        torch.nn.Module.load_state_dict = recording  # type: ignore[assignment,method-assign]
+        try:
+            yield missing
+        finally:
+            torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+def fault(vae: Vae, missing: Mapping[int, Sequence[str]], *, decodes: bool) -> str | None:
+    """What keeps a VAE that did load from encoding images properly, and from decoding them if it `decodes`."""
+    model = vae.first_stage_model
+    not_needed = () if decodes else DECODER_PARTS
+    have_values = (*not_needed, *with_defaults(model))
+    if reason := no_images(vae):
+        return reason
+    if id(model) not in missing:
+        return "this ComfyUI loads it in a way that cannot be checked for missing tensors"
+    if lacking := _without(have_values, missing[id(model)]):
+        return f"it lacks tensors that {'a round trip' if decodes else 'encoding'} needs: {_shortened(lacking)}"
+    if broken := _not_finite(model, not_needed):
+        return f"it has values that are not finite in: {_shortened(broken)}"
+    return None
 
 
 def no_images(vae: Vae) -> str | None:
@@ -35,23 +84,18 @@ def with_defaults(model: torch.nn.Module) -> tuple[str, ...]:
     return TAEF2_DEFAULTS if type(encoder).__name__ == "EncoderFlux2" else ()
 
 
-def latent_space_of(family: Family | None, vae: Vae, runtime: ComfyRuntime) -> str | None:
-    """Return the name of ComfyUI's class for a VAE's latents; None where it is not known, or this release has no such class.
-
-    A release that is older than a family may load its VAE for another one. For example, 0.3.52 takes FLUX.2's for Stable
-    Diffusion's, and gives 32 channels instead of 128.
-    """
-    space = _latent_space(family, vae.first_stage_model)
-    return space if space is not None and runtime.latent_format(space) is not None else None
+def _without(parts: tuple[str, ...], keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if not key.startswith(parts)]
 
 
-def _latent_space(family: Family | None, model: Any) -> str | None:
-    """Return what the family says, and ComfyUI for the 16-channel TAEHVs.
+def _not_finite(model: torch.nn.Module, not_needed: tuple[str, ...]) -> list[str]:
+    state = model.state_dict()
+    return [key for key in _without(not_needed, state) if not _is_finite(state[key])]
 
-    Those for HunyuanVideo and for Wan 2.1 have the same tensors. ComfyUI takes one in float16 for HunyuanVideo's, whatever its
-    name, and scales its latents so. Where the name says otherwise, the latents are of neither model.
-    """
-    if family is None or type(model).__name__ != "TAEHV" or model.latent_channels != 16:
-        return family.latent_space if family is not None else None
-    taken_for = "Wan21" if model.latent_format is None else str(model.latent_format.__name__)
-    return taken_for if family.latent_space in (None, taken_for) else None
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _shortened(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
