@@ -19,11 +19,11 @@ from latent_encoder.geometry import Size, factor_of
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.vae.checks import fault, recorded_missing_keys
 from latent_encoder.vae.encoders import prepare_for_encoding
-from latent_encoder.vae.families import Family, family_of, read_shapes
+from latent_encoder.vae.families import Family, family_of
 from latent_encoder.vae.latent_spaces import latent_space_of
 from latent_encoder.vae.loaded_vae import Cells, LoadedVae, encode_with
 from latent_encoder.vae.single_frame import SingleFrameEncoder
-from latent_encoder.vae.weights_files import check_weights_file
+from latent_encoder.vae.weights_files import check_weights_file, read_shapes
 
 log = get_logger("latent_encoder")
 

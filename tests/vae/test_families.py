@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from latent_encoder.vae.families import FAMILIES, family_of, read_shapes
+from latent_encoder.vae.families import FAMILIES, family_of
+from latent_encoder.vae.weights_files import read_shapes
 from service import LatentEncoder
 from tests.helpers import PROJECT, TINY_VAE
 

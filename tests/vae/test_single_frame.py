@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_encoder.vae import single_frame
+from latent_encoder.vae import row_strips
 from latent_encoder.vae.encoders import difference
 from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitecture
 from service import LatentEncoder
@@ -66,7 +66,7 @@ def with_alpha(model: Any) -> Any:
 @pytest.fixture
 def strip_pixels(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many pixels a strip has."""
-    return lambda pixels: monkeypatch.setitem(single_frame.STRIP_PIXELS, "cpu", pixels)
+    return lambda pixels: monkeypatch.setitem(row_strips.STRIP_PIXELS, "cpu", pixels)
 
 
 def picture(height: int, width: int, colours: int = 3) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_latent_of_any_size_in_any_strips(name: str, models: dict[str, Pair], ro
     """Down to one latent cell, and in strips down to one row."""
     factor = models[name][2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(single_frame.STRIP_PIXELS, "cpu", pixels)
+        patch.setitem(row_strips.STRIP_PIXELS, "cpu", pixels)
         assert_same(models[name], picture(rows * factor, columns * factor))
 
 
