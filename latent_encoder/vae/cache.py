@@ -1,4 +1,4 @@
-"""The VAEs that are kept loaded: found in the model folders, kept while they are used, evicted for others."""
+"""The VAEs that are kept loaded: how a name is found, how long a VAE stays, and which one makes room for another."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ from latent_encoder.telemetry.metrics import VAE_CACHE
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.loading import check_vae_files, load_vae
 
-MAX_NAMES_SHOWN = 20
+MAX_NAMES_SHOWN = 20  # model folders may hold hundreds of files; an error message stays readable with this many names
+
+Key = tuple[str, ...]
+"""The resolved paths of a VAE's files; its name if it has no file."""
 
 Stamp = tuple[tuple[int, int, int], ...]
+"""Inode, size in bytes and modification time in nanoseconds of each file. A file that is replaced gets another stamp."""
 
 
 class VaeCache:
-    """The VAEs that were used last, as many as VAE_CACHE_SIZE. A file that was replaced is loaded anew. Thread-safe."""
+    """The VAEs used last, VAE_CACHE_SIZE of them at most. A VAE whose file was replaced is loaded again. Thread-safe."""
 
     def __init__(self, runtime: ComfyRuntime, settings: Settings) -> None:
         self._runtime = runtime
         self._settings = settings
         self._lock = threading.Lock()
-        self._loaded: OrderedDict[tuple[str, ...], tuple[Stamp, LoadedVae]] = OrderedDict()
+        self._loaded: OrderedDict[Key, tuple[Stamp, LoadedVae]] = OrderedDict()
+        """The least recently used VAE first."""
 
     def get(self, name: str) -> LoadedVae:
-        """The VAE of that name.
+        """Return the VAE of that name, loaded now if it is not in the cache. Other threads wait while one is loaded.
 
         Raises:
             VaeModelNotFound: no model folder has it.
-            VaeModelInvalid: it is there but cannot be used to encode images.
+            VaeModelInvalid: it exists but cannot be used to encode images.
             EncodingFailed: memory ran out while loading it.
         """
         with self._lock:
@@ -45,22 +50,27 @@ class VaeCache:
             hit = cached is not None and cached[0] == stamp
             VAE_CACHE.labels("hit" if hit else "miss").inc()
             if cached is None or not hit:
-                check_vae_files(name, files)  # a file that is damaged on its face shall push out no sound VAE
-                del cached  # the replaced one's memory goes before the new one's comes
-                while len(self._loaded) >= self._settings.vae_cache_size:
-                    self._loaded.popitem(last=False)
-                cached = (stamp, load_vae(self._runtime, name, files, self._settings))
-                if _stamp(files) != stamp:
-                    raise VaeModelInvalid(f"VAE model {name} changed while it was being loaded; send the request again.")
-            self._loaded[key] = cached
+                del cached  # frees the memory of a replaced VAE before its successor is loaded
+                cached = (stamp, self._load(name, files, stamp))
+            self._loaded[key] = cached  # as the most recently used
             return cached[1]
+
+    def _load(self, name: str, files: Sequence[Path], stamp: Stamp) -> LoadedVae:
+        """Load a VAE after making room for it. Damaged files are refused first, because they must evict no sound VAE."""
+        check_vae_files(name, files)
+        while len(self._loaded) >= self._settings.vae_cache_size:
+            self._loaded.popitem(last=False)
+        vae = load_vae(self._runtime, name, files, self._settings)
+        if _stamp(files) != stamp:
+            raise VaeModelInvalid(f"VAE model {name} changed while it was being loaded; send the request again.")
+        return vae
 
 
 def find_vae_files(runtime: ComfyRuntime, name: str) -> list[Path]:
-    """The files that the VAE of that name is loaded from; none for `pixel_space`.
+    """Return the files from which VAELoader loads the VAE of that name; none for `pixel_space`, which has no weights.
 
     Raises:
-        VaeModelNotFound: with where was looked, what is there and what to do.
+        VaeModelNotFound: with the folders that were searched, the files in them, and the ways to get a model.
     """
     files = runtime.vae_files(name)
     if files is None:
@@ -70,19 +80,18 @@ def find_vae_files(runtime: ComfyRuntime, name: str) -> list[Path]:
 
 def _not_found(runtime: ComfyRuntime, name: str) -> str:
     names = runtime.vae_names()
-    there = ", ".join(names[:MAX_NAMES_SHOWN]) or "none"
+    existing = ", ".join(names[:MAX_NAMES_SHOWN]) or "none"
     if len(names) > MAX_NAMES_SHOWN:
-        there += f" and {len(names) - MAX_NAMES_SHOWN} more"
+        existing += f" and {len(names) - MAX_NAMES_SHOWN} more"
     folders = ", ".join(map(str, runtime.vae_folders()))
     meant = closest(name, runtime.vae_choices(), FILE_NAMES)
     suggestion = "" if meant is None else f" Did you mean {meant}?"
     return (
-        f"VAE model not found: {name}.{suggestion} Looked in: {folders}. VAE files there: {there}. "
+        f"VAE model not found: {name}.{suggestion} Looked in: {folders}. VAE files there: {existing}. "
         "Run ./setup_comfyui.sh --download-vae for qwen_image_vae.safetensors, or set MODEL_DIR to the folder of your models."
     )
 
 
 def _stamp(files: Sequence[Path]) -> Stamp:
-    """Inode, size and modification time of each file: what tells that it was replaced."""
     with translated(VaeModelInvalid, "Cannot read the VAE model"):
         return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))

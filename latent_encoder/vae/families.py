@@ -1,7 +1,7 @@
-"""Which family a VAE is of, by the names and shapes of its tensors: what its latents are, and whether ComfyUI encodes with it.
+"""The families of VAEs: how each is recognised, the name of its latents, and the ComfyUI releases that encode with it.
 
-Another family is one more row in `FAMILIES`. What a family's latents mean (their scaling, their colours) is not here: ComfyUI
-knows it, under the name of the class in `comfy.latent_formats` that a row has as its `latent_space`.
+A new family is one more row in `FAMILIES`. The scaling and the colours of a family's latents are not here: ComfyUI has them,
+in the class of `comfy.latent_formats` that the row names as its `latent_space`.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ from latent_encoder.vae.recognition import (
 
 @dataclass(frozen=True)
 class Family:
-    """VAEs whose latents mean the same to a diffusion model."""
+    """VAEs with the same tensors whose latents mean the same to a diffusion model."""
 
     name: str
+    """Its name for people, in messages and in `docs/vae-families.md`."""
     latent_space: str | None
-    """ComfyUI's class in `comfy.latent_formats`; None where it has none."""
+    """The name of ComfyUI's class in `comfy.latent_formats`; None if ComfyUI has none."""
     recognises: Predicate = field(repr=False, compare=False)
+    """Whether a file is of this family."""
     since: str | None = None
-    """The oldest tested ComfyUI release that encodes with it; None where none does."""
+    """The oldest tested ComfyUI release that encodes with it; None if none does."""
     single_frame: bool = False
-    """Whether `vae/single_frame.py` encodes it."""
+    """Whether the single-frame encoder encodes it."""
     by_name: str | None = None
-    """The part of the file's name that tells it from another family of the same tensors; None where the tensors decide."""
+    """The part of the file's name that distinguishes it from a family with the same tensors; None if the tensors decide."""
     no_images: str | None = None
-    """A noun phrase for what it is instead of a VAE that encodes images; None for a VAE that does."""
+    """A noun phrase for its real purpose, such as `a VAE for audio`; None for a VAE that encodes images."""
 
     def fault(self, release: str) -> str | None:
-        """Return why that ComfyUI release encodes no image with it; None where nothing speaks against it."""
+        """Return the reason why that ComfyUI release cannot encode an image with it; None if no reason is known."""
         if self.no_images is not None:
             return f"it is {self.no_images} ({self.name}), which encodes no images"
         if self.since is None:
@@ -63,7 +65,7 @@ OBJECTS = "a VAE for 3-D objects"
 DECODER = "a decoder without its encoder"
 
 
-# The first that recognises a file wins; so where a word in the name decides, the one without a word comes last.
+# The first row that recognises a file wins. So of rows with the same tensors, the one without a word in the name comes last.
 FAMILIES = (
     Family("Wan 2.1 / Qwen-Image", "Wan21", wan(16, 3), "0.3.52", single_frame=True),
     Family("Wan 2.1 with alpha / Qwen-Image-Layered", "Wan21", wan(16, 4), "0.33.0", single_frame=True),
@@ -154,9 +156,10 @@ FAMILIES = (
 
 
 def family_of(shapes: Shapes, file_name: str) -> Family | None:
-    """The family of the VAE whose tensors have these shapes, or None where it is none that is known.
+    """Return the family of the VAE whose tensors have these shapes; None if it is unknown.
 
-    `file_name` may be a path or a VAE's name; it decides where the tensors do not: between SD 1.x and SDXL, SD3 and FLUX.1.
+    `file_name` may be a path or a VAE's name. It decides between families with the same tensors: SD 1.x and SDXL, SD3 and
+    FLUX.1.
     """
     name = Path(file_name).name.lower()
     return next((family for family in FAMILIES if family.recognises(shapes, name)), None)

@@ -1,4 +1,4 @@
-"""A VAE that is ready to encode, and the encoding of one image with it."""
+"""A VAE that is ready: how it encodes one image and decodes one latent."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ ENCODING = threading.Lock()
 
 
 class Encoding(NamedTuple):
-    """What VAEEncode gave of an image, and how."""
+    """The result of VAEEncode for one image, and how it was computed."""
 
     samples: torch.Tensor
-    """In the VAE's own number of dimensions, float32 on the CPU."""
+    """Float32 on the CPU, with the VAE's own number of dimensions: `[1, channels, height, width]`, or 5 with frames."""
     tiled: bool
     """Whether the image was encoded in tiles."""
     seen: Size
-    """The size of the image that the model was given: ComfyUI cuts most images a little."""
+    """The size of the image that the model was given. ComfyUI crops most images to multiples of the VAE's factor first."""
     encoder: EncoderKind
-    """What ran."""
+    """The encoder that ran."""
 
 
 class Cells(NamedTuple):
-    """What a VAE's latents consist of, found out by a trial."""
+    """The grid of a VAE's latents, measured by encoding a small image."""
 
     factor: int
-    """How many pixels a side of one cell covers: 8 for most VAEs, 1 for `pixel_space`. ComfyUI states it wrong for a few."""
+    """Pixels along one side of a cell: 8 for most VAEs, 1 for `pixel_space`. ComfyUI's own figure is wrong for a few VAEs."""
     channels: int
     frames: bool
-    """Whether latents have a dimension for frames, as those of VAEs for video do."""
+    """Whether latents have a dimension for frames, `[1, channels, frames, height, width]`, as those of VAEs for video do."""
 
 
 @dataclass(frozen=True)
@@ -48,39 +48,48 @@ class LoadedVae:
     name: str
     vae: Vae
     sha256: str | None
-    """Of its file's bytes; of the encoder's and the decoder's one after the other for a TAESD pair; None without a file."""
+    """SHA-256 of its file, in hexadecimal; for a TAESD pair, of the encoder's bytes followed by the decoder's. None if it has
+    no file."""
     single_frame: SingleFrameEncoder | None
-    """What encodes in place of the model's own `encode`; None where nothing does."""
+    """The encoder that takes the place of the model's own `encode`; None if the model keeps it."""
     latent_space: str | None
-    """ComfyUI's name for what its latents mean; None where its family is not known."""
+    """The name of ComfyUI's class in `comfy.latent_formats` for its latents; None if its family is unknown."""
     cells: Cells
 
     @property
     def encoder(self) -> EncoderKind:
+        """The name of its encoder in the metadata."""
         return _kind(self.single_frame)
 
     def encode(self, runtime: ComfyRuntime, pixels: torch.Tensor, oom_policy: OomPolicy) -> Encoding:
-        """Encode an image `[1, height, width, 3]` with VAEEncode. Threads wait for each other here.
+        """Encode an image, float32 `[1, height, width, 3]` in [0, 1], with VAEEncode. One thread at a time encodes.
+
+        Several images at once are the frames of a video to ComfyUI. They get a fresh VAE with all of its weights, because the
+        single-frame encoder takes one frame and its model has lost the weights for more.
 
         Raises:
             EncodingFailed: memory ran out, and the policy is `fail`.
         """
         if self.single_frame is not None and pixels.shape[0] > 1:
-            # Several frames are a matter for ComfyUI's own encoder, with all its weights.
             return encode_with(runtime, runtime.load_vae(self.name), None, pixels, oom_policy)
         return encode_with(runtime, self.vae, self.single_frame, pixels, oom_policy)
 
     def decode(self, runtime: ComfyRuntime, latent: torch.Tensor) -> torch.Tensor:
-        """The image that VAEDecode gives of a latent `[1, channels, height, width]`; only where ROUNDTRIP is set."""
+        """Return the image that VAEDecode makes of a latent `[1, channels, height, width]`: `[1, height, width, 3]`.
+
+        It needs a VAE that was loaded with ROUNDTRIP set; others have lost their decoder's weights.
+        """
         with ENCODING:
             return runtime.decode(self.vae, latent.unsqueeze(2) if self.cells.frames else latent)
 
     @property
     def dtype(self) -> str:
+        """The dtype of its weights, for example `float32`."""
         return str(self.vae.vae_dtype).removeprefix("torch.")
 
     @property
     def device(self) -> str:
+        """The device that it encodes on, for example `cuda:0`."""
         return str(self.vae.device)
 
 
@@ -91,6 +100,11 @@ def encode_with(
     pixels: torch.Tensor,
     oom_policy: OomPolicy,
 ) -> Encoding:
+    """Encode `pixels` `[frames, height, width, 3]` with VAEEncode, which calls `single_frame` if there is one.
+
+    Raises:
+        EncodingFailed: memory ran out, and the policy is `fail`.
+    """
     size = Size(width=pixels.shape[2], height=pixels.shape[1])
     whole = latent_crop(size, int(vae.spacial_compression_encode())).size if getattr(vae, "crop_input", True) else size
     model: Any = vae.first_stage_model

@@ -1,4 +1,7 @@
-"""The way from the files of a VAE to a `LoadedVae`: loaded by ComfyUI, checked, given its encoder, tried."""
+"""The way from a VAE's files to a `LoadedVae`: judged, loaded by ComfyUI, checked, given its encoder, tried on an image.
+
+A file that fails on this way becomes a `VaeModelInvalid` that names it and the reason.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +30,22 @@ from latent_encoder.vae.weights_files import check_weights_file, read_shapes
 
 log = get_logger("latent_encoder")
 
-TRIAL_VAE = "tiny_qwen_vae.safetensors"  # comes along, and is the image's default
+TRIAL_VAE = "tiny_qwen_vae.safetensors"
+"""The bundled VAE, which is also the container image's default. It is for trying the service without a download."""
 
-# A picture for the trial of a VAE. Its sides are no multiples of any factor, so that it shows what is cut off.
 TRIAL_SIZE = Size(width=133, height=69)
-# For VAEs that encode nothing else than multiples of their factor, of which 32 is the largest known.
+"""The first size that a VAE is tried with. Its sides are multiples of no VAE's factor, so the trial includes the cropping."""
+
 TRIAL_SIZE_CUT = Size(width=128, height=64)
+"""The second size, for VAEs that refuse anything except multiples of their factor. 32 is the largest factor known."""
 
 
 def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: Settings) -> LoadedVae:
-    """Load a VAE with VAELoader, make sure that it can encode, and give it the encoder that the settings want.
+    """Load a VAE with VAELoader, check that it can encode, and give it the encoder that the settings ask for.
 
     Raises:
-        VaeModelInvalid: the file cannot be read, is not plain weights, or lacks what its architecture needs to encode, or to
-            decode where the settings ask for that.
+        VaeModelInvalid: the file cannot be read, holds more than plain weights, or lacks tensors that encoding needs (with
+            ROUNDTRIP also tensors that decoding needs).
         EncodingFailed: memory ran out.
     """
     with _refused(name, files), recorded_missing_keys() as missing:
@@ -58,8 +63,19 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
     return LoadedVae(name, vae, sha256, single_frame, latent_space_of(family, vae, runtime), cells)
 
 
+def check_vae_files(name: str, files: Sequence[Path]) -> None:
+    """Raise an error for a file that cannot hold weights. It costs a fraction of loading one and needs no memory.
+
+    Raises:
+        VaeModelInvalid: a file cannot be read, is incomplete, or holds more than plain weights.
+    """
+    with _refused(name, files):
+        for file in files:
+            check_weights_file(file)
+
+
 def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFrameEncoder | None:
-    """Return the encoder that takes the place of the model's own; None if the settings or the model allow none."""
+    """Return the encoder that takes the place of the model's own; None if the model keeps its own."""
     if settings.encoder != "auto":
         return None
     with torch.inference_mode():
@@ -67,16 +83,17 @@ def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFram
 
 
 def _family(name: str, files: Sequence[Path]) -> Family | None:
-    """Return the VAE's family, by the headers of all of its files."""
+    """Return the VAE's family by the tensors of all of its files; None if it is unknown."""
     shapes = {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
     return family_of(shapes, name)
 
 
 def _loaded(runtime: ComfyRuntime, name: str, files: Sequence[Path], family: Family | None) -> Vae:
-    """Return what VAELoader makes of the files.
+    """Return ComfyUI's VAE object for the files.
 
     Raises:
-        VaeModelInvalid: it fails, and the VAE is of a family that this release does not load.
+        VaeModelInvalid: VAELoader fails, and the VAE is of a family that this release does not load.
+        Exception: VAELoader fails for another reason; the exception is VAELoader's own.
     """
     try:
         return runtime.load_vae(name)
@@ -88,21 +105,22 @@ def _loaded(runtime: ComfyRuntime, name: str, files: Sequence[Path], family: Fam
 
 
 def _sha256(files: Sequence[Path]) -> str | None:
-    digest = hashlib.sha256()
+    """Return the SHA-256 of the files' bytes, one file after the other, in hexadecimal; None without files."""
+    checksum = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest() if files else None
+            hashlib.file_digest(stream, lambda: checksum)
+    return checksum.hexdigest() if files else None
 
 
 def _try_encoding(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEncoder | None, refusal: str) -> Cells:
-    """Encode a small grey picture, to see that the VAE encodes images and what their latents consist of.
+    """Encode a small grey image and return the grid of its latent. `refusal` is the beginning of the error message.
 
     Raises:
-        VaeModelInvalid: it fails, or gives something that is not the latent of one image.
+        VaeModelInvalid: encoding fails, or its result is not the latent of one image.
         EncodingFailed: memory ran out.
     """
-    with translated(VaeModelInvalid, f"{refusal}: it does not encode a test picture"), torch.inference_mode():
+    with translated(VaeModelInvalid, f"{refusal}: it does not encode a test image"), torch.inference_mode():
         try:
             encoding = encode_with(runtime, vae, single_frame, _grey(TRIAL_SIZE), "fail")
         except (RuntimeError, ValueError):
@@ -113,28 +131,18 @@ def _try_encoding(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEnco
         if factor is not None:
             return Cells(factor, samples.shape[1], frames)
     raise VaeModelInvalid(
-        f"{refusal}: it does not encode images; of a picture of {encoding.seen} it gives a tensor of {list(samples.shape)}."
+        f"{refusal}: it does not encode images; from one of {encoding.seen} it makes a tensor of shape {list(samples.shape)}."
     )
 
 
 def _grey(size: Size) -> torch.Tensor:
+    """Return an image `[1, height, width, 3]` of one grey, 0.5."""
     return torch.full((1, size.height, size.width, 3), 0.5)
-
-
-def check_vae_files(name: str, files: Sequence[Path]) -> None:
-    """Refuse what is no file of weights, before memory is made free for it.
-
-    Raises:
-        VaeModelInvalid: as `load_vae`.
-    """
-    with _refused(name, files):
-        for file in files:
-            check_weights_file(file)
 
 
 @contextmanager
 def _refused(name: str, files: Sequence[Path]) -> Iterator[None]:
-    """Turn whatever a VAE's files make others raise into a `VaeModelInvalid` that names them."""
+    """Turn any exception that reading or loading the files causes into a `VaeModelInvalid` that names them."""
     with translated(VaeModelInvalid, _refusal(name, files)):
         try:
             yield
@@ -145,15 +153,16 @@ def _refused(name: str, files: Sequence[Path]) -> Iterator[None]:
 
 
 def _refusal(name: str, files: Sequence[Path]) -> str:
+    """Return the beginning of an error message about a VAE; the reason follows after a colon."""
     return f"VAE model {name} cannot be used ({', '.join(map(str, files)) or 'built in'})"
 
 
 def _reason(exc: Exception) -> str | None:
-    """Why a file did not load, where its exception's own text would mislead."""
+    """Return the reason why a file did not load if the exception's own text would mislead; else None."""
     if isinstance(exc, (pickle.UnpicklingError, zipfile.BadZipFile)):
         return "it is a pickle that holds more than plain weights, or a damaged one; get the model as safetensors"
     if isinstance(exc, SafetensorError):
-        return f"it is empty, truncated or not a safetensors file ({one_line(exc)})"
+        return f"it is empty, truncated or not a safetensors file ({one_line(exc)}); download it again"
     if "VAE is invalid" in str(exc):
-        return "ComfyUI recognises no VAE in it, its tensors are of something else"
+        return "ComfyUI recognises no VAE in it: its tensors are of something else"
     return None

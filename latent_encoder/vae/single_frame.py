@@ -1,23 +1,23 @@
-"""A Wan-family VAE's encoder for one image: the latent that ComfyUI's own gives, in a fraction of its time and memory.
+"""The single-frame encoder: the latent that a Wan VAE's own encoder gives for one image, in a fraction of its time and memory.
 
-**One frame needs no third dimension.** The Wan VAEs encode video. Their convolutions over time are causal: output frame t sees
-input frames t-2, t-1 and t, and what lies before the first frame counts as zero. An image is a first frame and nothing else,
-so of a kernel `[out, in, 3, 3, 3]` the first two time slices only ever meet zeros, and
+**One frame needs no third dimension.** The Wan VAEs encode video. Their convolutions over time are causal: output frame t
+depends on the input frames t-2, t-1 and t, and frames before the first count as zero. An image is a first frame without
+others. So the first two time slices of a kernel `[out, in, 3, 3, 3]` only ever meet zeros:
 
     conv3d(x, kernel)[:, :, 0] == conv2d(x[:, :, 0], kernel[:, :, -1])
 
-The convolutions over time alone, in the down-sampling layers, do not run for a first frame at all, nor does the cache of
-earlier frames. What is left is a 2-D network, and that is what this module runs.
+For a first frame ComfyUI also skips the convolutions over time alone, in the down-sampling layers, and the cache of earlier
+frames. The rest is a 2-D network, and this module builds it from the model's weights.
 
-**Rows come in strips.** Nearly all layers look at a pixel and its eight neighbours. So the picture flows through them as
-through pipes: a layer takes some rows, keeps the last two for the next time, and hands on the rows that are complete. No row
-is computed twice, nothing is approximated, and the memory that this takes does not grow with the picture. Only the
-attention in the middle, at 1/64 of the pixels, needs all rows at once.
+**Rows come in strips.** Nearly all layers look at a pixel and its eight neighbours. So the image flows through them as through
+pipes: a layer takes some rows, keeps the last two for the next strip, and hands on the rows that are complete. No row is
+computed twice and nothing is approximated. The memory for it does not grow with the image's height. Only the attention in the
+middle, at 1/64 of the pixels, needs all rows at once. See `vae/row_strips.py`.
 
-**Memory is walked through seldom.** Tensors are `[height, width, channels]`: the normalisation over channels reads consecutive
-numbers, `conv2d` gets its channels-last layout without a copy, and a strip stays in the processor's cache. Normalisation,
-x / |x| * sqrt(channels) * gamma (RMS norm, Zhang and Sennrich 2019), and SiLU are computed in place right where the
-convolution reads, the two factors multiplied beforehand. The attention is torch's fused one, without a matrix of scores.
+**Memory is read and written seldom.** Tensors are `[height, width, channels]`. So the normalisation over channels reads
+consecutive numbers, `conv2d` gets its channels-last layout without a copy, and a strip stays in the processor's cache.
+Normalisation and activation are computed in the buffer from which the convolution reads. See `vae/single_frame_layers.py`.
+
 In float32 on a CPU, the convolutions with many channels take half the multiplications: see `vae/winograd.py`.
 """
 
@@ -44,19 +44,19 @@ from latent_encoder.vae.single_frame_layers import (
 
 
 class UnknownArchitecture(Exception):
-    """The model is not one whose encoder can be taken over; the text names what is not known."""
+    """A model that the single-frame encoder cannot be made from; the text names the unknown part."""
 
 
 class SingleFrameEncoder(nn.Module):
-    """Encodes one image as the Wan 2.1 or Wan 2.2 VAE does that it was made from."""
+    """The encoder of a Wan 2.1 or Wan 2.2 VAE for one image, made from ComfyUI's model of that VAE."""
 
     def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
         """Take the weights from a ComfyUI `WanVAE`, in their dtype and on their device.
 
-        With `compiled`, normalisation and SiLU become one kernel, made by `torch.compile` when they first run.
+        With `compiled`, `torch.compile` makes one kernel of normalisation and SiLU when they first run.
 
         Raises:
-            UnknownArchitecture: it is none, or has a part that is not known.
+            UnknownArchitecture: the model is of another class, or has an unknown part.
         """
         super().__init__()
         activate = torch.compile(norm_silu, dynamic=True) if compiled else norm_silu
@@ -70,8 +70,9 @@ class SingleFrameEncoder(nn.Module):
     def forward(self, pixels: Tensor, **_: Any) -> Tensor:
         """Return the mean of the latent's distribution, `[1, channels, 1, height / 8, width / 8]` (Wan 2.2: / 16).
 
-        `pixels` are `[1, colours, 1, height, width]` in [-1, 1], in the weights' dtype, and are moved to the weights' device.
-        Further options, which ComfyUI gives to the `encode` of some models, change nothing here.
+        `pixels` are `[1, colours, 1, height, width]` in [-1, 1], in the weights' dtype. Both sides are multiples of 8 (Wan
+        2.2: of 16). They are moved to the weights' device. Further options, which ComfyUI gives to
+        the `encode` of some models, are ignored.
         """
         stream = strips(pixels[0, :, 0].to(self.device), self.patch)
         for layer in self.layers:
@@ -85,7 +86,11 @@ class SingleFrameEncoder(nn.Module):
 
 
 def _patch_side(model: Any) -> int:
-    """The side of the patches that a model takes: 1 pixel of RGB or RGBA (Wan 2.1), 2 pixels of RGB (Wan 2.2)."""
+    """Return the side in pixels of the patches that a model takes: 1 with RGB or RGBA (Wan 2.1), 2 with RGB (Wan 2.2).
+
+    Raises:
+        UnknownArchitecture: its first convolution takes another number of channels.
+    """
     channels = model.encoder.conv1.weight.shape[1]
     sides = {3: 1, 4: 1, 12: 2}
     if channels not in sides:
@@ -94,7 +99,10 @@ def _patch_side(model: Any) -> int:
 
 
 def _layers(model: Any, activate: Activation) -> Iterator[nn.Module]:
-    """The layers of a `WanVAE`'s encoder in their order."""
+    """Yield the layers of a `WanVAE`'s encoder in their order, and the convolution behind it that makes the mean.
+
+    Behind the last down-sampling the strips are regrouped, because they have lost most of their rows.
+    """
     encoder = model.encoder
     yield Convolution(encoder.conv1)
     shrinking = [number for number, layer in enumerate(encoder.downsamples) if _stride(layer) > 1]
@@ -106,10 +114,16 @@ def _layers(model: Any, activate: Activation) -> Iterator[nn.Module]:
         yield _layer(layer, activate)
     norm, _, convolution = encoder.head
     yield Convolution(convolution, norm, activate)
-    yield Each(Pointwise(model.conv1, outputs=model.conv1.weight.shape[0] // 2))  # the other half is the variance
+    yield Each(Pointwise(model.conv1, outputs=model.conv1.weight.shape[0] // 2))  # the other half is the log variance
 
 
 def _layer(layer: Any, activate: Activation) -> nn.Module:
+    """Return the counterpart of a layer of ComfyUI's.
+
+    Raises:
+        UnknownArchitecture: there is none for layers of its class.
+        ValueError, AttributeError: it is not built like the known layers of its class.
+    """
     match type(layer).__name__:
         case "ResidualBlock":
             norm1, _, convolution1, norm2, _, _, convolution2 = layer.residual
@@ -128,6 +142,7 @@ def _layer(layer: Any, activate: Activation) -> nn.Module:
 
 
 def _stride(layer: Any) -> int:
+    """Return the factor by which a layer divides height and width."""
     match type(layer).__name__:
         case "Resample":
             return 2
