@@ -91,6 +91,6 @@ def drop_weights(model: nn.Module, prefixes: tuple[str, ...]) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let the C library return freed memory to the system. Without that the process would keep half of what loading took."""
+    """Let the C library return freed memory to the system: half of the memory that loading a VAE took, which it would keep."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
         trim(0)
