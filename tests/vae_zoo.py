@@ -372,7 +372,7 @@ CASES = (
         for family, file, channels, pixels, since in (
             ("TAEHV for HunyuanVideo", "taehv.safetensors", 16, 3, "0.3.75"),
             ("TAEHV for Wan 2.1", "lighttaew2_1.safetensors", 16, 3, "0.3.75"),
-            ("TAEHV of 16 channels (the file's name tells no model)", "tiny.safetensors", 16, 3, "0.3.75"),
+            ("TAEHV of 16 channels (the file's name names no model)", "tiny.safetensors", 16, 3, "0.3.75"),
             ("TAEHV for Wan 2.2", "lighttaew2_2.safetensors", 48, 12, "0.33.0"),
             ("TAEHV for HunyuanVideo 1.5", "lighttaehy1_5.safetensors", 32, 12, "0.33.0"),
             ("TAEHV for LTX-2", "taeltx_2.safetensors", 128, 48, "0.33.0"),

@@ -132,7 +132,7 @@ FAMILIES = (
     Family("TAEHV for HunyuanVideo 1.5", "HunyuanVideo15", taehv(32), "0.33.0"),
     Family("TAEHV for LTX-2", "LTXAV", taehv(128), "0.33.0"),
     Family("TAEHV for MiniMax H3", "MiniMaxH3Video", taehv(24), "0.33.0"),
-    Family("TAEHV of 16 channels (the file's name tells no model)", None, taehv(16), "0.3.75"),
+    Family("TAEHV of 16 channels (the file's name names no model)", None, taehv(16), "0.3.75"),
     Family("pixel space", "ChromaRadiance", pixel_space, "0.3.64"),
     Family("ACE-Step", None, has("vocoder.backbone.channel_layers.0.0.bias"), no_images=AUDIO),
     Family("Stable Audio / ACE-Step 1.5", None, has("decoder.layers.1.layers.0.beta"), no_images=AUDIO),

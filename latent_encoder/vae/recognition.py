@@ -29,7 +29,7 @@ def has_any(*tensors: str) -> Predicate:
 
 
 def takes(tensor: str, dimensions: int, channels: int, *others: str) -> Predicate:
-    """Recognise files in which convolution `tensor` has so many dimensions and input channels, and that have the others."""
+    """Recognise files with a convolution `tensor` of these dimensions and input channels, and with all the other tensors."""
     return lambda shapes, _: _inputs(shapes, tensor, dimensions) == channels and all(other in shapes for other in others)
 
 

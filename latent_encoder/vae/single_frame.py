@@ -121,7 +121,7 @@ def _layer(layer: Any, activate: Activation) -> nn.Module:
     """Return the counterpart of a layer of ComfyUI's.
 
     Raises:
-        UnknownArchitecture: there is none for layers of its class.
+        UnknownArchitecture: layers of its class are unknown.
         ValueError, AttributeError: it is not built like the known layers of its class.
     """
     match type(layer).__name__:
@@ -138,7 +138,7 @@ def _layer(layer: Any, activate: Activation) -> nn.Module:
             path = [_layer(inner, activate) for inner in layer.downsamples]
             return Residual(path, MeanOfPatches(layer.avg_shortcut), shrink=_stride(layer))
         case name:
-            raise UnknownArchitecture(f"it has a {name}")
+            raise UnknownArchitecture(f"it has an unknown layer, {name}")
 
 
 def _stride(layer: Any) -> int:

@@ -178,7 +178,7 @@ def test_other_models_are_not_taken_over() -> None:
         SingleFrameEncoder(importlib.import_module("comfy.taesd.taesd").TAESD(latent_channels=4))
     model = random_model("comfy.ldm.wan.vae", dim=8, z_dim=16)
     model.encoder.middle[1] = torch.nn.Identity()
-    with pytest.raises(UnknownArchitecture, match="it has a Identity"):
+    with pytest.raises(UnknownArchitecture, match="it has an unknown layer, Identity"):
         SingleFrameEncoder(model)
     model = random_model("comfy.ldm.wan.vae", dim=8, z_dim=16)
     model.encoder.conv1.weight = torch.nn.Parameter(model.encoder.conv1.weight[:, :2])
