@@ -25,9 +25,8 @@ log = get_logger("latent_encoder")
 
 # A folder on the way is only passed, so no right to list it is needed. Systems without a flag for that need O_RDONLY.
 PASS = getattr(os, "O_PATH", getattr(os, "O_SEARCH", os.O_RDONLY)) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-READ_FILE = (
-    os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-)  # O_NONBLOCK: opening a named pipe must not wait for its writer
+# O_NONBLOCK: opening a named pipe must not wait for its writer.
+READ_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 READ_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 MOST_SYMLINKS = 40
