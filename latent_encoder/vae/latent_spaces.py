@@ -22,7 +22,7 @@ def _latent_space(family: Family | None, model: Any) -> str | None:
     """Return the family's latent space, except for TAEHVs with 16 channels: the one that ComfyUI chose for their latents.
 
     The TAEHVs for HunyuanVideo and for Wan 2.1 have the same tensors. ComfyUI takes a file in float16 for HunyuanVideo's,
-    regardless of its name, and scales the latents accordingly. If the name says Wan 2.1, the latents then fit neither model: None.
+    regardless of its name, and scales the latents accordingly. If the name means Wan 2.1, the latents fit neither model: None.
     """
     if family is None or type(model).__name__ != "TAEHV" or model.latent_channels != 16:
         return family.latent_space if family is not None else None
