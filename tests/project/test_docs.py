@@ -61,7 +61,7 @@ FOLLOWS = {"docs/operating.md": "docs/kafka.md"}
 SERVERS = {"tests.broker": " at ", "--mode kafka --vae": '"event": "ready"'}
 
 # Commands that take minutes, or need another broker: only their options are checked.
-ONLY_PARSED = ("-m benchmarks.", "-m fuzz", "-m pip", "--mode kafka --kafka-bootstrap-servers")
+ONLY_PARSED = ("-m benchmarks.", "-m fuzz", "-m pip", "-m pytest", "--mode kafka --kafka-bootstrap-servers")
 
 # Commands that are not run, each with the reason.
 NOT_RUN = {
@@ -328,6 +328,13 @@ def test_every_input_has_its_row_with_its_default() -> None:
     assert {name for name, _ in rows} - stated.keys() == {"image_path", "request_id"}
 
 
+@pytest.mark.parametrize("field", ["upscale_method", "fit", "latent_format"])
+def test_every_choice_of_an_input_is_in_its_row(field: str) -> None:
+    """The meaning of a field with a few values has each of them."""
+    (meaning,) = re.findall(rf"^\| `{field}` \|.*\| (.*) \|$", section(API, "Inputs"), re.MULTILINE)
+    assert set(re.findall(r"`([\w-]+)`", meaning)) == set(get_args(EncodeRequest.model_fields[field].annotation))
+
+
 def test_every_metadata_field_has_its_row() -> None:
     """The table of metadata in API.md has each field once, and the table of notes each note once."""
     outputs = section(API, "Outputs")
@@ -370,6 +377,15 @@ def test_every_mode_has_its_row() -> None:
     """The table of modes has each mode."""
     modes = get_args(Settings.model_fields["mode"].annotation)
     assert sorted(names_in(COMMAND_LINE, "mode")) == sorted(modes)
+
+
+def test_paths_of_the_contributors_page_exist() -> None:
+    """Each file or folder that CONTRIBUTING.md names is in the project, those of its test command too."""
+    page = PAGES["CONTRIBUTING.md"]
+    named = re.findall(r"`([\w.]+(?:/[\w.]+)*\.(?:py|md))`|`([\w./]+/)`", page.prose)
+    named += re.findall(r"(tests/\S+)()", "".join(page.of("bash")))
+    assert named
+    assert [path for pair in named for path in pair if path and not (PROJECT / path).exists()] == []
 
 
 def test_readme_is_short() -> None:
