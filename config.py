@@ -13,8 +13,8 @@ from errors import LatentEncoderError, one_line
 from models import (
     MAX_MEGAPIXELS,
     EncodeRequest,
+    FileFormat,
     Fit,
-    LatentFormat,
     Megapixels,
     Text,
     UpscaleMethod,
@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     )
     vae_model_name: VaeModelName = Field("qwen_image_vae.safetensors", description="VAE file for requests that name none.")
     output_dir: Text = Field("./output", description="Folder for the files of requests that name none.")
-    latent_format: LatentFormat = Field(
+    latent_format: FileFormat = Field(
         "pt",
         description="`pt` (torch), `safetensors` or `comfy` (for ComfyUI's LoadLatent), for requests that name none.",
     )

@@ -22,7 +22,7 @@ MAX_PATH_LENGTH = 4096  # Linux takes no longer ones; resolving one takes time t
 
 Fit = Literal["crop", "exact"]
 EncoderKind = Literal["single-frame", "stock"]
-LatentFormat = Literal["pt", "safetensors", "comfy"]
+FileFormat = Literal["pt", "safetensors", "comfy"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
 
 
@@ -74,7 +74,7 @@ class EncodeRequest(BaseModel):
         "does; `exact` scales to such sides, if the ComfyUI release can.",
     )
     output_dir: PathText = Field("./output", description="Folder for the files; made if absent.")
-    latent_format: LatentFormat = Field(
+    latent_format: FileFormat = Field(
         "pt",
         description="`pt` (torch), `safetensors` (with metadata in its header) or `comfy` (for ComfyUI's LoadLatent).",
     )
@@ -221,7 +221,7 @@ class Metadata(BaseModel):
     latent_sha256: str
     scaled_image_sha256: str
     fingerprint: str
-    latent_format: LatentFormat = "pt"
+    latent_format: FileFormat = "pt"
     fit: Fit = "crop"
     image_decoder: str | None = None
     latent_space: str | None = None

@@ -24,7 +24,7 @@ from errors import OutputDirNotWritable
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.latent_files import SUFFIXES
-from models import LatentFormat
+from models import FileFormat
 
 LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # what stands around stem and request id
 
@@ -60,7 +60,7 @@ class OutputFiles:
         return cls(latent=latent, metadata=latent.with_name(f"{latent.name}.json"), **pictures)
 
 
-def output_files(output_dir: str, image_path: str, request_id: str, latent_format: LatentFormat = "pt") -> OutputFiles:
+def output_files(output_dir: str, image_path: str, request_id: str, latent_format: FileFormat = "pt") -> OutputFiles:
     """The files' names: `latent_<stem>_<request_id>.pt` (or its format's own suffix) and its siblings.
 
     `stem` is that of the image's name. Stem and request id are made safe by `safe_name`.

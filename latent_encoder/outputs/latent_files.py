@@ -19,10 +19,10 @@ from safetensors import torch as safetensors_torch
 
 from errors import LatentUnreadable, is_out_of_memory
 from latent_encoder.vae.weights_files import check_weights_file
-from models import LatentFormat
+from models import FileFormat
 
-SUFFIXES: dict[LatentFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
-TENSOR_NAMES: dict[LatentFormat, str] = {"safetensors": "latent", "comfy": "latent_tensor"}
+SUFFIXES: dict[FileFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
+TENSOR_NAMES: dict[FileFormat, str] = {"safetensors": "latent", "comfy": "latent_tensor"}
 
 # An empty tensor of this name tells LoadLatent that the latent is as the VAE gave it; without it, the node scales it.
 AS_IT_IS = "latent_format_version_0"
@@ -34,7 +34,7 @@ NOT_TORCH = "it is truncated, or no plain tensor that torch.save wrote"
 NOT_SAFETENSORS = "it is empty, truncated or not a safetensors file"
 
 
-def latent_bytes(latent: torch.Tensor, latent_format: LatentFormat, *, frames: bool, header: Mapping[str, Any]) -> bytes:
+def latent_bytes(latent: torch.Tensor, latent_format: FileFormat, *, frames: bool, header: Mapping[str, Any]) -> bytes:
     """The file that holds a float32 latent `[batch, channels, height, width]`. Equal arguments give equal bytes.
 
     `frames` says whether ComfyUI's own latent has a dimension for frames. `header` is what to tell of the latent, in values
@@ -51,7 +51,7 @@ def latent_bytes(latent: torch.Tensor, latent_format: LatentFormat, *, frames: b
     return safetensors_torch.save(tensors, {HEADER_KEY: json.dumps(header)})
 
 
-def read_latent_file(path: Path) -> tuple[torch.Tensor, LatentFormat]:
+def read_latent_file(path: Path) -> tuple[torch.Tensor, FileFormat]:
     """The latent `[batch, channels, height, width]` in a file, in the precision that it has there, and the file's format.
 
     The format is what the suffix tells.
@@ -72,7 +72,7 @@ def read_latent_file(path: Path) -> tuple[torch.Tensor, LatentFormat]:
         raise LatentUnreadable(f"Cannot read {path} as a latent: {reason}.") from exc
 
 
-def format_of(path: Path) -> LatentFormat:
+def format_of(path: Path) -> FileFormat:
     """The format that a file's suffix stands for.
 
     Raises:
@@ -84,7 +84,7 @@ def format_of(path: Path) -> LatentFormat:
     raise LatentUnreadable(f"its name ends in none of {', '.join(SUFFIXES.values())}")
 
 
-def read_latent(data: bytes, latent_format: LatentFormat) -> torch.Tensor:
+def read_latent(data: bytes, latent_format: FileFormat) -> torch.Tensor:
     """The latent `[batch, channels, height, width]` in a file's bytes, in the precision that it has there.
 
     Raises:
@@ -108,7 +108,7 @@ def _said(fault: str) -> Iterator[None]:
         raise LatentUnreadable("memory ran out" if is_out_of_memory(exc) else fault) from exc
 
 
-def _of_latent(tensors: Mapping[str, torch.Tensor], latent_format: LatentFormat) -> torch.Tensor:
+def _of_latent(tensors: Mapping[str, torch.Tensor], latent_format: FileFormat) -> torch.Tensor:
     name = TENSOR_NAMES[latent_format]
     if name not in tensors:
         raise LatentUnreadable(f"it has no tensor named {name}")

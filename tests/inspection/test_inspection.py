@@ -30,7 +30,7 @@ from latent_encoder.inspection.pictures import fitting_crop
 from latent_encoder.inspection.text import drawing, printable
 from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.latent_files import SUFFIXES, latent_bytes
-from models import LatentFormat, SuccessResponse
+from models import FileFormat, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import PATIENCE_S, PROJECT, Encode, RunMain, load_latent, request_for
 
@@ -133,7 +133,7 @@ def test_statistics_are_those_of_the_standard_library(values: list[float]) -> No
 
 @pytest.mark.parametrize("latent_format", SUFFIXES)
 @pytest.mark.parametrize("frames", [False, True])
-def test_formats_without_metadata(latent_format: LatentFormat, frames: bool, tmp_path: Path, inspect: Inspect) -> None:
+def test_formats_without_metadata(latent_format: FileFormat, frames: bool, tmp_path: Path, inspect: Inspect) -> None:
     """Each is read for what it is; that the metadata is not there is said, and is no error."""
     latent = torch.arange(4 * 5 * 6).view(1, 4, 5, 6) / 10
     path = tmp_path / f"latent_x{SUFFIXES[latent_format]}"

@@ -32,7 +32,7 @@ from latent_encoder.outputs.files import (
     space_needed,
 )
 from latent_encoder.outputs.latent_files import latent_bytes
-from models import LatentFormat
+from models import FileFormat
 from tests.helpers import PROJECT
 
 
@@ -164,10 +164,10 @@ def test_space_is_checked(tmp_path: Path) -> None:
     st.integers(8, 400),
     st.integers(8, 400),
     st.sampled_from([(8, 4), (8, 16), (1, 3), (16, 48)]),
-    st.sampled_from(get_args(LatentFormat)),
+    st.sampled_from(get_args(FileFormat)),
 )
 def test_space_is_never_less_than_what_is_written(
-    width: int, height: int, vae: tuple[int, int], latent_format: LatentFormat
+    width: int, height: int, vae: tuple[int, int], latent_format: FileFormat
 ) -> None:
     """Of noise, which does not compress; metadata have a few kilobytes, also in the header of a latent."""
     factor, channels = vae

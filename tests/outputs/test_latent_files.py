@@ -23,11 +23,11 @@ from config import Settings
 from errors import InvalidRequest, LatentUnreadable
 from latent_encoder.kafka.records import Incoming, read_request
 from latent_encoder.outputs.latent_files import HEADER_KEY, SUFFIXES, latent_bytes, read_latent, read_latent_file
-from models import LatentFormat, Metadata
+from models import FileFormat, Metadata
 from service import LatentEncoder
 from tests.helpers import IMAGES, TINY_VAE, Encode, RunMain, load_latent, request_for
 
-FORMATS: tuple[LatentFormat, ...] = get_args(LatentFormat)
+FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 SD_VAE = "random_kl.safetensors"
 SMALL_SD_VAE = "taesd"
 NOT_IN_HEADER = {
@@ -37,13 +37,13 @@ NOT_IN_HEADER = {
 }
 
 
-def written(encode: Encode, latent_format: LatentFormat, **fields: Any) -> Path:
+def written(encode: Encode, latent_format: FileFormat, **fields: Any) -> Path:
     return Path(encode("photo.jpg", latent_format=latent_format, **fields).latent_file_path)
 
 
 @pytest.mark.parametrize("latent_format", ["safetensors", "comfy"])
 @pytest.mark.parametrize("vae", [TINY_VAE, SMALL_SD_VAE])
-def test_every_format_has_the_numbers_of_the_default(latent_format: LatentFormat, vae: str, encode: Encode) -> None:
+def test_every_format_has_the_numbers_of_the_default(latent_format: FileFormat, vae: str, encode: Encode) -> None:
     """Bit for bit, in a file of the format's suffix that is read back in four dimensions."""
     path = written(encode, latent_format, vae_model_name=vae)
     assert path.name == f"latent_photo_test{SUFFIXES[latent_format]}"
@@ -72,7 +72,7 @@ def test_safetensors_has_one_tensor(encode: Encode) -> None:
 
 
 @pytest.mark.parametrize("latent_format", ["safetensors", "comfy"])
-def test_header_has_the_metadata(latent_format: LatentFormat, encode: Encode) -> None:
+def test_header_has_the_metadata(latent_format: FileFormat, encode: Encode) -> None:
     """All that the response says of how the latent came about, as JSON in one key."""
     response = encode("photo.jpg", latent_format=latent_format)
     with safe_open(response.latent_file_path, framework="pt") as file:
@@ -83,7 +83,7 @@ def test_header_has_the_metadata(latent_format: LatentFormat, encode: Encode) ->
 
 
 @pytest.mark.parametrize("latent_format", FORMATS)
-def test_same_request_gives_the_same_bytes(latent_format: LatentFormat, encode: Encode, tmp_path: Path) -> None:
+def test_same_request_gives_the_same_bytes(latent_format: FileFormat, encode: Encode, tmp_path: Path) -> None:
     """Wherever they are written, and whatever the file is called."""
     first = written(encode, latent_format)
     second = written(encode, latent_format, output_dir=str(tmp_path / "elsewhere"), request_id="another")
@@ -154,7 +154,7 @@ def test_what_comfyui_saves_is_read(
     st.dictionaries(st.text(), st.text() | st.integers() | st.none()),
 )
 def test_any_latent_comes_back(
-    shape: tuple[int, int, int, int], latent_format: LatentFormat, frames: bool, header: dict[str, str | int | None]
+    shape: tuple[int, int, int, int], latent_format: FileFormat, frames: bool, header: dict[str, str | int | None]
 ) -> None:
     """In four dimensions, whatever its shape and header; and its bytes are the same each time."""
     latent = torch.randn(shape)
@@ -165,7 +165,7 @@ def test_any_latent_comes_back(
 
 @pytest.mark.parametrize("latent_format", FORMATS)
 def test_request_that_comes_again_is_answered_from_its_files(
-    latent_format: LatentFormat, encoder: LatentEncoder, settings: Settings, tmp_path: Path
+    latent_format: FileFormat, encoder: LatentEncoder, settings: Settings, tmp_path: Path
 ) -> None:
     """In its own format; in another one it is encoded, and has a file of its own."""
     response = encoder.encode(request_for(settings, tmp_path, "photo.jpg", {"latent_format": latent_format}))
