@@ -10,17 +10,8 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from errors import LatentEncoderError, one_line
-from models import (
-    MAX_MEGAPIXELS,
-    EncodeRequest,
-    FileFormat,
-    Fit,
-    Megapixels,
-    Text,
-    UpscaleMethod,
-    VaeModelName,
-    descriptions,
-)
+from latent_encoder.requests import descriptions
+from models import MAX_MEGAPIXELS, EncodeRequest, FileFormat, Fit, Megapixels, Text, UpscaleMethod, VaeModelName
 
 VERSION = "0.6.0"
 PROJECT_DIR = Path(__file__).resolve().parent

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
-import reprlib
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from uuid import uuid4
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from errors import ErrorCode, InvalidRequest, MessageUnusable, RequestError, one_line
-from latent_encoder.suggestions import closest
+from errors import ErrorCode, RequestError
 
 MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
@@ -84,81 +79,6 @@ class EncodeRequest(BaseModel):
     )
     correlation_id: Annotated[str, AfterValidator(_encodable)] | None = Field(None, description="Comes back in the response.")
     timestamp: float | None = Field(None, description="When the request was made, in Unix seconds; not used.")
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> EncodeRequest:
-        """The request that `fields` describe; a field that is absent or null takes its value from `defaults`.
-
-        Raises:
-            InvalidRequest: a field is missing, of the wrong type or out of range; the text names each such field.
-        """
-        given = {name: value for name, value in fields.items() if value is not None}
-        try:
-            return cls.model_validate({**defaults, **given})
-        except ValidationError as exc:
-            raise InvalidRequest(f"Invalid request: {describe(exc)}") from exc
-
-
-def read_fields(message: bytes) -> dict[str, Any]:
-    """The fields of a request that is written as one JSON object in UTF-8.
-
-    Raises:
-        MessageUnusable: it is something else.
-    """
-    try:
-        fields = json.loads(message.decode("utf-8-sig"))
-    except UnicodeDecodeError as exc:
-        raise MessageUnusable(f"The message is not UTF-8: {one_line(exc)}.") from exc
-    except (ValueError, RecursionError) as exc:
-        raise MessageUnusable(f"The message is not JSON: {one_line(exc)}.") from exc
-    if not isinstance(fields, dict):
-        raise MessageUnusable(f"The message is JSON but not an object: {type(fields).__name__}.")
-    return fields
-
-
-# Python's own `repr` of what is nested deeply raises, and takes long of what is large.
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
-
-
-def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
-    """What pydantic found, as `field: reason (got value)`, one after the other; `name` turns a field into what is shown."""
-    return "; ".join(descriptions(exc, name))
-
-
-def descriptions(exc: ValidationError, name: Callable[[str], str] = str) -> list[str]:
-    """As `describe`, each by itself."""
-    return [_describe_one(dict(error), name) for error in exc.errors(include_url=False)]
-
-
-def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
-    reason = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] != "missing":
-        value = _SHORT.repr(error["input"])
-        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'}{_suggestion(error)})"
-    return f"{name(str(error['loc'][0]))}: {reason}"
-
-
-def _suggestion(error: Mapping[str, Any]) -> str:
-    """What a name was meant to be that is not one of those allowed, which pydantic has as one text, each in quotes."""
-    if error["type"] != "literal_error" or not isinstance(error["input"], str):
-        return ""
-    meant = closest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-    return "" if meant is None else f"; did you mean {meant!r}?"
-
-
-def request_id_of(fields: Mapping[str, Any]) -> str:
-    """The id to answer an invalid request under: its own where it is usable, else a new UUID4."""
-    return usable_text(fields, "request_id") or str(uuid4())
-
-
-def usable_text(fields: Mapping[str, Any], name: Literal["request_id", "correlation_id"]) -> str | None:
-    """That field of a request that may be invalid otherwise, or None where it cannot be used itself."""
-    try:
-        value: str | None = getattr(EncodeRequest.model_validate({"image_path": "-", name: fields[name]}), name)
-    except (KeyError, ValidationError):
-        return None
-    return value
 
 
 def utc_timestamp(moment: datetime) -> str:

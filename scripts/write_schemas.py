@@ -23,6 +23,7 @@ sys.path.insert(0, str(PROJECT))
 from config import VERSION, Settings
 from errors import ImageNotFound
 from latent_encoder.kafka import records as kafka_records
+from latent_encoder.requests import parse_request
 from models import EncodeRequest, ErrorResponse, Metadata, ResponseMessage, SuccessResponse, Timings, utc_timestamp
 
 FOLDER = PROJECT / "docs" / "schemas"
@@ -95,7 +96,7 @@ class UntitledFields(GenerateJsonSchema):
 
 
 def request_schema() -> Document:
-    """What `EncodeRequest.from_fields` takes."""
+    """What `requests.parse_request` takes."""
     schema = EncodeRequest.model_json_schema(schema_generator=UntitledFields)
     for name in schema["properties"].keys() - schema["required"]:
         schema["properties"][name] = or_null(schema["properties"][name])
@@ -132,7 +133,7 @@ def finished(schema: Document, *examples: Document) -> Document:
 
 def example_success() -> SuccessResponse:
     """What the example request gives for a square JPEG of one megapixel."""
-    request = EncodeRequest.from_fields(EXAMPLE_REQUEST, {})
+    request = parse_request(EXAMPLE_REQUEST, {})
     files = f"masked_person_{request.request_id}"
     timings = Timings(load_vae=0.1, load_image=12.4, scale=9.8, encode=402.5, save=25.2)
     return SuccessResponse(
@@ -171,7 +172,7 @@ def example_success() -> SuccessResponse:
 
 def example_error() -> ErrorResponse:
     """What the example request gives where there is no image."""
-    request = EncodeRequest.from_fields(EXAMPLE_REQUEST, {})
+    request = parse_request(EXAMPLE_REQUEST, {})
     return ErrorResponse.of(ImageNotFound(f"Image file not found: {request.image_path}"), request.request_id, ANSWERED_AT)
 
 

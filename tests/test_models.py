@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import ErrorCode, InvalidRequest, RequestError, translated
-from models import EncodeRequest, request_id_of
+from latent_encoder.requests import parse_request, request_id_of
+from models import EncodeRequest
 
 IMAGE = {"image_path": "photo.jpg"}
 
 
 def test_defaults_are_the_specifications() -> None:
     """Only the image must be named; the request id is a new UUID4 each time."""
-    first, second = (EncodeRequest.from_fields(IMAGE, {}) for _ in range(2))
+    first, second = (parse_request(IMAGE, {}) for _ in range(2))
     assert (first.vae_model_name, first.upscale_method) == ("qwen_image_vae.safetensors", "lanczos")
     assert (first.megapixels, first.output_dir) == (1.0, "./output")
     assert UUID(first.request_id).version == 4
@@ -28,13 +29,13 @@ def test_defaults_are_the_specifications() -> None:
 
 def test_settings_fill_what_is_absent_or_null() -> None:
     """A null is as good as no field at all."""
-    request = EncodeRequest.from_fields({**IMAGE, "megapixels": None}, {"megapixels": 2.0, "upscale_method": "area"})
+    request = parse_request({**IMAGE, "megapixels": None}, {"megapixels": 2.0, "upscale_method": "area"})
     assert (request.megapixels, request.upscale_method) == (2.0, "area")
 
 
 def test_unknown_fields_are_ignored() -> None:
     """A newer sender may say more than we know."""
-    assert EncodeRequest.from_fields({**IMAGE, "priority": 7}, {}).image_path == "photo.jpg"
+    assert parse_request({**IMAGE, "priority": 7}, {}).image_path == "photo.jpg"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_unknown_fields_are_ignored() -> None:
 def test_wrong_value_is_refused_by_the_fields_name(field: str, value: object) -> None:
     """INVALID_REQUEST, whose message begins with the field."""
     with pytest.raises(InvalidRequest, match=f"^Invalid request: {field}: ") as caught:
-        EncodeRequest.from_fields({**IMAGE, field: value}, {})
+        parse_request({**IMAGE, field: value}, {})
     assert caught.value.code == ErrorCode.INVALID_REQUEST
     assert "pydantic" not in str(caught.value)
 
@@ -81,14 +82,14 @@ def test_wrong_value_is_refused_by_the_fields_name(field: str, value: object) ->
 @pytest.mark.parametrize("value", [0.01, 1, 16, 16.0])
 def test_limits_themselves_are_in_range(value: float) -> None:
     """0.01 and 16 are ComfyUI's own limits; a whole number is a number."""
-    assert EncodeRequest.from_fields({**IMAGE, "megapixels": value}, {}).megapixels == value
+    assert parse_request({**IMAGE, "megapixels": value}, {}).megapixels == value
 
 
 @given(st.dictionaries(st.sampled_from([*EncodeRequest.model_fields, "other"]), st.text() | st.floats() | st.none()))
 def test_any_fields_give_a_request_or_invalid_request(fields: dict[str, Any]) -> None:
     """No input raises anything else, and its id can always be answered under."""
     try:
-        request = EncodeRequest.from_fields(fields, {})
+        request = parse_request(fields, {})
     except InvalidRequest:
         assert request_id_of(fields)
     else:
@@ -155,4 +156,4 @@ def nested(value: object, wrap: Callable[[object], object]) -> object:
 def test_deep_or_large_value_is_described(value: object) -> None:
     """Python's own `repr` gives up on what is nested about as deeply as JSON may be."""
     with pytest.raises(InvalidRequest, match=r"^Invalid request: megapixels: Input should be a valid number \(got .{1,80}\)$"):
-        EncodeRequest.from_fields({**IMAGE, "megapixels": value}, {})
+        parse_request({**IMAGE, "megapixels": value}, {})

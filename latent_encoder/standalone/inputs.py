@@ -15,8 +15,9 @@ from uuid import NAMESPACE_URL, uuid5
 
 from errors import LatentEncoderError, MessageUnusable, RequestError
 from latent_encoder.access import absolute
+from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
 from latent_encoder.standalone.selection import ImageSelection
-from models import EncodeRequest, ErrorResponse, read_fields, request_id_of, usable_text
+from models import EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files in folders; of a file that is named, the content decides
 OUR_PICTURES = ("scaled_image_", "preview_", "roundtrip_")  # how the names of what outputs/files.py names begin
@@ -163,7 +164,7 @@ def _items_of_lines(name: str, lines: Iterable[bytes] | BinaryIO, defaults: Mapp
 
 def _item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Item:
     try:
-        return EncodeRequest.from_fields(fields, defaults)
+        return parse_request(fields, defaults)
     except RequestError as exc:
         return Refusal.of(exc, fields)
 

@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from config import VERSION, Settings
 from errors import InvalidRequest, RequestError
 from latent_encoder.kafka.records import DLQ_HEADERS, Incoming, response_record
+from latent_encoder.requests import parse_request
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS, EncodeRequest, ErrorResponse, Response, ResponseMessage, UpscaleMethod
 from scripts.write_schemas import ANSWERED_AT, ASYNCAPI, FOLDER, REQUEST, RESPONSE, documents, example_success
 
@@ -29,7 +30,7 @@ OPTIONAL = sorted(EncodeRequest.model_fields.keys() - IMAGE.keys())
 
 def is_accepted(fields: dict[str, Any]) -> bool:
     try:
-        EncodeRequest.from_fields(fields, {})
+        parse_request(fields, {})
     except InvalidRequest:
         return False
     return True
@@ -75,7 +76,7 @@ def test_defaults_are_the_requests() -> None:
     """Those that the schema states are those that a request gets; an id that is made anew is none of them."""
     properties = REQUEST_SCHEMA["properties"]
     stated = {name: field["default"] for name, field in properties.items() if "default" in field}
-    request = EncodeRequest.from_fields(IMAGE, {})
+    request = parse_request(IMAGE, {})
     assert stated == request.model_dump(exclude={"image_path", "request_id"})
 
 
