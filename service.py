@@ -117,7 +117,7 @@ class LatentEncoder:
             log.debug("comfyui encodes", version=runtime.version, nodes=encoder.tried_nodes, decoder=runtime.decoder)
         return encoder
 
-    def answer(self, request: EncodeRequest) -> Response:
+    def respond(self, request: EncodeRequest) -> Response:
         """Encode, and answer whatever happens: every failure becomes an error response."""
         try:
             return self.encode(request)
@@ -215,7 +215,7 @@ class LatentEncoder:
             staged.publish()
         return _success(prepared.request, files, metadata, self._asked_for(files))
 
-    def stored_answer(self, request: EncodeRequest) -> SuccessResponse | None:
+    def stored_response(self, request: EncodeRequest) -> SuccessResponse | None:
         """The answer that this request got before, where all files asked for are still there, whole and of this input.
 
         Their checksums say whether they are whole, the fingerprint in the metadata whether they match. An image that is gone

@@ -199,7 +199,7 @@ class Fuzzer:
 
     def _answered(self, request: EncodeRequest) -> tuple[Response, list[str]]:
         """The service's answer, and what is wrong with the files that belong to it."""
-        response = self._encoder.answer(request)
+        response = self._encoder.respond(request)
         if isinstance(response, ErrorResponse):
             return response, self._left_behind(())
         expected = (response.latent_file_path, response.scaled_image_path, f"{response.latent_file_path}.json")
@@ -221,7 +221,7 @@ class Fuzzer:
             faults.append(f"the latent is not what the answer says: {list(latent.shape)}")
         if size != response.metadata.scaled_image_shape:
             faults.append(f"the scaled image is not what the answer says: {size}")
-        if self._encoder.stored_answer(request) != response:
+        if self._encoder.stored_response(request) != response:
             faults.append("the files do not have the checksums that the answer says")
         return faults
 

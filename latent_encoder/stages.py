@@ -121,7 +121,7 @@ class Stages(Generic[W]):
 
     def _prepare(self, job: W, request: Any) -> Prepared | SuccessResponse:
         """A request that comes again and whose files are whole needs no work."""
-        stored = self._encoder.stored_answer(request) if self._reuse else None
+        stored = self._encoder.stored_response(request) if self._reuse else None
         job.redelivered = stored is not None
         return stored or self._encoder.prepare(request)
 

@@ -104,8 +104,8 @@ def test_same_request_gives_the_same_bytes(encode: Encode, tmp_path: Path) -> No
 def test_clock_is_the_only_source_of_time(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
     """Timestamps are the clock's, in UTC to the second, in success and error alike."""
     frozen = LatentEncoder(settings, encoder.runtime, clock=lambda: MOMENT)
-    success = frozen.answer(request_for(settings, tmp_path, "photo.jpg", {}))
-    error = frozen.answer(request_for(settings, tmp_path, "empty.png", {}))
+    success = frozen.respond(request_for(settings, tmp_path, "photo.jpg", {}))
+    error = frozen.respond(request_for(settings, tmp_path, "empty.png", {}))
     assert isinstance(success, SuccessResponse)
     assert isinstance(error, ErrorResponse)
     assert success.metadata.timestamp == error.timestamp == "2024-11-06T12:00:00Z"
@@ -174,7 +174,7 @@ def test_unexpected_fault_is_answered_and_logged(
             return MOMENT
 
     faulty = LatentEncoder(settings, encoder.runtime, clock=BrokenClock())
-    response = faulty.answer(request_for(settings, tmp_path, "photo.jpg", {}))
+    response = faulty.respond(request_for(settings, tmp_path, "photo.jpg", {}))
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.ENCODING_FAILED
     assert "the clock stopped" in response.error_message

@@ -129,7 +129,7 @@ def test_byte_limit_is_checked() -> None:
 def test_service_has_the_byte_limit_of_its_settings(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
     """MAX_IMAGE_BYTES."""
     limited = LatentEncoder(settings.model_copy(update={"max_image_bytes": 100}), encoder.runtime)
-    response = limited.answer(request_for(settings, tmp_path, "photo.jpg", {}))
+    response = limited.respond(request_for(settings, tmp_path, "photo.jpg", {}))
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.IMAGE_INVALID
     assert "more than MAX_IMAGE_BYTES=100" in response.error_message

@@ -172,10 +172,10 @@ def test_request_that_comes_again_is_answered_from_its_files(
     assert response.metadata.latent_format == latent_format
     for other in FORMATS:
         request = request_for(settings, tmp_path, "photo.jpg", {"latent_format": other})
-        assert encoder.stored_answer(request) == (response if other == latent_format else None)
+        assert encoder.stored_response(request) == (response if other == latent_format else None)
     latent = Path(response.latent_file_path)
     latent.write_bytes(latent.read_bytes()[:-1] + b"\xff")
-    assert encoder.stored_answer(request_for(settings, tmp_path, "photo.jpg", {"latent_format": latent_format})) is None
+    assert encoder.stored_response(request_for(settings, tmp_path, "photo.jpg", {"latent_format": latent_format})) is None
 
 
 def test_kafka_request_may_ask_for_a_format(settings: Settings) -> None:

@@ -247,16 +247,16 @@ def test_a_stored_answer_has_the_pictures_that_are_asked_for(
 ) -> None:
     request = request_for(settings, tmp_path, "photo.jpg", {})
     first = encoder.encode(request)
-    assert encoder.stored_answer(request) == first
-    assert seeing.stored_answer(request) is None, "it has no pictures yet"
+    assert encoder.stored_response(request) == first
+    assert seeing.stored_response(request) is None, "it has no pictures yet"
 
     drawn = seeing.encode(request)
-    assert seeing.stored_answer(request) == drawn
-    assert encoder.stored_answer(request) == drawn, "they are there, though not asked for"
+    assert seeing.stored_response(request) == drawn
+    assert encoder.stored_response(request) == drawn, "they are there, though not asked for"
 
     Path(str(drawn.preview_path)).write_bytes(b"damaged")
-    assert seeing.stored_answer(request) is None
-    stored = encoder.stored_answer(request)
+    assert seeing.stored_response(request) is None
+    stored = encoder.stored_response(request)
     assert stored is not None
     assert (stored.preview_path, stored.roundtrip_path) == (None, drawn.roundtrip_path)
 
