@@ -81,6 +81,14 @@ class EncodeRequest(BaseModel):
     timestamp: float | None = Field(None, description="When the request was made, in Unix seconds; not used.")
 
 
+CONTENT_FIELDS = tuple(
+    name
+    for name in EncodeRequest.model_fields
+    if name not in ("image_path", "output_dir", "request_id", "correlation_id", "timestamp")
+)
+"""The fields of a request that decide, together with the image, what its files hold."""
+
+
 def utc_timestamp(moment: datetime) -> str:
     """ISO 8601 in UTC to the second, ending in `Z`: `2024-11-06T12:00:00Z`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

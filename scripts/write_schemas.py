@@ -38,18 +38,14 @@ NULL = {"type": "null"}
 KAFKA_BINDING = {"bindingVersion": "0.5.0"}
 
 ANSWERED_AT = datetime(2024, 11, 6, 12, tzinfo=UTC)
-EXAMPLE_REQUEST: Document = {
+GIVEN: Document = {
     "request_id": "0b9e3a52-5a1e-4f57-9c1c-0c6f7d1d3f0e",
     "correlation_id": "workflow-7f2d",
     "image_path": "/path/to/masked_person.jpg",
-    "vae_model_name": "qwen_image_vae.safetensors",
     "output_dir": "/path/to/output",
-    "latent_format": "pt",
-    "upscale_method": "lanczos",
-    "megapixels": 1.0,
-    "fit": "crop",
     "timestamp": 1730894395,
 }
+EXAMPLE_REQUEST = parse_request(GIVEN, {}).model_dump() | GIVEN
 
 # The headers that are added to a dead letter. All are text in UTF-8, numbers in decimal digits.
 DLQ_HEADERS = {

@@ -17,7 +17,7 @@ from errors import LatentEncoderError, MessageUnusable, RequestError
 from latent_encoder.access import absolute
 from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
 from latent_encoder.standalone.selection import ImageSelection
-from models import EncodeRequest, ErrorResponse
+from models import CONTENT_FIELDS, EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files in folders; of a file that is named, the content decides
 OUR_PICTURES = ("scaled_image_", "preview_", "roundtrip_")  # how the names of what outputs/files.py names begin
@@ -174,7 +174,7 @@ def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
     item = _item(fields, defaults)
     if isinstance(item, Refusal) or fields.get("request_id") is not None:
         return item
-    asked = item.model_dump_json(
-        include=IN_LASTING_IDS | ({"fit"} if item.fit != "crop" else set())
-    )  # as before `fit` was added
+    # A field that came later changes no id of a request that does not use it.
+    used = {name for name in CONTENT_FIELDS if getattr(item, name) != EncodeRequest.model_fields[name].default}
+    asked = item.model_dump_json(include=IN_LASTING_IDS | used)
     return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, f"{absolute(item.image_path)} {asked}"))})
