@@ -43,11 +43,11 @@ from latent_encoder.outputs.files import (
     StagedFiles,
     open_output_folder,
     output_files,
-    png_bytes,
     prepare_output_dir,
     space_needed,
 )
 from latent_encoder.outputs.latent_files import latent_bytes
+from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import latent_picture, preview_image
 from latent_encoder.outputs.roundtrip import Comparison, compare
 from latent_encoder.telemetry.logs import get_logger

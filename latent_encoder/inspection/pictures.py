@@ -17,7 +17,7 @@ from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Box, Size, latent_crop
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_image
 from latent_encoder.inspection.findings import Inspection
-from latent_encoder.outputs.files import png_bytes
+from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import latent_picture, preview_image
 
 PictureName = Literal["scaled_image", "preview", "roundtrip"]

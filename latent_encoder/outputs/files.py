@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import stat
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,9 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-import torch
-from isal import isal_zlib
-
 from errors import OutputDirNotWritable
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.geometry import Size
@@ -27,10 +23,6 @@ from latent_encoder.outputs.latent_files import SUFFIXES
 from models import FileFormat
 
 LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # what stands around stem and request id
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_FILTER_UP = 2  # each row holds the differences from the one above
-DEFLATE_LEVEL = 1
 
 FIXED_BYTES = 32_768  # more than the metadata, what the formats add, and the rest of each file's last block
 
@@ -179,32 +171,6 @@ def space_needed(scaled: Size, factor: int, channels: int, pictures: int = 1) ->
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def png_bytes(image: torch.Tensor) -> bytes:
-    """The first image of a float tensor `[batch, height, width, 3]` as an 8-bit RGB PNG; values outside [0, 1] are clipped.
-
-    Written here, since the libraries' encoders take as long as all other file work five times over. The format: PNG
-    Specification (Third Edition), W3C 2025, sections 5.2, 9.2 and 11.2.
-    """
-    pixels = eight_bits(image)
-    height, width, _ = pixels.shape
-    scanlines = torch.empty(height, 1 + 3 * width, dtype=torch.uint8)
-    scanlines[:, 0] = PNG_FILTER_UP
-    scanlines[0, 1:] = pixels[0].flatten()
-    torch.sub(pixels[1:].flatten(1), pixels[:-1].flatten(1), out=scanlines[1:, 1:])  # modulo 256
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a sample, RGB, not interlaced
-    data = isal_zlib.compress(scanlines.numpy(), DEFLATE_LEVEL)
-    return PNG_SIGNATURE + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
-
-
-def eight_bits(image: torch.Tensor) -> torch.Tensor:
-    """The first image as a file holds it: uint8 `[height, width, 3]`."""
-    return image[0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(kind)))
 
 
 class StagedFiles:

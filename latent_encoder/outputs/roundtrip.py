@@ -12,7 +12,7 @@ from torch import Tensor
 from errors import EncodingFailed, translated
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Size
-from latent_encoder.outputs.files import eight_bits, png_bytes
+from latent_encoder.outputs.png import eight_bits, png_bytes
 from latent_encoder.vae.cache import LoadedVae
 from models import Roundtrip
 

@@ -26,12 +26,12 @@ from latent_encoder.outputs.files import (
     StagedFiles,
     open_output_folder,
     output_files,
-    png_bytes,
     prepare_output_dir,
     safe_name,
     space_needed,
 )
 from latent_encoder.outputs.latent_files import latent_bytes
+from latent_encoder.outputs.png import png_bytes
 from models import FileFormat
 from tests.helpers import PROJECT
 
