@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from config import PROJECT_DIR, Settings
+from config import Settings
 from errors import (
     EncodingFailed,
     ImageNotFound,
@@ -55,6 +55,7 @@ from latent_encoder.telemetry.metrics import STAGE_SECONDS
 from latent_encoder.telemetry.tracing import step as traced_step
 from latent_encoder.trial import try_nodes
 from latent_encoder.vae.cache import Encoding, LoadedVae, VaeCache
+from latent_encoder.vae.model_folders import search_model_folders
 from models import (
     EncodeRequest,
     EncoderKind,
@@ -109,7 +110,7 @@ class LatentEncoder:
         """
         torch.set_num_threads(settings.torch_num_threads or usable_cpus())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
-        _search_model_folders(runtime, settings.model_dir)
+        search_model_folders(runtime, settings.model_dir)
         Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # one limit, for LoadImage too
         encoder = cls(settings, runtime)
         with PILLOW_LOCK, runtime.contained():
@@ -445,15 +446,6 @@ def _has(folder: OutputFolder, name: str, sha256: str) -> bool:
         return hashlib.sha256(folder.read(name)).hexdigest() == sha256
     except OSError:
         return False
-
-
-def _search_model_folders(runtime: ComfyRuntime, model_dir: Path | None) -> None:
-    """MODEL_DIR first, then ComfyUI's own folders; those of our `comfyui/` also where another tree runs."""
-    for kind in ("vae", "vae_approx"):
-        runtime.search_vae_folder(PROJECT_DIR / "comfyui" / "models" / kind, kind)
-        if model_dir is not None:
-            runtime.search_vae_folder(model_dir / kind, kind, first=True)
-            runtime.search_vae_folder(model_dir, kind, first=True)
 
 
 def usable_cpus() -> int:
