@@ -119,8 +119,11 @@ class Roundtrip(BaseModel):
     image_sha256: str
 
 
-class Metadata(BaseModel):
-    """What was done and with what. Shapes of images are `[height, width, 3]`; digests are SHA-256 in hexadecimal."""
+class LatentFacts(BaseModel):
+    """Facts about a latent that are the same each time its request is run.
+
+    A `safetensors` or `comfy` file has them in its header, in this order.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -128,13 +131,11 @@ class Metadata(BaseModel):
     scaled_image_shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int, int]
     vae_model_name: str
-    processing_time_ms: int
-    timestamp: str
 
-    # What follows is ours; the specification has what stands above.
-    timings_ms: Timings
+    # The fields from here on are ours; the specification has those above.
     upscale_method: str
     megapixels: float
+    fit: Fit = "crop"
     crop: tuple[int, int, int, int]
     image_notes: tuple[str, ...]
     latent_dtype: str
@@ -143,16 +144,26 @@ class Metadata(BaseModel):
     tiled: bool
     device: str
     comfyui_version: str
+    image_decoder: str | None = None
     torch_version: str
     image_sha256: str
     vae_sha256: str | None
-    latent_sha256: str
     scaled_image_sha256: str
-    fingerprint: str
     latent_format: FileFormat = "pt"
-    fit: Fit = "crop"
-    image_decoder: str | None = None
     latent_space: str | None = None
+
+
+class Metadata(LatentFacts):
+    """Facts about a latent and the run that made it. Shapes of images are `[height, width, 3]`, checksums SHA-256 in hex."""
+
+    # Fields with a default, here and in `LatentFacts`, came later: the metadata that older versions wrote lack them.
+    processing_time_ms: int
+    timestamp: str
+
+    # The fields from here on are ours; the specification has those above.
+    timings_ms: Timings
+    latent_sha256: str
+    fingerprint: str
     preview_sha256: str | None = None
     roundtrip: Roundtrip | None = None
 

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,10 @@ from errors import (
 )
 from latent_encoder.access import AllowedFolders
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
-from latent_encoder.geometry import Box, Size, covered, cropped, scaled_size
+from latent_encoder.geometry import Box, Size, covered, cropped, scaled_size, size_of
 from latent_encoder.images.loading import load_image
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_file
+from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.files import (
     WRITING,
     OutputFiles,
@@ -47,9 +46,10 @@ from latent_encoder.outputs.files import (
     space_needed,
 )
 from latent_encoder.outputs.latent_files import latent_bytes
+from latent_encoder.outputs.metadata import fingerprint, latent_facts, metadata_of
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import latent_picture, preview_image
-from latent_encoder.outputs.roundtrip import Comparison, compare
+from latent_encoder.outputs.roundtrip import compare
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import STAGE_SECONDS
 from latent_encoder.telemetry.tracing import step as traced_step
@@ -58,13 +58,11 @@ from latent_encoder.vae.cache import Encoding, LoadedVae, VaeCache
 from latent_encoder.vae.model_folders import search_model_folders
 from models import (
     EncodeRequest,
-    EncoderKind,
     ErrorResponse,
     Metadata,
     Response,
     SuccessResponse,
     Timings,
-    utc_timestamp,
 )
 
 log = get_logger("latent_encoder")
@@ -172,9 +170,10 @@ class LatentEncoder:
             with _timed(timings, "scale"):
                 scaled = self._scale(image.pixels, request, vae.cells.factor)
         files = output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
-        prepare_output_dir(files.folder, self._outputs, self._space_needed(_size(scaled), vae))
+        prepare_output_dir(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
         # The unscaled pixels end here: a large photo's must not stay in memory through the encode.
-        return Prepared(request, files, vae, image.sha256, image.notes, _size(image.pixels), scaled, timings)
+        print_ = fingerprint(request, files, image.sha256, vae, self.runtime)
+        return Prepared(request, files, vae, print_, image.sha256, image.notes, size_of(image.pixels), scaled, timings)
 
     def encode_prepared(self, prepared: Prepared) -> Encoded:
         """The encode itself, and the decode where ROUNDTRIP asks for it.
@@ -202,16 +201,16 @@ class LatentEncoder:
         with WRITING, open_output_folder(files.folder, self._outputs) as folder, StagedFiles(folder) as staged:
             with _timed(prepared.timings, "save"):
                 png = png_bytes(prepared.scaled)
-                facts = self._facts(encoded, png)
+                facts = latent_facts(encoded, self.runtime, png)
                 latent = latent_bytes(
-                    encoded.latent, prepared.request.latent_format, frames=prepared.vae.cells.frames, header=facts
+                    encoded.latent, prepared.request.latent_format, frames=prepared.vae.cells.frames, header=facts.model_dump()
                 )
                 preview = self._preview(encoded) if self._settings.preview else None
                 staged.add(files.latent.name, latent)
                 staged.add(files.scaled_image.name, png)
                 staged.add_or_remove(files.preview.name, preview)
                 staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
-            metadata = self._metadata(encoded, facts, latent, preview)
+            metadata = metadata_of(encoded, facts, latent, preview, self._clock())
             staged.add(files.metadata.name, metadata.model_dump_json(indent=2).encode() + b"\n")
             staged.publish()
         return _success(prepared.request, files, metadata, self._asked_for(files))
@@ -235,7 +234,8 @@ class LatentEncoder:
             image_sha256 = hashlib.sha256(read_file(request.image_path, self._images)).hexdigest()
         except ImageNotFound:
             image_sha256 = metadata.image_sha256
-        expected = self._fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name))
+        vae = self.vaes.get(request.vae_model_name)
+        expected = fingerprint(request, files, image_sha256, vae, self.runtime)
         return _success(request, files, metadata, whole) if metadata.fingerprint == expected else None
 
     def _asked_for(self, files: OutputFiles) -> frozenset[Path]:
@@ -270,14 +270,14 @@ class LatentEncoder:
 
     def _scale(self, image: torch.Tensor, request: EncodeRequest, factor: int) -> torch.Tensor:
         """The scaled image, float32 `[1, height, width, 3]`; both sides are at least `factor` pixels."""
-        original = _size(image)
+        original = size_of(image)
         target = scaled_size(original, request.megapixels)
         goal = f"the {original} image to {request.megapixels} megapixels ({target})"
         method = COMFYUI_METHODS.get(request.upscale_method, request.upscale_method)
         steps = factor if request.fit == "exact" else None
         with translated(ScalingFailed, f"Cannot scale {goal}"):
             scaled = self.runtime.scale(image, method, request.megapixels, steps)
-        if min(_size(scaled)) < factor:
+        if min(size_of(scaled)) < factor:
             raise ScalingFailed(
                 f"Cannot encode after scaling {goal}: the VAE needs at least {factor} px a side. "
                 "Ask for more megapixels, or crop the image."
@@ -286,7 +286,7 @@ class LatentEncoder:
 
     def _encode(self, vae: LoadedVae, scaled: torch.Tensor) -> tuple[torch.Tensor, Box, Encoding]:
         """The latent as one contiguous float32 tensor `[batch, channels, height, width]` on the CPU, and what it covers."""
-        size, factor = _size(scaled), vae.cells.factor
+        size, factor = size_of(scaled), vae.cells.factor
         ragged = any(side % factor for side in size)
         advice = f" (its sides are no multiples of {factor}; fit=exact makes them so where this ComfyUI can)" if ragged else ""
         with translated(EncodingFailed, f"VAE {vae.name} failed to encode a {size} image{advice}"):
@@ -307,92 +307,6 @@ class LatentEncoder:
         prepared = encoded.prepared
         picture = latent_picture(self.runtime, encoded.latent, prepared.vae.latent_space)
         return png_bytes(preview_image(picture, prepared.scaled, encoded.crop, prepared.vae.cells.factor))
-
-    def _facts(self, encoded: Encoded, png: bytes) -> dict[str, Any]:
-        """What the metadata say that the same request gives again, wherever it is written: a latent's file may hold it too."""
-        prepared, request = encoded.prepared, encoded.prepared.request
-        original, scaled = prepared.original, _size(prepared.scaled)
-        return {
-            "original_image_shape": (original.height, original.width, 3),
-            "scaled_image_shape": (scaled.height, scaled.width, 3),
-            "latent_shape": tuple(encoded.latent.shape),
-            "vae_model_name": request.vae_model_name,
-            "upscale_method": request.upscale_method,
-            "megapixels": request.megapixels,
-            "fit": request.fit,
-            "crop": encoded.crop,
-            "image_notes": prepared.image_notes,
-            "latent_dtype": str(encoded.latent.dtype).removeprefix("torch."),
-            "vae_dtype": prepared.vae.dtype,
-            "encoder": encoded.encoder,
-            "tiled": encoded.tiled,
-            "device": prepared.vae.device,
-            "comfyui_version": self.runtime.version,
-            "image_decoder": self.runtime.decoder,
-            "torch_version": torch.__version__,
-            "image_sha256": prepared.image_sha256,
-            "vae_sha256": prepared.vae.sha256,
-            "scaled_image_sha256": hashlib.sha256(png).hexdigest(),
-            "latent_format": request.latent_format,
-            "latent_space": prepared.vae.latent_space,
-        }
-
-    def _metadata(self, encoded: Encoded, facts: Mapping[str, Any], latent: bytes, preview: bytes | None) -> Metadata:
-        prepared = encoded.prepared
-        return Metadata(
-            **facts,
-            processing_time_ms=round(sum(prepared.timings.values())),
-            timestamp=utc_timestamp(self._clock()),
-            timings_ms=Timings(**prepared.timings),
-            latent_sha256=hashlib.sha256(latent).hexdigest(),
-            fingerprint=self._fingerprint(prepared.request, prepared.files, prepared.image_sha256, prepared.vae),
-            preview_sha256=hashlib.sha256(preview).hexdigest() if preview is not None else None,
-            roundtrip=encoded.comparison and encoded.comparison.roundtrip,
-        )
-
-    def _fingerprint(self, request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae) -> str:
-        """SHA-256 of everything that decides what the files hold and where they are."""
-        parts = (
-            image_sha256,
-            vae.sha256 or vae.name,
-            vae.dtype,
-            vae.encoder,
-            request.upscale_method,
-            request.megapixels,
-            request.fit,
-            self.runtime.version,
-            self.runtime.decoder,
-            str(files.latent),
-        )
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request that is ready for the encode; `scaled` is float32 `[1, height, width, 3]`."""
-
-    request: EncodeRequest
-    files: OutputFiles
-    vae: LoadedVae
-    image_sha256: str
-    image_notes: tuple[str, ...]
-    original: Size
-    scaled: torch.Tensor
-    timings: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A request whose latent is there and not yet written: float32 `[batch, channels, height, width]`."""
-
-    prepared: Prepared
-    latent: torch.Tensor
-    crop: Box
-    """The part of the scaled image that the latent covers."""
-    tiled: bool
-    encoder: EncoderKind
-    comparison: Comparison | None
-    """None where ROUNDTRIP does not ask for it."""
 
 
 def ready_encoder(settings: Settings) -> LatentEncoder:
@@ -453,11 +367,6 @@ def usable_cpus() -> int:
     from loky import cpu_count  # it takes a while to import, and knows what a control group allows
 
     return min(torch.get_num_threads(), int(cpu_count()))
-
-
-def _size(image: torch.Tensor) -> Size:
-    """The size of an image tensor `[batch, height, width, channels]`."""
-    return Size(width=image.shape[2], height=image.shape[1])
 
 
 @contextmanager

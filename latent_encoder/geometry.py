@@ -24,6 +24,11 @@ class Size(NamedTuple):
         return Size(self.height, self.width)
 
 
+def size_of(images: Tensor) -> Size:
+    """Return the size of images `[batch, height, width, channels]`."""
+    return Size(width=images.shape[2], height=images.shape[1])
+
+
 class Box(NamedTuple):
     """A rectangle in pixels as Pillow's `Image.crop` takes it: `right` and `lower` are the first ones outside."""
 
