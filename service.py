@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
 from config import Settings
 from errors import (
@@ -38,7 +36,6 @@ from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.files import (
     WRITING,
     OutputFiles,
-    OutputFolder,
     StagedFiles,
     open_output_folder,
     output_files,
@@ -46,10 +43,11 @@ from latent_encoder.outputs.files import (
     space_needed,
 )
 from latent_encoder.outputs.latent_files import latent_bytes
-from latent_encoder.outputs.metadata import fingerprint, latent_facts, metadata_of
+from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import latent_picture, preview_image
 from latent_encoder.outputs.roundtrip import compare
+from latent_encoder.outputs.stored_responses import read_stored, success_response
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import STAGE_SECONDS
 from latent_encoder.telemetry.tracing import step as traced_step
@@ -59,7 +57,6 @@ from latent_encoder.vae.model_folders import search_model_folders
 from models import (
     EncodeRequest,
     ErrorResponse,
-    Metadata,
     Response,
     SuccessResponse,
     Timings,
@@ -213,32 +210,33 @@ class LatentEncoder:
             metadata = metadata_of(encoded, facts, latent, preview, self._clock())
             staged.add(files.metadata.name, metadata.model_dump_json(indent=2).encode() + b"\n")
             staged.publish()
-        return _success(prepared.request, files, metadata, self._asked_for(files))
+        return success_response(prepared.request, files, metadata, self._wanted(files))
 
     def stored_response(self, request: EncodeRequest) -> SuccessResponse | None:
-        """The answer that this request got before, where all files asked for are still there, whole and of this input.
+        """Return the response that this request got before, if all files asked for are still there, whole and of this input.
 
-        Their checksums say whether they are whole, the fingerprint in the metadata whether they match. An image that is gone
-        since counts as unchanged: who got the first answer may have removed it. The answer names a picture that was asked for
-        then and is not now, if that is whole.
+        Checksums decide if the files are whole, the fingerprint in the metadata decides if they are of this input. An image
+        that is gone counts as unchanged, because the sender may remove it after the first response. A preview or roundtrip
+        image of the earlier run is named if it is whole, even if it is not asked for now.
 
         Raises:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
         self._admit(request)
         files = output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
-        metadata, whole = _stored(files, self._outputs)
-        if metadata is None or not self._asked_for(files) <= whole:
+        stored = read_stored(files, self._outputs)
+        if stored is None or not self._wanted(files) <= stored.whole:
             return None
         try:
-            image_sha256 = hashlib.sha256(read_file(request.image_path, self._images)).hexdigest()
+            image_sha256 = checksum(read_file(request.image_path, self._images))
         except ImageNotFound:
-            image_sha256 = metadata.image_sha256
+            image_sha256 = stored.metadata.image_sha256
         vae = self.vaes.get(request.vae_model_name)
-        expected = fingerprint(request, files, image_sha256, vae, self.runtime)
-        return _success(request, files, metadata, whole) if metadata.fingerprint == expected else None
+        if stored.metadata.fingerprint != fingerprint(request, files, image_sha256, vae, self.runtime):
+            return None
+        return success_response(request, files, stored.metadata, stored.whole)
 
-    def _asked_for(self, files: OutputFiles) -> frozenset[Path]:
+    def _wanted(self, files: OutputFiles) -> frozenset[Path]:
         """The files that a request gets under these settings, beside the metadata."""
         pictures = {files.preview: self._settings.preview, files.roundtrip: self._settings.roundtrip}
         return frozenset({files.latent, files.scaled_image, *(path for path, wanted in pictures.items() if wanted)})
@@ -327,39 +325,6 @@ def log_failure(error: RequestError, **fields: Any) -> None:
         log.error("request failed unexpectedly", error_code=error.code, exc_info=error.__cause__, **fields)
     else:
         log.warning("request failed", error_code=error.code, reason=str(error), **fields)
-
-
-def _success(request: EncodeRequest, files: OutputFiles, metadata: Metadata, there: Collection[Path]) -> SuccessResponse:
-    """The answer; it names those pictures that are `there`."""
-    return SuccessResponse(
-        request_id=request.request_id,
-        latent_file_path=str(files.latent),
-        latent_shape=metadata.latent_shape,
-        scaled_image_path=str(files.scaled_image),
-        metadata=metadata,
-        preview_path=str(files.preview) if files.preview in there else None,
-        roundtrip_path=str(files.roundtrip) if files.roundtrip in there else None,
-    )
-
-
-def _stored(files: OutputFiles, allowed: AllowedFolders) -> tuple[Metadata | None, frozenset[Path]]:
-    """The metadata of an earlier run, and which of its files are there and have the checksums that it states."""
-    try:
-        with allowed.open_folder(str(files.folder)) as descriptor:
-            folder = OutputFolder(files.folder, descriptor)
-            metadata = Metadata.model_validate_json(folder.read(files.metadata.name))
-            stated: dict[Path, str] = {getattr(files, name): sha256 for name, sha256 in metadata.sha256_by_file.items()}
-            return metadata, frozenset(path for path, sha256 in stated.items() if _has(folder, path.name, sha256))
-    except (OSError, ValidationError):
-        return None, frozenset()  # not there, or of another version: then the request is encoded
-
-
-def _has(folder: OutputFolder, name: str, sha256: str) -> bool:
-    """Whether the folder has that file, with those bytes."""
-    try:
-        return hashlib.sha256(folder.read(name)).hexdigest() == sha256
-    except OSError:
-        return False
 
 
 def usable_cpus() -> int:
