@@ -18,7 +18,7 @@ from latent_encoder.geometry import Box, Size, latent_crop
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_image
 from latent_encoder.inspection.findings import Inspection
 from latent_encoder.outputs.png import png_bytes
-from latent_encoder.outputs.preview import latent_picture, preview_image
+from latent_encoder.outputs.preview import latent_image, preview_image
 
 PictureName = Literal["scaled_image", "preview", "roundtrip"]
 
@@ -59,7 +59,7 @@ class Painter:
         """The first latent of the file as a picture, `[1, height, width, 3]`, a pixel a cell; None without ComfyUI."""
         if self._runtime is None:
             return None
-        return latent_picture(self._runtime, inspection.latent[:1].float(), inspection.space.name)
+        return latent_image(self._runtime, inspection.latent[:1].float(), inspection.space.name)
 
     @cached_property
     def _runtime(self) -> ComfyRuntime | None:

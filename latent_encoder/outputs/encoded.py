@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from latent_encoder.geometry import Box, Size
+from latent_encoder.geometry import Size
 from latent_encoder.images.features import ImageNote
 from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.roundtrip import Comparison
 from latent_encoder.vae.cache import LoadedVae
-from models import EncodeRequest, EncoderKind
+from latent_encoder.vae.encoding import EncodedImage
+from models import EncodeRequest
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,6 @@ class Encoded:
     """A request whose latent is in memory."""
 
     prepared: Prepared
-    latent: torch.Tensor
-    """Latent, contiguous float32 `[1, channels, height, width]` on the CPU."""
-    crop: Box
-    """The part of the scaled image that the latent covers."""
-    tiled: bool
-    """Whether the image was encoded in tiles, because memory ran out."""
-    encoder: EncoderKind
+    image: EncodedImage
     comparison: Comparison | None
     """Decoded latent and its distance from the image; None unless ROUNDTRIP is set."""

@@ -22,8 +22,8 @@ STATED_OTHERWISE = ("vae_model_name", "latent_format")
 def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: bytes) -> LatentFacts:
     """Return the facts that do not differ between two runs of the same request."""
     prepared, request, vae = encoded.prepared, encoded.prepared.request, encoded.prepared.vae
-    original, scaled = prepared.original, size_of(prepared.scaled)
-    batch, channels, height, width = encoded.latent.shape
+    image, original, scaled = encoded.image, prepared.original, size_of(prepared.scaled)
+    batch, channels, height, width = image.latent.shape
     return LatentFacts(
         original_image_shape=(original.height, original.width, 3),
         scaled_image_shape=(scaled.height, scaled.width, 3),
@@ -32,12 +32,12 @@ def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: byte
         upscale_method=request.upscale_method,
         megapixels=request.megapixels,
         fit=request.fit,
-        crop=encoded.crop,
+        crop=image.crop,
         image_notes=prepared.image_notes,
-        latent_dtype=str(encoded.latent.dtype).removeprefix("torch."),
+        latent_dtype=str(image.latent.dtype).removeprefix("torch."),
         vae_dtype=vae.dtype,
-        encoder=encoded.encoder,
-        tiled=encoded.tiled,
+        encoder=image.encoder,
+        tiled=image.tiled,
         device=vae.device,
         comfyui_version=runtime.version,
         image_decoder=runtime.decoder,

@@ -324,10 +324,10 @@ def test_folder_that_cannot_be_written(tmp_path: Path, latent: Path, inspect: In
     (tmp_path / "file").touch()
     done = inspect(latent, output_dir=str(tmp_path / "file"))
     assert (done.status, "mean" in done.out) == (0, True)
-    assert re.fullmatch(r"Warning: .*: no preview was written\. Cannot write to output directory: .*\n", done.err)
+    assert re.fullmatch(r"Warning: .*: no preview was written\. Cannot write to output folder: .*\n", done.err)
     done = inspect(latent, html=True, as_json=True, output_dir=str(tmp_path / "file"))
     assert (done.status, json.loads(done.out)["page"]) == (1, None)
-    assert "no page was written. Cannot write to output directory" in done.err.splitlines()[-1]
+    assert "no page was written. Cannot write to output folder" in done.err.splitlines()[-1]
 
 
 def test_without_comfyui_all_but_the_pictures_is_there(tmp_path: Path, encode: Encode, inspect: Inspect) -> None:

@@ -26,7 +26,7 @@ from latent_encoder.outputs.files import (
     StagedFiles,
     open_output_folder,
     output_files,
-    prepare_output_dir,
+    prepare_output_folder,
     safe_name,
     space_needed,
 )
@@ -79,7 +79,7 @@ def test_changed_name_has_eight_digits_of_its_hash(tmp_path: Path) -> None:
 def test_longest_names_can_be_written(tmp_path: Path) -> None:
     """A stem and an id of any length give names that the file system takes."""
     files = output_files(str(tmp_path / "not" / "yet" / "there"), "s" * 5000 + ".png", "r" * 5000)
-    prepare_output_dir(files.folder, ANYWHERE, 0)
+    prepare_output_folder(files.folder, ANYWHERE, 0)
     for path in (files.latent, files.scaled_image, files.metadata):
         path.touch()
         assert len(path.name) <= os.pathconf(tmp_path, "PC_NAME_MAX")
@@ -142,12 +142,12 @@ def test_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file.touch()
     for path in (file, file / "below"):
         with pytest.raises(OutputDirNotWritable, match=rf"{path} \(Not a directory\)"):
-            prepare_output_dir(path, ANYWHERE, 0)
+            prepare_output_folder(path, ANYWHERE, 0)
 
 
 def test_folder_is_made_as_others_make_it(tmp_path: Path) -> None:
     """With all above it, and with the umask's permissions."""
-    prepare_output_dir(tmp_path / "a" / "b", ANYWHERE, 0)
+    prepare_output_folder(tmp_path / "a" / "b", ANYWHERE, 0)
     (tmp_path / "other").mkdir()
     assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "a").stat().st_mode == (tmp_path / "other").stat().st_mode
 
@@ -156,7 +156,7 @@ def test_space_is_checked(tmp_path: Path) -> None:
     """More than the file system has is refused with both figures, and nothing is left but the folder."""
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     with pytest.raises(OutputDirNotWritable, match=r"\(the files may need \d+\.\d MB, \d+\.\d MB are free\)"):
-        prepare_output_dir(tmp_path / "a", ANYWHERE, free + 10**12)
+        prepare_output_folder(tmp_path / "a", ANYWHERE, free + 10**12)
     assert list((tmp_path / "a").iterdir()) == []
 
 

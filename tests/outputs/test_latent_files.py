@@ -235,7 +235,7 @@ def compressed(path: Path) -> None:
 
 
 NOT_PLAIN = "its tensor is not a plain, contiguous one of floating-point numbers"
-NOT_TORCH = "it is truncated, or no plain tensor that torch.save wrote"
+NOT_TORCH = "it is truncated, or not a plain tensor that torch.save wrote"
 NOT_SAFETENSORS = "it is empty, truncated or not a safetensors file"
 PLAIN, OTHER = torch.zeros(1, 4, 2, 2), torch.zeros(4, 4)
 UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -248,7 +248,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     "archive.pt": (archive_with_code, NOT_TORCH),
     "pickle.latent": (pickle_with_code, NOT_SAFETENSORS),
     "compressed.pt": (compressed, NOT_TORCH),
-    "dict.pt": (save_of({"samples": PLAIN}), "it holds no tensor but something else (dict)"),
+    "dict.pt": (save_of({"samples": PLAIN}), "it holds no tensor, but an object of the type dict"),
     "matrix.pt": (save_of(OTHER), "its tensor of shape [4, 4] is not the latent of one image"),
     "huge.pt": (save_of(torch.zeros(1).expand(1, 16, 10**6, 10**6)), NOT_PLAIN),
     "sparse.pt": (save_of(torch.zeros(1, 4, 2, 2).to_sparse()), NOT_PLAIN),
@@ -260,7 +260,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other.safetensors": (tensors_of(weight=OTHER), "it has no tensor named latent"),
     "other.latent": (tensors_of(latent=PLAIN), "it has no tensor named latent_tensor"),
-    "early.latent": (tensors_of(latent_tensor=PLAIN), "it is of an early ComfyUI, which scaled latents"),
+    "early.latent": (tensors_of(latent_tensor=PLAIN), "an early ComfyUI wrote it, which scaled latents"),
     "video.latent": (
         tensors_of(latent_tensor=torch.zeros(1, 16, 3, 2, 2), latent_format_version_0=torch.empty(0)),
         "its tensor of shape [1, 16, 3, 2, 2] is not the latent of one image",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latent_encoder.geometry import Box
-from latent_encoder.outputs.preview import latent_picture, preview_image
+from latent_encoder.outputs.preview import latent_image, preview_image
 from latent_encoder.releases import is_older
 from latent_encoder.vae.families import FAMILIES
 from service import LatentEncoder
@@ -50,7 +50,7 @@ def test_the_picture_is_comfyuis_own_preview(encoder: LatentEncoder, latent_spac
         assert known.latent_rgb_factors is None
         return
     latent = random_latent(known.latent_channels)
-    picture = latent_picture(encoder.runtime, latent, latent_space)
+    picture = latent_image(encoder.runtime, latent, latent_space)
     assert picture.dtype == torch.float32
     expected = comfyui_preview(latent, known)
     assert np.unique(expected).size > 20, "a picture of few values would prove little"
@@ -63,8 +63,8 @@ def test_a_family_without_colours_has_the_principal_components(
 ) -> None:
     """Also the refiner of HunyuanImage, whose class has twice the channels that its VAE gives."""
     latent = random_latent(channels)
-    expected = latent_picture(encoder.runtime, latent, None)
-    assert torch.equal(latent_picture(encoder.runtime, latent, latent_space), expected)
+    expected = latent_image(encoder.runtime, latent, None)
+    assert torch.equal(latent_image(encoder.runtime, latent, latent_space), expected)
 
 
 def test_a_latent_format_is_a_class_of_that_module(encoder: LatentEncoder) -> None:
@@ -76,7 +76,7 @@ def test_a_latent_format_is_a_class_of_that_module(encoder: LatentEncoder) -> No
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16, 128])
 def test_a_latent_without_known_colours_has_a_picture_too(encoder: LatentEncoder, events: Events, channels: int) -> None:
-    picture = latent_picture(encoder.runtime, random_latent(channels), None)
+    picture = latent_image(encoder.runtime, random_latent(channels), None)
     assert picture.shape == (1, 5, 7, 3)
     assert picture.dtype == torch.float32
     assert 0 <= picture.min() < 0.4
@@ -86,19 +86,19 @@ def test_a_latent_without_known_colours_has_a_picture_too(encoder: LatentEncoder
 
 def test_colours_of_another_number_of_channels_are_not_used(encoder: LatentEncoder) -> None:
     latent = random_latent(4)
-    assert torch.equal(latent_picture(encoder.runtime, latent, "Wan21"), latent_picture(encoder.runtime, latent, None))
+    assert torch.equal(latent_image(encoder.runtime, latent, "Wan21"), latent_image(encoder.runtime, latent, None))
 
 
 def test_what_differs_most_is_red(encoder: LatentEncoder) -> None:
     latent = 0.1 * random_latent(8)
     latent[0, 5, :, :3] += 10  # the left half is bright in one channel
-    picture = latent_picture(encoder.runtime, latent, None)[0]
+    picture = latent_image(encoder.runtime, latent, None)[0]
     assert picture[:, :3, 0].min() > picture[:, 3:, 0].max() + 0.2
     assert abs(float(picture[:, :3, 1].mean() - picture[:, 3:, 1].mean())) < 0.1
 
 
 def test_a_latent_that_is_the_same_everywhere_is_grey(encoder: LatentEncoder) -> None:
-    picture = latent_picture(encoder.runtime, torch.full((1, 6, 4, 4), 3.0), None)
+    picture = latent_image(encoder.runtime, torch.full((1, 6, 4, 4), 3.0), None)
     assert torch.equal(picture, torch.full((1, 4, 4, 3), 0.5))
 
 
@@ -107,7 +107,7 @@ def test_what_is_not_finite_counts_as_zero(encoder: LatentEncoder, latent_space:
     broken, zero = random_latent(16), random_latent(16)
     broken[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     zero[0, 0, 0, :3] = 0
-    pictures = [latent_picture(encoder.runtime, latent, latent_space) for latent in (broken, zero)]
+    pictures = [latent_image(encoder.runtime, latent, latent_space) for latent in (broken, zero)]
     assert torch.equal(*pictures)
 
 

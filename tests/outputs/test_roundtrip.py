@@ -283,7 +283,7 @@ def test_pictures_need_space_too(look: Look, tmp_path: Path) -> None:
     response = look(tmp_path / "noise.png", vae_model_name="pixel_space", output_dir=str(tmp_path / "out"))
     height, width, _ = response.metadata.scaled_image_shape
     taken = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert space_needed(Size(width, height), 1, 3) < taken < space_needed(Size(width, height), 1, 3, pictures=4)
+    assert space_needed(Size(width, height), 1, 3) < taken < space_needed(Size(width, height), 1, 3, images=4)
 
 
 def test_the_command_line_names_the_pictures(run_main: RunMain, tmp_path: Path) -> None:

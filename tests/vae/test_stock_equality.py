@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from config import Settings
 from errors import ErrorCode
+from latent_encoder.images.scaling import COMFYUI_METHODS
 from models import UpscaleMethod
-from service import COMFYUI_METHODS, LatentEncoder
+from service import LatentEncoder
 from tests.helpers import IMAGES, TINY_VAE, VAE, Encode, load_latent, request_for, stock
 from tests.trees import FACTS, LACKING, needs_tiny_vae
 
