@@ -1,4 +1,4 @@
-"""The contract as pydantic models: what a request may say and what a response holds. API.md is its prose."""
+"""The contract as pydantic models: the fields of requests, responses and metadata. API.md is its prose."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from errors import ErrorCode, RequestError
 
-MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
+MIN_MEGAPIXELS = 0.01  # both limits are those that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
-MAX_PATH_LENGTH = 4096  # Linux takes no longer ones; resolving one takes time that grows with its square
+MAX_PATH_LENGTH = 4096  # Linux's limit (PATH_MAX); the time to resolve a path grows with the square of its length
 
 Fit = Literal["crop", "exact"]
 EncoderKind = Literal["single-frame", "stock"]
@@ -42,7 +42,7 @@ def _inside_model_folders(name: str) -> str:
     return name
 
 
-# The patterns say in the JSON Schema what the functions check.
+# In the JSON Schema, the patterns stand for the functions' checks.
 Text = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": r"^[^\x00]*$"}), AfterValidator(_no_nul)]
 PathText = Annotated[Text, Field(max_length=MAX_PATH_LENGTH)]
 VaeModelName = Annotated[
@@ -52,7 +52,7 @@ Megapixels = Annotated[float, Field(ge=MIN_MEGAPIXELS, le=MAX_MEGAPIXELS, allow_
 
 
 class EncodeRequest(BaseModel):
-    """One image to encode. Fields that it does not know are ignored; no type is converted to another."""
+    """One image to encode. Unknown fields are ignored; no type is converted to another."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
@@ -89,13 +89,17 @@ CONTENT_FIELDS = tuple(
 """The fields of a request that decide, together with the image, what its files hold."""
 
 
+IMAGE_FILES = ("scaled_image", "preview", "roundtrip")
+"""The image files of a request, of which some are optional. The files' names begin with these words."""
+
+
 def utc_timestamp(moment: datetime) -> str:
-    """ISO 8601 in UTC to the second, ending in `Z`: `2024-11-06T12:00:00Z`."""
+    """Return the moment in ISO 8601, in UTC to the second, with a `Z`: `2024-11-06T12:00:00Z`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Timings(BaseModel):
-    """How long each step took, in milliseconds."""
+    """Duration of each step in milliseconds."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -104,18 +108,16 @@ class Timings(BaseModel):
     scale: float
     encode: float
     save: float
-    roundtrip: float = Field(0.0, description="Decoding and comparing, where ROUNDTRIP asks for it.")
+    roundtrip: float = Field(0.0, description="Decoding and comparing, if ROUNDTRIP is set.")
 
 
 class Roundtrip(BaseModel):
-    """How far the decoded latent is from the part of the scaled image that it covers, as 8-bit pixels of both."""
+    """Distance of the decoded latent from the part of the scaled image that it covers, as 8-bit pixels of both."""
 
     model_config = ConfigDict(frozen=True)
 
-    psnr_db: float | None = Field(description="Peak signal-to-noise ratio in decibels; null where both are equal.")
-    ssim: float | None = Field(
-        description="Mean structural similarity, at most 1; null where a side is shorter than 7 pixels."
-    )
+    psnr_db: float | None = Field(description="Peak signal-to-noise ratio in decibels; null if both are equal.")
+    ssim: float | None = Field(description="Mean structural similarity, at most 1; null if a side is shorter than 7 pixels.")
     image_sha256: str
 
 
@@ -169,18 +171,18 @@ class Metadata(LatentFacts):
 
     @property
     def sha256_by_file(self) -> dict[str, str]:
-        """The digest of each file that these metadata name, by the name that `OutputFiles` has for it."""
-        digests = {
+        """Checksum of each file that these metadata describe, by the file's field in `OutputFiles`."""
+        checksums = {
             "latent": self.latent_sha256,
             "scaled_image": self.scaled_image_sha256,
             "preview": self.preview_sha256,
             "roundtrip": self.roundtrip.image_sha256 if self.roundtrip else None,
         }
-        return {name: sha256 for name, sha256 in digests.items() if sha256 is not None}
+        return {name: sha256 for name, sha256 in checksums.items() if sha256 is not None}
 
 
 class SuccessResponse(BaseModel):
-    """The answer to a request that gave a latent. Paths are absolute; `latent_shape` is `[batch, channels, height, width]`."""
+    """Response to a request that gave a latent. Paths are absolute; `latent_shape` is `[batch, channels, height, width]`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -195,7 +197,7 @@ class SuccessResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The answer to a request that gave no latent."""
+    """Response to a request that gave no latent."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -207,6 +209,7 @@ class ErrorResponse(BaseModel):
 
     @classmethod
     def of(cls, error: RequestError, request_id: str, moment: datetime) -> ErrorResponse:
+        """Return the response for an error; its message is the error's text."""
         return cls(
             request_id=request_id,
             error_code=error.code,
@@ -219,27 +222,27 @@ Response = SuccessResponse | ErrorResponse
 
 
 class ResponseMessage(BaseModel):
-    """The answer as it goes to the response topic: one shape for both outcomes, null where a field does not apply."""
+    """Response as it goes to the response topic: one shape for both outcomes. Fields that do not apply are null."""
 
     model_config = ConfigDict(frozen=True)
 
     request_id: str = Field(description="That of the request, or one made for it.")
-    correlation_id: str | None = Field(description="That of the request; null where it has none that can be used.")
+    correlation_id: str | None = Field(description="That of the request; null if it has no valid one.")
     status: Literal["success", "error"]
     latent_file_path: str | None = Field(None, description="Absolute path of the latent.")
     latent_shape: tuple[int, int, int, int] | None = Field(None, description="`[batch, channels, height, width]`.")
-    error_message: str | None = Field(None, description="What went wrong.")
+    error_message: str | None = Field(None, description="Fault, the file or field, and how to fix it.")
     timestamp: int = Field(description="Unix time in whole seconds.")
 
-    # What follows is ours; the specification has what stands above.
+    # The fields from here on are ours; the specification has those above.
     error_code: ErrorCode | None = None
     scaled_image_path: str | None = Field(None, description="Absolute path of the scaled image, not yet cropped.")
     metadata: Metadata | None = None
-    preview_path: str | None = Field(None, description="Absolute path of the picture of the latent, where one was asked for.")
-    roundtrip_path: str | None = Field(None, description="Absolute path of the decoded latent, where it was asked for.")
+    preview_path: str | None = Field(None, description="Absolute path of the preview, if one was asked for.")
+    roundtrip_path: str | None = Field(None, description="Absolute path of the decoded latent's image, if it was asked for.")
 
     @classmethod
     def of(cls, response: Response, correlation_id: str | None, moment: datetime) -> ResponseMessage:
-        """What `response` says, with the request's correlation id and the time of answering."""
+        """Return the message for a response, with the request's correlation id and the time of responding."""
         fields = response.model_dump(exclude={"timestamp"})
         return cls(**fields, correlation_id=correlation_id, timestamp=int(moment.timestamp()))

@@ -20,7 +20,7 @@ from errors import OutputDirNotWritable
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.latent_files import SUFFIXES
-from models import FileFormat
+from models import IMAGE_FILES, FileFormat
 
 LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # bytes around stem and request id in the longest name
 
@@ -28,10 +28,6 @@ FIXED_BYTES = 32_768  # more than the metadata (2 kB), the headers of the format
 
 WRITING = threading.Lock()
 """Held from the first byte that is written until all files are published. Take it before ending the process at once."""
-
-
-IMAGE_FILES = ("scaled_image", "preview", "roundtrip")
-"""The image files of a request, by their fields in `OutputFiles`; their names begin with these words."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def metadata_of(encoded: Encoded, facts: LatentFacts, latent: bytes, preview: by
 
 
 def fingerprint(request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae, runtime: ComfyRuntime) -> str:
-    """Return the SHA-256 of everything that decides what the files hold and where they are.
+    """Return the SHA-256 of everything that decides content and place of the files.
 
     If the fingerprint in stored metadata is equal to that of a new request, the files beside them are its result.
     """

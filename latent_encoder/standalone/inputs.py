@@ -17,10 +17,10 @@ from errors import LatentEncoderError, MessageUnusable, RequestError
 from latent_encoder.access import absolute
 from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
 from latent_encoder.standalone.selection import ImageSelection
-from models import CONTENT_FIELDS, EncodeRequest, ErrorResponse
+from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files in folders; of a file that is named, the content decides
-OUR_PICTURES = ("scaled_image_", "preview_", "roundtrip_")  # how the names of what outputs/files.py names begin
+OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the names of image files that the service writes begin so
 STDIN = "-"
 IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
 
@@ -123,7 +123,7 @@ def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
 
 
 def _is_output(file: Path, outputs: Path) -> bool:
-    return file.name.startswith(OUR_PICTURES) and file.parent.resolve() == outputs
+    return file.name.startswith(OUR_IMAGES) and file.parent.resolve() == outputs
 
 
 def _nothing_in(path: str, *, recursive: bool) -> str:

@@ -22,7 +22,7 @@ from config import Settings
 from errors import ErrorCode, ImageInvalid, ImageNotFound
 from fuzz import jpegs
 from latent_encoder.access import ANYWHERE
-from latent_encoder.images.features import FurtherPictures
+from latent_encoder.images.features import FurtherImages
 from latent_encoder.images.jpeg_markers import scans
 from latent_encoder.images.source import MAX_JPEG_SCANS, PILLOW_LOCK, ImageLimits, read_image
 from models import ErrorResponse
@@ -361,7 +361,7 @@ def test_further_pictures_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Enco
         photo.save(path, "MPO", save_all=True, append_images=[photo] * 9)
     with PILLOW_LOCK:
         source = read_image(str(path), LIMITS)
-    assert source.features == (FurtherPictures(),)
+    assert source.features == (FurtherImages(),)
     with Image.open(BytesIO(source.data)) as given, Image.open(path) as first:
         assert given.format == "JPEG"
         assert given.tobytes() == first.tobytes()

@@ -17,7 +17,7 @@ from errors import InvalidRequest, RequestError
 from latent_encoder.kafka.records import DLQ_HEADERS, Incoming, response_record
 from latent_encoder.requests import parse_request
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS, EncodeRequest, ErrorResponse, Response, ResponseMessage, UpscaleMethod
-from scripts.write_schemas import ANSWERED_AT, ASYNCAPI, FOLDER, REQUEST, RESPONSE, documents, example_success
+from scripts.write_schemas import ASYNCAPI, FOLDER, REQUEST, RESPONDED_AT, RESPONSE, documents, example_success
 
 REQUEST_SCHEMA = json.loads((FOLDER / REQUEST).read_text(encoding="utf-8"))
 RESPONSE_SCHEMA = json.loads((FOLDER / RESPONSE).read_text(encoding="utf-8"))
@@ -176,7 +176,7 @@ def test_schema_and_service_agree(fields: dict[str, Any]) -> None:
 def written(response: Response) -> Any:
     """What stands in the record of a response."""
     record = Incoming("requests", partition=0, offset=0, timestamp=None, key=None, value=None, headers=())
-    value = response_record(record, ResponseMessage.of(response, None, ANSWERED_AT), "responses").value
+    value = response_record(record, ResponseMessage.of(response, None, RESPONDED_AT), "responses").value
     assert value is not None
     return json.loads(value)
 
@@ -184,7 +184,7 @@ def written(response: Response) -> Any:
 @pytest.mark.parametrize("error", RequestError.__subclasses__())
 def test_every_error_response_validates(error: type[RequestError]) -> None:
     """Whatever its code."""
-    RESPONSES.validate(written(ErrorResponse.of(error("Went wrong."), "id", ANSWERED_AT)))
+    RESPONSES.validate(written(ErrorResponse.of(error("Went wrong."), "id", RESPONDED_AT)))
 
 
 @pytest.mark.parametrize("changed", [{}, {"vae_sha256": None}, {"image_notes": ("alpha_dropped",)}])
