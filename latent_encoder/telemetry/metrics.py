@@ -1,28 +1,25 @@
-"""What the service counts and measures, for Prometheus; one registry for the process, `prometheus_client`'s own.
+"""The metrics of the service for Prometheus, in `prometheus_client`'s registry of the process.
 
-Names follow https://prometheus.io/docs/practices/naming: seconds, and `_total` for what only grows.
+The names follow https://prometheus.io/docs/practices/naming: the unit is seconds, and a counter ends in `_total`.
 docs/operating.md lists them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from errors import ErrorCode
 from models import Timings
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of when it began
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, with its creation time
 
-# A GPU takes 50 ms for a megapixel, two CPU cores ten seconds to a minute, and ten minutes for sixteen of them.
+# Buckets of encodes: a megapixel takes a GPU 50 ms and two CPU cores up to a minute; sixteen take these ten minutes.
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900)
-# Requests may wait for hours.
+# Buckets of waiting in the topic, which may take hours.
 WAITING_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 14400)
 
-INFO = Info("latent_encoder", "What runs: version of the service, ComfyUI and torch, and the device.")
-READY = Gauge("latent_encoder_ready", "Whether this part is ready: model, group, broker.", ["part"])
+INFO = Info("latent_encoder", "Versions of the service, ComfyUI and torch, and the device.")
+READY = Gauge("latent_encoder_ready", "1 if this part is ready, else 0: model, group, broker.", ["part"])
 
 REQUESTS = Counter(
     "latent_encoder_requests",
@@ -31,7 +28,7 @@ REQUESTS = Counter(
 )
 STAGE_SECONDS = Histogram("latent_encoder_stage_seconds", "Time of each step of a request.", ["stage"], buckets=SECONDS)
 REQUEST_SECONDS = Histogram(
-    "latent_encoder_request_seconds", "From taking a request to the acknowledged answer.", buckets=SECONDS
+    "latent_encoder_request_seconds", "From taking a request to the acknowledged response.", buckets=SECONDS
 )
 QUEUE_SECONDS = Histogram(
     "latent_encoder_queue_seconds", "From the record's timestamp to taking it from the topic.", buckets=WAITING_SECONDS
@@ -39,17 +36,17 @@ QUEUE_SECONDS = Histogram(
 IN_FLIGHT = Gauge("latent_encoder_in_flight", "Requests that this worker holds.")
 RETRIES = Counter("latent_encoder_retries", "Attempts that failed and are made again.")
 DEAD_LETTERS = Counter("latent_encoder_dead_letters", "Acknowledged dead letters.", ["error_code"])
-REDELIVERIES = Counter("latent_encoder_redeliveries", "Requests answered from the files of an earlier answer, without work.")
+REDELIVERIES = Counter("latent_encoder_redeliveries", "Requests that got the stored response of an earlier delivery.")
 COMMITS = Counter("latent_encoder_commits", "Commits of an offset that the broker confirmed or refused.", ["result"])
 REBALANCES = Counter("latent_encoder_rebalances", "Partitions were assigned, revoked or lost.", ["event"])
 CONSUMER_LAG = Gauge(
     "latent_encoder_consumer_lag",
-    "Records that wait in this worker's partitions, those in hand included, as of the last fetch.",
+    "Records that wait in this worker's partitions, those in flight included, as of the last fetch.",
     ["topic", "partition"],
 )
 VAE_CACHE = Counter("latent_encoder_vae_cache", "Uses of a VAE that was loaded (hit) or had to be loaded (miss).", ["result"])
 
-# Known from the start, so that Prometheus sees them grow from zero.
+# Every label is known from the start, so that Prometheus sees its counter grow from zero.
 for _code in ("", *ErrorCode):
     REQUESTS.labels("error" if _code else "success", _code)
 for _code in ErrorCode:
@@ -63,28 +60,3 @@ for _metric, _values in (
     for _value in _values:
         _metric.labels(_value)
 REQUESTS.labels("dropped", "")
-
-
-def observe_lag(topics: Mapping[str, Any], answered: Mapping[tuple[str, int], int]) -> None:
-    """Take the lag from the `topics` of librdkafka's statistics, of the partitions that this worker has.
-
-    `answered` are the offsets behind the last answer here: librdkafka's own `consumer_lag` is not known before the first
-    commit, and never where a transaction commits. The fields: https://github.com/confluentinc/librdkafka/blob/master/STATISTICS.md
-    """
-    lags = {
-        (name, number): partition["ls_offset"] - _done(partition, answered.get((name, int(number)), 0))
-        for name, topic in topics.items()
-        for number, partition in topic["partitions"].items()
-        if partition["fetch_state"] == "active" and partition["ls_offset"] >= 0  # else another worker's, or not known yet
-    }
-    shown = {
-        (sample.labels["topic"], sample.labels["partition"]) for family in CONSUMER_LAG.collect() for sample in family.samples
-    }
-    for place in shown - lags.keys():
-        CONSUMER_LAG.remove(*place)
-    for place, lag in lags.items():
-        CONSUMER_LAG.labels(*place).set(lag)
-
-
-def _done(partition: Mapping[str, int], answered: int) -> int:
-    return min(max(partition["lo_offset"], partition["committed_offset"], answered), partition["ls_offset"])

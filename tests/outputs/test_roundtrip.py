@@ -242,7 +242,7 @@ def test_the_memory_of_weights_that_nobody_uses_is_given_back(encoder: LatentEnc
     )
 
 
-def test_a_stored_answer_has_the_pictures_that_are_asked_for(
+def test_a_stored_response_has_the_pictures_that_are_asked_for(
     encoder: LatentEncoder, seeing: LatentEncoder, settings: Settings, tmp_path: Path
 ) -> None:
     request = request_for(settings, tmp_path, "photo.jpg", {})

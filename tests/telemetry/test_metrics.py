@@ -1,4 +1,4 @@
-"""What is counted is what happened."""
+"""The metrics of Kafka mode."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from config import Settings
-from latent_encoder.telemetry.metrics import CONSUMER_LAG, observe_lag
+from latent_encoder.kafka.jobs import RecordJob
+from latent_encoder.kafka.records import Incoming
+from latent_encoder.kafka.telemetry import ConsumerLag
+from latent_encoder.telemetry.metrics import CONSUMER_LAG
 from service import LatentEncoder
 from tests.kafka_tools import SECONDS_LONG, Bench, Events, answers, wait_until
 
@@ -18,7 +21,7 @@ Value = Callable[..., float]
 
 @pytest.fixture
 def grown() -> Value:
-    """By how much a metric grew since the test began."""
+    """Return the growth of a metric since the test began."""
 
     def samples() -> dict[tuple[str, ...], float]:
         families = REGISTRY.collect()
@@ -37,7 +40,7 @@ def no_lag() -> Iterator[None]:
 def test_every_way_that_a_request_can_end_is_counted(
     bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value, events: Events
 ) -> None:
-    """Success, error, retries and dead letter, a request that comes again, a message that is none; each of them once."""
+    """A success, an error, retries with a dead letter, a redelivery and an unusable message each count once."""
     (bench.folder / "file").touch()
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings, kafka_max_retries=2, kafka_retry_backoff_s=0.05)):
@@ -77,7 +80,7 @@ def test_every_way_that_a_request_can_end_is_counted(
 
 
 def test_dropped_requests_are_counted(bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value) -> None:
-    """Taken and not begun when the worker is stopped: another one gets it."""
+    """A request that was taken and not begun when the worker stops counts as dropped."""
     with bench.worker(encoder, bench.settings(settings)) as worker:
         bench.send({"request_id": "first", **SECONDS_LONG})
         bench.send({"request_id": "second", **SECONDS_LONG})
@@ -88,7 +91,7 @@ def test_dropped_requests_are_counted(bench: Bench, encoder: LatentEncoder, sett
 
 
 def test_lag_is_what_waits(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """While one request is encoded, those behind it; nothing when all is answered."""
+    """The lag counts the requests in flight and those behind them, and is zero once all have a response."""
 
     def lag() -> float | None:
         return REGISTRY.get_sample_value("latent_encoder_consumer_lag", {"topic": bench.request_topic, "partition": "0"})
@@ -103,11 +106,13 @@ def test_lag_is_what_waits(bench: Bench, encoder: LatentEncoder, settings: Setti
 
 
 def test_lag_of_a_partition_that_is_gone_is_forgotten() -> None:
-    """Another worker shows it now."""
+    """The metric has no value for a partition that another worker has now."""
     mine = {"fetch_state": "active", "lo_offset": 2, "ls_offset": 9, "committed_offset": -1001}
     partitions: dict[str, dict[str, Any]] = {"0": mine, "1": mine, "-1": {**mine, "fetch_state": "none"}}
-    observe_lag({"requests": {"partitions": partitions}}, {})
+    lag = ConsumerLag()
+    lag.observe({"requests": {"partitions": partitions}})
     partitions["0"] = {**mine, "fetch_state": "stopped"}
-    observe_lag({"requests": {"partitions": partitions}}, {("requests", 1): 5})
+    lag.acknowledged(RecordJob(Incoming("requests", 1, 4, None, None, b"{}", ())))
+    lag.observe({"requests": {"partitions": partitions}})
     shown = {sample.labels["partition"]: sample.value for family in CONSUMER_LAG.collect() for sample in family.samples}
     assert shown == {"1": 4}
