@@ -1,4 +1,4 @@
-"""What a request may say, and how it is told where it is wrong."""
+"""Requests: their defaults, their limits, and the messages for wrong ones."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_defaults_are_the_specifications() -> None:
 
 
 def test_settings_fill_what_is_absent_or_null() -> None:
-    """A null is as good as no field at all."""
+    """A null counts as absent."""
     request = parse_request({**IMAGE, "megapixels": None}, {"megapixels": 2.0, "upscale_method": "area"})
     assert (request.megapixels, request.upscale_method) == (2.0, "area")
 
 
 def test_unknown_fields_are_ignored() -> None:
-    """A newer sender may say more than we know."""
+    """A newer sender may send more fields than we know."""
     assert parse_request({**IMAGE, "priority": 7}, {}).image_path == "photo.jpg"
 
 
@@ -72,7 +72,7 @@ def test_unknown_fields_are_ignored() -> None:
     ],
 )
 def test_wrong_value_is_refused_by_the_fields_name(field: str, value: object) -> None:
-    """INVALID_REQUEST, whose message begins with the field."""
+    """The code is INVALID_REQUEST, and the message begins with the field."""
     with pytest.raises(InvalidRequest, match=f"^Invalid request: {field}: ") as caught:
         parse_request({**IMAGE, field: value}, {})
     assert caught.value.code == ErrorCode.INVALID_REQUEST
@@ -87,7 +87,7 @@ def test_limits_themselves_are_in_range(value: float) -> None:
 
 @given(st.dictionaries(st.sampled_from([*EncodeRequest.model_fields, "other"]), st.text() | st.floats() | st.none()))
 def test_any_fields_give_a_request_or_invalid_request(fields: dict[str, Any]) -> None:
-    """No input raises anything else, and its id can always be answered under."""
+    """No input raises anything else, and there is always an id for the response."""
     try:
         request = parse_request(fields, {})
     except InvalidRequest:
@@ -96,8 +96,8 @@ def test_any_fields_give_a_request_or_invalid_request(fields: dict[str, Any]) ->
         assert request.request_id == (fields.get("request_id") or request.request_id)
 
 
-def test_invalid_request_is_answered_under_its_own_id() -> None:
-    """Where the id itself is usable; else under a new one."""
+def test_invalid_request_gets_a_response_with_its_own_id() -> None:
+    """If the id itself is invalid, the response has a new one."""
     assert request_id_of({"request_id": "mine", "megapixels": 0}) == "mine"
     assert UUID(request_id_of({"request_id": 7})).version == 4
 
@@ -122,7 +122,7 @@ def test_only_faults_that_may_pass_are_retryable() -> None:
 )
 @pytest.mark.parametrize("error", error_classes())
 def test_lack_of_memory_is_never_the_requests_fault(error: type[RequestError], fault: Exception) -> None:
-    """Whatever the step, memory that ran out is ENCODING_FAILED, which may be retried."""
+    """In every step, lack of memory is ENCODING_FAILED, which may be retried."""
     with pytest.raises(RequestError) as caught, translated(error, "Step"):
         raise fault
     assert caught.value.code == ErrorCode.ENCODING_FAILED
@@ -154,6 +154,6 @@ def nested(value: object, wrap: Callable[[object], object]) -> object:
     ids=["list", "dict", "text"],
 )
 def test_deep_or_large_value_is_described(value: object) -> None:
-    """Python's own `repr` gives up on what is nested about as deeply as JSON may be."""
+    """Python's own `repr` fails on values that are nested about as deeply as JSON may be."""
     with pytest.raises(InvalidRequest, match=r"^Invalid request: megapixels: Input should be a valid number \(got .{1,80}\)$"):
         parse_request({**IMAGE, "megapixels": value}, {})
