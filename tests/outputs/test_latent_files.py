@@ -25,7 +25,7 @@ from latent_encoder.kafka.records import Incoming, read_request
 from latent_encoder.outputs.latent_files import HEADER_KEY, SUFFIXES, latent_bytes, read_latent, read_latent_file
 from models import FileFormat, Metadata
 from service import LatentEncoder
-from tests.helpers import IMAGES, TINY_VAE, Encode, RunMain, load_latent, request_for
+from tests.helpers import IMAGES, TINY_VAE, Encode, RunMain, load_latent
 
 FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 SD_VAE = "random_kl.safetensors"
@@ -161,21 +161,6 @@ def test_any_latent_comes_back(
     data = latent_bytes(latent, latent_format, frames=frames, header=header)
     assert torch.equal(read_latent(data, latent_format), latent)
     assert latent_bytes(latent.clone(), latent_format, frames=frames, header=header) == data
-
-
-@pytest.mark.parametrize("latent_format", FORMATS)
-def test_repeated_request_gets_its_stored_response(
-    latent_format: FileFormat, encoder: LatentEncoder, settings: Settings, tmp_path: Path
-) -> None:
-    """A request in another format is encoded, and gets a file of its own."""
-    response = encoder.encode(request_for(settings, tmp_path, "photo.jpg", {"latent_format": latent_format}))
-    assert response.metadata.latent_format == latent_format
-    for other in FORMATS:
-        request = request_for(settings, tmp_path, "photo.jpg", {"latent_format": other})
-        assert encoder.stored_response(request) == (response if other == latent_format else None)
-    latent = Path(response.latent_file_path)
-    latent.write_bytes(latent.read_bytes()[:-1] + b"\xff")
-    assert encoder.stored_response(request_for(settings, tmp_path, "photo.jpg", {"latent_format": latent_format})) is None
 
 
 def test_kafka_request_may_ask_for_a_format(settings: Settings) -> None:

@@ -39,7 +39,7 @@ def seeing_settings(settings: Settings) -> Settings:
 
 @pytest.fixture(scope="module")
 def seeing(encoder: LatentEncoder, seeing_settings: Settings) -> LatentEncoder:
-    """An encoder with PREVIEW and ROUNDTRIP."""
+    """Return an encoder with PREVIEW and ROUNDTRIP."""
     return LatentEncoder(seeing_settings, encoder.runtime)
 
 
@@ -240,25 +240,6 @@ def test_the_memory_of_weights_that_nobody_uses_is_given_back(encoder: LatentEnc
     assert weights_of(seeing.vaes, "decoder.") == sum(
         tensor.numel() for name, tensor in load_file(TINY).items() if name.startswith("decoder.")
     )
-
-
-def test_a_stored_response_has_the_images_that_are_asked_for(
-    encoder: LatentEncoder, seeing: LatentEncoder, settings: Settings, tmp_path: Path
-) -> None:
-    request = request_for(settings, tmp_path, "photo.jpg", {})
-    first = encoder.encode(request)
-    assert encoder.stored_response(request) == first
-    assert seeing.stored_response(request) is None, "it has no preview yet"
-
-    drawn = seeing.encode(request)
-    assert seeing.stored_response(request) == drawn
-    assert encoder.stored_response(request) == drawn, "they are there, though not asked for"
-
-    Path(str(drawn.preview_path)).write_bytes(b"damaged")
-    assert seeing.stored_response(request) is None
-    stored = encoder.stored_response(request)
-    assert stored is not None
-    assert (stored.preview_path, stored.roundtrip_path) == (None, drawn.roundtrip_path)
 
 
 def test_images_of_another_run_do_not_stay_beside_its_latent(look: Look, encode: Encode, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import ErrorCode, InvalidRequest, RequestError, translated
+from errors import ErrorCode, InvalidRequest
 from latent_encoder.requests import parse_request, request_id_of
 from models import EncodeRequest
 
@@ -100,46 +100,6 @@ def test_invalid_request_gets_a_response_with_its_own_id() -> None:
     """If the id itself is invalid, the response has a new one."""
     assert request_id_of({"request_id": "mine", "megapixels": 0}) == "mine"
     assert UUID(request_id_of({"request_id": 7})).version == 4
-
-
-def error_classes(base: type[RequestError] = RequestError) -> list[type[RequestError]]:
-    return [*base.__subclasses__()]
-
-
-def test_every_code_has_one_class() -> None:
-    """The hierarchy is closed: a class for each code and a code for each class."""
-    assert sorted(error.code for error in error_classes()) == sorted(ErrorCode)
-
-
-def test_only_faults_that_may_pass_are_retryable() -> None:
-    """A full disk or a failed encode may go well next time; a bad request never does."""
-    retryable = {error.code for error in error_classes() if error.retryable}
-    assert retryable == {ErrorCode.OUTPUT_DIR_NOT_WRITABLE, ErrorCode.ENCODING_FAILED}
-
-
-@pytest.mark.parametrize(
-    "fault", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
-)
-@pytest.mark.parametrize("error", error_classes())
-def test_lack_of_memory_is_never_the_requests_fault(error: type[RequestError], fault: Exception) -> None:
-    """In every step, lack of memory is ENCODING_FAILED, which may be retried."""
-    with pytest.raises(RequestError) as caught, translated(error, "Step"):
-        raise fault
-    assert caught.value.code == ErrorCode.ENCODING_FAILED
-    assert "memory ran out" in str(caught.value)
-
-
-def test_foreign_exception_becomes_one_line() -> None:
-    """A message of many lines, or of none, is one line for the user, and the cause is kept."""
-    with pytest.raises(InvalidRequest, match=r"^Step: a b$") as caught, translated(InvalidRequest, "Step"):
-        raise ForeignError("a\n\n  b\n")
-    assert isinstance(caught.value.__cause__, ForeignError)
-    with pytest.raises(InvalidRequest, match=r"^Step: StopIteration$"), translated(InvalidRequest, "Step"):
-        raise StopIteration
-
-
-class ForeignError(Exception):
-    """Stands for any exception of a library."""
 
 
 def nested(value: object, wrap: Callable[[object], object]) -> object:
