@@ -43,8 +43,9 @@ from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import STAGE_SECONDS
 from latent_encoder.telemetry.tracing import step as traced_step
 from latent_encoder.trial import try_nodes
-from latent_encoder.vae.cache import LoadedVae, VaeCache
+from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.encoding import encode_image
+from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.model_folders import search_model_folders
 from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, Timings
 

@@ -10,8 +10,8 @@ from latent_encoder.geometry import Size
 from latent_encoder.images.features import ImageNote
 from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.roundtrip import Comparison
-from latent_encoder.vae.cache import LoadedVae
 from latent_encoder.vae.encoding import EncodedImage
+from latent_encoder.vae.loaded_vae import LoadedVae
 from models import EncodeRequest
 
 

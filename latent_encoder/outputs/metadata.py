@@ -12,7 +12,7 @@ from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import size_of
 from latent_encoder.outputs.encoded import Encoded
 from latent_encoder.outputs.files import OutputFiles
-from latent_encoder.vae.cache import LoadedVae
+from latent_encoder.vae.loaded_vae import LoadedVae
 from models import CONTENT_FIELDS, EncodeRequest, LatentFacts, Metadata, Timings, utc_timestamp
 
 STATED_OTHERWISE = ("vae_model_name", "latent_format")

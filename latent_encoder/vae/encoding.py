@@ -9,7 +9,7 @@ import torch
 from errors import EncodingFailed, translated
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Box, Size, covered, size_of
-from latent_encoder.vae.cache import LoadedVae
+from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.tiling import OomPolicy
 from models import EncoderKind
 
