@@ -174,7 +174,7 @@ class ComfyRuntime:
     def note(self, feature: Feature) -> ImageNote | None:
         """The code in `image_notes` for what LoadImage does with that feature of a file. Hold `PILLOW_LOCK` meanwhile."""
         if feature not in self._notes:
-            self._notes[feature] = feature.note(self.load_image(feature.picture(), ENDINGS[feature.format]))
+            self._notes[feature] = feature.note(self.load_image(feature.sample(), ENDINGS[feature.format]))
         return self._notes[feature]
 
     @property
