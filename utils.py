@@ -14,9 +14,11 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from errors import SetupError, one_line
+from latent_encoder.isolation import isolated
 from latent_encoder.releases import TESTED
 
 
@@ -112,8 +114,16 @@ def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:
     path = next((path for path in (folder / package, folder / f"{package}.py") if path.exists()), None)
     if path is None:
         raise SetupError(f"No custom node package {package!r} in {folder}; CUSTOM_NODES names it.")
+    try:
+        with isolated(path, comfyui):
+            return _node_classes(_import_node_package(package, path))
+    except Exception as exc:
+        raise SetupError(f"The custom node package {path} cannot be loaded: {one_line(exc)}") from exc
+
+
+def _import_node_package(package: str, path: Path) -> ModuleType:
+    """Import a node package under a name of its own: its folder may have dashes, or the name of another module."""
     init = path / "__init__.py" if path.is_dir() else path
-    # Not imported by its own name: that may have dashes, or be the name of a module of ours.
     spec = importlib.util.spec_from_file_location("custom_nodes_" + re.sub(r"\W", "_", package), init)
     assert spec is not None
     assert spec.loader is not None
@@ -121,9 +131,10 @@ def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        return _node_classes(module)
-    except Exception as exc:
-        raise SetupError(f"The custom node package {path} cannot be loaded: {one_line(exc)}") from exc
+    except BaseException:
+        sys.modules.pop(spec.name, None)
+        raise
+    return module
 
 
 def _node_classes(module: Any) -> dict[str, type]:
