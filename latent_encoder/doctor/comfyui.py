@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import SetupError
-from latent_encoder.comfy_runtime import NODE_IDS
+from latent_encoder.comfy_import import NODE_IDS
 from latent_encoder.doctor.check import Check, Installation, cross, cross_of, tick, warning
 from latent_encoder.installer.comfy_packages import unsatisfied_packages
 from latent_encoder.installer.fill_comfyui import RELEASES, Source, origin, recorded_sums, version_of, wrong_files

@@ -176,13 +176,13 @@ def _try(tree: Path, replaced: Sequence[str]) -> Trial:
 
 def _load_nodes(tree: Path, replaced: Sequence[str]) -> Trial:
     """Load the nodes in this process."""
-    from latent_encoder import comfy_runtime  # imports torch
+    from latent_encoder.comfy_import import import_nodes  # imports torch
 
     finder = _Missing(replaced)
     sys.meta_path.append(finder)
     error = missing = None
     try:
-        comfy_runtime.import_nodes(tree, "cpu", "auto")
+        import_nodes(tree, "cpu", "auto")
     except (Exception, SystemExit) as exc:
         error = one_line(exc)
         missing = next((name for name in _missing_modules(exc) if name in finder.missed), None)

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # started as a script, it has to find the project's 
 
 from config import Settings
 from errors import SetupError
-from latent_encoder.releases import is_before
+from latent_encoder.releases import is_older
 from latent_encoder.vae.cache import TRIAL_VAE
 from service import LatentEncoder
 
@@ -42,7 +42,7 @@ def try_tree(tree: Path) -> str:
     """
     encoder = LatentEncoder.set_up(Settings(_env_file=None, comfyui_path=tree, vae_model_name=TRIAL_VAE))
     version, nodes = encoder.runtime.version, ", ".join(encoder.tried_nodes)
-    if is_before(version, FIRST_WITH_TINY_VAE):
+    if is_older(version, FIRST_WITH_TINY_VAE):
         return f"{version} ran {nodes} on a test picture; it is too old for the tiny VAE."
     encoder.warm_up()
     return f"{version} ran {nodes} on a test picture, and encoded one with {TRIAL_VAE}."
