@@ -16,7 +16,7 @@ import pytest
 
 from errors import SetupError
 from latent_encoder import isolation
-from latent_encoder.installer.fill_comfyui import copy, place_runtime, symlink
+from latent_encoder.installer.placing import copy, place_runtime, symlink
 from service import LatentEncoder
 from tests.helpers import COMFYUI, IMAGES, PROJECT, VAE, RunMain, clean_environment
 from utils import import_custom_nodes_minimal

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
-from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.installer.placing import copy as copy_entry
+from latent_encoder.installer.placing import place_runtime
 from latent_encoder.lazy_imports import lazy_imports
 from tests.helpers import COMFYUI, PROJECT, VAE, clean_environment
 

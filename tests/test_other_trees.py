@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
-from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.installer.placing import copy as copy_entry
+from latent_encoder.installer.placing import place_runtime
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
 from tests.newer_tree import INPUT_FOLDER_ENFORCED, require_resolution_steps
 

@@ -29,8 +29,8 @@ from latent_encoder.doctor.network import check_http_port, check_kafka
 from latent_encoder.doctor.report import as_text, encodable, worst
 from latent_encoder.doctor.settings import check_env_file, check_faults, check_set
 from latent_encoder.doctor.torch_and_device import check_device, check_torch
+from latent_encoder.installer.checksums import record_checksums
 from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
-from latent_encoder.installer.fill_comfyui import record_sums
 from latent_encoder.releases import TESTED, is_tested
 from latent_encoder.telemetry.health import Health
 from latent_encoder.telemetry.http_server import http_server
@@ -229,7 +229,7 @@ def test_output_folder_has_to_be_a_folder_that_is_allowed(settings: Settings, tm
     assert check.state is CROSS
     assert "does not lead into a folder of ALLOWED_OUTPUT_DIRS" in check.found
     inputs, outputs = examined(check_allowed_folders, limited)
-    assert (inputs.state, outputs.state, outputs.found) == (TICK, WARNING, f"not there: {tmp_path}/only")
+    assert (inputs.state, outputs.state, outputs.found) == (TICK, WARNING, f"missing: {tmp_path}/only")
 
 
 @pytest.mark.core
@@ -269,14 +269,14 @@ def test_fetched_release_is_known_by_its_recorded_sums(
         (tmp_path / name).write_text("# theirs\n")
     if version:
         (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
-    record_sums(tmp_path)
+    record_checksums(tmp_path)
     source = {"source": "v0.33.0", "repository": "https://example.org/ComfyUI.git", "commit": "783545f6" + "0" * 32}
     (tmp_path / ".source.json").write_text(json.dumps(source))
     broken = SetupError("it does not load")
     tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
     release = "release v0.33.0 (commit 783545f6)"
     assert tree.found == f"{tmp_path}, {release} as setup_comfyui.sh fetched it from https://example.org/ComfyUI.git"
-    assert (files.state, files.found) == (state, f"those of {release}, by the sums recorded when it was fetched; {words}")
+    assert (files.state, files.found) == (state, f"those of {release}, by the checksums recorded when it was fetched; {words}")
     (tmp_path / "nodes.py").write_text("# changed\n")
     _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
     assert (files.state, files.found) == (WARNING, f"1 are missing or have changed since {release} was fetched: nodes.py")
@@ -292,7 +292,7 @@ def test_checkout_is_tested_by_its_own_word(settings: Settings, tmp_path: Path, 
     (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
     _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert files.state is state
-    assert files.found.startswith(f"release {version} by its own word; {version} is ")
+    assert files.found.startswith(f"states version {version}; {version} is ")
     assert (TESTED in files.advice) is (state is WARNING)
 
 
@@ -301,7 +301,7 @@ def test_checkout_is_tested_by_its_own_word(settings: Settings, tmp_path: Path, 
 def test_tree_of_the_tests_is_the_pinned_release(settings: Settings, encoder: LatentEncoder) -> None:
     """By its sums."""
     tree, files = examined(check_tree, settings, encoder=encoder)
-    assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 sums")
+    assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 checksums")
 
 
 @pytest.mark.core
@@ -311,7 +311,7 @@ def test_tick_for_the_nodes_means_that_they_ran(settings: Settings, encoder: Lat
     ran = "LoadImage, ImageScaleToTotalPixels"
     ran = f"VAELoader, {ran}, VAEEncode" if FACTS.has_pixel_space else ran
     assert (nodes.state, decoder.state) == (TICK, TICK)
-    assert nodes.found.startswith(f"ComfyUI {FACTS.version} ran {ran} on a test picture, on ")
+    assert nodes.found.startswith(f"ComfyUI {FACTS.version} ran {ran} on a test image, on ")
     assert decoder.found.startswith(("Pillow ", "PyAV "))
     not_tried = f"ComfyUI {FACTS.version} loads VAELoader, VAEEncode, which were not tried"
     assert [(check.state, check.found) for check in rest] == ([] if FACTS.has_pixel_space else [(WARNING, not_tried)])
@@ -389,10 +389,10 @@ def test_default_vae_has_to_encode(settings: Settings, encoder: LatentEncoder, m
     finally:
         (model_dir / "no_vae.safetensors").unlink()
     check = named(checks, "default vae")
-    assert (check.state, check.advice) == (CROSS, "VAE_MODEL_NAME names another one.")
+    assert (check.state, check.advice) == (CROSS, "Set VAE_MODEL_NAME to another one.")
     assert "ComfyUI recognises no VAE in it" in check.found
     check = named(examined(check_models, changed(settings, vae_model_name="taesd"), encoder=encoder), "default vae")
-    assert check.found == "taesd (VAE_MODEL_NAME) encodes a test picture with the stock encoder"
+    assert check.found == "taesd (VAE_MODEL_NAME) encodes a test image with the stock encoder"
 
 
 @pytest.mark.core

