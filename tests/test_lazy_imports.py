@@ -71,7 +71,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 
 @pytest.fixture
 def import_lazily(write: Write) -> Import:
-    """Give a function that runs code while modules of these names (by default `parcel`) are delayed, and returns its module."""
+    """Give a function that runs code while modules of these names (default: `parcel`) are delayed, and returns its module."""
 
     def import_lazily(code: str, *names: str) -> Any:
         write("importing.py", code)

@@ -214,7 +214,7 @@ def test_users_own_vae_is_not_replaced_by_the_checkouts(tmp_path: Path) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("by_symlink", [False, True])
 def test_comfyui_as_its_own_checkout_keeps_its_models(tmp_path: Path, by_symlink: bool) -> None:
-    """`COMFYUI_PATH` may well name our own `comfyui/`: nothing to fill. Caused by model files linked to themselves."""
+    """A `COMFYUI_PATH` that names our own `comfyui/` changes nothing: its model files are not linked to themselves."""
     dest = tmp_path / "comfyui"
     assert fill(dest, "--from", COMFYUI).returncode == 0
     own = dest / "models" / "vae" / "mine.safetensors"
