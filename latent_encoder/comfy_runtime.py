@@ -185,7 +185,7 @@ class ComfyRuntime:
         return Node("VAEDecode", node_class, ("samples", "vae"))
 
     def latent_format(self, name: str) -> LatentSpace | None:
-        """Return the latents of a family, by their class in `comfy.latent_formats`; None if this release has none."""
+        """Return a family's latent space by its class in `comfy.latent_formats`; None if this release lacks it."""
         formats = importlib.import_module("comfy.latent_formats")
         known = getattr(formats, name, None)
         return known() if isinstance(known, type) and issubclass(known, formats.LatentFormat) else None
