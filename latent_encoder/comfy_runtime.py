@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-from errors import SetupError
 from latent_encoder.comfy_import import (
     NODE_IDS,
     contained,
@@ -20,10 +19,10 @@ from latent_encoder.comfy_import import (
     imported_version,
     refuse_second_tree,
 )
+from latent_encoder.comfy_node import Node
 from latent_encoder.images.features import ENDINGS, Feature, ImageNote, decoder_of
 from latent_encoder.images.input_folder import Ending, InputFolders
-from latent_encoder.releases import TESTED
-from utils import add_extra_model_paths, find_path, get_value_at_index, import_custom_nodes_minimal
+from utils import add_extra_model_paths, find_path, import_custom_nodes_minimal
 
 
 class Vae(Protocol):
@@ -51,34 +50,6 @@ class LatentSpace(Protocol):
 
     def process_in(self, latent: torch.Tensor) -> torch.Tensor:
         """Return the VAE's latent in the scale of the diffusion model."""
-
-
-class Node:
-    """A ComfyUI node that can be called, V1 (a class with `FUNCTION`) or V3 (`io.ComfyNode`) alike."""
-
-    def __init__(self, node_id: str, node_class: Any, supplied: Sequence[str]) -> None:
-        """Prepare calls of the node with the inputs `supplied`.
-
-        Raises:
-            SetupError: this release's node requires another input and declares no default for it.
-        """
-        self._call = getattr(node_class(), node_class.FUNCTION)
-        self._defaults = _declared_defaults(node_id, node_class, supplied)
-        self.inputs = frozenset().union(*(node_class.INPUT_TYPES().get(kind, ()) for kind in ("required", "optional")))
-
-    def __call__(self, **inputs: Any) -> Any:
-        """Run the node and return its first output."""
-        return get_value_at_index(self._call(**{**self._defaults, **inputs}), 0)
-
-
-def _declared_defaults(node_id: str, node_class: Any, supplied: Sequence[str]) -> dict[str, Any]:
-    """Return the node's own defaults for required inputs that we do not supply; newer releases may add inputs."""
-    required: dict[str, Any] = node_class.INPUT_TYPES().get("required", {})
-    options = {name: spec[1] if len(spec) > 1 else {} for name, spec in required.items() if name not in supplied}
-    without = [name for name, option in options.items() if "default" not in option]
-    if without:
-        raise SetupError(f"This ComfyUI's node {node_id} requires {', '.join(without)}, which has no default ({TESTED}).")
-    return {name: option["default"] for name, option in options.items()}
 
 
 class ComfyRuntime:

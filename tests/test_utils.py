@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from errors import SetupError
-from latent_encoder.comfy_runtime import Node, load_runtime
+from latent_encoder.comfy_node import Node
+from latent_encoder.comfy_runtime import load_runtime
 from service import LatentEncoder
 from tests.helpers import COMFYUI, OUR_FILES, PROJECT
 from tests.trees import FACTS

@@ -12,8 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, it has to find the project's modules
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # as a script, it finds the project's modules instead of those in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from config import Settings
 from errors import SetupError
