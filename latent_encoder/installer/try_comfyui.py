@@ -18,7 +18,7 @@ if __name__ == "__main__":  # as a script, it finds the project's modules instea
 from config import Settings
 from errors import SetupError
 from latent_encoder.releases import is_older
-from latent_encoder.vae.cache import TRIAL_VAE
+from latent_encoder.vae.loading import TRIAL_VAE
 from service import LatentEncoder
 
 EXIT_CANNOT_START = 3
