@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from errors import LatentEncoderError, one_line
+from latent_encoder.requests import descriptions
 from models import (
     MAX_MEGAPIXELS,
+    MIN_MEGAPIXELS,
     EncodeRequest,
+    FileFormat,
     Fit,
-    LatentFormat,
     Megapixels,
     Text,
     UpscaleMethod,
     VaeModelName,
-    descriptions,
 )
 
 VERSION = "0.6.0"
@@ -51,6 +52,17 @@ def _split_folders(value: object) -> object:
 
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
+
+
+def _default_of(request_field: str, description: str) -> Any:
+    """Return the setting that gives this field of a request its default. Its own default is the model's."""
+    return Field(EncodeRequest.model_fields[request_field].default, description=description)
+
+
+def _listed(choices: Sequence[str]) -> str:
+    """Return the choices as a list in prose: `a`, `b` or `c`."""
+    *others, last = (f"`{choice}`" for choice in choices)
+    return f"{', '.join(others)} or {last}"
 
 
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)]
@@ -139,11 +151,10 @@ class Settings(BaseSettings):
     model_dir: Path | None = Field(
         None, description="Folder searched first for VAE files, directly and in its `vae/` (TAESD pairs: `vae_approx/`)."
     )
-    vae_model_name: VaeModelName = Field("qwen_image_vae.safetensors", description="VAE file for requests that name none.")
-    output_dir: Text = Field("./output", description="Folder for the files of requests that name none.")
-    latent_format: LatentFormat = Field(
-        "pt",
-        description="`pt` (torch), `safetensors` or `comfy` (for ComfyUI's LoadLatent), for requests that name none.",
+    vae_model_name: VaeModelName = _default_of("vae_model_name", "VAE file for requests that name none.")
+    output_dir: Text = _default_of("output_dir", "Folder for the files of requests that name none.")
+    latent_format: FileFormat = _default_of(
+        "latent_format", "`pt` (torch), `safetensors` or `comfy` (for ComfyUI's LoadLatent), for requests that name none."
     )
     preview: bool = Field(False, description="Whether to write a picture of each latent beside its scaled image.")
     roundtrip: bool = Field(
@@ -163,7 +174,7 @@ class Settings(BaseSettings):
         description="Largest input image, in pixels, judged from its header; the default is Pillow's own warning limit.",
     )
     max_output_megapixels: Megapixels = Field(
-        MAX_MEGAPIXELS, description="Most megapixels that a request may ask for, at most 16.0."
+        MAX_MEGAPIXELS, description=f"Most megapixels that a request may ask for, at most {MAX_MEGAPIXELS}."
     )
 
     comfyui_path: Path = Field(
@@ -178,17 +189,17 @@ class Settings(BaseSettings):
     )
     log_format: Literal["json", "text"] = Field("json", description="`json`, one object a line, or `text` for people.")
 
-    upscale_method: UpscaleMethod = Field(
-        "lanczos",
-        description="`lanczos`, `nearest`, `bilinear`, `bicubic`, `nearest-exact` or `area`, for requests that name none.",
+    upscale_method: UpscaleMethod = _default_of(
+        "upscale_method", f"{_listed(get_args(UpscaleMethod))}, for requests that name none."
     )
-    megapixels: Megapixels = Field(
-        1.0, description="Size to scale to, 0.01 to 16.0 (one is 1024 x 1024), for requests that name none."
+    megapixels: Megapixels = _default_of(
+        "megapixels",
+        f"Size to scale to, {MIN_MEGAPIXELS} to {MAX_MEGAPIXELS} (one is 1024 x 1024), for requests that name none.",
     )
 
-    fit: Fit = Field(
-        "crop",
-        description="`crop` cuts off what exceeds multiples of the VAE's factor, `exact` scales to such multiples "
+    fit: Fit = _default_of(
+        "fit",
+        "`crop` cuts off what exceeds multiples of the VAE's factor, `exact` scales to such multiples "
         "(needs a ComfyUI of 2026), for requests that name none.",
     )
 

@@ -1,28 +1,23 @@
-"""The contract as pydantic models: what a request may say and what a response holds. API.md is its prose."""
+"""The contract as pydantic models: the fields of requests, responses and metadata. API.md is its prose."""
 
 from __future__ import annotations
 
-import json
-import re
-import reprlib
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from uuid import uuid4
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from errors import ErrorCode, InvalidRequest, MessageUnusable, RequestError, one_line
-from latent_encoder.suggestions import closest
+from errors import ErrorCode, RequestError
 
-MIN_MEGAPIXELS = 0.01  # the range that ImageScaleToTotalPixels declares in its schema
+MIN_MEGAPIXELS = 0.01  # both limits are those that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
-MAX_PATH_LENGTH = 4096  # Linux takes no longer ones; resolving one takes time that grows with its square
+MAX_PATH_LENGTH = 4096  # Linux's limit (PATH_MAX); the time to resolve a path grows with the square of its length
 
 Fit = Literal["crop", "exact"]
 EncoderKind = Literal["single-frame", "stock"]
-LatentFormat = Literal["pt", "safetensors", "comfy"]
+FileFormat = Literal["pt", "safetensors", "comfy"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
 
 
@@ -47,7 +42,7 @@ def _inside_model_folders(name: str) -> str:
     return name
 
 
-# The patterns say in the JSON Schema what the functions check.
+# In the JSON Schema, the patterns stand for the functions' checks.
 Text = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": r"^[^\x00]*$"}), AfterValidator(_no_nul)]
 PathText = Annotated[Text, Field(max_length=MAX_PATH_LENGTH)]
 VaeModelName = Annotated[
@@ -57,7 +52,7 @@ Megapixels = Annotated[float, Field(ge=MIN_MEGAPIXELS, le=MAX_MEGAPIXELS, allow_
 
 
 class EncodeRequest(BaseModel):
-    """One image to encode. Fields that it does not know are ignored; no type is converted to another."""
+    """One image to encode. Unknown fields are ignored; no type is converted to another."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
@@ -74,7 +69,7 @@ class EncodeRequest(BaseModel):
         "does; `exact` scales to such sides, if the ComfyUI release can.",
     )
     output_dir: PathText = Field("./output", description="Folder for the files; made if absent.")
-    latent_format: LatentFormat = Field(
+    latent_format: FileFormat = Field(
         "pt",
         description="`pt` (torch), `safetensors` (with metadata in its header) or `comfy` (for ComfyUI's LoadLatent).",
     )
@@ -85,89 +80,26 @@ class EncodeRequest(BaseModel):
     correlation_id: Annotated[str, AfterValidator(_encodable)] | None = Field(None, description="Comes back in the response.")
     timestamp: float | None = Field(None, description="When the request was made, in Unix seconds; not used.")
 
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> EncodeRequest:
-        """The request that `fields` describe; a field that is absent or null takes its value from `defaults`.
 
-        Raises:
-            InvalidRequest: a field is missing, of the wrong type or out of range; the text names each such field.
-        """
-        given = {name: value for name, value in fields.items() if value is not None}
-        try:
-            return cls.model_validate({**defaults, **given})
-        except ValidationError as exc:
-            raise InvalidRequest(f"Invalid request: {describe(exc)}") from exc
+CONTENT_FIELDS = tuple(
+    name
+    for name in EncodeRequest.model_fields
+    if name not in ("image_path", "output_dir", "request_id", "correlation_id", "timestamp")
+)
+"""The fields of a request that decide, together with the image, what its files hold."""
 
 
-def read_fields(message: bytes) -> dict[str, Any]:
-    """The fields of a request that is written as one JSON object in UTF-8.
-
-    Raises:
-        MessageUnusable: it is something else.
-    """
-    try:
-        fields = json.loads(message.decode("utf-8-sig"))
-    except UnicodeDecodeError as exc:
-        raise MessageUnusable(f"The message is not UTF-8: {one_line(exc)}.") from exc
-    except (ValueError, RecursionError) as exc:
-        raise MessageUnusable(f"The message is not JSON: {one_line(exc)}.") from exc
-    if not isinstance(fields, dict):
-        raise MessageUnusable(f"The message is JSON but not an object: {type(fields).__name__}.")
-    return fields
-
-
-# Python's own `repr` of what is nested deeply raises, and takes long of what is large.
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
-
-
-def describe(exc: ValidationError, name: Callable[[str], str] = str) -> str:
-    """What pydantic found, as `field: reason (got value)`, one after the other; `name` turns a field into what is shown."""
-    return "; ".join(descriptions(exc, name))
-
-
-def descriptions(exc: ValidationError, name: Callable[[str], str] = str) -> list[str]:
-    """As `describe`, each by itself."""
-    return [_describe_one(dict(error), name) for error in exc.errors(include_url=False)]
-
-
-def _describe_one(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
-    reason = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] != "missing":
-        value = _SHORT.repr(error["input"])
-        reason += f" (got {value if len(value) <= 80 else value[:79] + '…'}{_suggestion(error)})"
-    return f"{name(str(error['loc'][0]))}: {reason}"
-
-
-def _suggestion(error: Mapping[str, Any]) -> str:
-    """What a name was meant to be that is not one of those allowed, which pydantic has as one text, each in quotes."""
-    if error["type"] != "literal_error" or not isinstance(error["input"], str):
-        return ""
-    meant = closest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-    return "" if meant is None else f"; did you mean {meant!r}?"
-
-
-def request_id_of(fields: Mapping[str, Any]) -> str:
-    """The id to answer an invalid request under: its own where it is usable, else a new UUID4."""
-    return usable_text(fields, "request_id") or str(uuid4())
-
-
-def usable_text(fields: Mapping[str, Any], name: Literal["request_id", "correlation_id"]) -> str | None:
-    """That field of a request that may be invalid otherwise, or None where it cannot be used itself."""
-    try:
-        value: str | None = getattr(EncodeRequest.model_validate({"image_path": "-", name: fields[name]}), name)
-    except (KeyError, ValidationError):
-        return None
-    return value
+IMAGE_FILES = ("scaled_image", "preview", "roundtrip")
+"""The image files of a request, of which some are optional. The files' names begin with these words."""
 
 
 def utc_timestamp(moment: datetime) -> str:
-    """ISO 8601 in UTC to the second, ending in `Z`: `2024-11-06T12:00:00Z`."""
+    """Return the moment in ISO 8601, in UTC to the second, with a `Z`: `2024-11-06T12:00:00Z`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Timings(BaseModel):
-    """How long each step took, in milliseconds."""
+    """Duration of each step in milliseconds."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -176,23 +108,24 @@ class Timings(BaseModel):
     scale: float
     encode: float
     save: float
-    roundtrip: float = Field(0.0, description="Decoding and comparing, where ROUNDTRIP asks for it.")
+    roundtrip: float = Field(0.0, description="Decoding and comparing, if ROUNDTRIP is set.")
 
 
 class Roundtrip(BaseModel):
-    """How far the decoded latent is from the part of the scaled image that it covers, as 8-bit pixels of both."""
+    """Distance of the decoded latent from the part of the scaled image that it covers, as 8-bit pixels of both."""
 
     model_config = ConfigDict(frozen=True)
 
-    psnr_db: float | None = Field(description="Peak signal-to-noise ratio in decibels; null where both are equal.")
-    ssim: float | None = Field(
-        description="Mean structural similarity, at most 1; null where a side is shorter than 7 pixels."
-    )
+    psnr_db: float | None = Field(description="Peak signal-to-noise ratio in decibels; null if both are equal.")
+    ssim: float | None = Field(description="Mean structural similarity, at most 1; null if a side is shorter than 7 pixels.")
     image_sha256: str
 
 
-class Metadata(BaseModel):
-    """What was done and with what. Shapes of images are `[height, width, 3]`; digests are SHA-256 in hexadecimal."""
+class LatentFacts(BaseModel):
+    """Facts about a latent that are the same each time its request is run.
+
+    A `safetensors` or `comfy` file has them in its header, in this order.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -200,13 +133,11 @@ class Metadata(BaseModel):
     scaled_image_shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int, int]
     vae_model_name: str
-    processing_time_ms: int
-    timestamp: str
 
-    # What follows is ours; the specification has what stands above.
-    timings_ms: Timings
+    # The fields from here on are ours; the specification has those above.
     upscale_method: str
     megapixels: float
+    fit: Fit = "crop"
     crop: tuple[int, int, int, int]
     image_notes: tuple[str, ...]
     latent_dtype: str
@@ -215,33 +146,43 @@ class Metadata(BaseModel):
     tiled: bool
     device: str
     comfyui_version: str
+    image_decoder: str | None = None
     torch_version: str
     image_sha256: str
     vae_sha256: str | None
-    latent_sha256: str
     scaled_image_sha256: str
-    fingerprint: str
-    latent_format: LatentFormat = "pt"
-    fit: Fit = "crop"
-    image_decoder: str | None = None
+    latent_format: FileFormat = "pt"
     latent_space: str | None = None
+
+
+class Metadata(LatentFacts):
+    """Facts about a latent and the run that made it. Shapes of images are `[height, width, 3]`, checksums SHA-256 in hex."""
+
+    # Fields with a default, here and in `LatentFacts`, came later: the metadata that older versions wrote lack them.
+    processing_time_ms: int
+    timestamp: str
+
+    # The fields from here on are ours; the specification has those above.
+    timings_ms: Timings
+    latent_sha256: str
+    fingerprint: str
     preview_sha256: str | None = None
     roundtrip: Roundtrip | None = None
 
     @property
     def sha256_by_file(self) -> dict[str, str]:
-        """The digest of each file that these metadata name, by the name that `OutputFiles` has for it."""
-        digests = {
+        """Checksum of each file that these metadata describe, by the file's field in `OutputFiles`."""
+        checksums = {
             "latent": self.latent_sha256,
             "scaled_image": self.scaled_image_sha256,
             "preview": self.preview_sha256,
             "roundtrip": self.roundtrip.image_sha256 if self.roundtrip else None,
         }
-        return {name: sha256 for name, sha256 in digests.items() if sha256 is not None}
+        return {name: sha256 for name, sha256 in checksums.items() if sha256 is not None}
 
 
 class SuccessResponse(BaseModel):
-    """The answer to a request that gave a latent. Paths are absolute; `latent_shape` is `[batch, channels, height, width]`."""
+    """Response to a request that gave a latent. Paths are absolute; `latent_shape` is `[batch, channels, height, width]`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -256,7 +197,7 @@ class SuccessResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The answer to a request that gave no latent."""
+    """Response to a request that gave no latent."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -268,6 +209,7 @@ class ErrorResponse(BaseModel):
 
     @classmethod
     def of(cls, error: RequestError, request_id: str, moment: datetime) -> ErrorResponse:
+        """Return the response for an error; its message is the error's text."""
         return cls(
             request_id=request_id,
             error_code=error.code,
@@ -280,27 +222,27 @@ Response = SuccessResponse | ErrorResponse
 
 
 class ResponseMessage(BaseModel):
-    """The answer as it goes to the response topic: one shape for both outcomes, null where a field does not apply."""
+    """Response as it goes to the response topic: one shape for both outcomes. Fields that do not apply are null."""
 
     model_config = ConfigDict(frozen=True)
 
     request_id: str = Field(description="That of the request, or one made for it.")
-    correlation_id: str | None = Field(description="That of the request; null where it has none that can be used.")
+    correlation_id: str | None = Field(description="That of the request; null if it has no valid one.")
     status: Literal["success", "error"]
     latent_file_path: str | None = Field(None, description="Absolute path of the latent.")
     latent_shape: tuple[int, int, int, int] | None = Field(None, description="`[batch, channels, height, width]`.")
-    error_message: str | None = Field(None, description="What went wrong.")
+    error_message: str | None = Field(None, description="Fault, the file or field, and how to fix it.")
     timestamp: int = Field(description="Unix time in whole seconds.")
 
-    # What follows is ours; the specification has what stands above.
+    # The fields from here on are ours; the specification has those above.
     error_code: ErrorCode | None = None
     scaled_image_path: str | None = Field(None, description="Absolute path of the scaled image, not yet cropped.")
     metadata: Metadata | None = None
-    preview_path: str | None = Field(None, description="Absolute path of the picture of the latent, where one was asked for.")
-    roundtrip_path: str | None = Field(None, description="Absolute path of the decoded latent, where it was asked for.")
+    preview_path: str | None = Field(None, description="Absolute path of the preview, if one was asked for.")
+    roundtrip_path: str | None = Field(None, description="Absolute path of the decoded latent's image, if it was asked for.")
 
     @classmethod
     def of(cls, response: Response, correlation_id: str | None, moment: datetime) -> ResponseMessage:
-        """What `response` says, with the request's correlation id and the time of answering."""
+        """Return the message for a response, with the request's correlation id and the time of responding."""
         fields = response.model_dump(exclude={"timestamp"})
         return cls(**fields, correlation_id=correlation_id, timestamp=int(moment.timestamp()))

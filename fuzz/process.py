@@ -22,6 +22,7 @@ from fuzz.pickles import EXECUTED
 from fuzz.records import PICTURE
 from latent_encoder.kafka.records import Incoming, dead_letter, read_request, response_record, sender_of
 from latent_encoder.outputs.latent_files import read_latent_file
+from latent_encoder.requests import parse_request
 from latent_encoder.telemetry.logs import configure_logging
 from models import EncodeRequest, ErrorResponse, Response, ResponseMessage, SuccessResponse
 from service import LatentEncoder, log_failure, utc_now
@@ -89,7 +90,7 @@ def run(connection: Connection, root: Path, settings: Settings, seed: int) -> No
     complaints = Complaints()
     encoder = LatentEncoder.set_up(settings)
     for name in (TINY_VAE, "pixel_space"):
-        encoder.encode(EncodeRequest.from_fields({"image_path": PICTURE, "vae_model_name": name}, settings.request_defaults))
+        encoder.encode(parse_request({"image_path": PICTURE, "vae_model_name": name}, settings.request_defaults))
     shutil.rmtree(OUTPUT)
     fuzzer = Fuzzer(encoder, settings, folders, complaints)
     corpus = Corpus.read(folders.corpus)
@@ -193,12 +194,12 @@ class Fuzzer:
         assert ResponseMessage.model_validate_json(made.value) == message
 
     def _judged(self, fields: dict[str, object]) -> tuple[str, list[str]]:
-        response, faults = self._answered(EncodeRequest.from_fields(fields, self._settings.request_defaults))
+        response, faults = self._answered(parse_request(fields, self._settings.request_defaults))
         return _said(response), faults
 
     def _answered(self, request: EncodeRequest) -> tuple[Response, list[str]]:
         """The service's answer, and what is wrong with the files that belong to it."""
-        response = self._encoder.answer(request)
+        response = self._encoder.respond(request)
         if isinstance(response, ErrorResponse):
             return response, self._left_behind(())
         expected = (response.latent_file_path, response.scaled_image_path, f"{response.latent_file_path}.json")
@@ -220,7 +221,7 @@ class Fuzzer:
             faults.append(f"the latent is not what the answer says: {list(latent.shape)}")
         if size != response.metadata.scaled_image_shape:
             faults.append(f"the scaled image is not what the answer says: {size}")
-        if self._encoder.stored_answer(request) != response:
+        if self._encoder.stored_response(request) != response:
             faults.append("the files do not have the checksums that the answer says")
         return faults
 

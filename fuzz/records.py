@@ -7,22 +7,12 @@ from random import Random
 from typing import Any
 
 from fuzz import bytewise
+from models import EncodeRequest
 
 PICTURE = "photo.jpg"  # relative: the fuzzing process works in a folder that has it
 PLACEHOLDER = "@@"  # where a value stands that json.dumps cannot write
 
-FIELDS = (
-    "image_path",
-    "vae_model_name",
-    "upscale_method",
-    "megapixels",
-    "fit",
-    "output_dir",
-    "latent_format",
-    "request_id",
-    "correlation_id",
-    "timestamp",
-)
+FIELDS = tuple(EncodeRequest.model_fields)
 SOUND = {
     "image_path": PICTURE,
     "vae_model_name": "pixel_space",

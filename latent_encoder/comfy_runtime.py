@@ -118,7 +118,7 @@ class ComfyRuntime:
     def note(self, feature: Feature) -> ImageNote | None:
         """Return the code in `image_notes` for how LoadImage treats a feature of a file. The caller holds `PILLOW_LOCK`."""
         if feature not in self._notes:
-            self._notes[feature] = feature.note(self.load_image(feature.picture(), ENDINGS[feature.format]))
+            self._notes[feature] = feature.note(self.load_image(feature.sample(), ENDINGS[feature.format]))
         return self._notes[feature]
 
     @property

@@ -20,8 +20,13 @@ class Size(NamedTuple):
 
     @property
     def swapped(self) -> Size:
-        """The size of the same image turned by 90 degrees."""
+        """Size of the same image turned by 90 degrees."""
         return Size(self.height, self.width)
+
+
+def size_of(images: Tensor) -> Size:
+    """Return the size of images `[batch, height, width, channels]`."""
+    return Size(width=images.shape[2], height=images.shape[1])
 
 
 class Box(NamedTuple):
@@ -38,21 +43,21 @@ class Box(NamedTuple):
 
 
 def scaled_size(original: Size, megapixels: float) -> Size:
-    """The size that ImageScaleToTotalPixels aims at, where one megapixel is 1024 * 1024 pixels.
+    """Return the size that ImageScaleToTotalPixels aims at; one megapixel is 1024 * 1024 pixels.
 
-    Both sides times sqrt(int(megapixels * 1024 * 1024) / (width * height)), each rounded half to even: the formula of
-    ComfyUI 0.3.75's `ImageScaleToTotalPixels.execute` in `comfy_extras/nodes_post_processing.py`. Later releases round a
-    little differently, so this predicts and explains; what counts is the size of the scaled image itself.
+    Both sides are multiplied by sqrt(int(megapixels * 1024 * 1024) / (width * height)) and rounded half to even. This is the
+    formula of ComfyUI 0.3.75's `ImageScaleToTotalPixels.execute` in `comfy_extras/nodes_post_processing.py`. Later releases
+    may differ by a pixel, so the result is only for error messages and estimates.
     """
     scale = math.sqrt(int(megapixels * 1024 * 1024) / (original.width * original.height))
     return Size(round(original.width * scale), round(original.height * scale))
 
 
 def latent_crop(scaled: Size, factor: int) -> Box:
-    """The part of the scaled image that the latent covers: the largest centred box whose sides are multiples of `factor`.
+    """Return the part of the scaled image that the latent covers: the largest centred box with sides that `factor` divides.
 
-    An odd remainder loses its larger half on the right or at the bottom: what ComfyUI's `VAE.vae_encode_crop_pixels` in
-    `comfy/sd.py` does. `factor` is the VAE's spatial down-sampling factor (8 for most, 1 for `pixel_space`).
+    Of an odd remainder the larger half is cut off at the right or at the bottom, as by ComfyUI's `VAE.vae_encode_crop_pixels`
+    in `comfy/sd.py`. `factor` is the VAE's spatial down-sampling factor (8 for most, 1 for `pixel_space`).
     """
     left, upper = (scaled.width % factor) // 2, (scaled.height % factor) // 2
     width, height = scaled.width // factor * factor, scaled.height // factor * factor
@@ -60,14 +65,14 @@ def latent_crop(scaled: Size, factor: int) -> Box:
 
 
 def covered(scaled: Size, seen: Size, latent: Size, factor: int) -> Box:
-    """The part of the scaled image that the latent covers, by what the VAE's model was given and gave.
+    """Return the part of the scaled image that the latent covers, by the sizes of the model's input `seen` and of its latent.
 
-    ComfyUI cuts the image to the size `seen` around its centre and gives that to the model. A cell of the latent covers
-    `factor` pixels a side. If `seen` is no multiple of `factor`, the model adds or drops less than a cell at the right and the
-    bottom.
+    ComfyUI cuts the image to the size `seen` around its centre and gives that part to the VAE's model. A cell of the latent
+    covers `factor` pixels a side. If `seen` is no multiple of `factor`, the model adds or drops less than a cell at the right
+    and at the bottom.
 
     Raises:
-        ValueError: the latent's size fits neither.
+        ValueError: the size of the latent differs from that of `seen` by a cell or more.
     """
     for pixels, cells in zip(seen, latent, strict=True):
         if abs(cells * factor - pixels) >= factor:
@@ -77,7 +82,7 @@ def covered(scaled: Size, seen: Size, latent: Size, factor: int) -> Box:
 
 
 def factor_of(seen: Size, latent: Size) -> int | None:
-    """How many pixels a side of a latent's cell covers, a power of two; None where no single one fits both sides."""
+    """Return the pixels that a side of a latent's cell covers, a power of two; None if not exactly one fits both sides."""
     fitting = [
         factor
         for factor in (1, 2, 4, 8, 16, 32, 64)
@@ -87,5 +92,5 @@ def factor_of(seen: Size, latent: Size) -> int | None:
 
 
 def cropped(images: Tensor, box: Box) -> Tensor:
-    """That part of each of the images `[batch, height, width, channels]`, as a view of them."""
+    """Return that part of each of the images `[batch, height, width, channels]`, as a view."""
     return images[:, box.upper : box.lower, box.left : box.right]

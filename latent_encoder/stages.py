@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
+from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
 from latent_encoder.vae.encoders import give_back_freed_memory
 from models import EncodeRequest, SuccessResponse
-from service import Encoded, LatentEncoder, Prepared
+from service import LatentEncoder
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -127,7 +128,7 @@ class Stages(Generic[J]):
 
     def _prepare(self, job: J, request: Any) -> Prepared | SuccessResponse:
         """Prepare the encode, or return the stored response of a request that came before."""
-        stored = self._encoder.stored_answer(request) if self._reuse else None
+        stored = self._encoder.stored_response(request) if self._reuse else None
         job.redelivered = stored is not None
         return stored or self._encoder.prepare(request)
 

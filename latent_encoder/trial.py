@@ -1,7 +1,7 @@
-"""A trial of a ComfyUI tree: a small built-in picture goes through its four nodes.
+"""The trial of a ComfyUI tree: a small built-in image goes through its four nodes.
 
-A tree that can be imported may still be unable to do the job. So this runs before the first request, and a fault of the tree
-ends the start with one message instead of failing every request.
+A tree that can be imported may still fail to encode. So the trial runs before the first request, and a fault of the tree ends
+the start with one message instead of failing every request.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.images.features import CLOSE, ENDINGS, Format, pixels_of
 from latent_encoder.releases import PINNED_RELEASE, TESTED
 
-BUILT_IN_VAE = "pixel_space"  # needs no file; 0.3.52 does not have it
+BUILT_IN_VAE = "pixel_space"  # needs no file; ComfyUI 0.3.52 lacks it
 WIDTH, HEIGHT = 96, 64
-MEGAPIXELS = 0.01
-TOLERANCES: Mapping[Format, float] = {"JPEG": CLOSE, "PNG": 1 / 255 / 2}  # half a step of 8 bits
+MEGAPIXELS = 0.01  # the smallest size that ImageScaleToTotalPixels allows
+TOLERANCES: Mapping[Format, float] = {"JPEG": CLOSE, "PNG": 1 / 255 / 2}  # a PNG's values may differ by half a step of 8 bits
 
 
 def try_nodes(runtime: ComfyRuntime) -> tuple[str, ...]:
-    """Run the nodes on a small picture, and return the ids of those that ran. Hold `PILLOW_LOCK` meanwhile.
+    """Run the nodes on a small image, and return the ids of those that ran. Hold `PILLOW_LOCK` meanwhile.
 
-    VAELoader and VAEEncode run with a VAE that ComfyUI has built in. They are left out on a release that has none.
+    VAELoader and VAEEncode run with a VAE that is built into ComfyUI. They are left out on a release without it.
 
     Raises:
-        SetupError: a node fails or gives something else than this service needs; the text names node, release and a way out.
+        SetupError: a node fails or gives an unexpected result; the text names node and release, and the next step.
     """
     pixels = try_load_image(runtime)
     with _faults_of(runtime, "ImageScaleToTotalPixels"):
@@ -48,17 +48,17 @@ def try_nodes(runtime: ComfyRuntime) -> tuple[str, ...]:
 
 
 def try_load_image(runtime: ComfyRuntime) -> torch.Tensor:
-    """Load a small picture as PNG and as JPEG with LoadImage, and return its pixels, `[1, height, width, 3]`.
+    """Load a small image as PNG and as JPEG with LoadImage, and return its pixels, `[1, height, width, 3]`.
 
     Raises:
-        SetupError: LoadImage fails, or gives other pixels than the picture has.
+        SetupError: LoadImage fails, or gives other pixels than those of the image.
     """
-    picture = trial_picture()
-    expected = pixels_of(picture)
+    image = trial_image()
+    expected = pixels_of(image)
     loaded: dict[Format, torch.Tensor] = {}
     for file_format, tolerance in TOLERANCES.items():
         with _faults_of(runtime, "LoadImage"):
-            pixels = loaded[file_format] = runtime.load_image(_file(picture, file_format), ENDINGS[file_format])
+            pixels = loaded[file_format] = runtime.load_image(_file(image, file_format), ENDINGS[file_format])
             _expect(_is_image(pixels), f"gives {_described(pixels)} of a {file_format}, which is no image")
             same_size = pixels.shape == expected.shape
             _expect(same_size, f"gives {_described(pixels)} of a {file_format} of {_described(expected)}")
@@ -67,15 +67,15 @@ def try_load_image(runtime: ComfyRuntime) -> torch.Tensor:
     return loaded["PNG"]
 
 
-def trial_picture() -> Image.Image:
-    """Return a picture in which no row or column is like another."""
+def trial_image() -> Image.Image:
+    """Return an image in which no two rows and no two columns are equal."""
     ramps = [Image.linear_gradient("L").rotate(angle).resize((WIDTH, HEIGHT)) for angle in (0, 90, 180)]
     return Image.merge("RGB", ramps)
 
 
-def _file(picture: Image.Image, file_format: str) -> bytes:
+def _file(image: Image.Image, file_format: str) -> bytes:
     file = BytesIO()
-    picture.save(file, file_format)
+    image.save(file, file_format)
     return file.getvalue()
 
 
@@ -88,7 +88,7 @@ def _faults_of(runtime: ComfyRuntime, node_id: str) -> Iterator[None]:
     except Exception as exc:
         raise SetupError(
             f"ComfyUI {runtime.version} in {runtime.path} cannot encode images: "
-            f"its node {node_id} fails on a test picture: {one_line(exc)}. "
+            f"its node {node_id} fails on a test image: {one_line(exc)}. "
             f"Run ./setup_comfyui.sh --pinned for release {PINNED_RELEASE}, or set COMFYUI_PATH to another tree ({TESTED})."
         ) from exc
 

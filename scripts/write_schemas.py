@@ -1,8 +1,8 @@
-"""Write docs/schemas/: what the Kafka messages may hold as JSON Schema, and the service's side of Kafka as AsyncAPI.
+"""Write docs/schemas/: the Kafka messages as JSON Schema, and the service's side of Kafka as AsyncAPI.
 
     python scripts/write_schemas.py
 
-All of it follows from models.py, config.py and kafka/records.py; what they do not know, such as the examples, stands here.
+Fields, defaults and topics come from models.py, config.py and kafka/records.py, examples and descriptions of topics from here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ sys.path.insert(0, str(PROJECT))
 from config import VERSION, Settings
 from errors import ImageNotFound
 from latent_encoder.kafka import records as kafka_records
+from latent_encoder.requests import parse_request
 from models import EncodeRequest, ErrorResponse, Metadata, ResponseMessage, SuccessResponse, Timings, utc_timestamp
 
 FOLDER = PROJECT / "docs" / "schemas"
@@ -32,35 +33,31 @@ ASYNCAPI = "asyncapi.yaml"
 
 Document = dict[str, Any]
 
-DEFAULTS = Settings.model_construct()  # whatever the environment says
+DEFAULTS = Settings.model_construct()  # the defaults, even if the environment has other values
 NULL = {"type": "null"}
 KAFKA_BINDING = {"bindingVersion": "0.5.0"}
 
-ANSWERED_AT = datetime(2024, 11, 6, 12, tzinfo=UTC)
-EXAMPLE_REQUEST: Document = {
+RESPONDED_AT = datetime(2024, 11, 6, 12, tzinfo=UTC)
+GIVEN: Document = {
     "request_id": "0b9e3a52-5a1e-4f57-9c1c-0c6f7d1d3f0e",
     "correlation_id": "workflow-7f2d",
     "image_path": "/path/to/masked_person.jpg",
-    "vae_model_name": "qwen_image_vae.safetensors",
     "output_dir": "/path/to/output",
-    "latent_format": "pt",
-    "upscale_method": "lanczos",
-    "megapixels": 1.0,
-    "fit": "crop",
     "timestamp": 1730894395,
 }
+EXAMPLE_REQUEST = parse_request(GIVEN, {}).model_dump() | GIVEN
 
 # The headers that are added to a dead letter. All are text in UTF-8, numbers in decimal digits.
 DLQ_HEADERS = {
     kafka_records.ERROR_CODE: "Code of the error.",
-    kafka_records.ERROR_MESSAGE: "What went wrong.",
+    kafka_records.ERROR_MESSAGE: "Fault, the file or field, and how to fix it.",
     kafka_records.ERROR_CLASS: "Python class of the exception that caused it.",
     kafka_records.ORIGINAL_TOPIC: "Topic that the record was consumed from.",
     kafka_records.ORIGINAL_PARTITION: "Its partition there.",
     kafka_records.ORIGINAL_OFFSET: "Its offset there.",
-    kafka_records.ORIGINAL_TIMESTAMP: "Its timestamp there, in milliseconds of Unix time; empty where it has none.",
+    kafka_records.ORIGINAL_TIMESTAMP: "Its timestamp there, in milliseconds of Unix time; empty if it has none.",
     kafka_records.GROUP: "Consumer group of the service.",
-    kafka_records.ATTEMPTS: "How often encoding it was tried; 0 where it never came to that.",
+    kafka_records.ATTEMPTS: "Number of attempts to encode it; 0 if it never came to that.",
     kafka_records.SERVICE_VERSION: "Version of the service.",
 }
 
@@ -73,7 +70,7 @@ def main() -> None:
 
 
 def documents() -> dict[str, str]:
-    """The text of each file, by its name."""
+    """Return the text of each file by its name."""
     return {REQUEST: as_json(request_schema()), RESPONSE: as_json(response_schema()), ASYNCAPI: as_yaml(asyncapi())}
 
 
@@ -88,23 +85,23 @@ def as_yaml(document: Document) -> str:
 
 
 class UntitledFields(GenerateJsonSchema):
-    """A field's title would only repeat its name."""
+    """A generator without titles of fields, which would only repeat their names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
         return False
 
 
 def request_schema() -> Document:
-    """What `EncodeRequest.from_fields` takes."""
+    """Return the schema of the fields that `requests.parse_request` accepts."""
     schema = EncodeRequest.model_json_schema(schema_generator=UntitledFields)
     for name in schema["properties"].keys() - schema["required"]:
         schema["properties"][name] = or_null(schema["properties"][name])
-    schema["description"] += " Null is as good as absent. The service's settings can change the defaults."
+    schema["description"] += " Null counts as absent. The service's settings can change the defaults."
     return finished(schema, EXAMPLE_REQUEST)
 
 
 def or_null(schema: Document) -> Document:
-    """The schema of a field that may be null as well; its description and default stay in front."""
+    """Return the schema of a field that may also be null; its description and default stay in front."""
     if NULL in schema.get("anyOf", ()):
         return schema
     notes = {key: value for key, value in schema.items() if key in ("description", "default")}
@@ -113,26 +110,26 @@ def or_null(schema: Document) -> Document:
 
 
 def response_schema() -> Document:
-    """What a response holds: every field, so that no default says anything."""
+    """Return the schema of a response. A response has every field, so that the schema has no defaults."""
     schema = ResponseMessage.model_json_schema(mode="serialization", schema_generator=UntitledFields)
     for field in schema["properties"].values():
         field.pop("default", None)
     schema["required"] = list(schema["properties"])
     responses = (example_success(), example_error())
-    messages = (ResponseMessage.of(response, EXAMPLE_REQUEST["correlation_id"], ANSWERED_AT) for response in responses)
+    messages = (ResponseMessage.of(response, EXAMPLE_REQUEST["correlation_id"], RESPONDED_AT) for response in responses)
     return finished(schema, *(message.model_dump(mode="json") for message in messages))
 
 
 def finished(schema: Document, *examples: Document) -> Document:
-    """The schema with its dialect and examples, what a reader looks for first at its top."""
+    """Return the schema with its dialect and examples. Its title, description and properties come first, for the reader."""
     head = {"$schema": GenerateJsonSchema.schema_dialect}
     head |= {key: schema[key] for key in ("title", "description", "type", "required", "properties")}
     return {**head, **schema, "examples": list(examples)}
 
 
 def example_success() -> SuccessResponse:
-    """What the example request gives for a square JPEG of one megapixel."""
-    request = EncodeRequest.from_fields(EXAMPLE_REQUEST, {})
+    """Return the response to the example request, for a square JPEG of one megapixel."""
+    request = parse_request(EXAMPLE_REQUEST, {})
     files = f"masked_person_{request.request_id}"
     timings = Timings(load_vae=0.1, load_image=12.4, scale=9.8, encode=402.5, save=25.2)
     return SuccessResponse(
@@ -146,7 +143,7 @@ def example_success() -> SuccessResponse:
             latent_shape=(1, 16, 128, 128),
             vae_model_name=request.vae_model_name,
             processing_time_ms=450,
-            timestamp=utc_timestamp(ANSWERED_AT),
+            timestamp=utc_timestamp(RESPONDED_AT),
             timings_ms=timings,
             upscale_method=request.upscale_method,
             megapixels=request.megapixels,
@@ -160,27 +157,27 @@ def example_success() -> SuccessResponse:
             comfyui_version="0.3.75",
             image_decoder="Pillow 13.0.0, libjpeg-turbo 3.2.0",
             torch_version="2.14.1+cu130",
-            image_sha256=example_digest("image"),
-            vae_sha256=example_digest("vae"),
-            latent_sha256=example_digest("latent"),
-            scaled_image_sha256=example_digest("scaled image"),
-            fingerprint=example_digest("fingerprint"),
+            image_sha256=example_checksum("image"),
+            vae_sha256=example_checksum("vae"),
+            latent_sha256=example_checksum("latent"),
+            scaled_image_sha256=example_checksum("scaled image"),
+            fingerprint=example_checksum("fingerprint"),
         ),
     )
 
 
 def example_error() -> ErrorResponse:
-    """What the example request gives where there is no image."""
-    request = EncodeRequest.from_fields(EXAMPLE_REQUEST, {})
-    return ErrorResponse.of(ImageNotFound(f"Image file not found: {request.image_path}"), request.request_id, ANSWERED_AT)
+    """Return the response to the example request if its image does not exist."""
+    request = parse_request(EXAMPLE_REQUEST, {})
+    return ErrorResponse.of(ImageNotFound(f"Image file not found: {request.image_path}"), request.request_id, RESPONDED_AT)
 
 
-def example_digest(text: str) -> str:
+def example_checksum(text: str) -> str:
     return sha256(text.encode()).hexdigest()
 
 
 def asyncapi() -> Document:
-    """The service's side of its three topics; topics and group are the defaults of the settings."""
+    """Return the service's side of its three topics. The names of topics and group are the defaults of the settings."""
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -192,22 +189,22 @@ def asyncapi() -> Document:
         },
         "defaultContentType": "application/json",
         "channels": {
-            "requests": channel(DEFAULTS.kafka_request_topic, "What is to be encoded.", request=request_message()),
-            "responses": channel(DEFAULTS.kafka_response_topic, "The answers to the requests.", response=response_message()),
+            "requests": channel(DEFAULTS.kafka_request_topic, "Requests to encode an image.", request=request_message()),
+            "responses": channel(DEFAULTS.kafka_response_topic, "The responses to the requests.", response=response_message()),
             "deadLetters": channel(
-                DEFAULTS.kafka_dlq_topic, "Records that could not be dealt with.", deadLetter=dead_letter_message()
+                DEFAULTS.kafka_dlq_topic, "Records that the service could not process.", deadLetter=dead_letter_message()
             ),
         },
         "operations": {
             "receiveRequest": operation(
-                "receive", "requests", "request", "Encode an image; its offset is committed after it was answered."
+                "receive", "requests", "request", "Encode an image; its offset is committed after the response."
             ),
-            "sendResponse": operation("send", "responses", "response", "Answer a request."),
+            "sendResponse": operation("send", "responses", "response", "Respond to a request."),
             "sendDeadLetter": operation(
                 "send",
                 "deadLetters",
                 "deadLetter",
-                "Put aside a record that holds no request, one that failed for a reason that may pass and is not tried again, "
+                "Put aside a record that holds no request, one that failed for a transient reason and is not tried again, "
                 "or one whose response was refused for its size.",
             ),
         },
@@ -236,7 +233,7 @@ def request_message() -> Document:
     return json_message(
         REQUEST,
         title="Request",
-        description=f"A JSON object in UTF-8 of at most {limit} bytes, unless `KAFKA_MAX_MESSAGE_BYTES` says otherwise.",
+        description=f"A JSON object in UTF-8 of at most {limit} bytes, unless `KAFKA_MAX_MESSAGE_BYTES` sets another limit.",
         headers="Any; they come back in the response.",
         key="Any or none; it comes back as the key of the response.",
     )
@@ -246,9 +243,9 @@ def response_message() -> Document:
     return json_message(
         RESPONSE,
         title="Response",
-        description="The answer to one request.",
+        description="The response to one request.",
         headers="Those of the request.",
-        key="That of the request, or the response's `request_id` where the request has none.",
+        key="That of the request, or the response's `request_id` if the request has none.",
     )
 
 
@@ -268,7 +265,7 @@ def dead_letter_message() -> Document:
     added = {name: {"type": "string", "description": meaning} for name, meaning in DLQ_HEADERS.items()}
     return {
         "title": "Dead letter",
-        "description": "A record of the request topic as it came, with headers that say why it is here and where it was.",
+        "description": "A record of the request topic, unchanged, with headers that state the reason and its former place.",
         "contentType": "application/octet-stream",
         "headers": {
             "type": "object",
@@ -276,7 +273,7 @@ def dead_letter_message() -> Document:
             "required": list(added),
             "properties": added,
         },
-        "payload": {"description": "The value of the record, byte for byte; none where it has none."},
+        "payload": {"description": "The value of the record, byte for byte; none if it has none."},
         "bindings": kafka_key("That of the record."),
     }
 

@@ -113,7 +113,7 @@ def answer(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode
     """As `encode`, but every outcome is a response."""
 
     def answer(image: str | Path, **fields: Any) -> Any:
-        return encoder.answer(request_for(settings, tmp_path, image, fields))
+        return encoder.respond(request_for(settings, tmp_path, image, fields))
 
     return answer
 

@@ -32,7 +32,7 @@ def main() -> None:
             output_dir=str(output_dir),
             request_id=str(number),
         )
-        sys.stdout.write(encoder.answer(request).model_dump_json() + "\n")
+        sys.stdout.write(encoder.respond(request).model_dump_json() + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from config import Settings
+from latent_encoder.requests import parse_request
 from models import EncodeRequest
 from tests.trees import PINNED_TREE, PROJECT, TINY_VAE, TREE, VAE
 
@@ -53,7 +54,7 @@ def clean_environment() -> dict[str, str]:
 
 def request_for(settings: Settings, folder: Path, image: str | Path, fields: Mapping[str, Any]) -> EncodeRequest:
     given = {"image_path": str(IMAGES / image), "output_dir": str(folder), "request_id": "test", **fields}
-    return EncodeRequest.from_fields(given, settings.request_defaults)
+    return parse_request(given, settings.request_defaults)
 
 
 def load_latent(path: str | Path) -> torch.Tensor:

@@ -289,11 +289,11 @@ def test_what_is_not_allowed_is_said_before_all_work(
     given = {"image_path": "inside/in.jpg", "output_dir": "inside/deep/new"} | fields
     given |= {name: str(site.base / given[name]) for name in ("image_path", "output_dir")}
     request = request_for(settings, site.base, "", given)
-    response = confined.answer(request)
+    response = confined.respond(request)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == code
     with pytest.raises(RequestError) as caught:
-        confined.stored_answer(request)
+        confined.stored_response(request)
     assert caught.value.code == code
     assert not (site.base / "outside" / "new").exists()
 
@@ -302,19 +302,19 @@ def test_answer_that_is_stored_outside_is_not_looked_at(confined: LatentEncoder,
     """A request that is refused now gets neither the stored files nor the image of an earlier success."""
     paths = {"image_path": str(site.base / "inside/in.jpg"), "output_dir": str(site.base / "inside/deep/new")}
     request = request_for(settings, site.base, "", paths)
-    served = confined.answer(request)
+    served = confined.respond(request)
     assert isinstance(served, SuccessResponse)
-    assert confined.stored_answer(request) == served
+    assert confined.stored_response(request) == served
     (site.base / "inside" / "in.jpg").unlink()
-    assert confined.stored_answer(request) == served
+    assert confined.stored_response(request) == served
     (site.base / "inside" / "in.jpg").symlink_to(site.base / "outside" / "missing.jpg")
     with pytest.raises(AccessDenied):
-        confined.stored_answer(request)
+        confined.stored_response(request)
     (site.base / "inside" / "in.jpg").unlink()
     (site.base / "inside" / "deep" / "new").rename(site.base / "outside" / "new")
     (site.base / "inside" / "deep" / "new").symlink_to(site.base / "outside" / "new")
     with pytest.raises(AccessDenied):
-        confined.stored_answer(request)
+        confined.stored_response(request)
 
 
 def test_folder_that_leads_outside_after_the_encode_gets_no_files(

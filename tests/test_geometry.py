@@ -26,7 +26,7 @@ def test_scaled_image_has_the_pixels_that_were_asked_for(original: Size, target:
 
 @given(sizes, megapixels)
 def test_scaling_keeps_the_aspect(original: Size, target: float) -> None:
-    """Width to height stays what it was, up to the rounding of each side."""
+    """The ratio of width to height is kept, up to the rounding of each side."""
     scaled = scaled_size(original, target)
     assume(min(scaled) > 0)
     low = (scaled.width - 0.5) / (scaled.height + 0.5)
@@ -67,8 +67,8 @@ def test_covered_part_is_what_the_model_was_given(width: int, height: int, state
 
 
 @given(st.sampled_from([1, 2, 4, 8, 16, 32, 64]), st.booleans())
-def test_factor_follows_from_a_picture_that_is_large_enough(factor: int, up: bool) -> None:
-    """Whether a model fills the last cell up or leaves it out."""
+def test_factor_follows_from_an_image_that_is_large_enough(factor: int, up: bool) -> None:
+    """The factor is found for models that fill up the last cell and for those that drop it."""
     seen = Size(133, 69)
     latent = Size(*(math.ceil(side / factor) if up else side // factor for side in seen))
     assert factor_of(seen, latent) == factor

@@ -335,9 +335,9 @@ def run_python(code: str, *arguments: object) -> None:
 def test_encoding_uses_none_of_it_and_others_get_all_of_it(tmp_path: Path) -> None:
     """Encoding loads none of the slow packages; ComfyUI's other parts get the real modules of them."""
     run_python(
-        "from models import EncodeRequest\n"
+        "from latent_encoder.requests import parse_request\n"
         "fields = {'image_path': sys.argv[2], 'vae_model_name': sys.argv[3], 'output_dir': sys.argv[4]}\n"
-        "encoder.encode(EncodeRequest.from_fields(fields, settings.request_defaults))\n"
+        "encoder.encode(parse_request(fields, settings.request_defaults))\n"
         "assert not heavy & sys.modules.keys()\n"
         "nodes, sd = map(importlib.import_module, ('nodes', 'comfy.sd'))\n"
         "assert 'euler' in nodes.KSampler.INPUT_TYPES()['required']['sampler_name'][0]\n"

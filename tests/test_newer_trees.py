@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from latent_encoder.images.features import FurtherPictures, Orientation, SixteenBits
+from latent_encoder.images.features import FurtherImages, Orientation, SixteenBits
 from latent_encoder.installer.placing import copy as copy_entry
 from latent_encoder.installer.placing import place_runtime
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
@@ -58,8 +58,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             photo.save(folder / f"orientation_{value}.jpg", exif=exif, quality=95)
         # As phones write a gain map: after the photo, smaller, and grey.
         photo.save(folder / "phone.jpg", "MPO", save_all=True, append_images=[ImageOps.grayscale(photo).resize((24, 16))])
-    (folder / "rgb_16_bit.png").write_bytes(SixteenBits(2).picture())
-    (folder / "turned_by_xmp.jpg").write_bytes(Orientation("JPEG", 6, "xmp").picture())
+    (folder / "rgb_16_bit.png").write_bytes(SixteenBits(2).sample())
+    (folder / "turned_by_xmp.jpg").write_bytes(Orientation("JPEG", 6, "xmp").sample())
     return folder
 
 
@@ -204,4 +204,4 @@ def test_further_pictures_are_a_feature_of_phone_photos(pictures: Path) -> None:
     """The photo of this test is like those of phones: Pillow finds two images in it."""
     with Image.open(pictures / "phone.jpg") as image:
         assert getattr(image, "n_frames", 1) == 2
-    assert FurtherPictures().format == "JPEG"
+    assert FurtherImages().format == "JPEG"

@@ -160,12 +160,12 @@ SPOILED: dict[str, Callable[[Path], None]] = {
     f"Install them with: {sys.executable} -m pip install no-other-package 'no-such-package>=1.5'": with_missing_packages,
     "cannot be loaded: invalid syntax": with_broken_core,
     "extra_model_paths.yaml": with_broken_yaml,
-    "its node LoadImage fails on a test picture: Invalid file path: ": without_input_folder,
-    "its node LoadImage fails on a test picture: gives pixels of a JPEG that are off by": with_other_pixels,
-    "its node ImageScaleToTotalPixels fails on a test picture: no lanczos here. Run ./setup_comfyui.sh --pinned": (
+    "its node LoadImage fails on a test image: Invalid file path: ": without_input_folder,
+    "its node LoadImage fails on a test image: gives pixels of a JPEG that are off by": with_other_pixels,
+    "its node ImageScaleToTotalPixels fails on a test image: no lanczos here. Run ./setup_comfyui.sh --pinned": (
         with_failing_scaling
     ),
-    "its node VAEEncode fails on a test picture: 'Tensor' object has no attribute 'no_such_method'": with_vaes_that_fail,
+    "its node VAEEncode fails on a test image: 'Tensor' object has no attribute 'no_such_method'": with_vaes_that_fail,
 }
 
 
@@ -206,7 +206,7 @@ def test_fault_of_the_tree_is_not_the_images(for_good: bool, code: str, tree: Pa
     before, large, after = encode_cases(tree, model_dir, cases, tmp_path)
     assert before["status"] == "success"
     assert large["error_code"] == code
-    assert ("its node LoadImage fails on a test picture: out of order" in large["error_message"]) == for_good
+    assert ("its node LoadImage fails on a test image: out of order" in large["error_message"]) == for_good
     assert (f"cannot load the image file {IMAGES / 'astronaut.png'}: no such decoder" in large["error_message"]) != for_good
     assert after.get("error_code") == ("ENCODING_FAILED" if for_good else None)
 

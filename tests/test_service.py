@@ -28,7 +28,7 @@ MOMENT = datetime(2024, 11, 6, 12, 0, 0, 999_999, tzinfo=UTC)
 
 
 def test_load_vae_gives_the_model_and_its_factor(encoder: LatentEncoder) -> None:
-    """Stage one: VAELoader's VAE with what a request needs to know of it."""
+    """Stage one: VAELoader's VAE, with its factor, channels and precision."""
     vae = encoder.vaes.get(VAE)
     assert (vae.name, vae.cells, vae.dtype, vae.device) == (VAE, (8, 16, True), "float32", "cpu")
 
@@ -64,8 +64,8 @@ def test_encode_gives_the_latent_of_the_architecture(encoder: LatentEncoder) -> 
     assert samples.dtype == torch.float32
 
 
-def test_answer_describes_its_files(encode: Encode, tmp_path: Path) -> None:
-    """Paths are absolute, shapes are those of the files, digests are those of the bytes, the JSON holds the metadata."""
+def test_response_describes_its_files(encode: Encode, tmp_path: Path) -> None:
+    """Paths are absolute, shapes are those of the files, checksums are those of the bytes, the JSON holds the metadata."""
     response = encode("astronaut.png", request_id="4f6c", megapixels=0.05)
     assert isinstance(response, SuccessResponse)
     latent_path, png_path = Path(response.latent_file_path), Path(response.scaled_image_path)
@@ -94,7 +94,7 @@ def test_latent_file_holds_no_more_than_its_tensor(encode: Encode) -> None:
 
 
 def test_same_request_gives_the_same_bytes(encode: Encode, tmp_path: Path) -> None:
-    """The latent and the PNG, wherever and whenever they are written and whatever they are called."""
+    """Place, time and names do not change the bytes of the latent and the PNG."""
     first = encode("photo.jpg")
     second = encode("photo.jpg", output_dir=str(tmp_path / "elsewhere"), request_id="another")
     for path in ("latent_file_path", "scaled_image_path"):
@@ -104,15 +104,15 @@ def test_same_request_gives_the_same_bytes(encode: Encode, tmp_path: Path) -> No
 def test_clock_is_the_only_source_of_time(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
     """Timestamps are the clock's, in UTC to the second, in success and error alike."""
     frozen = LatentEncoder(settings, encoder.runtime, clock=lambda: MOMENT)
-    success = frozen.answer(request_for(settings, tmp_path, "photo.jpg", {}))
-    error = frozen.answer(request_for(settings, tmp_path, "empty.png", {}))
+    success = frozen.respond(request_for(settings, tmp_path, "photo.jpg", {}))
+    error = frozen.respond(request_for(settings, tmp_path, "empty.png", {}))
     assert isinstance(success, SuccessResponse)
     assert isinstance(error, ErrorResponse)
     assert success.metadata.timestamp == error.timestamp == "2024-11-06T12:00:00Z"
 
 
 def test_responses_have_the_specified_fields(answer: Encode) -> None:
-    """Those of the specification at the top, where only the pictures' paths are ours, and all of its metadata."""
+    """A response has the specified fields and metadata; at the top only the paths of preview and roundtrip image are ours."""
     success = json.loads(answer("photo.jpg").model_dump_json())
     top = {"status", "request_id", "latent_file_path", "latent_shape", "scaled_image_path", "metadata"}
     assert success.keys() == top | {"preview_path", "roundtrip_path"}
@@ -133,7 +133,7 @@ def test_responses_have_the_specified_fields(answer: Encode) -> None:
 def test_result_too_small_for_the_vae_is_refused(
     size: tuple[int, int], megapixels: float, words: str, encode: Encode, tmp_path: Path
 ) -> None:
-    """SCALING_FAILED with the sizes, and no file."""
+    """SCALING_FAILED names the sizes, and no file is left."""
     image = tmp_path / "input" / "thin.png"
     image.parent.mkdir()
     Image.new("RGB", size).save(image)
@@ -159,7 +159,7 @@ def test_repeated_request_replaces_its_files_together(encode: Encode, tmp_path: 
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_unexpected_fault_is_answered_and_logged(
+def test_unexpected_fault_gets_a_response_and_is_logged(
     encoder: LatentEncoder, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A bug of ours ends as ENCODING_FAILED, with the exception in the log."""
@@ -174,7 +174,7 @@ def test_unexpected_fault_is_answered_and_logged(
             return MOMENT
 
     faulty = LatentEncoder(settings, encoder.runtime, clock=BrokenClock())
-    response = faulty.answer(request_for(settings, tmp_path, "photo.jpg", {}))
+    response = faulty.respond(request_for(settings, tmp_path, "photo.jpg", {}))
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.ENCODING_FAILED
     assert "the clock stopped" in response.error_message

@@ -13,9 +13,9 @@ from config import VERSION, Settings
 from errors import ErrorCode
 from latent_encoder.cli.completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
 from latent_encoder.cli.parsing import Choice, Group, ManyValues, ModeArgument
-from models import Fit, LatentFormat, UpscaleMethod
+from models import FileFormat, Fit, UpscaleMethod
 
-METHODS, FORMATS, FITS = get_args(UpscaleMethod), get_args(LatentFormat), get_args(Fit)
+METHODS, FORMATS, FITS = get_args(UpscaleMethod), get_args(FileFormat), get_args(Fit)
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 NOT_BOTH = mutually_exclusive.rephrased(error="--quiet does not go with --verbose or --debug.")

@@ -1,7 +1,7 @@
-"""Features of image files that a LoadImage node may treat in its own way, and how to find out what it did with them.
+"""Features of image files that LoadImage treats differently in each release of ComfyUI, and the notes on its treatment.
 
-What becomes of an EXIF orientation or of 16-bit samples depends on the release of ComfyUI, and on its Pillow or ffmpeg.
-It is not predicted here. Each feature draws a small picture that has it, and reads the note from what LoadImage made of that.
+An EXIF orientation may be applied or ignored, 16-bit values may be reduced or clipped. It depends on ComfyUI and on its Pillow
+or ffmpeg, so it is found out: each feature draws a small sample image, and the note follows from LoadImage's pixels of it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from latent_encoder.images.input_folder import Ending
-from latent_encoder.images.jpeg_markers import has_further_pictures, without_further_pictures
+from latent_encoder.images.jpeg_markers import has_further_images, without_further_images
 
 Format = Literal["JPEG", "PNG"]
 ENDINGS: Mapping[Format, Ending] = {"JPEG": ".jpg", "PNG": ".png"}
 Carrier = Literal["exif", "xmp", "profile"]
-"""Where an orientation stands: EXIF data, XMP, or the text chunk of a PNG in which ImageMagick keeps EXIF data."""
+"""The place of an orientation: EXIF data, XMP, or the text chunk of a PNG in which ImageMagick keeps EXIF data."""
 
 ImageNote = Literal[
     "alpha_applied",
@@ -41,33 +41,33 @@ ImageNote = Literal[
     "other_frame_used",
     "reduced_to_8_bit",
 ]
-"""A code in `image_notes`; API.md says what each means."""
+"""A code in `image_notes`; API.md explains each."""
 
-# Four corners of different colours on a picture that is wider than high: all eight orientations of it differ.
+# A sample is wider than high and has four corners of different colours, so that its eight orientations differ.
 CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
 WIDTH, HEIGHT = 32, 16  # multiples of a JPEG's blocks, so that no block mixes two corners
-XMP_KEYWORD, PROFILE_KEYWORD = "XML:com.adobe.xmp", "Raw profile type exif"  # of a PNG's text chunks
-DEPTH_OFFSET = 24  # in a PNG: bits of a sample, then the colour type, in the IHDR chunk, which is always the first
-CLOSE = 0.1  # of the range of values; JPEG and the decoders' colour arithmetic differ by less, two corners by more
+XMP_KEYWORD, PROFILE_KEYWORD = "XML:com.adobe.xmp", "Raw profile type exif"  # keywords of a PNG's text chunks
+DEPTH_OFFSET = 24  # of the bits per sample in a PNG; the colour type follows; both are in IHDR, always the first chunk
+CLOSE = 0.1  # mean difference of values in [0, 1]: JPEG decoders differ by less, two orientations by more
 
 
 class Feature(Protocol):
-    """A property of an image file beside its pixels."""
+    """A property of an image file besides its pixels."""
 
     @property
     def format(self) -> Format:
-        """The format of the picture that `picture` gives."""
+        """File format of the sample."""
 
-    def picture(self) -> bytes:
-        """Return a small file that has this feature."""
+    def sample(self) -> bytes:
+        """Return the bytes of a small image file that has this feature."""
 
     def note(self, loaded: Tensor) -> ImageNote | None:
-        """Return the code for `image_notes` by what LoadImage made of the picture, `[1, height, width, 3]` in [0, 1]."""
+        """Return the code for `image_notes`, by LoadImage's pixels of the sample, `[1, height, width, 3]` in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """A picture that is to be turned or mirrored before it is shown: EXIF tag 274, in EXIF data or in XMP."""
+    """An image that viewers turn or mirror before they show it: EXIF tag 274, in EXIF data or in XMP."""
 
     format: Format
     value: int
@@ -75,10 +75,10 @@ class Orientation:
 
     @property
     def swaps_sides(self) -> bool:
-        """Whether the picture's width becomes its height."""
+        """True if width becomes height."""
         return self.value >= 5
 
-    def picture(self) -> bytes:
+    def sample(self) -> bytes:
         return _saved(_corners(), self.format, **self._metadata())
 
     def _metadata(self) -> dict[str, Any]:
@@ -108,13 +108,13 @@ class Transparency:
     mode: str
     format: Format = "PNG"
 
-    def picture(self) -> bytes:
+    def sample(self) -> bytes:
         if self.mode in ("RGBA", "LA"):
             transparent = _corners().convert(self.mode)
             transparent.putalpha(0)
             return _saved(transparent, "PNG")
-        picture = _corners().convert(self.mode if self.mode in ("P", "RGB") else "L")
-        return _saved(picture, "PNG", transparency=picture.getpixel((0, 0)))
+        opaque = _corners().convert(self.mode if self.mode in ("P", "RGB") else "L")
+        return _saved(opaque, "PNG", transparency=opaque.getpixel((0, 0)))
 
     def note(self, loaded: Tensor) -> ImageNote:
         hidden = _corners() if self.mode in ("RGBA", "P", "RGB") else _corners().convert("L")
@@ -128,50 +128,50 @@ class SixteenBits:
     colour_type: int
     format: Format = "PNG"
 
-    SAMPLE: ClassVar = 0x4020  # 0.2505 of the range; 0x40 / 255, what 8 bits leave of it, is 0.2510
+    VALUE: ClassVar = 0x4020  # 0.2505 of the range; reduced to 8 bits it is 0x40 / 255, 0.2510
 
-    def picture(self) -> bytes:
+    def sample(self) -> bytes:
         colours, alpha = (3 if self.colour_type & 2 else 1), (b"\xff\xff" if self.colour_type & 4 else b"")
-        row = b"\0" + (struct.pack(">H", self.SAMPLE) * colours + alpha) * WIDTH
+        row = b"\0" + (struct.pack(">H", self.VALUE) * colours + alpha) * WIDTH
         header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, self.colour_type, 0, 0, 0)
         chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row * HEIGHT)), (b"IEND", b""))
         return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 
     def note(self, loaded: Tensor) -> ImageNote | None:
         value = loaded.mean().item()
-        if abs(value - self.SAMPLE / 0xFFFF) < 1e-4:
+        if abs(value - self.VALUE / 0xFFFF) < 1e-4:
             return None
         return "clipped_to_8_bit" if value > 0.99 else "reduced_to_8_bit"
 
 
 @dataclass(frozen=True)
-class FurtherPictures:
-    """A JPEG with more pictures behind the first: MPO, and photos of phones with a gain map or a depth map."""
+class FurtherImages:
+    """A JPEG with further images behind the first: MPO, and photos of phones with a gain map or a depth map."""
 
     format: Format = "JPEG"
 
-    def picture(self) -> bytes:
+    def sample(self) -> bytes:
         first = _corners()
         further = [ImageOps.mirror(first).resize((WIDTH // 2, HEIGHT // 2))]
-        return without_further_pictures(_saved(first, "MPO", save_all=True, append_images=further))
+        return without_further_images(_saved(first, "MPO", save_all=True, append_images=further))
 
     def note(self, loaded: Tensor) -> ImageNote:
         return "first_frame_used" if _shows(loaded, _corners()) else "other_frame_used"
 
 
 def _corners() -> Image.Image:
-    picture = Image.new("RGB", (WIDTH, HEIGHT))
+    image = Image.new("RGB", (WIDTH, HEIGHT))
     for number, colour in enumerate(CORNERS):
         left, upper = number % 2 * WIDTH // 2, number // 2 * HEIGHT // 2
-        picture.paste(colour, (left, upper, left + WIDTH // 2, upper + HEIGHT // 2))
-    return picture
+        image.paste(colour, (left, upper, left + WIDTH // 2, upper + HEIGHT // 2))
+    return image
 
 
-def _saved(picture: Image.Image, file_format: str, **options: Any) -> bytes:
+def _saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
     file = BytesIO()
     if file_format != "PNG":
         options |= {"quality": 95, "subsampling": 0}
-    picture.save(file, file_format, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -200,15 +200,15 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def decoder_of(load: Callable[[bytes, Ending], Tensor]) -> str:
-    """Return the name and version of what decodes JPEGs behind `load`, LoadImage: Pillow, or PyAV with ffmpeg.
+    """Return name and version of the library that decodes JPEGs in `load`, LoadImage: Pillow, or PyAV with ffmpeg.
 
-    Decoders differ in how they enlarge colours that a JPEG stores at half the size. So equal pixels mean that Pillow decoded.
+    A JPEG may store colours at half the size, and the libraries enlarge them differently. So equal pixels mean Pillow.
     """
     noise = Image.frombytes("RGB", (WIDTH, HEIGHT), random.Random(0).randbytes(WIDTH * HEIGHT * 3))  # noqa: S311
     file = BytesIO()
     noise.save(file, "JPEG", quality=95, subsampling="4:2:0")
-    with Image.open(file) as picture:
-        if torch.allclose(load(file.getvalue(), ".jpg"), pixels_of(picture), atol=1e-4):
+    with Image.open(file) as image:
+        if torch.allclose(load(file.getvalue(), ".jpg"), pixels_of(image), atol=1e-4):
             return f"Pillow {PIL.__version__}, {_libjpeg()}"
     av = sys.modules.get("av")
     return f"PyAV {av.__version__}, ffmpeg {av.ffmpeg_version_info}" if av is not None else "unknown"
@@ -222,7 +222,7 @@ def _libjpeg() -> str:
 def features_of(image: Image.Image, data: bytes) -> tuple[Feature, ...]:
     """Return the features of an image that Pillow has opened from `data`, in the order of their notes.
 
-    A PNG without EXIF data before its pixels is decoded, because they may stand behind them.
+    A PNG without EXIF data before its pixels is decoded, because EXIF data may also follow them.
     """
     return tuple(_features(image, data))
 
@@ -236,8 +236,8 @@ def _features(image: Image.Image, data: bytes) -> Iterator[Feature]:
         yield Orientation(file_format, orientation, _carrier(image))
     if file_format == "PNG" and data[DEPTH_OFFSET] == 16:
         yield SixteenBits(data[DEPTH_OFFSET + 1])
-    if file_format == "JPEG" and (getattr(image, "n_frames", 1) > 1 or has_further_pictures(data)):
-        yield FurtherPictures()
+    if file_format == "JPEG" and (getattr(image, "n_frames", 1) > 1 or has_further_images(data)):
+        yield FurtherImages()
 
 
 def _carrier(image: Image.Image) -> Carrier:
@@ -248,13 +248,13 @@ def _carrier(image: Image.Image) -> Carrier:
     return "profile" if PROFILE_KEYWORD in image.info else "xmp"
 
 
-def pixels_of(picture: Image.Image) -> Tensor:
+def pixels_of(image: Image.Image) -> Tensor:
     """Return a Pillow image as LoadImage's tensor: float32 `[1, height, width, 3]` in [0, 1]."""
-    values = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
-    return values.view(1, picture.height, picture.width, 3).float() / 255
+    values = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return values.view(1, image.height, image.width, 3).float() / 255
 
 
 def _shows(loaded: Tensor, expected: Image.Image) -> bool:
-    """Whether the pixels are about those of that picture."""
+    """Return whether the pixels are about those of the image."""
     pixels = pixels_of(expected)
     return loaded.shape == pixels.shape and float((loaded - pixels).abs().mean()) < CLOSE

@@ -1,8 +1,8 @@
-"""The folders from which LoadImage reads: private to this process, in memory where the system has such a place.
+"""The folders from which LoadImage reads: private to this process, and in memory if the system has a folder there.
 
 ComfyUI refuses paths outside its input folder since 0.28.0. Since 0.21.0 it chooses the decoder by the ending of the name. So
-the bytes that were checked become a real file with a name of ours and the ending of their format. Nothing of the name in a
-request reaches ComfyUI, and what was checked is what is decoded.
+the checked bytes become a real file, with a name of ours and the ending of their format. LoadImage decodes these bytes, and
+never sees the path in the request.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108  # Linux mounts memory there; the
 USUAL_TEMPORARY_FOLDER = Path("/tmp")  # noqa: S108
 PREFIX = "latent-encoder-images-"
 IMAGES = "image-*.*"
-TRIAL_BYTES = 4096  # one page: that a folder has no room at all shows at the start
+TRIAL_BYTES = 4096  # one page of memory: enough to notice a full folder when the service starts
 NEEDED = "give the service a writable /dev/shm (docker: --shm-size) or /tmp, or set TMPDIR to a folder with room for one image"
 
 
 class PrivateFolder:
     """A folder of mode 0700 that only this process uses. It is removed when the process ends.
 
-    The process holds a lock (flock) on it. A folder that nobody has locked was left by a process that was killed. The next
-    process that makes a folder beside it removes it. Process ids would not do, because containers may share the parent.
+    The process holds a lock (flock) on it. A folder without a lock was left by a process that was killed, and the next process
+    that makes a folder beside it removes it. Process ids cannot show this, because containers may share the parent folder.
     """
 
     def __init__(self, parent: Path) -> None:
-        """Make the folder in `parent`, and remove the abandoned ones there.
+        """Make the folder in `parent`, and remove abandoned ones there.
 
         Raises:
             OSError: nothing can be written there.
@@ -100,7 +100,7 @@ class InputFolders:
     """The private folders of this process. Each is made when it is first needed: in memory, else in the temporary folder."""
 
     def __init__(self, parents: Sequence[Path] | None = None) -> None:
-        """Take `parents` in that order; without them, memory and the temporary folder.
+        """Use `parents` in that order, by default the folder in memory and the temporary folder.
 
         Raises:
             SetupError: none of them can be written.
@@ -144,7 +144,7 @@ def _usual_parents() -> list[Path]:
 
 
 def _temporary_folder() -> Path:
-    """The system's temporary folder. Python falls back to the current folder, which is no place for private files."""
+    """Return the system's temporary folder. Python's fallback, the working folder, is not used for private files."""
     try:
         folder = Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -157,9 +157,9 @@ def _make(parent: Path) -> tuple[Path, int]:
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with suppress(OSError):  # a file system without locks: then nobody removes anything there
+        with suppress(OSError):  # a file system without locks: no process can remove abandoned folders there
             fcntl.flock(lock, fcntl.LOCK_EX)
-        # Another process may have taken it for abandoned before it was locked.
+        # Before it was locked, another process may have taken it for abandoned and removed it.
         with suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(lock).st_ino:
                 return path, lock
@@ -182,7 +182,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a private folder and the images in it. With anything else in it, it stays.
+    """Remove a private folder and the images in it. It stays if it has other files.
 
     Raises:
         OSError: it cannot be removed.

@@ -1,4 +1,4 @@
-"""An image from its path to the pixels that LoadImage gives, with notes on what LoadImage changed."""
+"""Loading an image: from its path to the pixels that LoadImage gives, with notes on LoadImage's changes to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from errors import EncodingFailed, ImageInvalid, SetupError, translated
 from latent_encoder.comfy_runtime import ComfyRuntime
-from latent_encoder.geometry import Size
+from latent_encoder.geometry import Size, size_of
 from latent_encoder.images.features import ImageNote, Orientation
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_image
 from latent_encoder.trial import try_load_image
@@ -17,22 +17,23 @@ from latent_encoder.trial import try_load_image
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """An image as LoadImage gives it."""
+    """An image as LoadImage gives it, with its checksum and notes."""
 
     pixels: torch.Tensor
     """Float32 `[1, height, width, 3]` in [0, 1], on the CPU."""
     sha256: str
-    """Of the file's bytes."""
+    """Checksum of the file."""
     notes: tuple[ImageNote, ...]
-    """What LoadImage did beyond decoding; the codes are in API.md."""
+    """LoadImage's changes beyond decoding; API.md explains the codes."""
 
 
 def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedImage:
     """Check the image file at `path` and load it with LoadImage.
 
     Raises:
-        AccessDenied, ImageNotFound, ImageInvalid: as `images.read_image`; `ImageInvalid` too if this ComfyUI cannot decode it.
-        EncodingFailed: LoadImage fails on every image, memory ran out, or there is no room to hand the file over.
+        AccessDenied, ImageNotFound, ImageInvalid: `read_image` refused the file.
+        ImageInvalid: this ComfyUI cannot decode it.
+        EncodingFailed: LoadImage fails on every image, memory ran out, or no folder has room for LoadImage's copy.
     """
     with PILLOW_LOCK, quiet_pillow():
         source = read_image(path, limits)
@@ -47,7 +48,7 @@ def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedI
 
 
 def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
-    """Raise EncodingFailed where LoadImage fails on a picture that it has loaded before."""
+    """Raise EncodingFailed if LoadImage fails on the trial image too, which it loaded when the service started."""
     try:
         try_load_image(runtime)
     except SetupError as exc:
@@ -55,7 +56,7 @@ def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
 
 
 def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> Iterator[ImageNote]:
-    loaded = Size(width=pixels.shape[2], height=pixels.shape[1])
+    loaded = size_of(pixels)
     if source.size not in (loaded, loaded.swapped):
         raise ValueError(f"it has {source.size} by its header, and {loaded} after decoding")
     several = pixels.shape[0] > 1
@@ -71,6 +72,6 @@ def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> 
 
 
 def _seen_in_sizes(orientation: Orientation, header: Size, loaded: Size) -> ImageNote | None:
-    """The note where the image was not turned at all, whatever became of the small picture; None where sizes do not tell."""
+    """Return the note if the sizes show that the image was not turned; None if sizes do not tell, as of a square."""
     not_turned = orientation.swaps_sides and header.width != header.height and loaded == header
     return "exif_orientation_ignored" if not_turned else None

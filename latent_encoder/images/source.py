@@ -1,8 +1,8 @@
-"""Input images: read once, judged by their content before anything is decoded, and handed to ComfyUI as they were read.
+"""Input images: read once and checked strictly by their content, before ComfyUI gets them.
 
-ComfyUI's LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are checked here
-first, strictly, and LoadImage then reads those same bytes from a file of ours (see `images/input_folder.py`). What was checked
-and hashed is what is encoded, whatever happens to the source meanwhile.
+LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are checked first, and LoadImage
+then reads the same bytes from a file of ours (see `images/input_folder.py`). A change to the source file meanwhile does not
+matter: the checked bytes are encoded, and the checksum is theirs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from config import Settings
 from errors import ImageInvalid, ImageNotFound, translated
 from latent_encoder.access import AllowedFolders
 from latent_encoder.geometry import Size
-from latent_encoder.images.features import ENDINGS, Feature, FurtherPictures, features_of
+from latent_encoder.images.features import ENDINGS, Feature, FurtherImages, features_of
 from latent_encoder.images.input_folder import Ending
-from latent_encoder.images.jpeg_markers import scans, without_further_pictures
+from latent_encoder.images.jpeg_markers import scans, without_further_images
 
-MAX_JPEG_SCANS = 100  # encoders write about ten; thousands, in some kilobytes, would be decoded for hours
+MAX_JPEG_SCANS = 100  # encoders write about ten; a JPEG of a few kilobytes with thousands of scans would decode for hours
 
-FORMATS = ("JPEG", "PNG")  # Pillow opens a JPEG with further pictures in it as "MPO"
+FORMATS = ("JPEG", "PNG")  # a JPEG with further images, which Pillow calls MPO, is opened as a JPEG
 
-# LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES for a moment: nobody may decode strictly just then.
 PILLOW_LOCK = threading.Lock()
+"""Held while LoadImage runs and while an image is checked: LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES."""
 
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """No warnings of Pillow's about what is odd in a file: what matters of it is refused or noted."""
+    """Silence Pillow's warnings about odd files: faults that matter are refused, changes are noted."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")
         yield
@@ -45,7 +45,7 @@ def quiet_pillow() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Where an input image may lie, and how large it may be."""
+    """Allowed folders and sizes of input images."""
 
     folders: AllowedFolders
     max_bytes: int
@@ -53,6 +53,7 @@ class ImageLimits:
 
     @classmethod
     def of(cls, settings: Settings) -> ImageLimits:
+        """Return the limits of the settings."""
         folders = AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs)
         return cls(folders, settings.max_image_bytes, settings.max_image_pixels)
 
@@ -62,22 +63,22 @@ class SourceImage:
     """An image file that passed every check."""
 
     data: bytes
-    """The file's bytes; of a JPEG with further pictures, without the index of them: LoadImage would decode them all."""
+    """Bytes of the file. A JPEG with further images lacks its index of them: LoadImage would decode them all."""
     sha256: str
-    """Of the file's own bytes."""
+    """Checksum of the file, with the index."""
     ending: Ending
-    """Of a file name for its format."""
+    """Ending of a file name for its format."""
     size: Size
-    """As the header states it, before any EXIF orientation."""
+    """Size in the header, before any EXIF orientation."""
     features: tuple[Feature, ...]
-    """What LoadImage may treat in its own way."""
+    """Features that LoadImage treats differently in each release."""
 
 
 def read_image(path: str, limits: ImageLimits) -> SourceImage:
     """Read and check the image file at `path`. Hold `PILLOW_LOCK` meanwhile.
 
     Raises:
-        AccessDenied: it is in none of the folders that are allowed.
+        AccessDenied: it is in none of the allowed folders.
         ImageNotFound: there is no such file.
         ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is damaged, truncated or animated, or is
             larger than the limits allow.
@@ -86,15 +87,15 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
     with translated(ImageInvalid, f"Image file is damaged: {path}"):
         ending, size, features = _inspect(path, data, limits.max_pixels)
         _decode_strictly(data)
-        shown = without_further_pictures(data) if FurtherPictures() in features else data
+        shown = without_further_images(data) if FurtherImages() in features else data
     return SourceImage(shown, hashlib.sha256(data).hexdigest(), ending, size, features)
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:
-    """The bytes of the image file, unchecked but for their number.
+    """Return the bytes of the image file. Only their number is checked.
 
     Raises:
-        AccessDenied: it is in none of the folders that are allowed.
+        AccessDenied: it is in none of the allowed folders.
         ImageNotFound: there is no such file.
         ImageInvalid: it is empty, too large, growing, not a regular file, or cannot be read.
     """
@@ -119,7 +120,7 @@ def _read_regular(path: str, descriptor: int, max_bytes: int) -> bytes:
             f"make it smaller, or raise the limit: {path}"
         )
     with open(descriptor, "rb", closefd=False) as file:
-        data = file.read(state.st_size + 1)  # and no more, however it grows meanwhile
+        data = file.read(state.st_size + 1)  # one byte more shows that it grew; the rest of an endless file is not read
     if len(data) > state.st_size:
         raise ImageInvalid(f"Image file grew while it was read; send the request again when it is whole: {path}")
     if not data:
@@ -151,7 +152,7 @@ def _too_large(path: str, max_pixels: int) -> str:
 
 
 def _guess(data: bytes) -> str:
-    """What a file is that is neither JPEG nor PNG, by the first bytes that Pillow's other formats look for."""
+    """Name the format of a file that is neither JPEG nor PNG, by the first bytes that Pillow's other formats look for."""
     Image.init()
     for name, (_, accept) in Image.OPEN.items():
         if accept is not None and accept(data[:16]) is True:
@@ -160,10 +161,10 @@ def _guess(data: bytes) -> str:
 
 
 def _decode_strictly(data: bytes) -> None:
-    """Decode every pixel and check every checksum, as LoadImage does not."""
+    """Decode every pixel and check every checksum; LoadImage does neither."""
     with Image.open(BytesIO(data), formats=FORMATS) as image:
-        image.verify()  # a PNG's chunk checksums; after it the image must be opened anew
-    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES  # some custom node packages turn it on for good
+        image.verify()  # checks a PNG's chunk checksums; afterwards the image must be opened again
+    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES  # some custom node packages turn it on permanently
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from errors import one_line
 from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.latent_files import read_latent_file
-from models import LatentFormat, Metadata
+from models import FileFormat, Metadata
 
 FileState = Literal["ok", "differs", "missing"]
 
@@ -61,7 +61,7 @@ class Inspection:
 
     files: OutputFiles
     """The paths of the latent and of the files that belong to it."""
-    latent_format: LatentFormat
+    latent_format: FileFormat
     latent: torch.Tensor
     """`[batch, channels, height, width]`."""
     channels: tuple[Channel, ...]

@@ -17,8 +17,8 @@ from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Box, Size, latent_crop
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_image
 from latent_encoder.inspection.findings import Inspection
-from latent_encoder.outputs.files import png_bytes
-from latent_encoder.outputs.preview import latent_picture, preview_image
+from latent_encoder.outputs.png import png_bytes
+from latent_encoder.outputs.preview import latent_image, preview_image
 
 ImageName = Literal["scaled_image", "preview", "roundtrip"]
 
@@ -60,7 +60,7 @@ class Painter:
         """Return the first latent as an image `[1, height, width, 3]`, a pixel for each cell; None without ComfyUI."""
         if self._runtime is None:
             return None
-        return latent_picture(self._runtime, inspection.latent[:1].float(), inspection.space.name)
+        return latent_image(self._runtime, inspection.latent[:1].float(), inspection.space.name)
 
     @cached_property
     def _runtime(self) -> ComfyRuntime | None:

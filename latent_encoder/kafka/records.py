@@ -13,7 +13,8 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, KafkaError, Message
 
 from config import VERSION, Settings
 from errors import MessageUnusable, RequestError
-from models import EncodeRequest, ResponseMessage, read_fields, usable_text
+from latent_encoder.requests import parse_request, read_fields, usable_text
+from models import EncodeRequest, ResponseMessage
 
 Headers = tuple[tuple[str, bytes | None], ...]
 RawHeaders = list[tuple[str, str | bytes | None]]  # the client's stub also names a dict
@@ -113,7 +114,7 @@ def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
     fields = _read_fields(record.value, settings.kafka_max_message_bytes)
     if fields.get("request_id") is None:
         fields["request_id"] = _id_of_place(record)
-    return EncodeRequest.from_fields(fields, settings.request_defaults)
+    return parse_request(fields, settings.request_defaults)
 
 
 def sender_of(record: Incoming, max_bytes: int) -> Sender:

@@ -1,4 +1,4 @@
-"""The files of an answer: how they are named, and how they appear, whole or not at all."""
+"""The files of a response: their names, and their publication, whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import stat
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,30 +16,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-import torch
-from isal import isal_zlib
-
 from errors import OutputDirNotWritable
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.latent_files import SUFFIXES
-from models import LatentFormat
+from models import IMAGE_FILES, FileFormat
 
-LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # what stands around stem and request id
+LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # bytes around stem and request id in the longest name
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_FILTER_UP = 2  # each row holds the differences from the one above
-DEFLATE_LEVEL = 1
+FIXED_BYTES = 32_768  # more than the metadata (2 kB), the headers of the formats, and the unused rest of each last block
 
-FIXED_BYTES = 32_768  # more than the metadata, what the formats add, and the rest of each file's last block
-
-# Held from the first byte that is written until all is published: whoever ends the process at once takes it first.
 WRITING = threading.Lock()
+"""Held from the first byte that is written until all files are published. Take it before ending the process at once."""
 
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """Where the files of one request go, all in one folder; the paths are absolute."""
+    """Absolute paths of the files of one request, all in one folder."""
 
     latent: Path
     scaled_image: Path
@@ -54,16 +46,16 @@ class OutputFiles:
 
     @classmethod
     def of(cls, latent: Path) -> OutputFiles:
-        """The files that belong to a latent file, by its name: `latent_X.pt` has `preview_X.png`."""
+        """Return the paths of all files of a request by its latent's path: `latent_X.pt` has `preview_X.png`."""
         unique = latent.stem.removeprefix("latent_")
-        pictures = {name: latent.with_name(f"{name}_{unique}.png") for name in ("scaled_image", "preview", "roundtrip")}
-        return cls(latent=latent, metadata=latent.with_name(f"{latent.name}.json"), **pictures)
+        images = {name: latent.with_name(f"{name}_{unique}.png") for name in IMAGE_FILES}
+        return cls(latent=latent, metadata=latent.with_name(f"{latent.name}.json"), **images)
 
 
-def output_files(output_dir: str, image_path: str, request_id: str, latent_format: LatentFormat = "pt") -> OutputFiles:
-    """The files' names: `latent_<stem>_<request_id>.pt` (or its format's own suffix) and its siblings.
+def output_files(output_dir: str, image_path: str, request_id: str, latent_format: FileFormat = "pt") -> OutputFiles:
+    """Return the paths of a request's files: `latent_<stem>_<request_id>.pt`, with the suffix of the format, and the others.
 
-    `stem` is that of the image's name. Stem and request id are made safe by `safe_name`.
+    `stem` is the name of the image file without its suffix. Stem and request id are made safe by `safe_name`.
     """
     folder = absolute(output_dir)
     limit = (_longest_name(folder) - LONGEST_FRAME) // 2
@@ -72,19 +64,20 @@ def output_files(output_dir: str, image_path: str, request_id: str, latent_forma
 
 
 def safe_name(text: str, limit: int) -> str:
-    """`text` as a part of a file name: ASCII letters, digits, `.`, `_` and `-`, at most `limit` (10 or more) of them.
+    """Return `text` as a part of a file name: ASCII letters, digits, `.`, `_` and `-`, at most `limit` (10 or more).
 
-    Where something had to be changed, 8 hexadecimal digits of the text's SHA-256 at the end keep it apart from others.
+    If a character had to be replaced or cut off, 8 hexadecimal digits of the text's SHA-256 end the name. Without them `a/b`
+    and `a b` would give the same name.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", text)
     if safe == text and len(text) <= limit:
         return text
-    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return f"{safe[: limit - 9]}-{digest}"
+    checksum = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{safe[: limit - 9]}-{checksum}"
 
 
 def _longest_name(folder: Path) -> int:
-    """The longest file name, in bytes, that the file system of the (perhaps not yet existing) folder takes."""
+    """Return the longest file name, in bytes, that the file system of the folder takes. The folder need not exist yet."""
     with _reported(folder):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         return os.pathconf(existing, "PC_NAME_MAX")
@@ -92,24 +85,24 @@ def _longest_name(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that is open. What is done in it goes through its descriptor, wherever its path leads by now."""
+    """An open folder. All operations use its descriptor, so a path that somebody changes meanwhile does not matter."""
 
     path: Path
     descriptor: int
 
     def create(self, name: str) -> BinaryIO:
-        """A new file, to be written.
+        """Create a file for writing.
 
         Raises:
-            OSError: it is there already, or cannot be made.
+            OSError: the file exists already, or cannot be created.
         """
         return open(name, "xb", opener=self._opener)
 
     def read(self, name: str) -> bytes:
-        """What is in the file, which has to be a regular one itself: no symlink, nothing that would be waited for.
+        """Return the content of a regular file. Symlinks are not followed, and a named pipe is not waited for.
 
         Raises:
-            OSError: it is not, or cannot be read.
+            OSError: it is no regular file, or cannot be read.
         """
         with open(name, "rb", opener=self._opener) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -117,20 +110,20 @@ class OutputFolder:
             return file.read()
 
     def rename(self, name: str, new: str) -> None:
-        """Give the file another name; what had that name is gone."""
+        """Give the file another name. A file that had that name is replaced."""
         os.replace(name, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def remove(self, name: str) -> None:
-        """Remove the file where it is there."""
+        """Remove the file if it exists."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 
     def flush(self) -> None:
-        """Make what was renamed survive a power cut."""
+        """Write renames to disk, so that they survive a power cut."""
         os.fsync(self.descriptor)
 
     def free_bytes(self) -> int | None:
-        """How much may be written; None where the file system does not say, as some in user space do not."""
+        """Return the free space in bytes, or None if the file system does not report it, as some in user space do not."""
         state = os.fstatvfs(self.descriptor)
         return state.f_bavail * state.f_frsize if state.f_blocks else None
 
@@ -140,11 +133,11 @@ class OutputFolder:
 
 @contextmanager
 def open_output_folder(path: Path, allowed: AllowedFolders) -> Iterator[OutputFolder]:
-    """The folder, made where it is missing, open as long as the context lasts.
+    """Open the folder for the duration of the context. It is created if it is missing.
 
     Raises:
-        AccessDenied: it is in none of the folders that are allowed.
-        OutputDirNotWritable: it cannot be made or opened.
+        AccessDenied: it is in none of the allowed folders.
+        OutputDirNotWritable: it cannot be created or opened.
     """
     with ExitStack() as stack:
         with _reported(path):
@@ -152,12 +145,12 @@ def open_output_folder(path: Path, allowed: AllowedFolders) -> Iterator[OutputFo
         yield OutputFolder(path, descriptor)
 
 
-def prepare_output_dir(path: Path, allowed: AllowedFolders, needed: int) -> None:
-    """Make the folder where it is missing, and make sure that files of so many bytes can be written in it.
+def prepare_output_folder(path: Path, allowed: AllowedFolders, needed: int) -> None:
+    """Create the folder if it is missing, and check that files of `needed` bytes can be written there.
 
     Raises:
-        AccessDenied: it is in none of the folders that are allowed.
-        OutputDirNotWritable: they cannot.
+        AccessDenied: it is in none of the allowed folders.
+        OutputDirNotWritable: the files cannot be written.
     """
     with open_output_folder(path, allowed) as folder, _reported(path):
         probe = _temporary_name()
@@ -166,14 +159,18 @@ def prepare_output_dir(path: Path, allowed: AllowedFolders, needed: int) -> None
         free = folder.free_bytes()
     if free is not None and free < needed:
         raise OutputDirNotWritable(
-            f"Cannot write to output directory: {path} (the files may need {_megabytes(needed)}, {_megabytes(free)} are free)"
+            f"Cannot write to output folder: {path} (the files may need {_megabytes(needed)}, {_megabytes(free)} are free)"
         )
 
 
-def space_needed(scaled: Size, factor: int, channels: int, pictures: int = 1) -> int:
-    """How many bytes the files take at most: of `pictures` that do not compress, and of a latent with so many `channels`."""
+def space_needed(scaled: Size, factor: int, channels: int, images: int = 1) -> int:
+    """Return the most bytes that a request's files can take.
+
+    They are `images` PNGs of the scaled size that do not compress, and a float32 latent with `channels` channels and a cell
+    for `factor` pixels a side. Deflate adds under 1 % to bytes that do not compress.
+    """
     latent = 4 * channels * (scaled.width // factor) * (scaled.height // factor)
-    scanlines = pictures * (1 + 3 * scaled.width) * scaled.height
+    scanlines = images * (1 + 3 * scaled.width) * scaled.height
     return latent + scanlines + scanlines // 100 + FIXED_BYTES
 
 
@@ -181,41 +178,15 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def png_bytes(image: torch.Tensor) -> bytes:
-    """The first image of a float tensor `[batch, height, width, 3]` as an 8-bit RGB PNG; values outside [0, 1] are clipped.
-
-    Written here, since the libraries' encoders take as long as all other file work five times over. The format: PNG
-    Specification (Third Edition), W3C 2025, sections 5.2, 9.2 and 11.2.
-    """
-    pixels = eight_bits(image)
-    height, width, _ = pixels.shape
-    scanlines = torch.empty(height, 1 + 3 * width, dtype=torch.uint8)
-    scanlines[:, 0] = PNG_FILTER_UP
-    scanlines[0, 1:] = pixels[0].flatten()
-    torch.sub(pixels[1:].flatten(1), pixels[:-1].flatten(1), out=scanlines[1:, 1:])  # modulo 256
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a sample, RGB, not interlaced
-    data = isal_zlib.compress(scanlines.numpy(), DEFLATE_LEVEL)
-    return PNG_SIGNATURE + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", data) + _png_chunk(b"IEND", b"")
-
-
-def eight_bits(image: torch.Tensor) -> torch.Tensor:
-    """The first image as a file holds it: uint8 `[height, width, 3]`."""
-    return image[0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(kind)))
-
-
 class StagedFiles:
-    """Files that are written under temporary names first, and appear together under their own when they are `publish`ed.
+    """Files that are written under temporary names, and get their own names together when `publish` is called.
 
-    Each is flushed to disk before it is renamed, and they are renamed in the order in which they were added, after the
-    last one's predecessor was removed: where the last one is there, all are, and they belong together. What was not
-    published is removed at the end of the context.
+    Each file is flushed to disk before it is renamed. `publish` first removes an earlier file with the name of the last one.
+    Then it renames the files in the order in which they were added. So if the last file is there, all are there and belong
+    together. The end of the context removes files that were not published.
 
     Raises:
-        OutputDirNotWritable: from each method, where the file system refuses.
+        OutputDirNotWritable: the file system refuses; each method may raise it.
     """
 
     def __init__(self, folder: OutputFolder) -> None:
@@ -231,7 +202,7 @@ class StagedFiles:
             self._folder.remove(temporary)
 
     def add(self, final: str, data: bytes) -> None:
-        """Write a file that gets the name `final`."""
+        """Write a file whose name will be `final`."""
         temporary = _temporary_name()
         with _reported(self._folder.path), self._folder.create(temporary) as file:
             self._staged.append((temporary, final))
@@ -240,13 +211,14 @@ class StagedFiles:
             os.fsync(file.fileno())
 
     def add_or_remove(self, final: str, data: bytes | None) -> None:
-        """Write a file that gets that name; or have an earlier run's removed, which does not belong to those that appear."""
+        """Write a file whose name will be `final`. Without data, let `publish` remove such a file of an earlier run."""
         if data is not None:
             self.add(final, data)
         else:
             self._obsolete.append(final)
 
     def publish(self) -> None:
+        """Give all files their names."""
         with _reported(self._folder.path):
             for name in (self._staged[-1][1], *self._obsolete):
                 self._folder.remove(name)
@@ -265,4 +237,4 @@ def _reported(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise OutputDirNotWritable(f"Cannot write to output directory: {folder} ({exc.strerror})") from exc
+        raise OutputDirNotWritable(f"Cannot write to output folder: {folder} ({exc.strerror})") from exc

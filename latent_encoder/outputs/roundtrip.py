@@ -1,4 +1,4 @@
-"""How much of an image its latent has kept: decoded again, and compared with what was encoded."""
+"""The roundtrip: a latent is decoded again, and the result is compared with the image that was encoded."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 from errors import EncodingFailed, translated
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Size
-from latent_encoder.outputs.files import eight_bits, png_bytes
+from latent_encoder.outputs.png import eight_bits, png_bytes
 from latent_encoder.vae.loaded_vae import LoadedVae
 from models import Roundtrip
 
-SSIM_WINDOW = 7  # pixels a side, scikit-image's default
+SSIM_WINDOW = 7  # pixels a side; scikit-image's default, so that figures can be compared with others'
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A decoded latent as a file, and how much it is like what was encoded."""
+    """A decoded latent as a PNG, and its distance from the image that was encoded."""
 
     png: bytes
     roundtrip: Roundtrip
 
 
 def compare(runtime: ComfyRuntime, vae: LoadedVae, latent: Tensor, covered: Tensor) -> Comparison:
-    """Decode a latent `[1, channels, height, width]` and compare it with the image `[1, height, width, 3]` that it covers.
+    """Decode a latent `[1, channels, height, width]` and compare the result with the image `[1, height, width, 3]` it covers.
 
     Raises:
-        EncodingFailed: as `decode`.
+        EncodingFailed: `decode` failed.
     """
     decoded = decode(runtime, vae, latent, Size(width=covered.shape[2], height=covered.shape[1]))
     png = png_bytes(decoded)
-    # Cells are counted from the upper left; the last ones may end before the image or behind it.
+    # The first cell begins at the upper left; the last ones may end inside the image or outside of it.
     height, width = (min(sides) for sides in zip(decoded.shape[1:3], covered.shape[1:3], strict=True))
     decoded, covered = decoded[:, :height, :width], covered[:, :height, :width]
     psnr_db, ssim = psnr(decoded, covered), mean_ssim(decoded, covered)
@@ -43,14 +43,13 @@ def compare(runtime: ComfyRuntime, vae: LoadedVae, latent: Tensor, covered: Tens
 
 
 def decode(runtime: ComfyRuntime, vae: LoadedVae, latent: Tensor, expected: Size) -> Tensor:
-    """The image that VAEDecode gives of a latent: float32 `[1, height, width, 3]` on the CPU.
+    """Decode a latent with VAEDecode to an image: float32 `[1, height, width, 3]` on the CPU.
 
-    A side may differ from the expected one by less than a cell: not every VAE insists on multiples of its factor.
-
-    A GPU whose memory does not suffice makes ComfyUI decode in tiles, which gives a slightly different image.
+    A side may differ from the expected one by less than a cell, because some VAEs encode sides that are no multiples of their
+    factor. If a GPU's memory is too small, ComfyUI decodes in tiles, which gives a slightly different image.
 
     Raises:
-        EncodingFailed: the VAE cannot decode, memory ran out, or what it gave is no image of the size that was encoded.
+        EncodingFailed: the VAE cannot decode, memory ran out, or the result is no image of about the expected size.
     """
     with translated(EncodingFailed, f"VAE {vae.name} failed to decode the latent of a {expected} image"):
         image = vae.decode(runtime, latent)
@@ -64,11 +63,11 @@ def decode(runtime: ComfyRuntime, vae: LoadedVae, latent: Tensor, expected: Size
 
 
 def psnr(decoded: Tensor, original: Tensor) -> float | None:
-    """The peak signal-to-noise ratio of two images in decibels, 10 log10(1 / mean squared error); None where they are equal.
+    """Return the peak signal-to-noise ratio of two images in decibels, to 0.01 dB; None if they are equal.
 
-    Of their 8-bit pixels, as files hold them; to 0.01 dB.
+    It is 10 log10(1 / mean squared error) of their 8-bit pixels, as files hold them, in [0, 1].
     """
-    from skimage.metrics import peak_signal_noise_ratio  # takes a while to import
+    from skimage.metrics import peak_signal_noise_ratio  # slow to import
 
     first, second = _pixels(original), _pixels(decoded)
     if (first == second).all():
@@ -77,12 +76,12 @@ def psnr(decoded: Tensor, original: Tensor) -> float | None:
 
 
 def mean_ssim(decoded: Tensor, original: Tensor) -> float | None:
-    """The mean structural similarity of two images, at most 1; None where a side is shorter than its window.
+    """Return the mean structural similarity of two images, at most 1, to 0.0001; None if a side is shorter than the window.
 
-    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity", 2004, with
-    scikit-image's uniform window, over all three channels. Of their 8-bit pixels, as files hold them; to 0.0001.
+    It is computed of their 8-bit pixels, as files hold them, over all three channels, with scikit-image's uniform window.
+    Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity", 2004.
     """
-    from skimage.metrics import structural_similarity  # takes a while to import
+    from skimage.metrics import structural_similarity  # slow to import
 
     first, second = _pixels(original), _pixels(decoded)
     if min(first.shape[:2]) < SSIM_WINDOW:
@@ -91,5 +90,5 @@ def mean_ssim(decoded: Tensor, original: Tensor) -> float | None:
 
 
 def _pixels(image: Tensor) -> Any:
-    """A numpy array, float32 `[height, width, 3]` in [0, 1]."""
+    """Return the 8-bit pixels as a numpy array, float32 `[height, width, 3]` in [0, 1]."""
     return (eight_bits(image) / 255).numpy()

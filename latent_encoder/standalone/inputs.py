@@ -15,11 +15,12 @@ from uuid import NAMESPACE_URL, uuid5
 
 from errors import LatentEncoderError, MessageUnusable, RequestError
 from latent_encoder.access import absolute
+from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
 from latent_encoder.standalone.selection import ImageSelection
-from models import EncodeRequest, ErrorResponse, read_fields, request_id_of, usable_text
+from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files in folders; of a file that is named, the content decides
-OUR_PICTURES = ("scaled_image_", "preview_", "roundtrip_")  # how the names of what outputs/files.py names begin
+OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the names of image files that the service writes begin so
 STDIN = "-"
 IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
 
@@ -122,7 +123,7 @@ def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
 
 
 def _is_output(file: Path, outputs: Path) -> bool:
-    return file.name.startswith(OUR_PICTURES) and file.parent.resolve() == outputs
+    return file.name.startswith(OUR_IMAGES) and file.parent.resolve() == outputs
 
 
 def _nothing_in(path: str, *, recursive: bool) -> str:
@@ -163,7 +164,7 @@ def _items_of_lines(name: str, lines: Iterable[bytes] | BinaryIO, defaults: Mapp
 
 def _item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Item:
     try:
-        return EncodeRequest.from_fields(fields, defaults)
+        return parse_request(fields, defaults)
     except RequestError as exc:
         return Refusal.of(exc, fields)
 
@@ -173,7 +174,7 @@ def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
     item = _item(fields, defaults)
     if isinstance(item, Refusal) or fields.get("request_id") is not None:
         return item
-    asked = item.model_dump_json(
-        include=IN_LASTING_IDS | ({"fit"} if item.fit != "crop" else set())
-    )  # as before `fit` was added
+    # A field that came later changes no id of a request that does not use it.
+    used = {name for name in CONTENT_FIELDS if getattr(item, name) != EncodeRequest.model_fields[name].default}
+    asked = item.model_dump_json(include=IN_LASTING_IDS | used)
     return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, f"{absolute(item.image_path)} {asked}"))})

@@ -204,7 +204,7 @@ def test_read_only_output_folder_is_not_writable(tmp_path: Path, run_main: RunMa
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", folder, prefix=powerless())
     response = json.loads(done.stdout)
     assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
-    assert response["error_message"] == f"Cannot write to output directory: {folder} (Permission denied)"
+    assert response["error_message"] == f"Cannot write to output folder: {folder} (Permission denied)"
 
 
 def test_full_disk_is_found_before_the_encode(tmp_path: Path, run_main: RunMain) -> None:
@@ -218,7 +218,7 @@ def test_full_disk_is_found_before_the_encode(tmp_path: Path, run_main: RunMain)
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", disk, prefix=prefix)
     response = json.loads(done.stdout)
     assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
-    start = f"Cannot write to output directory: {disk} (the files may need 0."
+    start = f"Cannot write to output folder: {disk} (the files may need 0."
     assert response["error_message"].startswith(start)
     assert response["error_message"].endswith(" MB, 0.0 MB are free)")
     assert json.loads(done.stderr.splitlines()[-1])["event"] == "request failed", "a file was left on the disk"
@@ -230,5 +230,5 @@ def test_file_that_does_not_fit_leaves_nothing(tmp_path: Path, run_main: RunMain
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", tmp_path / "out", prefix=prefix)
     response = json.loads(done.stdout)
     assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
-    assert response["error_message"] == f"Cannot write to output directory: {tmp_path / 'out'} (File too large)"
+    assert response["error_message"] == f"Cannot write to output folder: {tmp_path / 'out'} (File too large)"
     assert list((tmp_path / "out").iterdir()) == []

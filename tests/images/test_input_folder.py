@@ -1,4 +1,4 @@
-"""The private folders from which LoadImage reads: what is in them, where they are, and when they go."""
+"""The private folders from which LoadImage reads: their content, place and end."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_file_has_the_bytes_and_nobody_else_can_read_it(tmp_path: Path) -> None:
 
 
 def test_folder_goes_with_its_process(tmp_path: Path) -> None:
-    """When it ends by itself."""
+    """A process that ends by itself removes its folder."""
     holder, image = start_holder(tmp_path)
     assert image.read_bytes() == b"image"
     end(holder)
@@ -66,7 +66,7 @@ def test_folder_goes_with_its_process(tmp_path: Path) -> None:
 
 
 def test_folder_goes_with_a_process_that_ends_at_once(tmp_path: Path) -> None:
-    """As a worker does that was stopped while it encoded."""
+    """A worker that is stopped while it encodes removes its folder too."""
     code = (
         "import sys, threading, time; from pathlib import Path; from latent_encoder.exits import end_at_once\n"
         "from latent_encoder.images.input_folder import *\n"
@@ -81,7 +81,7 @@ def test_folder_goes_with_a_process_that_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_next_start_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
-    """The folder of a process that is alive stays, and so does what only looks like one."""
+    """The folder of a process that is alive stays, and so does a folder that only looks like one."""
     killed, left = start_holder(tmp_path)
     end(killed, signal.SIGKILL)
     assert left.read_bytes() == b"image"
@@ -127,7 +127,7 @@ def test_folder_that_was_cleared_away_is_made_anew(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.access(MEMORY_FOLDER, os.W_OK), reason=f"this system has no {MEMORY_FOLDER} that can be written")
 def test_images_are_in_memory_where_the_system_has_such_a_folder() -> None:
-    """Nothing of them reaches a disk."""
+    """Images do not reach a disk."""
     folders = InputFolders()
     with folders.file(b"image", ".jpg") as path:
         assert path.parent.parent == MEMORY_FOLDER
@@ -135,7 +135,7 @@ def test_images_are_in_memory_where_the_system_has_such_a_folder() -> None:
 
 
 def test_next_folder_is_taken_where_the_first_cannot_be_written(tmp_path: Path) -> None:
-    """Here there is none of that name."""
+    """Without a folder in memory, the temporary folder is used."""
     folders = InputFolders([tmp_path / "missing", tmp_path])
     with folders.file(b"image", ".jpg") as path:
         assert path.parent.parent == tmp_path
@@ -143,7 +143,7 @@ def test_next_folder_is_taken_where_the_first_cannot_be_written(tmp_path: Path) 
 
 
 def test_start_ends_where_no_folder_can_be_written(tmp_path: Path) -> None:
-    """The message names each folder with its fault, and what to do."""
+    """The message names each folder with its fault, and the next step."""
     (tmp_path / "file").touch()
     with pytest.raises(SetupError) as caught:
         InputFolders([tmp_path / "missing", tmp_path / "file"])
@@ -152,7 +152,7 @@ def test_start_ends_where_no_folder_can_be_written(tmp_path: Path) -> None:
 
 
 def test_image_without_room_fails_and_leaves_nothing(tmp_path: Path) -> None:
-    """Of files of at most 8192 bytes the kernel takes no larger one; the next image finds room."""
+    """A limit of 8192 bytes a file stands for a full disk; the next image finds room."""
     folders = InputFolders([tmp_path])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))

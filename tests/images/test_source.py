@@ -1,4 +1,4 @@
-"""Input images: what is accepted, what is refused and with which words, and what is noted."""
+"""Input images: those that are accepted, those that are refused and with which words, and the notes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from config import Settings
 from errors import ErrorCode, ImageInvalid, ImageNotFound
 from fuzz import jpegs
 from latent_encoder.access import ANYWHERE
-from latent_encoder.images.features import FurtherPictures
+from latent_encoder.images.features import FurtherImages
 from latent_encoder.images.jpeg_markers import scans
 from latent_encoder.images.source import MAX_JPEG_SCANS, PILLOW_LOCK, ImageLimits, read_image
 from models import ErrorResponse
@@ -52,7 +52,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_file_that_is_no_proper_image_is_refused(name: str, answer: Encode, tmp_path: Path) -> None:
-    """IMAGE_INVALID with what is wrong and the file's path, and not one file is written."""
+    """IMAGE_INVALID has the fault and the file's path, and no file is written."""
     response = answer(name)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.IMAGE_INVALID
@@ -94,7 +94,7 @@ def nothing(path: Path) -> None:
 def test_path_without_a_readable_file_is_answered(
     make: Callable[[Path], None], code: ErrorCode, words: str, answer: Encode, tmp_path: Path
 ) -> None:
-    """Nothing that a path can lead to is waited for or raises; the message has the path."""
+    """No path blocks the service or raises; the message has the path."""
     path = tmp_path / "input.png"
     make(path)
     response = answer(path)
@@ -118,7 +118,7 @@ def test_pixel_limit_is_checked() -> None:
 
 
 def test_byte_limit_is_checked() -> None:
-    """Likewise, before a byte is read."""
+    """The limit in bytes is checked before a byte is read."""
     path = IMAGES / "photo.jpg"
     size = path.stat().st_size
     with pytest.raises(ImageInvalid, match=rf"has {size} bytes, more than MAX_IMAGE_BYTES={size - 1}; .*: {path}$"):
@@ -127,9 +127,9 @@ def test_byte_limit_is_checked() -> None:
 
 
 def test_service_has_the_byte_limit_of_its_settings(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
-    """MAX_IMAGE_BYTES."""
+    """MAX_IMAGE_BYTES refuses a larger file, and names the limit."""
     limited = LatentEncoder(settings.model_copy(update={"max_image_bytes": 100}), encoder.runtime)
-    response = limited.answer(request_for(settings, tmp_path, "photo.jpg", {}))
+    response = limited.respond(request_for(settings, tmp_path, "photo.jpg", {}))
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.IMAGE_INVALID
     assert "more than MAX_IMAGE_BYTES=100" in response.error_message
@@ -137,13 +137,13 @@ def test_service_has_the_byte_limit_of_its_settings(encoder: LatentEncoder, sett
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system has no file with more bytes than it states")
 def test_file_is_not_read_beyond_its_size() -> None:
-    """One that grows while it is read; those in /proc state 0 bytes and have many."""
+    """A file in /proc, which states 0 bytes and has many, stands for one that grows while it is read."""
     with pytest.raises(ImageInvalid, match="grew while it was read"):
         read_image("/proc/self/smaps", LIMITS)
 
 
 def test_what_is_no_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
-    """However often a request names a folder or a pipe."""
+    """Requests that name a folder or a pipe leave no descriptor open."""
     pipe(tmp_path / "pipe")
     before = len(list(Path("/dev/fd").iterdir()))
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "nothing", "/"):
@@ -168,7 +168,7 @@ HIDDEN = {
 @pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_bomb_beside_the_pixels_is_refused(name: str, place: bytes, answer: Encode, tmp_path: Path) -> None:
-    """What a small PNG has compressed in it before or after its pixels does not fill the memory either."""
+    """A small PNG with large compressed text before or after its pixels does not fill the memory."""
     before, after = (IMAGES / "rgba.png").read_bytes().split(place, 1)
     image = tmp_path / "bomb.png"
     image.write_bytes(before[:-4] + HIDDEN[name] + before[-4:] + place + after)
@@ -194,28 +194,28 @@ NOTES = {
 
 @pytest.fixture(scope="module")
 def loaded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The pixels that plain ComfyUI's LoadImage gives of the images in `NOTES`."""
+    """Return the pixels that plain ComfyUI's LoadImage gives for the images in `NOTES`."""
     out = tmp_path_factory.mktemp("stock") / "loaded.safetensors"
     stock("load", model_dir, out, *[IMAGES / name for name in NOTES])
     return {name: load_file(out)[str(number)] for number, name in enumerate(NOTES)}
 
 
 def seen(name: str, pixels: torch.Tensor) -> tuple[str, ...]:
-    """The notes for an image, by comparing what LoadImage gave with what Pillow reads from the file."""
+    """Return the notes for an image, by comparing LoadImage's pixels with those that Pillow reads from the file."""
     with Image.open(IMAGES / name) as image:
-        readings = {note: as_pixels(picture) for note, picture in READINGS[name](image).items()}
-    fitting = [note for note, picture in readings.items() if fits(pixels[:1], picture)]
+        readings = {note: as_pixels(reading) for note, reading in READINGS[name](image).items()}
+    fitting = [note for note, reading in readings.items() if fits(pixels[:1], reading)]
     assert len(fitting) == 1, f"LoadImage's pixels of {name} fit {fitting} of {list(readings)}"
     return tuple(filter(None, fitting))
 
 
-def as_pixels(picture: Image.Image) -> torch.Tensor:
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, picture.height, picture.width, 3) / 255
+def as_pixels(image: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3) / 255
 
 
-def fits(pixels: torch.Tensor, picture: torch.Tensor) -> bool:
-    """Decoders of JPEG differ by less than a hundredth on average, different pictures by more."""
-    return pixels.shape == picture.shape and float((pixels - picture).abs().mean()) < 0.01
+def fits(pixels: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether the pixels are about equal: JPEG decoders differ by under 0.01 on average, different images by more."""
+    return pixels.shape == expected.shape and float((pixels - expected).abs().mean()) < 0.01
 
 
 Readings = Callable[[Image.Image], dict[str, Image.Image]]
@@ -329,14 +329,14 @@ def test_pillow_is_as_strict_after_a_request_as_before(answer: Encode) -> None:
 
 
 def repeated_scan(times: int) -> bytes:
-    """The progressive test image with its last scan so many times."""
+    """Return the progressive test image with its last scan repeated."""
     data = (IMAGES / "progressive.jpeg").read_bytes()
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * times + data[-2:]
 
 
 def test_jpeg_that_would_be_decoded_for_hours_is_refused(answer: Encode, tmp_path: Path) -> None:
-    """Each scan costs a pass over all pixels, whatever its length: too many are refused, those that fit are encoded."""
+    """Each scan costs a pass over all pixels, even a short one: too many are refused, the allowed number is encoded."""
     path = tmp_path / "scans.jpg"
     usual = scans(repeated_scan(1))
     assert usual == 10
@@ -348,20 +348,20 @@ def test_jpeg_that_would_be_decoded_for_hours_is_refused(answer: Encode, tmp_pat
     assert answer(path).status == "success"
 
 
-def test_scans_are_those_of_the_first_picture() -> None:
-    """Bytes that look like a scan in a comment or behind the picture's end are none."""
+def test_scans_are_those_of_the_first_image() -> None:
+    """Bytes that look like a scan in a comment or behind the image's end are not counted."""
     segments, rest = jpegs.parse((IMAGES / "photo.jpg").read_bytes())
     assert scans(jpegs.build([(0xFE, b"\xff\xda" * 9), *segments], rest) + b"\xff\xda" * 9) == 1
 
 
-def test_further_pictures_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Encode) -> None:
+def test_further_images_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Encode) -> None:
     """LoadImage would hold every one of them as floats: a small file with many would take any amount of memory."""
     path = tmp_path / "many.jpg"
     with Image.open(IMAGES / "photo.jpg") as photo:
         photo.save(path, "MPO", save_all=True, append_images=[photo] * 9)
     with PILLOW_LOCK:
         source = read_image(str(path), LIMITS)
-    assert source.features == (FurtherPictures(),)
+    assert source.features == (FurtherImages(),)
     with Image.open(BytesIO(source.data)) as given, Image.open(path) as first:
         assert given.format == "JPEG"
         assert given.tobytes() == first.tobytes()
@@ -371,10 +371,10 @@ def test_further_pictures_of_a_jpeg_are_not_decoded(tmp_path: Path, encode: Enco
 @pytest.mark.parametrize(
     ("behind", "notes"), [(b"\0" * 4000, ("first_frame_used",)), (b"", ("first_frame_used",)), (b"moov", ())]
 )
-def test_picture_behind_the_first_is_noted_without_an_index(
+def test_image_behind_the_first_is_noted_without_an_index(
     behind: bytes, notes: tuple[str, ...], encode: Encode, tmp_path: Path
 ) -> None:
-    """Gain maps of phones; a film that is appended to a photo is no picture."""
+    """Gain maps of phones; a film that is appended to a photo is no image."""
     photo = (IMAGES / "photo.jpg").read_bytes()
     (tmp_path / "phone.jpg").write_bytes(photo + behind + photo)
     response = encode(tmp_path / "phone.jpg")

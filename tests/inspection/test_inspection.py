@@ -30,7 +30,7 @@ from latent_encoder.inspection.page import HISTOGRAM_WIDTH, histogram
 from latent_encoder.inspection.text import drawing, printable
 from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.latent_files import SUFFIXES, latent_bytes
-from models import LatentFormat, SuccessResponse
+from models import FileFormat, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import PATIENCE_S, PROJECT, Encode, RunMain, load_latent, request_for
 
@@ -133,7 +133,7 @@ def test_statistics_are_those_of_the_standard_library(values: list[float]) -> No
 
 @pytest.mark.parametrize("latent_format", SUFFIXES)
 @pytest.mark.parametrize("frames", [False, True])
-def test_formats_without_metadata(latent_format: LatentFormat, frames: bool, tmp_path: Path, inspect: Inspect) -> None:
+def test_formats_without_metadata(latent_format: FileFormat, frames: bool, tmp_path: Path, inspect: Inspect) -> None:
     """Each format is recognised; missing metadata is noted, and is no error."""
     latent = torch.arange(4 * 5 * 6).view(1, 4, 5, 6) / 10
     path = tmp_path / f"latent_x{SUFFIXES[latent_format]}"
@@ -324,10 +324,10 @@ def test_folder_that_cannot_be_written(tmp_path: Path, latent: Path, inspect: In
     (tmp_path / "file").touch()
     done = inspect(latent, output_dir=str(tmp_path / "file"))
     assert (done.status, "mean" in done.out) == (0, True)
-    assert re.fullmatch(r"Warning: .*: no preview was written\. Cannot write to output directory: .*\n", done.err)
+    assert re.fullmatch(r"Warning: .*: no preview was written\. Cannot write to output folder: .*\n", done.err)
     done = inspect(latent, html=True, as_json=True, output_dir=str(tmp_path / "file"))
     assert (done.status, json.loads(done.out)["page"]) == (1, None)
-    assert "no page was written. Cannot write to output directory" in done.err.splitlines()[-1]
+    assert "no page was written. Cannot write to output folder" in done.err.splitlines()[-1]
 
 
 def test_without_comfyui_only_the_images_are_missing(tmp_path: Path, encode: Encode, inspect: Inspect) -> None:

@@ -55,7 +55,7 @@ def test_dead_letters_go_back_as_they_were(filled: Bench, encoder: LatentEncoder
     for original, again in zip(requests[:2], requests[5:], strict=True):
         assert (again.key, again.value, again.headers) == (original.key, original.value, GOOD_HEADERS)
     for n, line in enumerate(lines):
-        assert "Cannot write to output directory" in line.pop("error_message")
+        assert "Cannot write to output folder" in line.pop("error_message")
         assert line == {
             "action": "sent",
             "dead_letter": f"{filled.dlq_topic}/0/{n}",

@@ -26,13 +26,13 @@ from latent_encoder.outputs.files import (
     StagedFiles,
     open_output_folder,
     output_files,
-    png_bytes,
-    prepare_output_dir,
+    prepare_output_folder,
     safe_name,
     space_needed,
 )
 from latent_encoder.outputs.latent_files import latent_bytes
-from models import LatentFormat
+from latent_encoder.outputs.png import png_bytes
+from models import FileFormat
 from tests.helpers import PROJECT
 
 
@@ -44,7 +44,7 @@ def staging(path: Path) -> Iterator[StagedFiles]:
 
 @given(st.text(), st.integers(10, 255))
 def test_safe_name_is_safe_and_short(text: str, limit: int) -> None:
-    """Nothing but letters, digits, dot, underscore and dash, within the limit."""
+    """A safe name has only letters, digits, dot, underscore and dash, within the limit."""
     safe = safe_name(text, limit)
     assert len(safe) <= limit
     assert all(character.isascii() and (character.isalnum() or character in "._-") for character in safe)
@@ -52,13 +52,13 @@ def test_safe_name_is_safe_and_short(text: str, limit: int) -> None:
 
 @given(st.text(), st.text())
 def test_different_texts_keep_different_names(first: str, second: str) -> None:
-    """What had to be changed is told apart by its hash."""
+    """A checksum distinguishes texts whose safe characters are equal."""
     assert (safe_name(first, 100) == safe_name(second, 100)) == (first == second)
 
 
 @given(st.from_regex(r"[A-Za-z0-9._-]{1,50}", fullmatch=True))
 def test_harmless_text_stays_as_it_is(text: str) -> None:
-    """A usual stem or UUID is recognisable."""
+    """A usual stem or UUID stays recognisable."""
     assert safe_name(text, 100) == text
 
 
@@ -70,37 +70,26 @@ def test_names_are_those_of_the_contract(tmp_path: Path) -> None:
     assert files.metadata == tmp_path / "latent_photo.final_123_abc.pt.json"
 
 
-def test_changed_name_has_eight_digits_of_its_hash(tmp_path: Path) -> None:
-    """A name that file systems or shells may trip over is made safe, and stays unique."""
-    digest = hashlib.sha256("写真 1".encode()).hexdigest()[:8]
-    assert output_files(str(tmp_path), "写真 1.png", "a/../b").latent.name.startswith(f"latent____1-{digest}_a_.._b-")
+def test_changed_name_has_eight_digits_of_its_checksum(tmp_path: Path) -> None:
+    """A name that file systems or shells cannot handle is made safe, and stays unique."""
+    checksum = hashlib.sha256("写真 1".encode()).hexdigest()[:8]
+    assert output_files(str(tmp_path), "写真 1.png", "a/../b").latent.name.startswith(f"latent____1-{checksum}_a_.._b-")
 
 
 def test_longest_names_can_be_written(tmp_path: Path) -> None:
     """A stem and an id of any length give names that the file system takes."""
     files = output_files(str(tmp_path / "not" / "yet" / "there"), "s" * 5000 + ".png", "r" * 5000)
-    prepare_output_dir(files.folder, ANYWHERE, 0)
+    prepare_output_folder(files.folder, ANYWHERE, 0)
     for path in (files.latent, files.scaled_image, files.metadata):
         path.touch()
         assert len(path.name) <= os.pathconf(tmp_path, "PC_NAME_MAX")
 
 
 def test_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the working folder."""
+    """A relative path starts at the working folder."""
     monkeypatch.chdir(tmp_path)
     for folder in ("./output", "output/there/..", f"/{tmp_path}/there/../output"):
         assert output_files(folder, "x.png", "1").latent == tmp_path / "output" / "latent_x_1.pt"
-
-
-def test_png_clips_and_rounds() -> None:
-    """Overshoot of bicubic scaling ends at 0 and 255; in between, the nearest 8-bit value is taken."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    pixels = torch.tensor([-0.2, 1.3, 0.5, 100.4 / 255, 100.6 / 255, 1.0]).view(1, 1, 2, 3)
-    with Image.open(BytesIO(png_bytes(pixels))) as png:
-        assert list(png.tobytes()) == [0, 255, 128, 100, 101, 255]
 
 
 def test_nothing_appears_before_all_is_there(tmp_path: Path) -> None:
@@ -127,7 +116,7 @@ def test_nothing_is_left_of_what_failed(tmp_path: Path) -> None:
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
-    """Another service's user can read them, where the umask lets it."""
+    """The umask decides if another service's user can read the files."""
     with staging(tmp_path) as staged:
         staged.add("a", b"a")
         staged.publish()
@@ -142,21 +131,21 @@ def test_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file.touch()
     for path in (file, file / "below"):
         with pytest.raises(OutputDirNotWritable, match=rf"{path} \(Not a directory\)"):
-            prepare_output_dir(path, ANYWHERE, 0)
+            prepare_output_folder(path, ANYWHERE, 0)
 
 
 def test_folder_is_made_as_others_make_it(tmp_path: Path) -> None:
-    """With all above it, and with the umask's permissions."""
-    prepare_output_dir(tmp_path / "a" / "b", ANYWHERE, 0)
+    """A missing folder is created with its parents and the umask's permissions."""
+    prepare_output_folder(tmp_path / "a" / "b", ANYWHERE, 0)
     (tmp_path / "other").mkdir()
     assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "a").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_space_is_checked(tmp_path: Path) -> None:
-    """More than the file system has is refused with both figures, and nothing is left but the folder."""
+    """Files larger than the free space are refused with both figures, and only the folder is left."""
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     with pytest.raises(OutputDirNotWritable, match=r"\(the files may need \d+\.\d MB, \d+\.\d MB are free\)"):
-        prepare_output_dir(tmp_path / "a", ANYWHERE, free + 10**12)
+        prepare_output_folder(tmp_path / "a", ANYWHERE, free + 10**12)
     assert list((tmp_path / "a").iterdir()) == []
 
 
@@ -164,12 +153,12 @@ def test_space_is_checked(tmp_path: Path) -> None:
     st.integers(8, 400),
     st.integers(8, 400),
     st.sampled_from([(8, 4), (8, 16), (1, 3), (16, 48)]),
-    st.sampled_from(get_args(LatentFormat)),
+    st.sampled_from(get_args(FileFormat)),
 )
 def test_space_is_never_less_than_what_is_written(
-    width: int, height: int, vae: tuple[int, int], latent_format: LatentFormat
+    width: int, height: int, vae: tuple[int, int], latent_format: FileFormat
 ) -> None:
-    """Of noise, which does not compress; metadata have a few kilobytes, also in the header of a latent."""
+    """The estimate holds for noise, which does not compress, with a few kilobytes of metadata in the latent's header too."""
     factor, channels = vae
     needed = space_needed(Size(width, height), factor, channels)
     latent = torch.zeros(1, channels, height // factor, width // factor)
@@ -178,7 +167,7 @@ def test_space_is_never_less_than_what_is_written(
 
 
 def test_file_that_is_read_back_is_one(tmp_path: Path) -> None:
-    """A symlink, a folder and a pipe that nobody writes to are none."""
+    """A symlink, a folder and a pipe without a writer are not read."""
     (tmp_path / "file").write_bytes(b"data")
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "folder").mkdir()
@@ -191,7 +180,7 @@ def test_file_that_is_read_back_is_one(tmp_path: Path) -> None:
 
 
 def test_renamed_folder_is_still_the_one_that_was_opened(tmp_path: Path) -> None:
-    """What takes its name afterwards gets none of the files."""
+    """A folder that gets the name of the opened one gets none of its files."""
     with open_output_folder(tmp_path / "a", ANYWHERE) as folder, StagedFiles(folder) as staged:
         (tmp_path / "a").rename(tmp_path / "b")
         (tmp_path / "a").mkdir()
@@ -219,7 +208,7 @@ for number in range(10**9):
 
 
 def test_killed_writer_leaves_no_partial_file(tmp_path: Path) -> None:
-    """Whenever it is killed: each file is whole, and metadata that is there belongs to the files beside it."""
+    """At any moment each file is whole, and the metadata belong to the files beside them."""
     seen = 0
     for pause in (0.05, 0.11, 0.17, 0.23):
         command = [sys.executable, "-c", WRITER, str(tmp_path)]

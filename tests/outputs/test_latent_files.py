@@ -23,11 +23,11 @@ from config import Settings
 from errors import InvalidRequest, LatentUnreadable
 from latent_encoder.kafka.records import Incoming, read_request
 from latent_encoder.outputs.latent_files import HEADER_KEY, SUFFIXES, latent_bytes, read_latent, read_latent_file
-from models import LatentFormat, Metadata
+from models import FileFormat, Metadata
 from service import LatentEncoder
-from tests.helpers import IMAGES, TINY_VAE, Encode, RunMain, load_latent, request_for
+from tests.helpers import IMAGES, TINY_VAE, Encode, RunMain, load_latent
 
-FORMATS: tuple[LatentFormat, ...] = get_args(LatentFormat)
+FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 SD_VAE = "random_kl.safetensors"
 SMALL_SD_VAE = "taesd"
 NOT_IN_HEADER = {
@@ -37,14 +37,14 @@ NOT_IN_HEADER = {
 }
 
 
-def written(encode: Encode, latent_format: LatentFormat, **fields: Any) -> Path:
+def written(encode: Encode, latent_format: FileFormat, **fields: Any) -> Path:
     return Path(encode("photo.jpg", latent_format=latent_format, **fields).latent_file_path)
 
 
 @pytest.mark.parametrize("latent_format", ["safetensors", "comfy"])
 @pytest.mark.parametrize("vae", [TINY_VAE, SMALL_SD_VAE])
-def test_every_format_has_the_numbers_of_the_default(latent_format: LatentFormat, vae: str, encode: Encode) -> None:
-    """Bit for bit, in a file of the format's suffix that is read back in four dimensions."""
+def test_every_format_has_the_numbers_of_the_default(latent_format: FileFormat, vae: str, encode: Encode) -> None:
+    """Each format holds the same bits, has its own suffix, and is read back in four dimensions."""
     path = written(encode, latent_format, vae_model_name=vae)
     assert path.name == f"latent_photo_test{SUFFIXES[latent_format]}"
     latent, read_format = read_latent_file(path)
@@ -64,7 +64,7 @@ def test_default_is_what_torch_saves(encode: Encode, tmp_path: Path) -> None:
 
 
 def test_safetensors_has_one_tensor(encode: Encode) -> None:
-    """`latent`, float32, `[batch, channels, height, width]`."""
+    """The tensor is `latent`, float32, `[batch, channels, height, width]`."""
     path = written(encode, "safetensors")
     tensors = load_file(path)
     assert tensors.keys() == {"latent"}
@@ -72,8 +72,8 @@ def test_safetensors_has_one_tensor(encode: Encode) -> None:
 
 
 @pytest.mark.parametrize("latent_format", ["safetensors", "comfy"])
-def test_header_has_the_metadata(latent_format: LatentFormat, encode: Encode) -> None:
-    """All that the response says of how the latent came about, as JSON in one key."""
+def test_header_has_the_metadata(latent_format: FileFormat, encode: Encode) -> None:
+    """The header has the facts of the response's metadata, as JSON in one key."""
     response = encode("photo.jpg", latent_format=latent_format)
     with safe_open(response.latent_file_path, framework="pt") as file:
         header = file.metadata()
@@ -83,8 +83,8 @@ def test_header_has_the_metadata(latent_format: LatentFormat, encode: Encode) ->
 
 
 @pytest.mark.parametrize("latent_format", FORMATS)
-def test_same_request_gives_the_same_bytes(latent_format: LatentFormat, encode: Encode, tmp_path: Path) -> None:
-    """Wherever they are written, and whatever the file is called."""
+def test_same_request_gives_the_same_bytes(latent_format: FileFormat, encode: Encode, tmp_path: Path) -> None:
+    """Folder and name of the file do not change its bytes."""
     first = written(encode, latent_format)
     second = written(encode, latent_format, output_dir=str(tmp_path / "elsewhere"), request_id="another")
     assert first.read_bytes() == second.read_bytes()
@@ -92,7 +92,7 @@ def test_same_request_gives_the_same_bytes(latent_format: LatentFormat, encode: 
 
 @pytest.fixture
 def load_in_comfyui(encoder: LatentEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
-    """ComfyUI's LoadLatent, with the folder of the latents as its input folder."""
+    """Return ComfyUI's LoadLatent, with the folder of the latents as its input folder."""
     monkeypatch.setattr(importlib.import_module("folder_paths"), "input_directory", str(tmp_path))
     node: Any = encoder.runtime.nodes["LoadLatent"]
 
@@ -112,7 +112,7 @@ def test_comfyui_opens_and_decodes_it(
     encode: Encode,
     load_in_comfyui: Callable[[Path], dict[str, torch.Tensor]],
 ) -> None:
-    """LoadLatent gives what VAEEncode gave, in ComfyUI's own shape, and VAEDecode takes it."""
+    """LoadLatent gives VAEEncode's result, in ComfyUI's own shape, and VAEDecode accepts it."""
     response = encode("photo.jpg", latent_format="comfy", vae_model_name=vae_name, megapixels=0.01)
     loaded = load_in_comfyui(Path(response.latent_file_path))
     assert tuple(loaded["samples"].shape) == shape
@@ -122,18 +122,18 @@ def test_comfyui_opens_and_decodes_it(
             encoder.runtime.load_image((IMAGES / "photo.jpg").read_bytes(), ".jpg"), "lanczos", 0.01
         )
         torch.testing.assert_close(loaded["samples"], encoder.runtime.encode(vae, scaled), atol=2e-5, rtol=0)
-        (picture,) = encoder.runtime.nodes["VAEDecode"]().decode(vae, loaded)
+        (decoded,) = encoder.runtime.nodes["VAEDecode"]().decode(vae, loaded)
     left, upper, right, lower = response.metadata.crop
-    assert tuple(picture.shape) == (1, lower - upper, right - left, 3)
+    assert tuple(decoded.shape) == (1, lower - upper, right - left, 3)
     if vae_name == TINY_VAE:  # the other one's weights are random
-        assert (picture - scaled[:, upper:lower, left:right]).abs().mean() < 0.1
+        assert (decoded - scaled[:, upper:lower, left:right]).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize(("frames", "shape"), [(True, (1, 16, 1, 3, 5)), (False, (1, 16, 3, 5))])
 def test_what_comfyui_saves_is_read(
     frames: bool, shape: tuple[int, ...], encoder: LatentEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of its SaveLatent node; and ours has the same tensors."""
+    """A file of ComfyUI's SaveLatent node is read; ours has the same tensors."""
     monkeypatch.setattr(importlib.import_module("folder_paths"), "output_directory", str(tmp_path))
     samples = torch.randn(shape)
     encoder.runtime.nodes["SaveLatent"]().save({"samples": samples}, "saved")
@@ -154,32 +154,17 @@ def test_what_comfyui_saves_is_read(
     st.dictionaries(st.text(), st.text() | st.integers() | st.none()),
 )
 def test_any_latent_comes_back(
-    shape: tuple[int, int, int, int], latent_format: LatentFormat, frames: bool, header: dict[str, str | int | None]
+    shape: tuple[int, int, int, int], latent_format: FileFormat, frames: bool, header: dict[str, str | int | None]
 ) -> None:
-    """In four dimensions, whatever its shape and header; and its bytes are the same each time."""
+    """Any shape and header is read back in four dimensions, and the bytes are the same each time."""
     latent = torch.randn(shape)
     data = latent_bytes(latent, latent_format, frames=frames, header=header)
     assert torch.equal(read_latent(data, latent_format), latent)
     assert latent_bytes(latent.clone(), latent_format, frames=frames, header=header) == data
 
 
-@pytest.mark.parametrize("latent_format", FORMATS)
-def test_request_that_comes_again_is_answered_from_its_files(
-    latent_format: LatentFormat, encoder: LatentEncoder, settings: Settings, tmp_path: Path
-) -> None:
-    """In its own format; in another one it is encoded, and has a file of its own."""
-    response = encoder.encode(request_for(settings, tmp_path, "photo.jpg", {"latent_format": latent_format}))
-    assert response.metadata.latent_format == latent_format
-    for other in FORMATS:
-        request = request_for(settings, tmp_path, "photo.jpg", {"latent_format": other})
-        assert encoder.stored_answer(request) == (response if other == latent_format else None)
-    latent = Path(response.latent_file_path)
-    latent.write_bytes(latent.read_bytes()[:-1] + b"\xff")
-    assert encoder.stored_answer(request_for(settings, tmp_path, "photo.jpg", {"latent_format": latent_format})) is None
-
-
 def test_kafka_request_may_ask_for_a_format(settings: Settings) -> None:
-    """By the field of that name; another word is refused with what there is."""
+    """The field has that name; another word is refused with the list of formats."""
 
     def asked(latent_format: str) -> str:
         value = json.dumps({"image_path": "x.png", "latent_format": latent_format}).encode()
@@ -191,7 +176,7 @@ def test_kafka_request_may_ask_for_a_format(settings: Settings) -> None:
 
 
 def test_mistyped_format_is_an_invalid_request(run_main: RunMain) -> None:
-    """On the command line, as any field that is out of range."""
+    """The command line refuses it like any field that is out of range."""
     done = run_main("--image_path", IMAGES / "photo.jpg", "--latent-format", "safetensor")
     response = json.loads(done.stdout)
     assert (done.returncode, response["error_code"]) == (1, "INVALID_REQUEST")
@@ -235,7 +220,7 @@ def compressed(path: Path) -> None:
 
 
 NOT_PLAIN = "its tensor is not a plain, contiguous one of floating-point numbers"
-NOT_TORCH = "it is truncated, or no plain tensor that torch.save wrote"
+NOT_TORCH = "it is truncated, or not a plain tensor that torch.save wrote"
 NOT_SAFETENSORS = "it is empty, truncated or not a safetensors file"
 PLAIN, OTHER = torch.zeros(1, 4, 2, 2), torch.zeros(4, 4)
 UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -248,7 +233,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     "archive.pt": (archive_with_code, NOT_TORCH),
     "pickle.latent": (pickle_with_code, NOT_SAFETENSORS),
     "compressed.pt": (compressed, NOT_TORCH),
-    "dict.pt": (save_of({"samples": PLAIN}), "it holds no tensor but something else (dict)"),
+    "dict.pt": (save_of({"samples": PLAIN}), "it holds no tensor, but an object of the type dict"),
     "matrix.pt": (save_of(OTHER), "its tensor of shape [4, 4] is not the latent of one image"),
     "huge.pt": (save_of(torch.zeros(1).expand(1, 16, 10**6, 10**6)), NOT_PLAIN),
     "sparse.pt": (save_of(torch.zeros(1, 4, 2, 2).to_sparse()), NOT_PLAIN),
@@ -260,7 +245,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other.safetensors": (tensors_of(weight=OTHER), "it has no tensor named latent"),
     "other.latent": (tensors_of(latent=PLAIN), "it has no tensor named latent_tensor"),
-    "early.latent": (tensors_of(latent_tensor=PLAIN), "it is of an early ComfyUI, which scaled latents"),
+    "early.latent": (tensors_of(latent_tensor=PLAIN), "an early ComfyUI wrote it, which scaled latents"),
     "video.latent": (
         tensors_of(latent_tensor=torch.zeros(1, 16, 3, 2, 2), latent_format_version_0=torch.empty(0)),
         "its tensor of shape [1, 16, 3, 2, 2] is not the latent of one image",
@@ -274,7 +259,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_is_no_latent_is_refused(name: str, tmp_path: Path) -> None:
-    """In one sentence with the file and what is wrong with it; nothing in it is run."""
+    """One sentence names the file and its fault; no code in it is run."""
     make, reason = UNREADABLE[name]
     path = tmp_path / name
     make(path)

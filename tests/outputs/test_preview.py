@@ -1,4 +1,4 @@
-"""The picture of a latent against ComfyUI's own previewer, and beside the image that it is of."""
+"""The preview: a latent as an image, against ComfyUI's own previewer, and beside the scaled image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latent_encoder.geometry import Box
-from latent_encoder.outputs.preview import latent_picture, preview_image
+from latent_encoder.outputs.preview import latent_image, preview_image
 from latent_encoder.releases import is_older
 from latent_encoder.vae.families import FAMILIES
 from service import LatentEncoder
@@ -31,7 +31,7 @@ def random_latent(channels: int, height: int = 5, width: int = 7) -> Tensor:
 
 
 def comfyui_preview(latent: Tensor, known: Any) -> Any:
-    """The pixels that a sampler of stock ComfyUI shows for a latent of its model."""
+    """Return the pixels that a sampler of stock ComfyUI shows for a latent of its model."""
     previewer = importlib.import_module("latent_preview").Latent2RGBPreviewer(
         known.latent_rgb_factors, known.latent_rgb_factors_bias, getattr(known, "latent_rgb_factors_reshape", None)
     )
@@ -40,7 +40,7 @@ def comfyui_preview(latent: Tensor, known: Any) -> Any:
 
 
 @pytest.mark.parametrize("latent_space", LATENT_SPACES)
-def test_the_picture_is_comfyuis_own_preview(encoder: LatentEncoder, latent_space: str) -> None:
+def test_the_image_is_comfyuis_own_preview(encoder: LatentEncoder, latent_space: str) -> None:
     known: Any = encoder.runtime.latent_format(latent_space)
     if known is None:
         assert latent_space in NEW
@@ -50,11 +50,11 @@ def test_the_picture_is_comfyuis_own_preview(encoder: LatentEncoder, latent_spac
         assert known.latent_rgb_factors is None
         return
     latent = random_latent(known.latent_channels)
-    picture = latent_picture(encoder.runtime, latent, latent_space)
-    assert picture.dtype == torch.float32
+    latent_shown = latent_image(encoder.runtime, latent, latent_space)
+    assert latent_shown.dtype == torch.float32
     expected = comfyui_preview(latent, known)
-    assert np.unique(expected).size > 20, "a picture of few values would prove little"
-    assert np.array_equal((picture[0] * 0xFF).to(torch.uint8).numpy(), expected)
+    assert np.unique(expected).size > 20, "an image of few values would prove little"
+    assert np.array_equal((latent_shown[0] * 0xFF).to(torch.uint8).numpy(), expected)
 
 
 @pytest.mark.parametrize(("latent_space", "channels"), [("HunyuanImage21Refiner", 32), ("SeedVR2", 16), ("CogVideoX", 16)])
@@ -63,43 +63,43 @@ def test_a_family_without_colours_has_the_principal_components(
 ) -> None:
     """Also the refiner of HunyuanImage, whose class has twice the channels that its VAE gives."""
     latent = random_latent(channels)
-    expected = latent_picture(encoder.runtime, latent, None)
-    assert torch.equal(latent_picture(encoder.runtime, latent, latent_space), expected)
+    expected = latent_image(encoder.runtime, latent, None)
+    assert torch.equal(latent_image(encoder.runtime, latent, latent_space), expected)
 
 
 def test_a_latent_format_is_a_class_of_that_module(encoder: LatentEncoder) -> None:
-    """Its name may come from a file of metadata, which must not reach into whatever else the module has."""
+    """The name may come from a metadata file, and must not reach anything else in the module."""
     assert encoder.runtime.latent_format("Wan21") is not None
     for name in ("torch", "NoSuchModel", "__doc__"):
         assert encoder.runtime.latent_format(name) is None
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16, 128])
-def test_a_latent_without_known_colours_has_a_picture_too(encoder: LatentEncoder, events: Events, channels: int) -> None:
-    picture = latent_picture(encoder.runtime, random_latent(channels), None)
-    assert picture.shape == (1, 5, 7, 3)
-    assert picture.dtype == torch.float32
-    assert 0 <= picture.min() < 0.4
-    assert 0.6 < picture.max() <= 1
+def test_a_latent_without_known_colours_has_an_image_too(encoder: LatentEncoder, events: Events, channels: int) -> None:
+    latent_shown = latent_image(encoder.runtime, random_latent(channels), None)
+    assert latent_shown.shape == (1, 5, 7, 3)
+    assert latent_shown.dtype == torch.float32
+    assert 0 <= latent_shown.min() < 0.4
+    assert 0.6 < latent_shown.max() <= 1
     assert events("the preview has no true colours") != []
 
 
 def test_colours_of_another_number_of_channels_are_not_used(encoder: LatentEncoder) -> None:
     latent = random_latent(4)
-    assert torch.equal(latent_picture(encoder.runtime, latent, "Wan21"), latent_picture(encoder.runtime, latent, None))
+    assert torch.equal(latent_image(encoder.runtime, latent, "Wan21"), latent_image(encoder.runtime, latent, None))
 
 
 def test_what_differs_most_is_red(encoder: LatentEncoder) -> None:
     latent = 0.1 * random_latent(8)
     latent[0, 5, :, :3] += 10  # the left half is bright in one channel
-    picture = latent_picture(encoder.runtime, latent, None)[0]
-    assert picture[:, :3, 0].min() > picture[:, 3:, 0].max() + 0.2
-    assert abs(float(picture[:, :3, 1].mean() - picture[:, 3:, 1].mean())) < 0.1
+    latent_shown = latent_image(encoder.runtime, latent, None)[0]
+    assert latent_shown[:, :3, 0].min() > latent_shown[:, 3:, 0].max() + 0.2
+    assert abs(float(latent_shown[:, :3, 1].mean() - latent_shown[:, 3:, 1].mean())) < 0.1
 
 
 def test_a_latent_that_is_the_same_everywhere_is_grey(encoder: LatentEncoder) -> None:
-    picture = latent_picture(encoder.runtime, torch.full((1, 6, 4, 4), 3.0), None)
-    assert torch.equal(picture, torch.full((1, 4, 4, 3), 0.5))
+    latent_shown = latent_image(encoder.runtime, torch.full((1, 6, 4, 4), 3.0), None)
+    assert torch.equal(latent_shown, torch.full((1, 4, 4, 3), 0.5))
 
 
 @pytest.mark.parametrize("latent_space", ["Wan21", None])
@@ -107,15 +107,15 @@ def test_what_is_not_finite_counts_as_zero(encoder: LatentEncoder, latent_space:
     broken, zero = random_latent(16), random_latent(16)
     broken[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     zero[0, 0, 0, :3] = 0
-    pictures = [latent_picture(encoder.runtime, latent, latent_space) for latent in (broken, zero)]
-    assert torch.equal(*pictures)
+    shown = [latent_image(encoder.runtime, latent, latent_space) for latent in (broken, zero)]
+    assert torch.equal(*shown)
 
 
 def test_the_preview_has_what_is_covered_at_the_left_and_the_latent_at_the_right() -> None:
     scaled = torch.rand(1, 21, 19, 3, generator=torch.Generator().manual_seed(0))
-    picture = torch.zeros(1, 2, 2, 3)
-    picture[0, :, 1] = 1  # its right half is white
-    image = preview_image(picture, scaled, Box(1, 2, 17, 18), factor=8)
+    latent_shown = torch.zeros(1, 2, 2, 3)
+    latent_shown[0, :, 1] = 1  # its right half is white
+    image = preview_image(latent_shown, scaled, Box(1, 2, 17, 18), factor=8)
     assert image.shape == (1, 16, 32, 3)
     assert torch.equal(image[:, :, :16], scaled[:, 2:18, 1:17])
     assert image[:, :, 16:20].max() < 0.1
@@ -126,11 +126,11 @@ def test_without_a_crop_the_whole_image_is_shown() -> None:
     assert preview_image(torch.zeros(1, 2, 3, 3), torch.ones(1, 16, 24, 3), None, factor=8).shape == (1, 16, 48, 3)
 
 
-def test_a_picture_alone_is_upscaled_by_the_factor() -> None:
-    picture = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    image = preview_image(picture, None, None, factor=8)
+def test_an_image_alone_is_upscaled_by_the_factor() -> None:
+    latent_shown = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    image = preview_image(latent_shown, None, None, factor=8)
     assert image.shape == (1, 16, 24, 3)
-    assert torch.allclose(image.mean((1, 2)), picture.mean((1, 2)), atol=0.1)
+    assert torch.allclose(image.mean((1, 2)), latent_shown.mean((1, 2)), atol=0.1)
 
 
 def test_overshoot_of_the_scaled_image_is_clipped() -> None:

@@ -1,4 +1,4 @@
-"""Previews and round trips as requests get them: the files, the numbers, and what is refused."""
+"""Preview and roundtrip image as requests get them: the files, the numbers, and the refusals."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def seeing_settings(settings: Settings) -> Settings:
 
 @pytest.fixture(scope="module")
 def seeing(encoder: LatentEncoder, seeing_settings: Settings) -> LatentEncoder:
-    """An encoder with PREVIEW and ROUNDTRIP."""
+    """Return an encoder with PREVIEW and ROUNDTRIP."""
     return LatentEncoder(seeing_settings, encoder.runtime)
 
 
 @pytest.fixture
 def look(seeing: LatentEncoder, settings: Settings, tmp_path: Path) -> Look:
-    """As `encode`, with PREVIEW and ROUNDTRIP."""
+    """Encode like the fixture `encode`, with PREVIEW and ROUNDTRIP."""
     return lambda image, **fields: seeing.encode(request_for(settings, tmp_path, image, {"megapixels": 0.01, **fields}))
 
 
@@ -56,12 +56,12 @@ def pixels(path: str | Path | None) -> Any:
 
 
 def covered(response: SuccessResponse) -> Any:
-    """The pixels that the latent covers, of the scaled image's file."""
+    """Return the pixels of the scaled image's file that the latent covers."""
     left, upper, right, lower = response.metadata.crop
     return pixels(response.scaled_image_path)[upper:lower, left:right]
 
 
-def digest(path: str | None) -> str:
+def checksum_of(path: str | None) -> str:
     assert path is not None
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -80,7 +80,7 @@ def test_the_trained_vae_gives_back_what_it_got(look: Look) -> None:
 
 
 @pytest.mark.parametrize("vae", [TINY_VAE, "random_kl.safetensors", "taesd", "pixel_space"])
-def test_a_request_gets_two_pictures_more(look: Look, tmp_path: Path, vae: str) -> None:
+def test_a_request_gets_two_images_more(look: Look, tmp_path: Path, vae: str) -> None:
     response = look("photo.jpg", vae_model_name=vae)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
@@ -92,9 +92,9 @@ def test_a_request_gets_two_pictures_more(look: Look, tmp_path: Path, vae: str) 
     }
     metadata = Metadata.model_validate_json((tmp_path / "latent_photo_test.pt.json").read_text())
     assert metadata == response.metadata
-    assert metadata.preview_sha256 == digest(response.preview_path)
+    assert metadata.preview_sha256 == checksum_of(response.preview_path)
     assert metadata.roundtrip is not None
-    assert metadata.roundtrip.image_sha256 == digest(response.roundtrip_path)
+    assert metadata.roundtrip.image_sha256 == checksum_of(response.roundtrip_path)
     assert metadata.timings_ms.roundtrip > 0
 
     expected = covered(response)
@@ -106,7 +106,7 @@ def test_a_request_gets_two_pictures_more(look: Look, tmp_path: Path, vae: str) 
 
 
 def test_odd_sizes_are_cropped(look: Look) -> None:
-    """Neither side of the scaled image is a multiple of eight, and the comparison is with what the latent covers."""
+    """Neither side of the scaled image is a multiple of eight, and the comparison is with the part that the latent covers."""
     response = look("astronaut.png", megapixels=0.05)
     left, upper, right, lower = response.metadata.crop
     height, width, _ = response.metadata.scaled_image_shape
@@ -118,8 +118,8 @@ def test_odd_sizes_are_cropped(look: Look) -> None:
 
 
 @pytest.mark.parametrize("vae", [TINY_VAE, "taesd"])
-def test_the_decoded_picture_is_what_a_whole_vae_gives(look: Look, encoder: LatentEncoder, vae: str) -> None:
-    """The encoder's weights that are gone change nothing."""
+def test_the_decoded_image_is_that_of_a_whole_vae(look: Look, encoder: LatentEncoder, vae: str) -> None:
+    """The weights that the fast encoder drops do not change the decoded image."""
     response = look("photo.jpg", vae_model_name=vae)
     latent = load_latent(response.latent_file_path)
     samples = latent.unsqueeze(2) if vae == TINY_VAE else latent
@@ -130,26 +130,26 @@ def test_the_decoded_picture_is_what_a_whole_vae_gives(look: Look, encoder: Late
     assert encoder.runtime.version == response.metadata.comfyui_version
 
 
-def test_the_latent_is_the_same_as_without_pictures(look: Look, encode: Encode) -> None:
-    with_pictures = load_latent(look("photo.jpg", megapixels=0.02).latent_file_path)
-    assert torch.equal(with_pictures, load_latent(encode("photo.jpg").latent_file_path))
+def test_the_latent_is_the_same_as_without_more_images(look: Look, encode: Encode) -> None:
+    with_images = load_latent(look("photo.jpg", megapixels=0.02).latent_file_path)
+    assert torch.equal(with_images, load_latent(encode("photo.jpg").latent_file_path))
 
 
-def test_equal_pictures_have_no_noise(look: Look) -> None:
+def test_equal_images_have_no_noise(look: Look) -> None:
     metadata = look("photo.jpg", vae_model_name="pixel_space").metadata
     assert metadata.latent_space == "ChromaRadiance"
     assert metadata.roundtrip is not None
     assert (metadata.roundtrip.psnr_db, metadata.roundtrip.ssim) == (None, 1.0)
 
 
-def test_a_picture_smaller_than_the_window_has_no_similarity(look: Look) -> None:
+def test_an_image_smaller_than_the_window_has_no_similarity(look: Look) -> None:
     """Four pixels wide; SSIM looks at seven."""
     measured = look("5x4000.png", megapixels=0.01, vae_model_name="pixel_space").metadata.roundtrip
     assert measured is not None
     assert measured.ssim is None
 
 
-def test_numbers_of_pictures_that_are_known() -> None:
+def test_numbers_of_images_that_are_known() -> None:
     grey, lighter = torch.full((1, 8, 8, 3), 100 / 255), torch.full((1, 8, 8, 3), 110 / 255)
     assert psnr(lighter, grey) == pytest.approx(20 * math.log10(25.5), abs=0.005)
     assert psnr(grey, grey) is None
@@ -183,7 +183,7 @@ def test_without_the_settings_nothing_is_drawn(encode: Encode, tmp_path: Path) -
 def test_a_vae_that_cannot_decode_is_refused(
     model_dir: Path, look: Look, encode: Encode, tmp_path: Path, damage: Callable[[Any], Any], words: str
 ) -> None:
-    """It encodes as ever; ComfyUI would decode with whatever the memory held before."""
+    """It still encodes; ComfyUI would decode with uninitialised memory."""
     weights = load_file(TINY)
     damage(weights)
     save_file(weights, model_dir / "vae" / "cannot_decode.safetensors")
@@ -213,12 +213,12 @@ def test_lack_of_memory_for_the_decode_fails_the_request(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_of_another_size_is_no_comparison(seeing: LatentEncoder) -> None:
+def test_an_image_of_another_size_is_no_comparison(seeing: LatentEncoder) -> None:
     with torch.inference_mode(), pytest.raises(EncodingFailed, match=r"40 x 40 px image to a tensor of \[1, 32, 40, 3\]"):
         decode(seeing.runtime, seeing.vaes.get(TINY_VAE), torch.zeros(1, 16, 4, 5), Size(40, 40))
 
 
-def test_values_that_are_not_finite_are_no_picture(seeing: LatentEncoder) -> None:
+def test_values_that_are_not_finite_are_no_image(seeing: LatentEncoder) -> None:
     with torch.inference_mode(), pytest.raises(EncodingFailed, match="decodes to values that are not finite"):
         decode(seeing.runtime, seeing.vaes.get(TINY_VAE), torch.full((1, 16, 4, 5), math.nan), Size(40, 32))
 
@@ -242,26 +242,7 @@ def test_the_memory_of_weights_that_nobody_uses_is_given_back(encoder: LatentEnc
     )
 
 
-def test_a_stored_answer_has_the_pictures_that_are_asked_for(
-    encoder: LatentEncoder, seeing: LatentEncoder, settings: Settings, tmp_path: Path
-) -> None:
-    request = request_for(settings, tmp_path, "photo.jpg", {})
-    first = encoder.encode(request)
-    assert encoder.stored_answer(request) == first
-    assert seeing.stored_answer(request) is None, "it has no pictures yet"
-
-    drawn = seeing.encode(request)
-    assert seeing.stored_answer(request) == drawn
-    assert encoder.stored_answer(request) == drawn, "they are there, though not asked for"
-
-    Path(str(drawn.preview_path)).write_bytes(b"damaged")
-    assert seeing.stored_answer(request) is None
-    stored = encoder.stored_answer(request)
-    assert stored is not None
-    assert (stored.preview_path, stored.roundtrip_path) == (None, drawn.roundtrip_path)
-
-
-def test_pictures_of_another_run_do_not_stay_beside_its_latent(look: Look, encode: Encode, tmp_path: Path) -> None:
+def test_images_of_another_run_do_not_stay_beside_its_latent(look: Look, encode: Encode, tmp_path: Path) -> None:
     assert look("photo.jpg").preview_path == str(tmp_path / "preview_photo_test.png")
     encode("photo.jpg", megapixels=0.03)
     assert len(list(tmp_path.iterdir())) == 3
@@ -276,17 +257,17 @@ def test_metadata_of_the_version_before_can_still_be_read(encode: Encode, tmp_pa
     assert Metadata.model_validate(fields).roundtrip is None
 
 
-def test_pictures_need_space_too(look: Look, tmp_path: Path) -> None:
+def test_images_need_space_too(look: Look, tmp_path: Path) -> None:
     """Noise does not compress, and pixel space keeps all of it."""
     noise = torch.randint(256, (128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
     response = look(tmp_path / "noise.png", vae_model_name="pixel_space", output_dir=str(tmp_path / "out"))
     height, width, _ = response.metadata.scaled_image_shape
     taken = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert space_needed(Size(width, height), 1, 3) < taken < space_needed(Size(width, height), 1, 3, pictures=4)
+    assert space_needed(Size(width, height), 1, 3) < taken < space_needed(Size(width, height), 1, 3, images=4)
 
 
-def test_the_command_line_names_the_pictures(run_main: RunMain, tmp_path: Path) -> None:
+def test_the_command_line_names_the_images(run_main: RunMain, tmp_path: Path) -> None:
     arguments = ("--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02", "--device", "cpu")
     done = run_main(*arguments, "--preview", "--roundtrip", "--request_id", "1")
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,7 @@ from errors import ErrorCode
 from latent_encoder.images.features import ImageNote
 from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
 from latent_encoder.kafka.records import DLQ_HEADERS
+from latent_encoder.requests import parse_request
 from main import main
 from models import EncodeRequest, Metadata, ResponseMessage, SuccessResponse
 from tests import pages
@@ -332,7 +333,7 @@ def test_every_page_is_reached_from_the_readme() -> None:
 def test_messages_of_the_api_are_the_models() -> None:
     """The request, and a response of each kind, have the fields that the service reads and writes, in its order."""
     request, *responses = map(json.loads, re.findall(r"```json\n(.*?)```", section(API, "Kafka integration"), re.DOTALL))
-    assert EncodeRequest.from_fields(request, {}).model_dump() == request
+    assert parse_request(request, {}).model_dump() == request
     assert request.keys() == EncodeRequest.model_fields.keys()
     for response in responses:
         assert list(response) == list(ResponseMessage.model_fields)

@@ -15,8 +15,9 @@ from jsonschema import Draft202012Validator
 from config import VERSION, Settings
 from errors import InvalidRequest, RequestError
 from latent_encoder.kafka.records import DLQ_HEADERS, Incoming, response_record
+from latent_encoder.requests import parse_request
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS, EncodeRequest, ErrorResponse, Response, ResponseMessage, UpscaleMethod
-from scripts.write_schemas import ANSWERED_AT, ASYNCAPI, FOLDER, REQUEST, RESPONSE, documents, example_success
+from scripts.write_schemas import ASYNCAPI, FOLDER, REQUEST, RESPONDED_AT, RESPONSE, documents, example_success
 
 REQUEST_SCHEMA = json.loads((FOLDER / REQUEST).read_text(encoding="utf-8"))
 RESPONSE_SCHEMA = json.loads((FOLDER / RESPONSE).read_text(encoding="utf-8"))
@@ -29,7 +30,7 @@ OPTIONAL = sorted(EncodeRequest.model_fields.keys() - IMAGE.keys())
 
 def is_accepted(fields: dict[str, Any]) -> bool:
     try:
-        EncodeRequest.from_fields(fields, {})
+        parse_request(fields, {})
     except InvalidRequest:
         return False
     return True
@@ -75,7 +76,7 @@ def test_defaults_are_the_requests() -> None:
     """Those that the schema states are those that a request gets; an id that is made anew is none of them."""
     properties = REQUEST_SCHEMA["properties"]
     stated = {name: field["default"] for name, field in properties.items() if "default" in field}
-    request = EncodeRequest.from_fields(IMAGE, {})
+    request = parse_request(IMAGE, {})
     assert stated == request.model_dump(exclude={"image_path", "request_id"})
 
 
@@ -175,7 +176,7 @@ def test_schema_and_service_agree(fields: dict[str, Any]) -> None:
 def written(response: Response) -> Any:
     """What stands in the record of a response."""
     record = Incoming("requests", partition=0, offset=0, timestamp=None, key=None, value=None, headers=())
-    value = response_record(record, ResponseMessage.of(response, None, ANSWERED_AT), "responses").value
+    value = response_record(record, ResponseMessage.of(response, None, RESPONDED_AT), "responses").value
     assert value is not None
     return json.loads(value)
 
@@ -183,7 +184,7 @@ def written(response: Response) -> Any:
 @pytest.mark.parametrize("error", RequestError.__subclasses__())
 def test_every_error_response_validates(error: type[RequestError]) -> None:
     """Whatever its code."""
-    RESPONSES.validate(written(ErrorResponse.of(error("Went wrong."), "id", ANSWERED_AT)))
+    RESPONSES.validate(written(ErrorResponse.of(error("Went wrong."), "id", RESPONDED_AT)))
 
 
 @pytest.mark.parametrize("changed", [{}, {"vae_sha256": None}, {"image_notes": ("alpha_dropped",)}])

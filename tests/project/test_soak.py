@@ -107,7 +107,7 @@ def test_dead_letters_say_why_and_of_what(ledger: Ledger) -> None:
     assert [entry.wrong for entry in ledger.entries] == [False, True, True]
 
 
-def test_repeated_requests_get_the_stored_answer(ledger: Ledger, files: Path) -> None:
+def test_repeated_requests_get_the_stored_response(ledger: Ledger, files: Path) -> None:
     """Metadata of another run mean that it was encoded again."""
     for stored in ({"timestamp": "then"}, {"timestamp": "before"}):
         ledger.entries.clear()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from latent_encoder.outputs.files import output_files
-from latent_encoder.standalone.inputs import OUR_PICTURES, Inputs, Refusal, UnusableInputs, find_images, inputs_of
+from latent_encoder.standalone.inputs import OUR_IMAGES, Inputs, Refusal, UnusableInputs, find_images, inputs_of
 from latent_encoder.standalone.selection import ImageSelection
 from models import EncodeRequest
 
@@ -76,7 +76,7 @@ def test_own_pictures_are_no_input(photos: Path) -> None:
     """Where files are written into the folder of the images, the next run leaves them out, by whatever name of the folder."""
     files = output_files(str(photos), "b.png", "1")
     ours = [files.scaled_image, files.preview, files.roundtrip]
-    assert {re.sub("b_1.png", "", file.name) for file in ours} == set(OUR_PICTURES)
+    assert {re.sub("b_1.png", "", file.name) for file in ours} == set(OUR_IMAGES)
     for file in ours:
         file.touch()
     (photos / "below" / "preview_of_mine.png").touch()

@@ -22,6 +22,7 @@ from config import Settings
 from errors import ErrorCode, ImageInvalid, SetupError
 from latent_encoder.kafka.jobs import RecordJob
 from latent_encoder.kafka.records import Incoming
+from latent_encoder.requests import parse_request
 from latent_encoder.stages import Stages
 from latent_encoder.telemetry.health import HEARTBEAT_LIMIT_S, Health
 from latent_encoder.telemetry.http_server import http_server
@@ -156,7 +157,7 @@ def test_port_in_use_is_a_setup_error(settings: Settings) -> None:
 
 def request_job(tmp_path: Path, settings: Settings) -> RecordJob:
     fields = {"image_path": str(IMAGES / "photo.jpg"), "output_dir": str(tmp_path)}
-    request = EncodeRequest.from_fields(fields, settings.request_defaults)
+    request = parse_request(fields, settings.request_defaults)
     return RecordJob(Incoming("requests", 0, 0, None, None, b"{}", ()), request)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from safetensors.torch import load_file
 
 from config import Settings
 from errors import ErrorCode
-from service import COMFYUI_METHODS, LatentEncoder
+from latent_encoder.images.scaling import COMFYUI_METHODS
+from models import UpscaleMethod
+from service import LatentEncoder
 from tests.helpers import IMAGES, TINY_VAE, VAE, Encode, load_latent, request_for, stock
 from tests.trees import FACTS, LACKING, needs_tiny_vae
 
 pytestmark = pytest.mark.core
 
-METHODS = ("lanczos", "nearest", "nearest-exact", "bilinear", "bicubic", "area")
+METHODS: tuple[UpscaleMethod, ...] = get_args(UpscaleMethod)
 FAMILIES = (TINY_VAE, "random_wan.safetensors", "random_kl.safetensors", "taesd", "pixel_space")
 ODD_FILES = (
     "5x4000.png",

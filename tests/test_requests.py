@@ -1,4 +1,4 @@
-"""What a request may say, and how it is told where it is wrong."""
+"""Requests: their defaults, their limits, and the messages for wrong ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import ErrorCode, InvalidRequest, RequestError, translated
-from models import EncodeRequest, request_id_of
+from errors import ErrorCode, InvalidRequest
+from latent_encoder.requests import parse_request, request_id_of
+from models import EncodeRequest
 
 IMAGE = {"image_path": "photo.jpg"}
 
 
 def test_defaults_are_the_specifications() -> None:
     """Only the image must be named; the request id is a new UUID4 each time."""
-    first, second = (EncodeRequest.from_fields(IMAGE, {}) for _ in range(2))
+    first, second = (parse_request(IMAGE, {}) for _ in range(2))
     assert (first.vae_model_name, first.upscale_method) == ("qwen_image_vae.safetensors", "lanczos")
     assert (first.megapixels, first.output_dir) == (1.0, "./output")
     assert UUID(first.request_id).version == 4
@@ -27,14 +28,14 @@ def test_defaults_are_the_specifications() -> None:
 
 
 def test_settings_fill_what_is_absent_or_null() -> None:
-    """A null is as good as no field at all."""
-    request = EncodeRequest.from_fields({**IMAGE, "megapixels": None}, {"megapixels": 2.0, "upscale_method": "area"})
+    """A null counts as absent."""
+    request = parse_request({**IMAGE, "megapixels": None}, {"megapixels": 2.0, "upscale_method": "area"})
     assert (request.megapixels, request.upscale_method) == (2.0, "area")
 
 
 def test_unknown_fields_are_ignored() -> None:
-    """A newer sender may say more than we know."""
-    assert EncodeRequest.from_fields({**IMAGE, "priority": 7}, {}).image_path == "photo.jpg"
+    """A newer sender may send more fields than we know."""
+    assert parse_request({**IMAGE, "priority": 7}, {}).image_path == "photo.jpg"
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_unknown_fields_are_ignored() -> None:
     ],
 )
 def test_wrong_value_is_refused_by_the_fields_name(field: str, value: object) -> None:
-    """INVALID_REQUEST, whose message begins with the field."""
+    """The code is INVALID_REQUEST, and the message begins with the field."""
     with pytest.raises(InvalidRequest, match=f"^Invalid request: {field}: ") as caught:
-        EncodeRequest.from_fields({**IMAGE, field: value}, {})
+        parse_request({**IMAGE, field: value}, {})
     assert caught.value.code == ErrorCode.INVALID_REQUEST
     assert "pydantic" not in str(caught.value)
 
@@ -81,64 +82,24 @@ def test_wrong_value_is_refused_by_the_fields_name(field: str, value: object) ->
 @pytest.mark.parametrize("value", [0.01, 1, 16, 16.0])
 def test_limits_themselves_are_in_range(value: float) -> None:
     """0.01 and 16 are ComfyUI's own limits; a whole number is a number."""
-    assert EncodeRequest.from_fields({**IMAGE, "megapixels": value}, {}).megapixels == value
+    assert parse_request({**IMAGE, "megapixels": value}, {}).megapixels == value
 
 
 @given(st.dictionaries(st.sampled_from([*EncodeRequest.model_fields, "other"]), st.text() | st.floats() | st.none()))
 def test_any_fields_give_a_request_or_invalid_request(fields: dict[str, Any]) -> None:
-    """No input raises anything else, and its id can always be answered under."""
+    """No input raises anything else, and there is always an id for the response."""
     try:
-        request = EncodeRequest.from_fields(fields, {})
+        request = parse_request(fields, {})
     except InvalidRequest:
         assert request_id_of(fields)
     else:
         assert request.request_id == (fields.get("request_id") or request.request_id)
 
 
-def test_invalid_request_is_answered_under_its_own_id() -> None:
-    """Where the id itself is usable; else under a new one."""
+def test_invalid_request_gets_a_response_with_its_own_id() -> None:
+    """If the id itself is invalid, the response has a new one."""
     assert request_id_of({"request_id": "mine", "megapixels": 0}) == "mine"
     assert UUID(request_id_of({"request_id": 7})).version == 4
-
-
-def error_classes(base: type[RequestError] = RequestError) -> list[type[RequestError]]:
-    return [*base.__subclasses__()]
-
-
-def test_every_code_has_one_class() -> None:
-    """The hierarchy is closed: a class for each code and a code for each class."""
-    assert sorted(error.code for error in error_classes()) == sorted(ErrorCode)
-
-
-def test_only_faults_that_may_pass_are_retryable() -> None:
-    """A full disk or a failed encode may go well next time; a bad request never does."""
-    retryable = {error.code for error in error_classes() if error.retryable}
-    assert retryable == {ErrorCode.OUTPUT_DIR_NOT_WRITABLE, ErrorCode.ENCODING_FAILED}
-
-
-@pytest.mark.parametrize(
-    "fault", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
-)
-@pytest.mark.parametrize("error", error_classes())
-def test_lack_of_memory_is_never_the_requests_fault(error: type[RequestError], fault: Exception) -> None:
-    """Whatever the step, memory that ran out is ENCODING_FAILED, which may be retried."""
-    with pytest.raises(RequestError) as caught, translated(error, "Step"):
-        raise fault
-    assert caught.value.code == ErrorCode.ENCODING_FAILED
-    assert "memory ran out" in str(caught.value)
-
-
-def test_foreign_exception_becomes_one_line() -> None:
-    """A message of many lines, or of none, is one line for the user, and the cause is kept."""
-    with pytest.raises(InvalidRequest, match=r"^Step: a b$") as caught, translated(InvalidRequest, "Step"):
-        raise ForeignError("a\n\n  b\n")
-    assert isinstance(caught.value.__cause__, ForeignError)
-    with pytest.raises(InvalidRequest, match=r"^Step: StopIteration$"), translated(InvalidRequest, "Step"):
-        raise StopIteration
-
-
-class ForeignError(Exception):
-    """Stands for any exception of a library."""
 
 
 def nested(value: object, wrap: Callable[[object], object]) -> object:
@@ -153,6 +114,6 @@ def nested(value: object, wrap: Callable[[object], object]) -> object:
     ids=["list", "dict", "text"],
 )
 def test_deep_or_large_value_is_described(value: object) -> None:
-    """Python's own `repr` gives up on what is nested about as deeply as JSON may be."""
+    """Python's own `repr` fails on values that are nested about as deeply as JSON may be."""
     with pytest.raises(InvalidRequest, match=r"^Invalid request: megapixels: Input should be a valid number \(got .{1,80}\)$"):
-        EncodeRequest.from_fields({**IMAGE, "megapixels": value}, {})
+        parse_request({**IMAGE, "megapixels": value}, {})

@@ -1,0 +1,91 @@
+"""The metadata of a latent, with the facts that its file may hold too, and the fingerprint by which it is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+
+import torch
+
+from latent_encoder.comfy_runtime import ComfyRuntime
+from latent_encoder.geometry import size_of
+from latent_encoder.outputs.encoded import Encoded
+from latent_encoder.outputs.files import OutputFiles
+from latent_encoder.vae.loaded_vae import LoadedVae
+from models import CONTENT_FIELDS, EncodeRequest, LatentFacts, Metadata, Timings, utc_timestamp
+
+STATED_OTHERWISE = ("vae_model_name", "latent_format")
+"""Fields of a request that a fingerprint has in another form: the VAE as its checksum, the format as the path's suffix."""
+
+
+def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: bytes) -> LatentFacts:
+    """Return the facts that do not differ between two runs of the same request."""
+    prepared, request, vae = encoded.prepared, encoded.prepared.request, encoded.prepared.vae
+    image, original, scaled = encoded.image, prepared.original, size_of(prepared.scaled)
+    batch, channels, height, width = image.latent.shape
+    return LatentFacts(
+        original_image_shape=(original.height, original.width, 3),
+        scaled_image_shape=(scaled.height, scaled.width, 3),
+        latent_shape=(batch, channels, height, width),
+        vae_model_name=request.vae_model_name,
+        upscale_method=request.upscale_method,
+        megapixels=request.megapixels,
+        fit=request.fit,
+        crop=image.crop,
+        image_notes=prepared.image_notes,
+        latent_dtype=str(image.latent.dtype).removeprefix("torch."),
+        vae_dtype=vae.dtype,
+        encoder=image.encoder,
+        tiled=image.tiled,
+        device=vae.device,
+        comfyui_version=runtime.version,
+        image_decoder=runtime.decoder,
+        torch_version=torch.__version__,
+        image_sha256=prepared.image_sha256,
+        vae_sha256=vae.sha256,
+        scaled_image_sha256=checksum(scaled_image_png),
+        latent_format=request.latent_format,
+        latent_space=vae.latent_space,
+    )
+
+
+def metadata_of(encoded: Encoded, facts: LatentFacts, latent: bytes, preview: bytes | None, moment: datetime) -> Metadata:
+    """Return the metadata of a request's files: the facts, and the timings and checksums of this run.
+
+    `latent` and `preview` are the bytes of those files, `moment` is the time to state.
+    """
+    prepared = encoded.prepared
+    return Metadata(
+        **facts.model_dump(),
+        processing_time_ms=round(sum(prepared.timings.values())),
+        timestamp=utc_timestamp(moment),
+        timings_ms=Timings(**prepared.timings),
+        latent_sha256=checksum(latent),
+        fingerprint=prepared.fingerprint,
+        preview_sha256=checksum(preview) if preview is not None else None,
+        roundtrip=encoded.comparison and encoded.comparison.roundtrip,
+    )
+
+
+def fingerprint(request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae, runtime: ComfyRuntime) -> str:
+    """Return the SHA-256 of everything that decides content and place of the files.
+
+    If the fingerprint in stored metadata is equal to that of a new request, the files beside them are its result.
+    """
+    parts = (
+        image_sha256,
+        vae.sha256 or vae.name,
+        vae.dtype,
+        vae.encoder,
+        *(getattr(request, name) for name in CONTENT_FIELDS if name not in STATED_OTHERWISE),
+        runtime.version,
+        runtime.decoder,
+        str(files.latent),
+    )
+    return checksum(json.dumps(parts).encode())
+
+
+def checksum(data: bytes) -> str:
+    """Return the SHA-256 of the bytes in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

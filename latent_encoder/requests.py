@@ -1,0 +1,88 @@
+"""Reading a request: from bytes to fields, from fields to an `EncodeRequest`, and the text of each fault in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+from uuid import uuid4
+
+from pydantic import ValidationError
+
+from errors import InvalidRequest, MessageUnusable, one_line
+from latent_encoder.suggestions import closest
+from models import EncodeRequest
+
+LONGEST_VALUE = 80  # characters of a wrong value in an error message: enough to recognise it, and it stays on one line
+
+# Python's own `repr` fails on a deeply nested value, and takes seconds for one of some megabytes.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = LONGEST_VALUE
+
+
+def read_fields(message: bytes) -> dict[str, Any]:
+    """Return the fields of a request that is written as one JSON object in UTF-8.
+
+    Raises:
+        MessageUnusable: the message is anything else.
+    """
+    try:
+        fields = json.loads(message.decode("utf-8-sig"))
+    except UnicodeDecodeError as exc:
+        raise MessageUnusable(f"The message is not UTF-8: {one_line(exc)}.") from exc
+    except (ValueError, RecursionError) as exc:
+        raise MessageUnusable(f"The message is not JSON: {one_line(exc)}.") from exc
+    if not isinstance(fields, dict):
+        raise MessageUnusable(f"The message is JSON but not an object: {type(fields).__name__}.")
+    return fields
+
+
+def parse_request(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> EncodeRequest:
+    """Return the request with these fields. A field that is absent or null takes its value from `defaults`.
+
+    Raises:
+        InvalidRequest: a field is missing, of the wrong type or out of range; the text names each such field.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return EncodeRequest.model_validate({**defaults, **given})
+    except ValidationError as exc:
+        raise InvalidRequest(f"Invalid request: {'; '.join(descriptions(exc))}") from exc
+
+
+def request_id_of(fields: Mapping[str, Any]) -> str:
+    """Return the id for the response to an invalid request: its own if that is valid, else a new UUID4."""
+    return usable_text(fields, "request_id") or str(uuid4())
+
+
+def usable_text(fields: Mapping[str, Any], name: Literal["request_id", "correlation_id"]) -> str | None:
+    """Return that field of a request, whose other fields may be invalid, or None if the field itself is absent or invalid."""
+    try:
+        value: str | None = getattr(EncodeRequest.model_validate({"image_path": "-", name: fields[name]}), name)
+    except (KeyError, ValidationError):
+        return None
+    return value
+
+
+def descriptions(exc: ValidationError, name: Callable[[str], str] = str) -> list[str]:
+    """Return each fault that pydantic found as `field: reason (got value)`; `name` turns a field into the name to show."""
+    return [_description(dict(error), name) for error in exc.errors(include_url=False)]
+
+
+def _description(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] != "missing":
+        value = _SHORT.repr(error["input"])
+        shown = value if len(value) <= LONGEST_VALUE else value[: LONGEST_VALUE - 1] + "…"
+        reason += f" (got {shown}{_suggestion(error)})"
+    return f"{name(str(error['loc'][0]))}: {reason}"
+
+
+def _suggestion(error: Mapping[str, Any]) -> str:
+    """Suggest the allowed name that is closest to a wrong one. pydantic lists the allowed ones in a text, each in quotes."""
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    meant = closest(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return "" if meant is None else f"; did you mean {meant!r}?"
