@@ -44,8 +44,8 @@ from latent_encoder.standalone import run as standalone
 from latent_encoder.standalone.inputs import UnusableInputs
 from latent_encoder.standalone.run import OutputFailed
 from latent_encoder.standalone.selection import ImageSelection, RunOptions
-from latent_encoder.streams import STDOUT, complain, complain_at_once
 from latent_encoder.telemetry.logs import LogStyle, configure_logging, get_logger, log_style
+from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, stdout_on_stderr
 
 REPLAY_OPTIONS = ("error_codes", "since", "limit", "dry_run")
 
@@ -144,12 +144,11 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> NoReturn:
 def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> NoReturn:
     """Doctor mode: what of the installation works, even where settings cannot be used; nothing else on standard output."""
     from latent_encoder import doctor
-    from latent_encoder.doctor.report import encodable
 
     encoding = sys.stdout.encoding
     try:
         # ComfyUI prints while it is loaded, in the middle of what is told.
-        with os.fdopen(os.dup(STDOUT), "w", encoding=encoding) as stdout, standalone.stdout_on_stderr():
+        with os.fdopen(os.dup(STDOUT), "w", encoding=encoding) as stdout, stdout_on_stderr():
             status = doctor.run(
                 settings,
                 origins_of(given),
@@ -174,7 +173,7 @@ def serve(settings: Settings) -> NoReturn:
     try:
         handler = KafkaHandler(settings)
         stop_on_signals(handler.stop)
-        with http_server(settings, handler.health), standalone.stdout_on_stderr(), tracing.exported():
+        with http_server(settings, handler.health), stdout_on_stderr(), tracing.exported():
             # In a thread that ends, and OpenMP's threads with it: see stages.py.
             with handler.health.busy("start"), ThreadPoolExecutor(max_workers=1) as thread:
                 encoder = thread.submit(ready_encoder, settings).result()

@@ -17,10 +17,9 @@ import cloup
 
 from config import Settings
 from errors import one_line
-from latent_encoder import colours
 from latent_encoder.cli.completion import COMPLETE_VAR, normalised
-from latent_encoder.streams import complain, drop_unwritten, open_closed_streams
 from latent_encoder.suggestions import closest
+from latent_encoder.terminal import complain, drop_unwritten, forced_colours, open_closed_streams
 
 EXIT_ERROR_RESPONSE = 1
 EXIT_WRONG_USAGE = 2
@@ -86,7 +85,7 @@ class Command(cloup.Command):
             drop_unwritten()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.color = colours.forced()
+        ctx.color = forced_colours()
         repeated = [name for param in self.params if isinstance(param, ManyValues) for name in param.opts]
         with _wrong_usage_shown():
             return super().parse_args(ctx, spread(args, repeated))

@@ -18,14 +18,13 @@ from pathlib import Path
 
 from config import Settings
 from errors import LatentUnreadable, RequestError
-from latent_encoder import colours
 from latent_encoder.access import AllowedFolders
 from latent_encoder.inspection.findings import Inspection, inspect_latent
 from latent_encoder.inspection.pictures import Painter
 from latent_encoder.inspection.text import as_json as json_line
 from latent_encoder.inspection.text import as_text, drawing, printable, unreadable_as_json
 from latent_encoder.outputs.files import StagedFiles, open_output_folder
-from latent_encoder.streams import complain
+from latent_encoder.terminal import complain, encodable, takes_colours
 
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
@@ -81,8 +80,7 @@ class Inspector:
         preview = self._preview(inspection)
         page, page_problem = self._page(inspection) if self._html else (None, None)
         shown = json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n"
-        # A name may have letters that a terminal of another encoding than UTF-8 lacks.
-        self._echo(shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+        self._echo(encodable(shown, sys.stdout.encoding))  # a file's name may have characters that the terminal lacks
         if self._draws:
             self._draw(inspection)
         problems = [*inspection.problems, *([page_problem] if page_problem else [])]
@@ -141,7 +139,7 @@ class Inspector:
 
 def _draws_in_colour() -> bool:
     """Whether standard output takes colours, and the characters that the drawing is made of."""
-    return colours.wanted(sys.stdout) and sys.stdout.encoding.lower().startswith("utf")
+    return takes_colours(sys.stdout) and sys.stdout.encoding.lower().startswith("utf")
 
 
 def _complain(kind: str, text: str) -> None:

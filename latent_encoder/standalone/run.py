@@ -23,8 +23,8 @@ from latent_encoder.exits import end_at_once
 from latent_encoder.standalone.inputs import Inputs, inputs_of
 from latent_encoder.standalone.ordering import Batch, Engine, Outcome, Report
 from latent_encoder.standalone.selection import ImageSelection, RunOptions
-from latent_encoder.streams import STDERR, STDOUT, complain, complain_at_once
 from latent_encoder.telemetry.logs import LogStyle, get_logger
+from latent_encoder.terminal import complain, complain_at_once, stdout_on_stderr
 from models import ErrorResponse
 
 BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {rate_fmt}, {remaining} left"
@@ -188,20 +188,3 @@ def _end_interrupted(number: int, message: str) -> NoReturn:
     """End the process as shells expect of one that a signal ended."""
     complain_at_once(f"Error: {message}\n")
     end_at_once(128 + number)
-
-
-@contextmanager
-def stdout_on_stderr() -> Iterator[int]:
-    """Send what is printed inside to standard error; yields the descriptor of standard output itself.
-
-    By file descriptor: custom node packages start child processes, pip among them, which print too.
-    """
-    sys.stdout.flush()
-    saved = os.dup(STDOUT)
-    os.dup2(STDERR, STDOUT)
-    try:
-        yield saved
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, STDOUT)
-        os.close(saved)
