@@ -18,13 +18,9 @@ import cloup
 from config import Settings
 from errors import one_line
 from latent_encoder.cli.completion import COMPLETE_VAR, normalised
+from latent_encoder.exits import EXIT_INTERRUPTED, EXIT_SERVICE_FAILED
 from latent_encoder.suggestions import closest
 from latent_encoder.terminal import complain, drop_unwritten, forced_colours, open_closed_streams
-
-EXIT_ERROR_RESPONSE = 1
-EXIT_WRONG_USAGE = 2
-EXIT_SERVICE_FAILED = 3
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class Group(cloup.OptionGroup):

@@ -19,15 +19,13 @@ from pathlib import Path
 from config import Settings
 from errors import LatentUnreadable, RequestError
 from latent_encoder.access import AllowedFolders
+from latent_encoder.exits import EXIT_ERROR_RESPONSE, EXIT_WRONG_USAGE
 from latent_encoder.inspection.findings import Inspection, inspect_latent
 from latent_encoder.inspection.pictures import Painter
 from latent_encoder.inspection.text import as_json as json_line
 from latent_encoder.inspection.text import as_text, drawing, printable, unreadable_as_json
 from latent_encoder.outputs.files import StagedFiles, open_output_folder
 from latent_encoder.terminal import complain, encodable, takes_colours
-
-EXIT_PROBLEM = 1
-EXIT_USAGE = 2
 
 
 def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, echo: Callable[[str], None]) -> int:
@@ -39,10 +37,10 @@ def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, 
     output_dir = Path(settings.output_dir) if "output_dir" in settings.model_fields_set else None
     if reason := _wrong_usage(paths, output_dir):
         _complain("Error", reason)
-        return EXIT_USAGE
+        return EXIT_WRONG_USAGE
     inspector = Inspector(settings, output_dir, html=html, as_json=as_json, echo=echo)
     fine = [inspector.show(Path(path)) for path in paths]
-    return 0 if all(fine) else EXIT_PROBLEM
+    return 0 if all(fine) else EXIT_ERROR_RESPONSE
 
 
 def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:

@@ -121,12 +121,13 @@ def test_wrong_usage_is_status_2(arguments: list[str], env: dict[str, str], word
 
 
 def test_help_and_version_need_no_torch(run_main: RunMain) -> None:
-    """Both answer at once, and from anywhere."""
+    """Both are printed without importing torch or the Kafka client, from any folder."""
     shown = run_main("--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert shown.returncode == 0
     for option in ("--image-path", "--vae-model-name", "--upscale-method", "--megapixels", "--output-dir", "--request-id"):
         assert option in shown.stdout
     assert "| torch" not in shown.stderr
+    assert "confluent_kafka" not in shown.stderr
     assert run_main("--version").stdout == f"latent-encoder, version {VERSION}\n"
 
 

@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 
 from latent_encoder.outputs.files import output_files
-from latent_encoder.standalone.inputs import OUR_PICTURES, Inputs, Refusal, UnusableInputs, find_images, inputs_of
-from latent_encoder.standalone.selection import ImageSelection
+from latent_encoder.standalone.inputs import (
+    OUR_IMAGES,
+    ImageSelection,
+    Inputs,
+    RefusedInput,
+    UnusableInputs,
+    find_images,
+    inputs_of,
+)
 from models import EncodeRequest
 
 DEFAULTS: dict[str, Any] = {
@@ -76,7 +83,7 @@ def test_own_pictures_are_no_input(photos: Path) -> None:
     """Where files are written into the folder of the images, the next run leaves them out, by whatever name of the folder."""
     files = output_files(str(photos), "b.png", "1")
     ours = [files.scaled_image, files.preview, files.roundtrip]
-    assert {re.sub("b_1.png", "", file.name) for file in ours} == set(OUR_PICTURES)
+    assert {re.sub("b_1.png", "", file.name) for file in ours} == set(OUR_IMAGES)
     for file in ours:
         file.touch()
     (photos / "below" / "preview_of_mine.png").touch()
@@ -153,10 +160,10 @@ def test_list_holds_requests_as_kafka_has_them(photos: Path) -> None:
     assert (first.request_id, first.correlation_id, first.megapixels, first.upscale_method) == ("r", "c", 0.5, "area")
     assert isinstance(last, EncodeRequest)
     assert (last.vae_model_name, last.output_dir) == ("a.safetensors", "out")
-    assert isinstance(broken, Refusal)
+    assert isinstance(broken, RefusedInput)
     assert broken.response.error_code == "MESSAGE_UNUSABLE"
     assert broken.response.error_message.startswith("Line 3 of photos/list.jsonl: The message is not JSON: ")
-    assert isinstance(array, Refusal)
+    assert isinstance(array, RefusedInput)
     assert array.response.error_message == "Line 4 of photos/list.jsonl: The message is JSON but not an object: list."
-    assert isinstance(wrong, Refusal)
+    assert isinstance(wrong, RefusedInput)
     assert (wrong.response.request_id, wrong.response.error_code, wrong.correlation_id) == ("s", "INVALID_REQUEST", "c")

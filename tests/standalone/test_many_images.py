@@ -21,7 +21,8 @@ import torch
 
 from config import Settings
 from latent_encoder.standalone import run as standalone
-from latent_encoder.standalone.selection import ImageSelection, RunOptions
+from latent_encoder.standalone.inputs import ImageSelection
+from latent_encoder.standalone.run import RunOptions
 from latent_encoder.telemetry.logs import LogStyle
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, clean_environment, load_latent
 
