@@ -1,7 +1,7 @@
 """The modes of the command line: each function runs one and returns the exit status.
 
-Each imports its own modules inside, because torch takes seconds to import: `--help`, wrong usage and the other modes do not wait
-for them.
+Each imports its own modules inside, because torch takes seconds to import: `--help`, wrong usage and the other modes do not
+wait for them.
 """
 
 from __future__ import annotations
