@@ -420,4 +420,4 @@ def test_failure_that_nobody_foresaw_is_one_line(run_main: RunMain) -> None:
     done = run_main("--debug", "--completion", "bash", prefix=prefix)
     assert done.returncode == 3
     assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1] == "Error: Unexpected error, please report it with what stands above."
+    assert done.stderr.splitlines()[-1] == "Error: Unexpected error, please report it with the traceback above."
