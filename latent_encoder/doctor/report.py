@@ -14,7 +14,6 @@ from latent_encoder.doctor.check import Check, State
 
 MARKS = {State.TICK: "✓", State.WARNING: "!", State.CROSS: "✗"}
 COLOURS = {State.TICK: "green", State.WARNING: "yellow", State.CROSS: "red"}
-PLAIN = str.maketrans({"✓": "+", "✗": "x", "…": "..."})
 INDENT = "    "
 
 
@@ -50,15 +49,6 @@ def summary(checks: Sequence[Check]) -> str:
         State.CROSS: f"Something does not work; follow the advice under each {MARKS[State.CROSS]}.",
     }[worst(checks)]
     return f"{verdict} ({', '.join(f'{count} {MARKS[state]}' for state, count in counts.items())})"
-
-
-def encodable(text: str, encoding: str) -> str:
-    """Return the text with characters that the encoding lacks written in ASCII."""
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
-    return text
 
 
 def _wrapped(text: str, first_indent: str) -> str:

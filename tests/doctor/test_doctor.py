@@ -26,7 +26,7 @@ from latent_encoder.doctor.folders import check_allowed_folders, check_output_di
 from latent_encoder.doctor.machine import check_memory, check_python
 from latent_encoder.doctor.models import check_models
 from latent_encoder.doctor.network import check_http_port, check_kafka
-from latent_encoder.doctor.report import as_text, encodable, worst
+from latent_encoder.doctor.report import as_text, worst
 from latent_encoder.doctor.settings import check_env_file, check_faults, check_set
 from latent_encoder.doctor.torch_and_device import check_device, check_torch
 from latent_encoder.installer.checksums import record_checksums
@@ -34,6 +34,7 @@ from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
 from latent_encoder.releases import TESTED, is_tested
 from latent_encoder.telemetry.health import Health
 from latent_encoder.telemetry.http_server import http_server
+from latent_encoder.terminal import encodable
 from service import LatentEncoder
 from tests.broker.ports import free_ports
 from tests.cli.test_cli import powerless
