@@ -1,4 +1,4 @@
-"""The settings, read once: command line over environment over `.env` over the defaults below."""
+"""The settings, read once. The command line wins over the environment, that over `.env`, and that over the defaults below."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PROJECT_DIR = Path(__file__).resolve().parent
 
 
 class SettingsError(LatentEncoderError):
-    """A setting has a value that cannot be used; the text names the variable."""
+    """A setting has a value that cannot be used. The text names the variable."""
 
 
-TopicName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")]  # what Kafka allows
+TopicName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]{1,249}$")]  # the names that Kafka allows
 
 
 def _split_names(value: object) -> object:
@@ -43,11 +43,13 @@ def _split_folders(value: object) -> object:
     if not isinstance(names, list):
         return value
     if not names:
-        raise ValueError("must name a folder")  # a list of none must not pass for one that was not set
+        raise ValueError(
+            "must name a folder"
+        )  # an empty list would pass for a setting that is not set, which allows everything
     try:
         return tuple(Path(name).expanduser().absolute() for name in names)
     except RuntimeError as exc:
-        raise ValueError(str(exc)) from exc  # there is no such user
+        raise ValueError(str(exc)) from exc  # `~name` of an unknown user
 
 
 def _upper(value: object) -> object:
@@ -69,7 +71,7 @@ Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)]
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. The environment variable is the field's name in capitals; empty means not set."""
+    """All settings. The environment variable of each is its name in capitals; an empty one counts as not set."""
 
     model_config = SettingsConfigDict(
         frozen=True, env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore"
@@ -78,48 +80,55 @@ class Settings(BaseSettings):
     mode: Literal["standalone", "kafka", "dlq-replay", "health", "inspect", "doctor"] = Field(
         "standalone",
         description="`standalone` encodes images and exits; `kafka` serves a topic; "
-        "`dlq-replay` sends dead letters back to their topic and exits; `health` says how a worker is and exits; "
-        "`inspect` shows what latent files hold; `doctor` says what of the installation works.",
+        "`dlq-replay` sends dead letters back to their topic; `health` shows the health of a worker; "
+        "`inspect` shows the content of latent files; `doctor` checks the installation.",
     )
 
     kafka_bootstrap_servers: Text = Field("localhost:9092", description="Kafka brokers, `host:port`, comma-separated.")
     kafka_request_topic: TopicName = Field("latent-encoder-requests", description="Topic that requests are consumed from.")
-    kafka_response_topic: TopicName = Field("latent-encoder-responses", description="Topic that answers are produced to.")
+    kafka_response_topic: TopicName = Field("latent-encoder-responses", description="Topic that responses are produced to.")
     kafka_dlq_topic: TopicName = Field("latent-encoder-requests-dlq", description="Topic of the dead letters.")
     kafka_consumer_group: Text = Field("latent-encoder-group", description="Consumer group of the service.")
     kafka_prefetch: int = Field(
-        2, ge=1, description="How many requests a worker holds: the one that is encoded, and those before and after it."
+        2, ge=1, description="Requests that a worker holds at a time: the one that is encoded, and those before and after it."
     )
-    kafka_max_retries: int = Field(3, ge=0, description="How often a request is tried again after a transient error.")
+    kafka_max_retries: int = Field(3, ge=0, description="Retries of a request after transient errors.")
     kafka_retry_backoff_s: float = Field(
-        1.0, gt=0, le=3600, description="Seconds before the first retry, doubled each time up to 60, each varied by a quarter."
+        1.0,
+        gt=0,
+        le=3600,
+        description="Seconds before the first retry; doubled each time, up to 60, and varied at random by a quarter.",
     )
-    kafka_max_message_bytes: int = Field(1_048_576, ge=1, description="Largest request message; larger ones are dead letters.")
+    kafka_max_message_bytes: int = Field(
+        1_048_576, ge=1, description="Largest request message, in bytes; larger ones become dead letters."
+    )
     kafka_ack_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds for a broker that is there to acknowledge an answer; then it is logged, "
-        "and where a dead letter waits, the service ends.",
+        description="Seconds for a reachable broker to acknowledge a response; after them, the delay is logged, "
+        "and for a dead letter the service ends.",
     )
     kafka_revoke_timeout_s: float = Field(
-        60.0, ge=0, description="Seconds to finish work on a partition that goes to another worker; then it is dropped there."
+        60.0,
+        ge=0,
+        description="Seconds to finish work on a partition that goes to another worker; after them the work is dropped.",
     )
     shutdown_timeout_s: float = Field(
-        120.0, ge=0, description="Seconds to finish the request in flight after SIGTERM or SIGINT."
+        120.0, ge=0, description="Seconds to finish the requests in flight after SIGTERM or SIGINT."
     )
     kafka_transactional_id: Text | None = Field(
-        None, description="Makes each response and its offset one transaction; has to differ between the workers."
+        None, description="Makes each response and its offset one transaction; each worker needs an id of its own."
     )
 
     kafka_create_topics: bool = Field(False, description="Whether to create topics that do not exist.")
     kafka_topic_partitions: int = Field(8, ge=1, description="Partitions of a topic that is created.")
     kafka_topic_replication: int | None = Field(
-        None, ge=1, description="Replicas of a topic that is created; the broker's default where not set."
+        None, ge=1, description="Replicas of a topic that is created; the broker's default if not set."
     )
 
     kafka_security_protocol: Annotated[
         Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] | None, BeforeValidator(_upper)
-    ] = Field(None, description="`SSL`, `SASL_PLAINTEXT` or `SASL_SSL`; `PLAINTEXT` where not set.")
+    ] = Field(None, description="`SSL`, `SASL_PLAINTEXT` or `SASL_SSL`; `PLAINTEXT` if not set.")
     kafka_sasl_mechanism: Text | None = Field(
         None, description="`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`, `GSSAPI` or `OAUTHBEARER`."
     )
@@ -128,60 +137,65 @@ class Settings(BaseSettings):
     kafka_ssl_ca_location: Path | None = Field(
         None, description="PEM file of the authorities that sign the brokers' certificates."
     )
-    kafka_ssl_certificate_location: Path | None = Field(None, description="PEM file of our own certificate, for mutual TLS.")
-    kafka_ssl_key_location: Path | None = Field(None, description="PEM file of its private key.")
-    kafka_ssl_key_password: SecretStr | None = Field(None, description="Password of that key.")
+    kafka_ssl_certificate_location: Path | None = Field(
+        None, description="PEM file of the service's certificate, for mutual TLS."
+    )
+    kafka_ssl_key_location: Path | None = Field(None, description="PEM file of that certificate's private key.")
+    kafka_ssl_key_password: SecretStr | None = Field(None, description="Password of the private key.")
     kafka_client_config: Path | None = Field(
-        None, description="File of further librdkafka properties, `name=value` a line, but for those that would lose requests."
+        None,
+        description="File of further librdkafka properties, one `name=value` a line; unsafe ones are refused.",
     )
 
     http_port: int = Field(
         8080, ge=0, le=65535, description="Port of `/healthz`, `/readyz` and `/metrics` in Kafka mode; 0 turns it off."
     )
-    http_host: Text = Field("0.0.0.0", description="Address that it listens on; `127.0.0.1` for this machine only.")  # noqa: S104
+    http_host: Text = Field("0.0.0.0", description="Address that HTTP_PORT listens on; `127.0.0.1` for this machine only.")  # noqa: S104
     encode_timeout_s: float = Field(
         1800.0,
         gt=0,
         description="Seconds that one step of a request, or the start, may take before the worker counts as hung.",
     )
     warmup: bool = Field(
-        True, description="Whether Kafka mode loads the VAE and encodes a small picture before it takes requests."
+        True, description="Whether Kafka mode loads the VAE and encodes a small image before it takes requests."
     )
 
     model_dir: Path | None = Field(
-        None, description="Folder searched first for VAE files, directly and in its `vae/` (TAESD pairs: `vae_approx/`)."
+        None,
+        description="Folder that is searched first for VAE files, directly and in its `vae/` (TAESD pairs: `vae_approx/`).",
     )
     vae_model_name: VaeModelName = _default_of("vae_model_name", "VAE file for requests that name none.")
     output_dir: Text = _default_of("output_dir", "Folder for the files of requests that name none.")
     latent_format: FileFormat = _default_of(
         "latent_format", "`pt` (torch), `safetensors` or `comfy` (for ComfyUI's LoadLatent), for requests that name none."
     )
-    preview: bool = Field(False, description="Whether to write a picture of each latent beside its scaled image.")
+    preview: bool = Field(False, description="Whether to write a preview of each latent, beside its scaled image.")
     roundtrip: bool = Field(
-        False, description="Whether to decode each latent, write the picture, and measure how far it is from the scaled image."
+        False,
+        description="Whether to decode each latent, write that image, and measure its difference from the scaled image.",
     )
 
     allowed_input_dirs: Folders | None = Field(
-        None, description="Folders that images may be read from, comma-separated; any where not set."
+        None, description="Folders that images may be read from, comma-separated; any if not set."
     )
     allowed_output_dirs: Folders | None = Field(
-        None, description="Folders that files may be written to, comma-separated; any where not set."
+        None, description="Folders that files may be written to, comma-separated; any if not set."
     )
     max_image_bytes: int = Field(104_857_600, ge=1, description="Largest input image file, in bytes.")
     max_image_pixels: int = Field(
         89_478_485,
         ge=1,
-        description="Largest input image, in pixels, judged from its header; the default is Pillow's own warning limit.",
+        description="Largest input image, in pixels, as its header gives them; the default is Pillow's warning limit.",
     )
     max_output_megapixels: Megapixels = Field(
         MAX_MEGAPIXELS, description=f"Most megapixels that a request may ask for, at most {MAX_MEGAPIXELS}."
     )
 
     comfyui_path: Path = Field(
-        PROJECT_DIR / "comfyui", description="ComfyUI tree to run; the one that `setup_comfyui.sh` filled where not set."
+        PROJECT_DIR / "comfyui", description="ComfyUI tree to run; if not set, the one that `setup_comfyui.sh` filled."
     )
     custom_nodes: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names)] = Field(
-        (), description="Packages in ComfyUI's `custom_nodes/` to load at start, comma-separated."
+        (), description="Packages in ComfyUI's `custom_nodes/` to load at the start, comma-separated."
     )
 
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
@@ -204,32 +218,32 @@ class Settings(BaseSettings):
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="`auto` takes the accelerator that torch finds, else the CPU; `cpu` or `cuda` insist."
+        "auto", description="`auto` is the accelerator that torch finds, else the CPU; `cpu` and `cuda` allow no other."
     )
     vae_precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="Precision that the VAE runs in; `auto` leaves it to ComfyUI (float32 on a CPU)."
     )
     encoder: Literal["auto", "stock"] = Field(
         "auto",
-        description="`auto` encodes with the single-frame encoder where it fits the VAE; `stock` leaves it to ComfyUI's own.",
+        description="`auto` is the single-frame encoder if it fits the VAE, else ComfyUI's; `stock` is always ComfyUI's.",
     )
     compile: bool = Field(
         False,
-        description="Whether the single-frame encoder is compiled when a VAE is loaded; that needs a C++ compiler.",
+        description="Whether to compile the single-frame encoder when a VAE is loaded, which needs a C++ compiler.",
     )
     oom_policy: Literal["fail", "tile"] = Field(
         "fail",
-        description="Where memory runs out, `fail` answers with an error, "
-        "`tile` lets ComfyUI encode in tiles, for a slightly different latent.",
+        description="If memory runs out, `fail` responds with an error, and "
+        "`tile` lets ComfyUI encode in tiles, with a slightly different latent.",
     )
     torch_num_threads: int | None = Field(
-        None, ge=1, description="Threads for the encode; as many as this container has CPUs where not set."
+        None, ge=1, description="Threads for the encode; if not set, as many as this container has CPUs."
     )
-    vae_cache_size: int = Field(2, ge=1, description="How many VAEs stay loaded; the least recently used goes first.")
+    vae_cache_size: int = Field(2, ge=1, description="VAEs that stay loaded; the least recently used is dropped first.")
 
     @property
     def request_defaults(self) -> dict[str, Any]:
-        """What a request gets for the fields that it leaves out."""
+        """The values of the fields that a request leaves out."""
         return {name: getattr(self, name) for name in REQUEST_SETTINGS}
 
 
@@ -238,10 +252,10 @@ REQUEST_SETTINGS = tuple(name for name in EncodeRequest.model_fields if name in 
 
 
 def load_settings(overrides: Mapping[str, Any]) -> Settings:
-    """The settings in force; `overrides` are those of the command line, None where it said nothing.
+    """Return the settings in force. `overrides` are the command line's, None for each that it leaves out.
 
     Raises:
-        SettingsError: a value cannot be used; the text names the variable.
+        SettingsError: a value cannot be used. The text names the variable.
     """
     settings, faults = usable_settings(overrides)
     if faults:
@@ -250,7 +264,7 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
 
 
 def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """The settings as far as they can be used, with its default for each that cannot, and what is wrong with those."""
+    """Return the settings and a list of faults; a setting that cannot be used keeps its default."""
     given, faults = _given(overrides), _env_file_faults()
     if faults:
         given["_env_file"] = None
@@ -264,7 +278,7 @@ def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
 
 
 def origins_of(overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Where each setting comes from: `command line`, `environment`, `.env` or `default`."""
+    """Return the source of each setting: `command line`, `environment`, `.env` or `default`."""
     sources: dict[str, Mapping[str, Any]] = {
         "command line": _given(overrides),
         "environment": EnvSettingsSource(Settings).env_vars,
@@ -277,10 +291,10 @@ def origins_of(overrides: Mapping[str, Any]) -> dict[str, str]:
 
 
 def env_file_variables() -> Mapping[str, str | None]:
-    """What `.env` sets, settings or not, by names in lower case; what is empty there is not set.
+    """Return the variables of `.env`, settings or not, by their names in lower case. Empty ones are left out.
 
     Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
+        OSError, UnicodeDecodeError: the file cannot be read.
     """
     return DotEnvSettingsSource(Settings).env_vars
 
@@ -298,7 +312,7 @@ def _env_file_faults() -> list[str]:
 
 
 def _contradictions(settings: Settings) -> list[str]:
-    """What is wrong between settings that are right each by itself."""
+    """Return the faults between settings that are valid one by one."""
     faults = []
     if settings.megapixels > settings.max_output_megapixels:
         faults.append(
@@ -308,6 +322,6 @@ def _contradictions(settings: Settings) -> list[str]:
     if len(set(topics)) < len(topics):
         faults.append(
             "KAFKA_REQUEST_TOPIC, KAFKA_RESPONSE_TOPIC, KAFKA_DLQ_TOPIC: must be three different topics, or the service "
-            f"would answer itself (got {', '.join(topics)})"
+            f"would read its own responses (got {', '.join(topics)})"
         )
     return faults

@@ -1,11 +1,24 @@
-"""What is done when the process ends, also if it ends at once."""
+"""The end of the process: exit statuses, stopping on signals, and cleanups that also run if the process ends at once."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import signal
 from collections.abc import Callable
 from typing import NoReturn
+
+EXIT_ERROR_RESPONSE = 1
+"""An error response, a replayed record that was refused, a worker that is not alive, a failed check of doctor or inspect."""
+EXIT_WRONG_USAGE = 2
+"""Wrong usage, or a setting that cannot be used."""
+EXIT_SERVICE_FAILED = 3
+"""The service cannot start or go on, standard output takes no response, or work was unfinished at the end of a shutdown."""
+SIGNAL_BASE = 128
+"""Added to a signal's number, as shells do, for the status of a process that the signal ended."""
+EXIT_INTERRUPTED = SIGNAL_BASE + signal.SIGINT
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Cleanup = Callable[[], None]
 
@@ -19,7 +32,7 @@ def on_exit(cleanup: Cleanup) -> None:
 
 
 def not_on_exit(cleanup: Cleanup) -> None:
-    """Forget a cleanup that was given to `on_exit`."""
+    """Remove a cleanup that was given to `on_exit`."""
     _cleanups.remove(cleanup)
     atexit.unregister(cleanup)
 
@@ -31,3 +44,27 @@ def end_at_once(status: int) -> NoReturn:
             cleanup()
     finally:
         os._exit(status)
+
+
+def end_by_signal(number: int) -> NoReturn:
+    """End the process at once, with the status of a process that this signal ended."""
+    end_at_once(SIGNAL_BASE + number)
+
+
+def stop_on_signals(first: Callable[[int], None], second: Callable[[int], None]) -> Callable[[], None]:
+    """Call `first` with the number of the first SIGTERM or SIGINT, and `second` with that of each later one.
+
+    Both are called in signal handlers. Return a function that restores the handlers in force before.
+    """
+    handlers = iter([first])
+
+    def on_signal(number: int, _frame: object) -> None:
+        next(handlers, second)(number)
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return restore

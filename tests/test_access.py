@@ -28,7 +28,7 @@ from latent_encoder.images.source import ImageLimits, read_file
 from latent_encoder.outputs.files import StagedFiles, open_output_folder
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
-from tests.helpers import IMAGES, TINY_VAE, RunMain, request_for
+from tests.helpers import IMAGES, PATIENCE_S, TINY_VAE, RunMain, request_for
 from tests.kafka_tools import Bench, answers
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
@@ -214,9 +214,10 @@ def swapped(folder: Path, outside: Path) -> Iterator[None]:
 
 
 def attempts(seconds: float, action: Callable[[], Any], refusals: tuple[type[Exception], ...]) -> list[Any]:
-    """Repeat an action for some time; return the results of the calls that were not refused."""
-    results, deadline = [], time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Repeat an action for some time, and until it was not refused once; return the results of the calls that were not."""
+    results: list[Any] = []
+    start = time.monotonic()
+    while time.monotonic() < start + seconds or (not results and time.monotonic() < start + PATIENCE_S):
         try:
             results.append(action())
         except refusals:

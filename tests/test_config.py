@@ -1,4 +1,4 @@
-"""Settings: where they come from, which wins, and that what is written about them is true."""
+"""The settings: their sources, which source wins, and the two places that document them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SPECIFIED = (
 
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No `.env` and no variable but those that a test sets."""
+    """Remove `.env` and all variables except those that a test sets."""
     monkeypatch.chdir(tmp_path)
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
 def test_every_specified_variable_is_a_setting() -> None:
-    """Those of the specification are all there, by its names."""
+    """Every variable of the specification is a setting of the same name."""
     assert {name.lower() for name in SPECIFIED} <= Settings.model_fields.keys()
 
 
@@ -93,7 +93,7 @@ def test_wrong_value_names_the_variable(variable: str, value: str, monkeypatch: 
 
 
 def test_lists_and_levels_are_read_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names separated by commas; levels in any case."""
+    """Names are separated by commas, and levels are in any case."""
     monkeypatch.setenv("CUSTOM_NODES", "one, two,")
     monkeypatch.setenv("LOG_LEVEL", "debug")
     settings = load_settings({})
@@ -101,7 +101,7 @@ def test_lists_and_levels_are_read_as_people_write_them(monkeypatch: pytest.Monk
 
 
 def test_allowed_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the working folder on; `~` is a home. Not set means no limit, which is not the same as a list of none."""
+    """Folders are made absolute, and `~` is a home; a setting that is not set is None, which means no limit."""
     assert load_settings({}).allowed_input_dirs is None
     monkeypatch.setenv("ALLOWED_INPUT_DIRS", "./images, ~/photos,/data")
     monkeypatch.setenv("HOME", "/home/me")
@@ -109,7 +109,7 @@ def test_allowed_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_default_megapixels_are_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or requests that name none would all be refused."""
+    """A default size over the limit is refused, because every request without a size would be."""
     monkeypatch.setenv("MAX_OUTPUT_MEGAPIXELS", "0.5")
     with pytest.raises(SettingsError, match=r"^MEGAPIXELS: must be at most MAX_OUTPUT_MEGAPIXELS=0\.5 \(got 1\.0\)"):
         load_settings({})
@@ -117,7 +117,7 @@ def test_default_megapixels_are_within_the_limit(monkeypatch: pytest.MonkeyPatch
 
 
 def test_settings_are_frozen() -> None:
-    """Nothing changes them once they are read."""
+    """Settings cannot be changed once they are read."""
     with pytest.raises(ValidationError):
         load_settings({}).megapixels = 2.0  # type: ignore[misc]
 
@@ -132,7 +132,7 @@ def shown_default(field: FieldInfo) -> str:
 
 
 def test_env_example_lists_every_variable_with_its_default_and_meaning() -> None:
-    """In the code's order, word for word."""
+    """The file has every setting in the code's order, word for word."""
     expected = [
         f"# {field.description}\n#{name.upper()}={shown_default(field)}".rstrip()
         for name, field in Settings.model_fields.items()
@@ -142,7 +142,7 @@ def test_env_example_lists_every_variable_with_its_default_and_meaning() -> None
 
 
 def test_table_of_the_documentation_is_the_code() -> None:
-    """Variable, default and meaning of each setting."""
+    """The table has the variable, the default and the description of each setting."""
     expected = []
     for name, field in Settings.model_fields.items():
         default = f"`{shown_default(field)}`" if shown_default(field) else ""
@@ -152,7 +152,7 @@ def test_table_of_the_documentation_is_the_code() -> None:
 
 
 def test_changelog_begins_with_this_version() -> None:
-    """The version that `--version` prints is the newest one there."""
+    """The version that `--version` prints is the newest one in the changelog."""
     changelog = (PROJECT_DIR / "CHANGELOG.md").read_text(encoding="utf-8")
     found = re.search(r"^## (\S+)", changelog, re.MULTILINE)
     assert found is not None

@@ -1,6 +1,6 @@
-"""Completion by the shell: the script that it evaluates, and the values that are not plain choices.
+"""Completion by the shell: the script that the shell evaluates, and the values that are not plain choices.
 
-click's own machinery does the rest: the script calls us with the words typed so far, and gets what may follow.
+click does the rest: the script calls this program with the words typed so far, and gets the possible next ones.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ COMPLETE_VAR = "_LATENT_ENCODER_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
 
 VAE_FILES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
+"""Suffixes of the files that ComfyUI lists as models."""
 
 
 def normalised(token: str) -> str:
-    """An option's name or a choice with underscores, as it is declared; error codes have theirs anyhow."""
+    """Return an option's name or a choice with hyphens, as declared. Error codes, in capitals, keep their underscores."""
     return token if token.isupper() else token.replace("_", "-")
 
 
 def script(command: click.Command, shell: str) -> str:
-    """What defines `latent-encoder` and its completion where `shell` evaluates it."""
+    """Return the script that defines `latent-encoder` and its completion in `shell`."""
     complete = get_completion_class(shell)
     assert complete is not None
     return complete(command, {}, PROG_NAME, COMPLETE_VAR).source()
 
 
 class _Ours(ShellComplete):
-    """A script of click's that calls Python by its path: it would call `latent-encoder` by `env`, which knows no functions."""
+    """click's script, calling Python by its path: click calls `latent-encoder` by `env`, which cannot call a function."""
 
     function = '{prog_name}() {{ {command} "$@"; }}\n'
 
@@ -54,7 +55,7 @@ class _Ours(ShellComplete):
         return function + self.source_template % {**self.source_vars(), "command": command}
 
     def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
-        """As click's, which compares the words with the declared names."""
+        """Return the completions of words whose options may have underscores; click knows the declared names only."""
         names = [normalised(arg) if arg.startswith("--") else arg for arg in args]
         if incomplete.startswith("--"):
             incomplete = normalised(incomplete)
@@ -81,21 +82,21 @@ for _class in (_Bash, _Zsh, _Fish):
 
 
 def files(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """Files and folders, which the shell completes by itself."""
+    """Let the shell complete files and folders."""
     return [CompletionItem(incomplete, type="file")]
 
 
 def folders(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """Folders, which the shell completes by itself."""
+    """Let the shell complete folders."""
     return [CompletionItem(incomplete, type="dir")]
 
 
 def vae_names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """The VAE files in the model folders; without ComfyUI, which knows some more, and takes seconds to start."""
+    """Complete the VAE files in the model folders. ComfyUI knows more folders, but takes seconds to start."""
     try:
         settings = load_settings({name: ctx.params.get(name) for name in ("model_dir", "comfyui_path")})
     except SettingsError:
-        return []  # what is wrong with them is said when the command runs, not while it is typed
+        return []  # the fault is reported when the command runs, not while it is typed
     found = [PROJECT_DIR / "comfyui" / "models" / "vae", settings.comfyui_path / "models" / "vae"]
     if settings.model_dir is not None:
         found += [settings.model_dir, settings.model_dir / "vae"]
@@ -107,7 +108,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 class OneOf:
-    """Completes the values that a field takes; a wrong one is left to the model, which answers it."""
+    """A completion of the values that a field takes. It accepts wrong ones too: the request gets an error response then."""
 
     def __init__(self, values: Sequence[str]) -> None:
         self.values = values

@@ -1,4 +1,4 @@
-"""Every option of the command line, in the groups that `--help` shows."""
+"""The options of the command line, in the groups that `--help` shows."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ CONTEXT = cloup.Context.settings(
 )
 
 EPILOG = """
-Defaults come from environment variables or from a file named .env, and there are a few settings more:
+Defaults come from environment variables or from a file named .env, and there are more settings than options:
 docs/configuration.md lists them. Options win over the environment, the environment over .env.
 """
 
 
 def choice_of(field: str) -> Choice:
-    """The values that a setting takes."""
+    """Return the choice of the values that a setting takes."""
     return Choice(get_args(Settings.model_fields[field].annotation))
 
 
 def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | None) -> None:
-    """Print what the shell is to evaluate, and end."""
+    """Print the script for the shell, and end."""
     if shell is not None and not ctx.resilient_parsing:
         click.echo(script(ctx.command, shell), nl=False)
         ctx.exit()
@@ -80,12 +80,16 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         shell_complete=files,
         help="JPEGs or PNGs to encode: files, folders and quoted patterns such as 'a/*.png'.",
     ),
-    IMAGES.option("--recursive", is_flag=True, help="Take what is below the folders too."),
+    IMAGES.option("--recursive", is_flag=True, help="Take images in subfolders too."),
     IMAGES.option(
         "--input-list", metavar="FILE", shell_complete=files, help="Requests, one JSON object a line; - is standard input."
     ),
-    IMAGES.option("--request-id", metavar="ID", help="Part of the files' names, for one image; a new UUID if absent."),
-    MANY.option("--force", is_flag=True, help="Encode again what has its files already."),
+    IMAGES.option(
+        "--request-id",
+        metavar="ID",
+        help="Id of the request, part of the names of its files; for one image. Default: a new UUID.",
+    ),
+    MANY.option("--force", is_flag=True, help="Encode images that have complete files already too."),
     MANY.option("--fail-fast", is_flag=True, help="Stop at the first image that fails."),
     MANY.option(
         "--workers",
@@ -95,25 +99,25 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
         help="Processes that share the images.",
     ),
-    PLACE.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; made if absent."),
+    PLACE.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; created if missing."),
     RESULTS.option("--latent-format", metavar="FORMAT", shell_complete=OneOf(FORMATS), help=f"One of {', '.join(FORMATS)}."),
     RESULTS.option("--upscale-method", metavar="METHOD", shell_complete=OneOf(METHODS), help=f"One of {', '.join(METHODS)}."),
     RESULTS.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels."),
     RESULTS.option(
         "--fit", metavar="FIT", shell_complete=OneOf(FITS), help="crop (default), or exact: sizes with nothing to crop."
     ),
-    RESULTS.option("--preview", is_flag=True, default=None, help="Write the latent as a picture, beside the scaled image."),
+    RESULTS.option("--preview", is_flag=True, default=None, help="Write a preview of the latent, beside the scaled image."),
     RESULTS.option(
-        "--roundtrip", is_flag=True, default=None, help="Decode the latent, write the picture, and measure the difference."
+        "--roundtrip", is_flag=True, default=None, help="Decode the latent, write that image, and measure its difference."
     ),
     MODELS.option("--vae-model-name", metavar="NAME", shell_complete=vae_names, help="VAE file in the model folders."),
-    MODELS.option("--model-dir", metavar="DIR", shell_complete=folders, help="Folder searched first for VAE files."),
+    MODELS.option("--model-dir", metavar="DIR", shell_complete=folders, help="Folder that is searched first for VAE files."),
     MODELS.option("--comfyui-path", metavar="DIR", shell_complete=folders, help="ComfyUI tree to run instead of ./comfyui."),
-    MODELS.option("--device", type=choice_of("device"), help="Where to run."),
+    MODELS.option("--device", type=choice_of("device"), help="Device to run on."),
     MODELS.option("--vae-precision", type=choice_of("vae_precision"), help="Precision of the VAE."),
     KAFKA.option("--kafka-bootstrap-servers", metavar="HOST:PORT,…", help="Kafka brokers."),
     KAFKA.option("--request-topic", "kafka_request_topic", metavar="TOPIC", help="Topic of the requests."),
-    KAFKA.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the answers."),
+    KAFKA.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the responses."),
     KAFKA.option("--dlq-topic", "kafka_dlq_topic", metavar="TOPIC", help="Topic of the dead letters."),
     KAFKA.option("--consumer-group", "kafka_consumer_group", metavar="GROUP", help="Consumer group of the service."),
     HEALTH.option("--http-port", metavar="PORT", help="Port of health and metrics; 0 turns it off."),
@@ -123,23 +127,23 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=Choice(ErrorCode),
         metavar="CODE",
         multiple=True,
-        help="Only those with this code; may be given several times.",
+        help="Only dead letters with this code; may be given several times.",
     ),
     DEAD_LETTERS.option(
         "--since",
         type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z"]),
         metavar="TIME",
-        help="Only those written at 2026-11-23T12:00:00Z or later.",
+        help="Only dead letters written at 2026-11-23T12:00:00Z or later.",
     ),
-    DEAD_LETTERS.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many."),
-    DEAD_LETTERS.option("--dry-run", is_flag=True, help="Send nothing, say what would be sent."),
-    PAGE.option("--html", is_flag=True, help="Write one page with pictures and histograms."),
+    DEAD_LETTERS.option("--limit", type=click.IntRange(min=1), metavar="N", help="The most dead letters to send."),
+    DEAD_LETTERS.option("--dry-run", is_flag=True, help="Send nothing; list the chosen dead letters."),
+    PAGE.option("--html", is_flag=True, help="Write one page with images and histograms."),
     REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
     OUTPUT.option("--quiet", "-q", is_flag=True, help="Errors only: no progress bar, no summary, no warnings."),
-    OUTPUT.option("--verbose", "-v", is_flag=True, help="Say what is done, as text."),
-    OUTPUT.option("--debug", is_flag=True, help="Say everything, with tracebacks."),
+    OUTPUT.option("--verbose", "-v", is_flag=True, help="Log each step, as text."),
+    OUTPUT.option("--debug", is_flag=True, help="Log everything, with tracebacks."),
     OUTPUT.option("--log-level", metavar="LEVEL", shell_complete=OneOf(LEVELS), help=f"One of {', '.join(LEVELS)}."),
-    OUTPUT.option("--log-format", type=choice_of("log_format"), help="How standard error is written."),
+    OUTPUT.option("--log-format", type=choice_of("log_format"), help="Format of the log on standard error."),
     cloup.option(
         "--completion",
         type=Choice(SHELLS),

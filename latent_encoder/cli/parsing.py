@@ -1,7 +1,6 @@
-"""How the command line is parsed and how it fails, whatever the options are.
+"""The parsing of the command line and its failures, for any set of options.
 
-Two things differ from click: an option may take several values one after the other, and each option belongs to some of
-the service's modes.
+Two things differ from click: an option may take several values in a row, and an option may belong to some modes only.
 """
 
 from __future__ import annotations
@@ -17,19 +16,14 @@ import cloup
 
 from config import Settings
 from errors import one_line
-from latent_encoder import colours
 from latent_encoder.cli.completion import COMPLETE_VAR, normalised
-from latent_encoder.streams import complain, drop_unwritten, open_closed_streams
+from latent_encoder.exits import EXIT_INTERRUPTED, EXIT_SERVICE_FAILED
 from latent_encoder.suggestions import closest
-
-EXIT_ERROR_RESPONSE = 1
-EXIT_WRONG_USAGE = 2
-EXIT_SERVICE_FAILED = 3
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from latent_encoder.terminal import complain, drop_unwritten, forced_colours, open_closed_streams
 
 
 class Group(cloup.OptionGroup):
-    """Options under one heading of the help, for some of the modes; for all of them where none is named."""
+    """Options under one heading of the help. They are for the named modes, or for all modes if none is named."""
 
     def __init__(self, title: str, *modes: str) -> None:
         super().__init__(f"{title} ({', '.join(modes)})" if modes else title)
@@ -43,7 +37,7 @@ class ManyValues(cloup.Option):
         super().__init__(*args, multiple=True, **attributes)
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
-        """As click's, which would take an option that comes next for the value."""
+        """Refuse an option as a value: click would take `--force` of `--image-path --force` for a file."""
         values = super().process_value(ctx, value)
         if any(value.startswith("-") for value in values):
             raise click.BadOptionUsage(self.opts[0], f"Option {self.opts[0]!r} requires an argument.", ctx)
@@ -59,7 +53,7 @@ class ModeArgument(cloup.Argument):
 
 
 class Choice(click.Choice[Any]):
-    """A choice that says what a mistyped value was meant to be."""
+    """A choice that suggests the value that was probably meant."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         message = super().get_invalid_choice_message(value, ctx)
@@ -68,7 +62,7 @@ class Choice(click.Choice[Any]):
 
 
 class Command(cloup.Command):
-    """A command that knows options with many values, decides on colours once, and shows nobody a traceback unasked."""
+    """A command that knows options with many values, decides on colours once, and shows a traceback only with `--debug`."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args
@@ -79,14 +73,14 @@ class Command(cloup.Command):
             if "--debug" in args:
                 with suppress(OSError):
                     traceback.print_exc()
-                fail("Unexpected error, please report it with what stands above.", EXIT_SERVICE_FAILED)
-            what = one_line(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {one_line(exc)}"
-            fail(f"Unexpected error: {what}. Run again with --debug for details.", EXIT_SERVICE_FAILED)
+                fail("Unexpected error, please report it with the traceback above.", EXIT_SERVICE_FAILED)
+            reason = one_line(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {one_line(exc)}"
+            fail(f"Unexpected error: {reason}. Run again with --debug for details.", EXIT_SERVICE_FAILED)
         finally:
             drop_unwritten()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.color = colours.forced()
+        ctx.color = forced_colours()
         repeated = [name for param in self.params if isinstance(param, ManyValues) for name in param.opts]
         with _wrong_usage_shown():
             return super().parse_args(ctx, spread(args, repeated))
@@ -101,7 +95,7 @@ class Command(cloup.Command):
 
 @contextmanager
 def _wrong_usage_shown() -> Iterator[None]:
-    """Show wrong usage as click does, which has another status where standard error takes nothing."""
+    """Show wrong usage as click does, but keep its exit status if standard error takes nothing."""
     try:
         yield
     except click.UsageError as exc:
@@ -111,7 +105,7 @@ def _wrong_usage_shown() -> Iterator[None]:
 
 
 def spread(args: Sequence[str], repeated: Sequence[str]) -> list[str]:
-    """The words with an option's name before each of its values: `--image-path a b` is `--image-path a --image-path b`."""
+    """Put an option's name before each of its values: `--image-path a b` becomes `--image-path a --image-path b`."""
     words: list[str] = []
     option: str | None = None
     for arg in args:
@@ -124,10 +118,10 @@ def spread(args: Sequence[str], repeated: Sequence[str]) -> list[str]:
 
 
 def refuse_options_of_other_modes(ctx: click.Context, settings: Settings) -> None:
-    """Refuse an option on the command line that the mode in force would not heed.
+    """Refuse options on the command line that the mode in force does not use.
 
     Raises:
-        click.UsageError: there is one; the text says which mode it is for.
+        click.UsageError: there is one. The text names its modes.
     """
     for param in ctx.command.params:
         modes = _modes_of(param)
@@ -149,6 +143,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """End with one line on standard error."""
+    """End the process with one line on standard error."""
     complain(f"Error: {message}")
     sys.exit(status)

@@ -21,17 +21,14 @@ from pathlib import Path
 
 from config import Settings
 from errors import LatentUnreadable, RequestError
-from latent_encoder import colours
 from latent_encoder.access import AllowedFolders
+from latent_encoder.exits import EXIT_ERROR_RESPONSE, EXIT_WRONG_USAGE
 from latent_encoder.inspection.findings import Inspection, inspect_latent
 from latent_encoder.inspection.images import Painter
 from latent_encoder.inspection.text import as_json as json_line
 from latent_encoder.inspection.text import as_text, drawing, printable, unreadable_as_json
 from latent_encoder.outputs.files import StagedFiles, open_output_folder
-from latent_encoder.streams import complain
-
-EXIT_PROBLEM = 1
-EXIT_USAGE = 2
+from latent_encoder.terminal import complain, encodable, takes_colours
 
 
 def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, echo: Callable[[str], None]) -> int:
@@ -44,10 +41,10 @@ def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, 
     output_dir = Path(settings.output_dir) if "output_dir" in settings.model_fields_set else None
     if reason := _wrong_usage(paths, output_dir):
         _complain("Error", reason)
-        return EXIT_USAGE
+        return EXIT_WRONG_USAGE
     inspector = Inspector(settings, output_dir, html=html, as_json=as_json, echo=echo)
     fine = [inspector.show(Path(path)) for path in paths]
-    return 0 if all(fine) else EXIT_PROBLEM
+    return 0 if all(fine) else EXIT_ERROR_RESPONSE
 
 
 def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:
@@ -85,8 +82,7 @@ class Inspector:
         preview = self._preview(inspection)
         page, page_problem = self._page(inspection) if self._html else (None, None)
         shown = json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n"
-        # A name may have letters that the terminal's encoding lacks.
-        self._echo(shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+        self._echo(encodable(shown, sys.stdout.encoding))  # a name may have letters that the terminal's encoding lacks
         if self._draws:
             self._draw(inspection)
         problems = [*inspection.problems, *([page_problem] if page_problem else [])]
@@ -145,7 +141,7 @@ class Inspector:
 
 def _draws_in_colour() -> bool:
     """Return whether standard output takes colours, and the characters that a drawing consists of."""
-    return colours.wanted(sys.stdout) and sys.stdout.encoding.lower().startswith("utf")
+    return takes_colours(sys.stdout) and sys.stdout.encoding.lower().startswith("utf")
 
 
 def _complain(kind: str, text: str) -> None:

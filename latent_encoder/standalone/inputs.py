@@ -1,4 +1,4 @@
-"""Which images a standalone run encodes: what paths, folders, globs and lists of requests come to."""
+"""The inputs of a standalone run: requests made of paths, folders, patterns and lists."""
 
 from __future__ import annotations
 
@@ -16,53 +16,70 @@ from uuid import NAMESPACE_URL, uuid5
 from errors import LatentEncoderError, MessageUnusable, RequestError
 from latent_encoder.access import absolute
 from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
-from latent_encoder.standalone.selection import ImageSelection
 from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files in folders; of a file that is named, the content decides
-OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the names of image files that the service writes begin so
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files found in folders; a file that is named may have any name
+OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the beginnings of the names that outputs/files.py gives
 STDIN = "-"
 IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
+"""The fields that a lasting id is made of, with the image's path: a request that differs in one of them has another id."""
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """The answer to what is no request that can be tried."""
+class ImageSelection:
+    """The command line's choice of images."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders and patterns."""
+    recursive: bool = False
+    input_list: str | None = None
+    """A file of requests as JSON Lines; `-` is standard input."""
+
+
+@dataclass(frozen=True)
+class RefusedInput:
+    """The error response to an input that is no valid request."""
 
     response: ErrorResponse
     correlation_id: str | None = None
 
     @classmethod
-    def of(cls, error: RequestError, fields: Mapping[str, Any]) -> Refusal:
+    def of(cls, error: RequestError, fields: Mapping[str, Any]) -> RefusedInput:
         response = ErrorResponse.of(error, request_id_of(fields), datetime.now(UTC))
         return cls(response, usable_text(fields, "correlation_id"))
 
 
-Item = EncodeRequest | Refusal
+Input = EncodeRequest | RefusedInput
 
 
 class UnusableInputs(LatentEncoderError):
-    """A folder or a pattern holds no image, a list cannot be read, or one id is for several images; the text says which."""
+    """A folder or a pattern without images, a list that cannot be read, or one id for several images; the text names it."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images of a run, in order. `total` is None where it is not known before the last one came."""
+    """The inputs of a run, in order."""
 
-    items: Iterable[Item]
+    items: Iterable[Input]
     total: int | None
+    """None if it is not known before the last one is read."""
     single: bool
-    """Whether one image was named by its own path, and that was all."""
+    """The input is one image, named by its own path."""
 
 
 def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
-    """What the command line selects; `fields` are the request's fields that it gives, `defaults` the settings'.
+    """Return the inputs that the command line selects.
 
-    Requests without an id get one made of what they ask for, so that a run that is started again finds its files; a
-    single image gets a new one.
+    A request without an id gets one made of its fields, so that a repeated run finds the files of the first. A single image
+    gets a new id.
+
+    Args:
+        selection: the command line's choice of images.
+        fields: the request's fields that the command line gives; None for each that it leaves out.
+        defaults: the settings' values for fields that are left out.
 
     Raises:
-        UnusableInputs: a folder or a pattern holds none, the list cannot be read, or a request id is given for several.
+        UnusableInputs: a folder or a pattern holds no image, the list cannot be read, or a request id is given for several.
     """
     defaults = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     if len(selection.paths) == 1 and not _stands_for_several(selection.paths[0]):
@@ -77,12 +94,12 @@ def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Ma
 
 
 def find_images(paths: Sequence[str], *, recursive: bool, output_dir: str) -> list[str]:
-    """The files that the paths stand for, each once: a folder's and a glob's sorted by name, a file as it is named.
+    """Return the files that the paths stand for, each once. Those of a folder or a pattern are sorted by name.
 
-    What this service wrote into `output_dir` is left out of folders and globs.
+    Images that this service wrote into `output_dir` are left out of folders and patterns.
 
     Raises:
-        UnusableInputs: a folder or a pattern holds none, or cannot be read.
+        UnusableInputs: a folder or a pattern holds no image, or cannot be read.
     """
     outputs = Path(os.path.realpath(output_dir))  # no Path.resolve(), which raises for a loop of symlinks before Python 3.13
     found: dict[str, None] = {}
@@ -99,12 +116,12 @@ def find_images(paths: Sequence[str], *, recursive: bool, output_dir: str) -> li
 
 
 def _stands_for_several(path: str) -> bool:
-    """A folder, or a pattern; a file whose name looks like one is that file."""
+    """Return whether the path is a folder or a pattern. A file whose name looks like a pattern is that file: `[1].png`."""
     place = Path(path)
     try:
         return place.is_dir() or (has_magic(path) and not place.exists())
     except (OSError, ValueError):
-        return False  # too long a name, a NUL byte: the answer says so
+        return False  # too long a name, or a NUL byte: the request fails, and its response has the reason
 
 
 def _matching(path: str, *, recursive: bool) -> list[Path]:
@@ -149,30 +166,30 @@ def _readable(name: str) -> Iterator[None]:
         raise UnusableInputs(f"Cannot read {name} ({getattr(exc, 'strerror', None) or exc})") from exc
 
 
-def _items_of_lines(name: str, lines: Iterable[bytes] | BinaryIO, defaults: Mapping[str, Any]) -> Iterator[Item]:
-    """A request of each line that is not empty, as it is read."""
+def _items_of_lines(name: str, lines: Iterable[bytes] | BinaryIO, defaults: Mapping[str, Any]) -> Iterator[Input]:
+    """Yield the input of each line that is not empty, as it is read."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             fields = read_fields(line)
         except MessageUnusable as exc:
-            yield Refusal.of(MessageUnusable(f"Line {number} of {name}: {exc}"), {})
+            yield RefusedInput.of(MessageUnusable(f"Line {number} of {name}: {exc}"), {})
         else:
             yield _lasting_item(fields, defaults)
 
 
-def _item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Item:
+def _item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Input:
     try:
         return parse_request(fields, defaults)
     except RequestError as exc:
-        return Refusal.of(exc, fields)
+        return RefusedInput.of(exc, fields)
 
 
-def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Item:
-    """As `_item`, but an id that is absent is the same each time the same is asked for."""
+def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Input:
+    """Return the input of these fields. An absent id is replaced by one that is the same for every equal request."""
     item = _item(fields, defaults)
-    if isinstance(item, Refusal) or fields.get("request_id") is not None:
+    if isinstance(item, RefusedInput) or fields.get("request_id") is not None:
         return item
     # A field that came later changes no id of a request that does not use it.
     used = {name for name in CONTENT_FIELDS if getattr(item, name) != EncodeRequest.model_fields[name].default}

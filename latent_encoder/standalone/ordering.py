@@ -1,4 +1,4 @@
-"""A run over many images: what is fed in, what comes out in the order of the input, and how a run is stopped early."""
+"""A run over many images: feeding them to an engine, handing on outcomes in the order of the input, and stopping early."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Final, Literal, Protocol
 
-from latent_encoder.standalone.inputs import Item, Refusal
+from latent_encoder.standalone.inputs import Input, RefusedInput
 from models import EncodeRequest, Response
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an image came to. `stored`: it was not encoded, since its files were there, whole and matching."""
+    """The response to one input."""
 
     response: Response
     correlation_id: str | None
     stored: bool = False
+    """The image was not encoded, because its output files were complete and matched."""
 
 
 Report = Callable[[int, Outcome], None]
+"""Called with the number of an input and its outcome."""
 
 STOP: Final = "stop"
 END: Final = "end"
 
 
 class Engine(Protocol):
-    """What encodes: in this process, or in several of its own. It calls the `Report` that it was made with from any thread."""
+    """The encoder of a run, in this process or in several of its own. It calls its `Report` from any thread."""
 
     capacity: int
-    """How many requests it holds at most."""
+    """The most requests that it holds at a time."""
 
     def start(self) -> None:
         """Get ready to encode.
@@ -41,23 +43,23 @@ class Engine(Protocol):
         """
 
     def submit(self, number: int, request: EncodeRequest) -> None:
-        """Begin a request. Not more at a time than `capacity`."""
+        """Begin a request. The caller never submits more than `capacity` at a time."""
 
     def drop_unstarted(self) -> None:
-        """Forget requests whose encode has not begun: no outcome of them is reported any more."""
+        """Forget requests whose encode has not begun. Their outcomes are not reported."""
 
     def finish(self) -> None:
-        """Wait until all that it has is reported or forgotten."""
+        """Wait until every request was reported or forgotten."""
 
     def abort(self) -> None:
-        """Make sure that no file is half written, now and until the process ends, and end all others."""
+        """Make sure that no file is half written, now and until the process ends. End worker processes."""
 
 
 class Batch:
-    """One run. Everything slow is in threads, so that whoever iterates over it can be interrupted at any moment."""
+    """One run. Everything slow is in threads, so that its consumer can be interrupted at any moment."""
 
-    def __init__(self, items: Iterable[Item], make_engine: Callable[[Report], Engine]) -> None:
-        self._items = items
+    def __init__(self, inputs: Iterable[Input], make_engine: Callable[[Report], Engine]) -> None:
+        self._inputs = inputs
         self._engine = make_engine(self._report)
         self._room = threading.Semaphore(self._engine.capacity)
         self._started = threading.Event()
@@ -65,12 +67,12 @@ class Batch:
         self._events: SimpleQueue[tuple[int, Outcome] | BaseException | Literal["stop", "end"]] = SimpleQueue()
 
     def outcomes(self) -> Iterator[Outcome]:
-        """The outcome of each image, in the order of the input; after `stop`, of those that had been begun.
+        """Yield the outcome of each input, in the order of the input. After `stop`, those of the encodes that had begun.
 
         Raises:
             SetupError: the service cannot start.
         """
-        # Two threads, since what OpenMP keeps for one that ends is gone with it: see stages.py.
+        # The start has a thread of its own: when it ends, so does its OpenMP pool (see stages.py).
         threading.Thread(target=self._start, name="start", daemon=True).start()
         waiting: dict[int, Outcome] = {}
         turn = 0
@@ -82,7 +84,7 @@ class Batch:
         yield from (waiting[number] for number in sorted(waiting))
 
     def stop(self) -> None:
-        """Begin no further image; those whose encode has begun are finished. A signal handler may call it."""
+        """Begin no further image; encodes that have begun are finished. A signal handler may call this."""
         self._events.put(STOP)
 
     def _reported(self) -> Iterator[tuple[int, Outcome]]:
@@ -102,11 +104,11 @@ class Batch:
             self._events.put(END)
             return
         self._engine.drop_unstarted()
-        # In a thread of its own, since the one that feeds may wait for a line of standard input.
+        # In a thread of its own, because the feeding one may wait for a line of standard input.
         threading.Thread(target=self._finish, name="finish", daemon=True).start()
 
     def abort(self) -> None:
-        """Leave no file half written; the process has to end right afterwards."""
+        """Leave no file half written. The process has to end right afterwards."""
         self._engine.abort()
 
     def _report(self, number: int, outcome: Outcome) -> None:
@@ -116,7 +118,7 @@ class Batch:
     def _start(self) -> None:
         try:
             self._engine.start()
-        except BaseException as exc:  # raised anew by `outcomes`
+        except BaseException as exc:  # raised again by `outcomes`
             self._events.put(exc)
         else:
             self._started.set()
@@ -124,15 +126,15 @@ class Batch:
 
     def _feed(self) -> None:
         try:
-            for number, item in enumerate(self._items):
+            for number, entry in enumerate(self._inputs):
                 self._room.acquire()
                 if self._stopping.is_set():
                     return
-                if isinstance(item, Refusal):
-                    self._report(number, Outcome(item.response, item.correlation_id))
+                if isinstance(entry, RefusedInput):
+                    self._report(number, Outcome(entry.response, entry.correlation_id))
                 else:
-                    self._engine.submit(number, item)
-        except BaseException as exc:  # raised anew by `outcomes`
+                    self._engine.submit(number, entry)
+        except BaseException as exc:  # raised again by `outcomes`
             self._events.put(exc)
         else:
             self._finish()

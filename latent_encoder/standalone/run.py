@@ -1,10 +1,9 @@
-"""Standalone mode: the images that the command line names, each answered on standard output, with a progress bar beside it."""
+"""Standalone mode: a response on standard output for each image, with a progress bar on standard error."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -18,13 +17,11 @@ from tqdm import tqdm
 
 from config import Settings
 from errors import LatentEncoderError
-from latent_encoder.cli.parsing import EXIT_ERROR_RESPONSE
-from latent_encoder.exits import end_at_once
-from latent_encoder.standalone.inputs import Inputs, inputs_of
+from latent_encoder.exits import EXIT_ERROR_RESPONSE, end_by_signal, stop_on_signals
+from latent_encoder.standalone.inputs import ImageSelection, Inputs, inputs_of
 from latent_encoder.standalone.ordering import Batch, Engine, Outcome, Report
-from latent_encoder.standalone.selection import ImageSelection, RunOptions
-from latent_encoder.streams import STDERR, STDOUT, complain, complain_at_once
 from latent_encoder.telemetry.logs import LogStyle, get_logger
+from latent_encoder.terminal import complain, complain_at_once, stdout_on_stderr
 from models import ErrorResponse
 
 BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {rate_fmt}, {remaining} left"
@@ -33,12 +30,26 @@ log = get_logger("latent_encoder")
 
 
 class OutputFailed(LatentEncoderError):
-    """Standard output takes no response any more."""
+    """Standard output takes no more responses."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a run that are not fields of its requests."""
+
+    force: bool = False
+    """Encode images that already have complete, matching output files too."""
+    fail_fast: bool = False
+    """End the run at the first failure."""
+    workers: int = 1
+    """The number of processes that share the images."""
+    quiet: bool = False
+    """Show neither progress bar nor summary."""
 
 
 @dataclass
-class Tally:
-    """What became of the images so far."""
+class RunTally:
+    """The counts of images of a run so far."""
 
     started: float = field(default_factory=time.monotonic)
     encoded: int = 0
@@ -69,25 +80,25 @@ class Tally:
 
 
 class Run:
-    """One run of standalone mode. Signals stop it: the first after the images in hand, the second at once."""
+    """One run of standalone mode. The first signal ends it after the encodes that have begun, the second at once."""
 
     def __init__(self, settings: Settings, inputs: Inputs, options: RunOptions, log_style: LogStyle) -> None:
         self._settings = settings
         self._log_style = log_style
         self._inputs = inputs
         self._options = options
-        self._tally = Tally()
-        self._signals: list[int] = []
-        self._batch = Batch(inputs.items, self._engine)
+        self._tally = RunTally()
+        self._stopped_by: int | None = None
+        self._batch = Batch(inputs.items, self._make_engine)
 
     def run(self, stdout: int) -> int:
-        """Answer each image on the file descriptor `stdout`. Returns the exit status.
+        """Write a response for each image to the file descriptor `stdout`, and return the exit status.
 
         Raises:
             SetupError: the service cannot start.
             OutputFailed: a response cannot be written.
         """
-        with self._signals_stop_it(), self._bar() as bar:
+        with self._stopping_on_signals(), self._bar() as bar:
             for outcome in self._batch.outcomes():
                 self._tally.add(outcome)
                 self._write(outcome, stdout, bar)
@@ -96,13 +107,14 @@ class Run:
                 if self._tally.failures and self._options.fail_fast:
                     self._batch.stop()
         self._summarize()
-        if self._signals:
-            _end_interrupted(self._signals[0], "Interrupted; the same command goes on from here.")
+        if self._stopped_by is not None:
+            _end_interrupted(self._stopped_by, "Interrupted; the same command goes on from here.")
         return EXIT_ERROR_RESPONSE if self._tally.failures else 0
 
-    def _engine(self, report: Report) -> Engine:
+    def _make_engine(self, report: Report) -> Engine:
         # Imported here, so that --help and wrong usage do not wait for torch.
-        from latent_encoder.standalone.engines import InProcess, Processes
+        from latent_encoder.standalone.engines import InProcess
+        from latent_encoder.standalone.worker_processes import Processes
 
         reuse, count = not self._options.force, self._options.workers
         if count == 1 or self._inputs.single:
@@ -110,17 +122,15 @@ class Run:
         return Processes(self._settings, report, reuse=reuse, count=count, log_style=self._log_style)
 
     def _bar(self) -> tqdm[NoReturn]:
-        """A progress bar on standard error where that is a terminal, and where there is progress to be seen."""
+        """Return the progress bar on standard error. It is shown on a terminal, unless the run is quiet or of one image."""
         hidden = self._options.quiet or self._inputs.single
-        shown = None  # where it is a terminal
-        return tqdm(
-            total=self._inputs.total, unit="image", bar_format=BAR, dynamic_ncols=True, disable=True if hidden else shown
-        )
+        disable = True if hidden else None  # None: tqdm disables it if standard error is no terminal
+        return tqdm(total=self._inputs.total, unit="image", bar_format=BAR, dynamic_ncols=True, disable=disable)
 
     def _write(self, outcome: Outcome, stdout: int, bar: tqdm[NoReturn]) -> None:
         text = json.dumps(_document(outcome), indent=2 if self._inputs.single else None, ensure_ascii=False)
         try:
-            with bar.external_write_mode(file=sys.stderr) if os.isatty(stdout) else nullcontext():  # as both are one terminal
+            with bar.external_write_mode(file=sys.stderr) if os.isatty(stdout) else nullcontext():  # both on one terminal
                 _write_all(stdout, f"{text}\n".encode())
         except OSError as exc:
             raise OutputFailed(f"Cannot write the response to standard output ({exc.strerror}).") from exc
@@ -130,27 +140,26 @@ class Run:
             return
         if self._log_style.log_format == "json":
             counts = {"encoded": self._tally.encoded, "stored": self._tally.stored, "failed": self._tally.failures}
-            log.info("run ended", **counts, seconds=round(self._tally.seconds, 1), interrupted=bool(self._signals))
+            log.info("run ended", **counts, seconds=round(self._tally.seconds, 1), interrupted=self._stopped_by is not None)
         else:
             complain(f"{self._tally}.")
 
     @contextmanager
-    def _signals_stop_it(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets the images whose encode has begun be finished; the second ends the process."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM stop the run and the second end the process. With one image, the first ends it."""
+        restore_handlers = stop_on_signals(self._abort if self._inputs.single else self._stop, self._abort)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore_handlers()
 
-    def _on_signal(self, number: int, _: object) -> None:
-        self._signals.append(number)
-        if len(self._signals) == 1 and not self._inputs.single:
-            self._batch.stop()
-            if sys.stderr.isatty():
-                complain_at_once("\nStopping after the images in hand; Ctrl-C again stops at once.\n")
-            return
+    def _stop(self, number: int) -> None:
+        self._stopped_by = number
+        self._batch.stop()
+        if sys.stderr.isatty():
+            complain_at_once("\nStopping after the images in flight; Ctrl-C again stops at once.\n")
+
+    def _abort(self, number: int) -> NoReturn:
         self._batch.abort()
         _end_interrupted(number, "Interrupted.")
 
@@ -158,12 +167,17 @@ class Run:
 def run(
     settings: Settings, selection: ImageSelection, fields: Mapping[str, Any], options: RunOptions, log_style: LogStyle
 ) -> int:
-    """Encode the images that `selection` says; `fields` are the request's fields that the command line gives.
+    """Encode the selected images, and return the exit status.
 
-    Returns the exit status.
+    Args:
+        settings: the settings in force; they have the defaults of the requests.
+        selection: the command line's choice of images.
+        fields: the request's fields that the command line gives; None for each that it leaves out.
+        options: the other options of the run.
+        log_style: the style of the worker processes' logs.
 
     Raises:
-        UnusableInputs: there is nothing to encode.
+        UnusableInputs: there is nothing to encode, or the inputs cannot be read.
         SetupError: the service cannot start.
         OutputFailed: a response cannot be written.
     """
@@ -173,35 +187,17 @@ def run(
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:
-    """The response, with the correlation id of a request that has one."""
+    """Return the fields of the response, and the correlation id of a request that has one."""
     fields = outcome.response.model_dump(mode="json")
     return fields if outcome.correlation_id is None else {**fields, "correlation_id": outcome.correlation_id}
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """Write without a buffer, which would be flushed once more after it could not be."""
+    """Write without a buffer: after a failed write, Python would try to flush a buffer again."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 def _end_interrupted(number: int, message: str) -> NoReturn:
-    """End the process as shells expect of one that a signal ended."""
     complain_at_once(f"Error: {message}\n")
-    end_at_once(128 + number)
-
-
-@contextmanager
-def stdout_on_stderr() -> Iterator[int]:
-    """Send what is printed inside to standard error; yields the descriptor of standard output itself.
-
-    By file descriptor: custom node packages start child processes, pip among them, which print too.
-    """
-    sys.stdout.flush()
-    saved = os.dup(STDOUT)
-    os.dup2(STDERR, STDOUT)
-    try:
-        yield saved
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, STDOUT)
-        os.close(saved)
+    end_by_signal(number)

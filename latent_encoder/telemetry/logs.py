@@ -16,7 +16,7 @@ from structlog.typing import FilteringBoundLogger, Processor
 
 from config import Settings
 from errors import one_line
-from latent_encoder import colours
+from latent_encoder.terminal import takes_colours
 
 ERASE_LINE = "\r\x1b[K"
 
@@ -63,9 +63,7 @@ def configure_logging(level: str, log_format: str, tracebacks: bool = True, *, b
     renderer: Processor = (
         structlog.processors.JSONRenderer(ensure_ascii=False)
         if as_json
-        else structlog.dev.ConsoleRenderer(
-            colors=colours.wanted(sys.stderr), exception_formatter=structlog.dev.plain_traceback
-        )
+        else structlog.dev.ConsoleRenderer(colors=takes_colours(sys.stderr), exception_formatter=structlog.dev.plain_traceback)
     )
     handler = StderrHandler(beside_bar)
     handler.setFormatter(

@@ -23,7 +23,7 @@ TINY = ("--vae_model_name", VAE, "--megapixels", "0.02")
 
 @pytest.mark.core
 def test_success_is_one_json_document_on_stdout(tmp_path: Path, run_main: RunMain) -> None:
-    """As the specification's example calls it; logs are JSON lines on standard error."""
+    """The specification's example gives one JSON response on standard output, and JSON lines on standard error."""
     image = shutil.copy(IMAGES / "astronaut_masked.png", tmp_path / "1.png")
     done = run_main("--mode", "standalone", "--image_path", image, *TINY, "--output_dir", "./output")
     assert done.returncode == 0, done.stderr
@@ -40,7 +40,7 @@ def test_success_is_one_json_document_on_stdout(tmp_path: Path, run_main: RunMai
 
 @pytest.mark.core
 def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> None:
-    """Hyphens do as well as underscores; the message is the specification's."""
+    """Options may have hyphens for underscores; the error message is the specification's."""
     done = run_main("--image-path", "/no/image.jpg", "--request-id", "mine", "--log-format", "text", *TINY)
     assert done.returncode == 1
     response = json.loads(done.stdout)
@@ -56,7 +56,7 @@ def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> 
 
 @pytest.mark.core
 def test_precision_that_is_asked_for_is_used(run_main: RunMain) -> None:
-    """The VAE runs in bfloat16 and says so; the file is float32 all the same."""
+    """The VAE runs in bfloat16, as the metadata reports; the file is float32 nevertheless."""
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--device", "cpu", env={"VAE_PRECISION": "bf16"})
     metadata = json.loads(done.stdout)["metadata"]
     assert (metadata["vae_dtype"], metadata["latent_dtype"], metadata["device"]) == ("bfloat16", "float32", "cpu")
@@ -77,7 +77,7 @@ def test_precision_that_is_asked_for_is_used(run_main: RunMain) -> None:
     ],
 )
 def test_field_out_of_range_is_invalid_request(arguments: list[str], field: str, run_main: RunMain) -> None:
-    """An error response that names the field, before ComfyUI is loaded."""
+    """The error response names the field, and comes before ComfyUI is loaded."""
     done = run_main("--image_path", IMAGES / "photo.jpg", *arguments)
     assert done.returncode == 1
     response = json.loads(done.stdout)
@@ -87,7 +87,7 @@ def test_field_out_of_range_is_invalid_request(arguments: list[str], field: str,
 
 
 def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
-    """A file name in another encoding than UTF-8 cannot be said in JSON."""
+    """A file name that is not UTF-8, which JSON cannot hold, gets an error response."""
     done = run_main("--image_path", os.fsdecode(b"\xff.png"))
     assert (done.returncode, json.loads(done.stdout)["error_code"]) == (1, "INVALID_REQUEST")
 
@@ -113,7 +113,7 @@ def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
     ],
 )
 def test_wrong_usage_is_status_2(arguments: list[str], env: dict[str, str], words: str, run_main: RunMain) -> None:
-    """A short message on standard error, nothing on standard output."""
+    """Wrong usage writes a short message to standard error, and nothing to standard output."""
     done = run_main(*arguments, env=env)
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr
@@ -121,17 +121,18 @@ def test_wrong_usage_is_status_2(arguments: list[str], env: dict[str, str], word
 
 
 def test_help_and_version_need_no_torch(run_main: RunMain) -> None:
-    """Both answer at once, and from anywhere."""
+    """Both are printed without importing torch or the Kafka client, from any folder."""
     shown = run_main("--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert shown.returncode == 0
     for option in ("--image-path", "--vae-model-name", "--upscale-method", "--megapixels", "--output-dir", "--request-id"):
         assert option in shown.stdout
     assert "| torch" not in shown.stderr
+    assert "confluent_kafka" not in shown.stderr
     assert run_main("--version").stdout == f"latent-encoder, version {VERSION}\n"
 
 
 def test_settings_come_from_a_file_too(tmp_path: Path, run_main: RunMain) -> None:
-    """`.env` in the working folder; a missing ComfyUI is status 3 with the way out."""
+    """`.env` in the working folder is read; a missing ComfyUI is status 3 with advice."""
     (tmp_path / ".env").write_text("COMFYUI_PATH=/nowhere\n")
     done = run_main("--image_path", IMAGES / "photo.jpg")
     assert (done.returncode, done.stdout) == (3, "")
@@ -141,21 +142,21 @@ def test_settings_come_from_a_file_too(tmp_path: Path, run_main: RunMain) -> Non
 
 
 def test_output_that_cannot_be_written_is_said(run_main: RunMain) -> None:
-    """A full disk behind standard output is status 3 and one line, not a traceback."""
+    """A full disk behind standard output is status 3 and one line without a traceback."""
     done = run_main("--image_path", "x.png", "--megapixels", "17", prefix=["sh", "-c", 'exec "$@" >/dev/full', "sh"])
     assert done.returncode == 3
     assert done.stderr == "Error: Cannot write the response to standard output (No space left on device).\n"
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of an encode: status 130, one line, and not a file."""
-    arguments = ("--image_path", IMAGES / "astronaut.png", "--vae_model_name", VAE, "--megapixels", "16")
+    """Ctrl-C in the middle of an encode gives status 130 and one line, and leaves no file."""
+    arguments = ("--image_path", IMAGES / "astronaut.png", "--vae_model_name", VAE, "--megapixels", "16", "--device", "cpu")
     command = [sys.executable, str(PROJECT / "main.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
-        ready, deadline = tmp_path / "output", time.monotonic() + PATIENCE_S  # it is made when all is ready for the encode
-        while not ready.is_dir() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        ready, deadline = tmp_path / "output", time.monotonic() + PATIENCE_S  # created when all is ready for the encode
+        while not ready.is_dir() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)  # 16 megapixels take a CPU a hundred times as long
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate()
     assert (process.returncode, output) == (130, "")
@@ -165,7 +166,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_interrupt_while_modules_are_imported_shows_no_traceback(tmp_path: Path) -> None:
-    """Ctrl-C in the first half second ends the process as a signal does, with nothing to read."""
+    """Ctrl-C in the first half second ends the process as a signal does, with no output."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "class Interrupt:\n"
@@ -180,14 +181,14 @@ def test_interrupt_while_modules_are_imported_shows_no_traceback(tmp_path: Path)
 
 
 def powerless() -> list[str]:
-    """What makes root heed file permissions like anybody else; nothing is needed for others."""
+    """Return the prefix with which root obeys file permissions; it is empty for other users."""
     if os.geteuid() != 0:
         return []
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 
 def test_unreadable_file_is_image_invalid(tmp_path: Path, run_main: RunMain) -> None:
-    """With the system's reason."""
+    """The error response has the system's reason."""
     image = tmp_path / "secret.png"
     shutil.copy(IMAGES / "photo.jpg", image)
     image.chmod(0)
@@ -198,7 +199,7 @@ def test_unreadable_file_is_image_invalid(tmp_path: Path, run_main: RunMain) -> 
 
 
 def test_read_only_output_folder_is_not_writable(tmp_path: Path, run_main: RunMain) -> None:
-    """Found out before the encode, with the system's reason."""
+    """A read-only output folder is noticed before the encode, and the response has the system's reason."""
     folder = tmp_path / "read_only"
     folder.mkdir(mode=0o555)
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", folder, prefix=powerless())
@@ -208,7 +209,7 @@ def test_read_only_output_folder_is_not_writable(tmp_path: Path, run_main: RunMa
 
 
 def test_full_disk_is_found_before_the_encode(tmp_path: Path, run_main: RunMain) -> None:
-    """OUTPUT_DIR_NOT_WRITABLE with what is needed and what is there, and not a file."""
+    """A full disk is OUTPUT_DIR_NOT_WRITABLE with the needed and the free size, and leaves no file."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=16k tmpfs '{disk}' && \"$@\"; status=$?; ls -A '{disk}' >&2; exit $status"
@@ -225,7 +226,7 @@ def test_full_disk_is_found_before_the_encode(tmp_path: Path, run_main: RunMain)
 
 
 def test_file_that_does_not_fit_leaves_nothing(tmp_path: Path, run_main: RunMain) -> None:
-    """A disk that fills up during the encode, stood for by the largest file that this process may write, is as good."""
+    """A disk that fills up during the encode leaves no file; a limit on the size of files takes its place here."""
     prefix = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash"]  # kilobytes: more than the image, less than the latent
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", tmp_path / "out", prefix=prefix)
     response = json.loads(done.stdout)

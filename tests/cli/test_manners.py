@@ -1,4 +1,4 @@
-"""Help, completion, colours, logs, suggestions: how the command line treats the person in front of it."""
+"""Help, completion, colours, logs and suggestions of the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ESCAPE = "\x1b["
 
 @contextmanager
 def terminal(command: Sequence[str | Path], folder: Path, env: Mapping[str, str]) -> Iterator[Any]:
-    """A program on a pseudo-terminal. `pexpect.spawn` forks in Python, which can hang where torch has started threads."""
+    """Run a program on a pseudo-terminal. `pexpect.spawn` forks in Python, which can hang if torch has started threads."""
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (40, 200))
     words = ["setsid", "--ctty", "--wait", *map(str, command)]
@@ -51,14 +51,14 @@ def terminal(command: Sequence[str | Path], folder: Path, env: Mapping[str, str]
 
 
 def at_terminal(*arguments: str | Path, folder: Path, env: Mapping[str, str] | None = None) -> str:
-    """What Python shows on a pseudo-terminal until it ends."""
+    """Return the output of Python on a pseudo-terminal until it ends."""
     with terminal([sys.executable, *arguments], folder, env or {}) as child:
         shown: str = child.read()
     return shown
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
-    """What the options make of a command line."""
+    """Return the values that the options have after parsing a command line."""
 
     @cloup.command(cls=Command, context_settings=CONTEXT)
     @all_options
@@ -75,7 +75,7 @@ def parsed(*arguments: str) -> dict[str, Any]:
 
 
 def test_image_path_takes_several_values_and_several_times() -> None:
-    """In the order given; the next option ends them, and underscores do."""
+    """The values keep their order, the next option ends them, and underscores may stand for hyphens."""
     given = parsed("--image_path", "a.png", "b c.png", "--megapixels", "0.5", "--image-path", "d/*.png", "e/")
     assert given["image_path"] == ("a.png", "b c.png", "d/*.png", "e/")
     assert given["paths"] == ()
@@ -87,7 +87,7 @@ def test_image_path_takes_several_values_and_several_times() -> None:
     st.lists(st.sampled_from(["--image-path", "--image_path", "--force", "--limit", "a", "b", "-", "--", ""]), max_size=8)
 )
 def test_spread_loses_no_word(words: list[str]) -> None:
-    """Apart from the names put in, the words are what they were; each value has its option's name in front."""
+    """Spreading only adds option names: the other words stay as they are, and spreading twice changes nothing more."""
     result = spread(words, ["--image-path"])
     names = ("--image-path", "--image_path")
     assert [word for word in result if word not in names] == [word for word in words if word not in names]
@@ -95,14 +95,14 @@ def test_spread_loses_no_word(words: list[str]) -> None:
 
 
 def test_flags_left_out_leave_the_settings_alone() -> None:
-    """PREVIEW and ROUNDTRIP in the environment hold, since the options say nothing."""
+    """Without their options, PREVIEW and ROUNDTRIP of the environment hold."""
     given = parsed("a.png")
     assert (given["preview"], given["roundtrip"], given["workers"]) == (None, None, 1)
     assert parsed("--preview")["preview"] is True
 
 
 def owned() -> list[Any]:
-    """Every parameter that is for some modes only, with one of the others."""
+    """Return every parameter that is for some modes only, with a mode that it is not for."""
     modes = Settings.model_fields["mode"].annotation.__args__  # type: ignore[union-attr]
     found = []
     for param in main.params:
@@ -117,7 +117,7 @@ def owned() -> list[Any]:
 def test_option_of_another_mode_is_wrong_usage(
     param: click.Parameter, mode: str, modes: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Status 2, and the text says which mode it is for."""
+    """An option of another mode is status 2, and the message names its modes."""
     monkeypatch.chdir(tmp_path)
     values = {"megapixels": "1", "workers": "2", "limit": "1", "http_port": "80", "device": "cpu", "vae_precision": "fp32"}
     values |= {
@@ -158,7 +158,7 @@ def test_option_of_another_mode_is_wrong_usage(
 def test_wrong_usage_says_the_way_out(
     arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Status 2 and one line after the usage, whatever the width of the terminal."""
+    """Wrong usage is status 2 and one line after the usage, at any width of the terminal."""
     monkeypatch.chdir(tmp_path)
     done = CliRunner(env={"COLUMNS": "40", "MODE": None}).invoke(main, arguments)
     assert (done.exit_code, done.stdout) == (2, "")
@@ -187,7 +187,7 @@ def test_closest_name(name: str, meant: str | None) -> None:
     ("name", "meant"), [("tiny_qwen_vea.safetensors", TINY_VAE), ("TAESD", "taesd"), ("pixelspace", "pixel_space")]
 )
 def test_mistyped_vae(name: str, meant: str, answer: Encode) -> None:
-    """What ComfyUI knows by name is suggested too."""
+    """Names that only ComfyUI knows are suggested too."""
     message = answer("photo.jpg", vae_model_name=name).error_message
     assert message.startswith(f"VAE model not found: {name}. Did you mean {meant}? Looked in: ")
 
@@ -197,7 +197,7 @@ def test_unlike_any_vae_gets_no_suggestion(answer: Encode) -> None:
 
 
 def test_mistyped_method_and_format(run_main: RunMain) -> None:
-    """In the error response of the request, as other values out of range."""
+    """The error response of the request has the suggestion, as for other values out of range."""
     done = run_main("x.png", "--upscale_method", "lancos", "--latent_format", "Safetensors")
     assert done.returncode == 1
     assert "(got 'lancos'; did you mean 'lanczos'?)" in done.stdout
@@ -208,7 +208,7 @@ def test_mistyped_method_and_format(run_main: RunMain) -> None:
 
 
 def test_examples_of_the_help_are_accepted() -> None:
-    """Each mode has one, and each is what the options take."""
+    """Each mode has an example in the help, and the options accept each example."""
     assert main.help is not None
     examples = [line.split()[2:] for line in main.help.splitlines() if line.strip().startswith("python main.py")]
     given = [parsed(*shlex.split(" ".join(words))) for words in examples]
@@ -216,7 +216,7 @@ def test_examples_of_the_help_are_accepted() -> None:
 
 
 def test_help_fits_a_narrow_window(run_main: RunMain) -> None:
-    """Text is wrapped to 40 columns; no option is lost."""
+    """The help is wrapped to 40 columns, and no option is lost."""
     shown = run_main("--help", env={"COLUMNS": "40"}).stdout
     described = [line for line in shown.splitlines() if line.startswith("     ")]
     assert described
@@ -229,7 +229,7 @@ def test_help_fits_a_narrow_window(run_main: RunMain) -> None:
 
 
 def complete(run_main: RunMain, line: str, **env: str) -> list[str]:
-    """What bash would be offered for the last word."""
+    """Return the completions that bash gets for the last word."""
     words = shlex.split(line) + ([""] if line.endswith(" ") else [])
     variables = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_LATENT_ENCODER_COMPLETE": "bash_complete"}
     done = run_main(env={**variables, **env})
@@ -256,7 +256,7 @@ def test_values_are_completed(line: str, offered: list[str], run_main: RunMain) 
 
 
 def test_vae_files_are_completed_without_torch(tmp_path: Path, run_main: RunMain) -> None:
-    """Those of MODEL_DIR, of its vae/ and of what the option names; nothing where a setting cannot be used."""
+    """Files of MODEL_DIR, its vae/ and the option's folder are completed; with a setting that cannot be used, none are."""
     for name in ("models/mine.safetensors", "models/vae/sub/mini.pt", "models/notes.txt", "other/miss.sft"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -277,7 +277,7 @@ SHELLS = {
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_tab_completes_in_a_real_shell(shell: str, tmp_path: Path) -> None:
-    """A choice, a VAE and a file, with the tab key; the command that the script defines runs."""
+    """The tab key completes a choice, a VAE and a file, and the command that the script defines runs."""
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     shutil.copy(IMAGES / "photo.jpg", tmp_path / "a photo.jpg")
@@ -314,7 +314,7 @@ def test_colours_on_a_terminal(env: dict[str, str], coloured: bool, tmp_path: Pa
     [({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False), ({"FORCE_COLOR": ""}, False)],
 )
 def test_colours_in_a_pipe(env: dict[str, str], coloured: bool, run_main: RunMain) -> None:
-    """None, but where they are insisted on."""
+    """A pipe gets colours only if FORCE_COLOR demands them."""
     assert (ESCAPE in run_main("--help", env=env).stdout) == coloured
 
 
@@ -334,7 +334,7 @@ except ZeroDivisionError:
 @pytest.mark.parametrize("log_format", ["json", "text"])
 @pytest.mark.parametrize("tracebacks", [True, False])
 def test_tracebacks_only_where_wanted(log_format: str, tracebacks: bool) -> None:
-    """What the exception says is there all the same; text has no colours in a pipe."""
+    """The exception's text is logged with or without a traceback; text has no colours in a pipe."""
     code = ERROR_LOGGED.format(level="INFO", log_format=log_format, tracebacks=tracebacks)
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=PLAIN, capture_output=True, text=True, check=True)
     assert "division by zero" in done.stderr
@@ -354,7 +354,7 @@ def test_text_logs_are_coloured_on_a_terminal(env: dict[str, str], coloured: boo
 
 
 def test_log_lines_go_above_a_progress_bar() -> None:
-    """The bar is cleared before the line, and drawn again after it."""
+    """The bar is cleared before the log line, and drawn again after it."""
     code = "from tqdm import tqdm\nbar = tqdm(total=10, desc='images', mininterval=0)\nbar.update(3)" + ERROR_LOGGED.format(
         level="INFO", log_format="text", tracebacks=False
     )
@@ -390,7 +390,7 @@ def test_log_style(
     style: tuple[str, str, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The options win over LOG_LEVEL, which wins over what a terminal gets."""
+    """The options win over LOG_LEVEL, which wins over the default of a terminal."""
     for name in ("MODE", "LOG_LEVEL", "LOG_FORMAT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
@@ -398,7 +398,7 @@ def test_log_style(
 
 
 def test_person_at_a_terminal_sees_warnings_as_text(tmp_path: Path) -> None:
-    """The response, and the warning that this VAE is for trying; nothing that went well, and no traceback."""
+    """A terminal shows the response and the warning about the tiny VAE, but no event of success."""
     words = (MAIN, IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02")
     shown = at_terminal(*words, folder=tmp_path, env={"NO_COLOR": "1"})
     assert '"status":' in shown
@@ -410,7 +410,7 @@ def test_person_at_a_terminal_sees_warnings_as_text(tmp_path: Path) -> None:
 
 
 def test_failure_that_nobody_foresaw_is_one_line(run_main: RunMain) -> None:
-    """A full disk behind the help stands for one; with --debug there is the traceback."""
+    """An unexpected error, here a full disk, is one line; with --debug there is a traceback."""
     prefix = ["sh", "-c", 'exec "$@" >/dev/full', "sh"]
     done = run_main("--completion", "bash", prefix=prefix, env={"COLUMNS": "40"})
     assert done.returncode == 3
@@ -420,4 +420,4 @@ def test_failure_that_nobody_foresaw_is_one_line(run_main: RunMain) -> None:
     done = run_main("--debug", "--completion", "bash", prefix=prefix)
     assert done.returncode == 3
     assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1] == "Error: Unexpected error, please report it with what stands above."
+    assert done.stderr.splitlines()[-1] == "Error: Unexpected error, please report it with the traceback above."

@@ -1,4 +1,4 @@
-"""What the command line's paths, globs and lists come to; nothing is encoded here."""
+"""The inputs made of the command line's paths, patterns and lists; nothing is encoded here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 
 from latent_encoder.outputs.files import output_files
-from latent_encoder.standalone.inputs import OUR_IMAGES, Inputs, Refusal, UnusableInputs, find_images, inputs_of
-from latent_encoder.standalone.selection import ImageSelection
+from latent_encoder.standalone.inputs import (
+    OUR_IMAGES,
+    ImageSelection,
+    Inputs,
+    RefusedInput,
+    UnusableInputs,
+    find_images,
+    inputs_of,
+)
 from models import EncodeRequest
 
 DEFAULTS: dict[str, Any] = {
@@ -54,26 +61,26 @@ def requests(inputs: Inputs) -> list[EncodeRequest]:
     ],
 )
 def test_paths_stand_for_images(path: str, recursive: bool, names: list[str], photos: Path) -> None:
-    """Folders by the names of what is in them, sorted; patterns as they match; a file that is named is taken as it is."""
+    """Folders and patterns stand for the images in them, sorted by name; a file that is named is taken as it is."""
     assert photos.is_dir()
     assert find_images([path], recursive=recursive, output_dir="out") == names
 
 
 def test_image_named_twice_is_one(photos: Path) -> None:
-    """It keeps its first place."""
+    """An image that is named twice is encoded once, in its first place."""
     paths = ["photos/c.jpeg", "photos", "photos/*.png"]
     found = find_images(paths, recursive=False, output_dir=str(photos / "out"))
     assert found == ["photos/c.jpeg", "photos/A.JPG", "photos/b.png"]
 
 
 def test_output_folder_that_is_a_loop_of_symlinks_is_left_to_the_requests(photos: Path) -> None:
-    """Finding the images does not fail for it; each request is answered with what is wrong."""
+    """A loop of symlinks as output folder does not stop the search for images; each request fails by itself."""
     (photos / "loop").symlink_to("loop")
     assert len(find_images([str(photos)], recursive=False, output_dir=str(photos / "loop"))) == 3
 
 
-def test_own_pictures_are_no_input(photos: Path) -> None:
-    """Where files are written into the folder of the images, the next run leaves them out, by whatever name of the folder."""
+def test_own_images_are_no_input(photos: Path) -> None:
+    """A run leaves out the images that an earlier one wrote into the folder, by any name of that folder."""
     files = output_files(str(photos), "b.png", "1")
     ours = [files.scaled_image, files.preview, files.roundtrip]
     assert {re.sub("b_1.png", "", file.name) for file in ours} == set(OUR_IMAGES)
@@ -94,22 +101,22 @@ def test_own_pictures_are_no_input(photos: Path) -> None:
         (ImageSelection(input_list="photos"), r"Cannot read photos \(Is a directory\)"),
     ],
 )
-def test_nothing_to_encode_is_said(selection: ImageSelection, words: str, photos: Path) -> None:
-    """With what was looked for, before anything is encoded."""
+def test_nothing_to_encode_is_an_error(selection: ImageSelection, words: str, photos: Path) -> None:
+    """The error names the folder, pattern or list, before anything is encoded."""
     assert photos.is_dir()
     with pytest.raises(UnusableInputs, match=words):
         inputs_of(selection, {}, DEFAULTS)
 
 
 def test_file_whose_name_looks_like_a_pattern_is_that_file(photos: Path) -> None:
-    """`[1].png` is a common name."""
+    """An existing file is not taken for a pattern: `[1].png` is a common name."""
     (photos / "b[1].png").touch()
     inputs = inputs_of(ImageSelection(("photos/b[1].png",)), {}, DEFAULTS)
     assert (inputs.single, [request.image_path for request in requests(inputs)]) == (True, ["photos/b[1].png"])
 
 
 def test_ids_last_over_runs_and_differ_by_what_is_asked(photos: Path) -> None:
-    """The same image asked for in the same way has the same id, from wherever; another size, VAE or format has another."""
+    """Equal requests have the same id in any folder; another size, VAE, format or method has another id."""
     there = [
         (request.image_path, request.request_id) for request in requests(inputs_of(ImageSelection(("photos",)), {}, DEFAULTS))
     ]
@@ -128,7 +135,7 @@ def test_ids_last_over_runs_and_differ_by_what_is_asked(photos: Path) -> None:
 
 
 def test_single_image_gets_a_new_id(photos: Path) -> None:
-    """Each time, unless one is given."""
+    """A single image gets a new id each time, unless one is given."""
     selection = ImageSelection((str(photos / "b.png"),))
     first, second = (requests(inputs_of(selection, {"request_id": None}, DEFAULTS))[0].request_id for _ in range(2))
     assert first != second
@@ -136,7 +143,7 @@ def test_single_image_gets_a_new_id(photos: Path) -> None:
 
 
 def test_list_holds_requests_as_kafka_has_them(photos: Path) -> None:
-    """A line each; what it leaves out is the command line's, then the settings'; a bad line is refused in its place."""
+    """Each line is a request; absent fields are the command line's, else the settings'; a bad line is refused in its place."""
     lines = [
         json.dumps({"image_path": "photos/b.png", "request_id": "r", "correlation_id": "c", "megapixels": 0.5}),
         "",
@@ -153,10 +160,10 @@ def test_list_holds_requests_as_kafka_has_them(photos: Path) -> None:
     assert (first.request_id, first.correlation_id, first.megapixels, first.upscale_method) == ("r", "c", 0.5, "area")
     assert isinstance(last, EncodeRequest)
     assert (last.vae_model_name, last.output_dir) == ("a.safetensors", "out")
-    assert isinstance(broken, Refusal)
+    assert isinstance(broken, RefusedInput)
     assert broken.response.error_code == "MESSAGE_UNUSABLE"
     assert broken.response.error_message.startswith("Line 3 of photos/list.jsonl: The message is not JSON: ")
-    assert isinstance(array, Refusal)
+    assert isinstance(array, RefusedInput)
     assert array.response.error_message == "Line 4 of photos/list.jsonl: The message is JSON but not an object: list."
-    assert isinstance(wrong, Refusal)
+    assert isinstance(wrong, RefusedInput)
     assert (wrong.response.request_id, wrong.response.error_code, wrong.correlation_id) == ("s", "INVALID_REQUEST", "c")

@@ -1,4 +1,4 @@
-"""Many images in one run: their order, their failures, going on where a run was, and ending one early."""
+"""Many images in one run: their order, their failures, continuing a run, and ending one early."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import torch
 
 from config import Settings
 from latent_encoder.standalone import run as standalone
-from latent_encoder.standalone.selection import ImageSelection, RunOptions
+from latent_encoder.standalone.inputs import ImageSelection
+from latent_encoder.standalone.run import RunOptions
 from latent_encoder.telemetry.logs import LogStyle
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, clean_environment, load_latent
+from tests.kafka_tools import wait_until
 
 GOOD = ("astronaut.png", "grey.png", "photo.jpg")
 TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
@@ -31,7 +33,7 @@ TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with three images and, between them by name, one that is truncated."""
+    """A folder with three images and, among them by name, one that is truncated."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in GOOD:
@@ -44,7 +46,7 @@ def photos(tmp_path: Path) -> Path:
 def run(
     settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str], encoder: object
 ) -> Callable[..., tuple[int, list[dict[str, Any]], str]]:
-    """Encode images in this process, which has loaded ComfyUI. Gives the exit status, the responses, and standard error."""
+    """Encode images in this process, which has loaded ComfyUI; return the exit status, the responses and standard error."""
     assert encoder is not None
     fields = {"output_dir": str(tmp_path / "output"), "vae_model_name": TINY_VAE, "megapixels": 0.02}
 
@@ -58,7 +60,7 @@ def run(
 
 
 def names(responses: list[dict[str, Any]]) -> list[str]:
-    """What became of which image."""
+    """Return the image's name of each success, and the error code of each failure."""
     return [response.get("error_code") or Path(response["latent_file_path"]).name.split("_")[1] for response in responses]
 
 
@@ -67,7 +69,7 @@ def modified(folder: Path) -> dict[str, int]:
 
 
 def test_one_failure_does_not_stop_the_rest(photos: Path, run: Any) -> None:
-    """Responses come in input order, one a line; the status is 1, and the summary counts."""
+    """Responses come in the order of the input, one a line; the status is 1, and the summary has the counts."""
     status, responses, errors = run(ImageSelection((str(photos),)))
     assert (status, names(responses)) == (1, ["astronaut", "IMAGE_INVALID", "grey", "photo"])
     assert all(load_latent(response["latent_file_path"]).shape[1] == 16 for response in responses if "metadata" in response)
@@ -75,7 +77,7 @@ def test_one_failure_does_not_stop_the_rest(photos: Path, run: Any) -> None:
 
 
 def test_run_goes_on_where_it_was(photos: Path, run: Any, tmp_path: Path) -> None:
-    """What has whole and matching files is not encoded again; what is damaged, or whose image changed, is."""
+    """Images with complete, matching files are not encoded again; damaged latents and changed images are."""
     (photos / "broken.jpg").unlink()
     status, first, _ = run(ImageSelection((str(photos),)))
     assert (status, len(first)) == (0, 3)
@@ -95,7 +97,7 @@ def test_run_goes_on_where_it_was(photos: Path, run: Any, tmp_path: Path) -> Non
 
 
 def test_fail_fast_ends_with_the_first_failure(tmp_path: Path, run: Any) -> None:
-    """Later images are not begun; at most those in hand are finished."""
+    """After the first failure no image is begun; those in flight may be finished."""
     images = [str(IMAGES / "truncated.jpg"), *(str(IMAGES / name) for name in GOOD * 1)]
     copies = [str(shutil.copy(IMAGES / "photo.jpg", tmp_path / f"{n}.jpg")) for n in range(20)]
     status, responses, _ = run(ImageSelection((*images, *copies)), RunOptions(fail_fast=True))
@@ -104,7 +106,7 @@ def test_fail_fast_ends_with_the_first_failure(tmp_path: Path, run: Any) -> None
 
 
 def test_list_of_requests_is_answered_like_a_topic(photos: Path, run: Any, tmp_path: Path) -> None:
-    """Ids come back, and what a line leaves out is the command line's."""
+    """Responses have the ids of their requests, and a field that a line leaves out is the command line's."""
     requests = [
         {"image_path": str(photos / "photo.jpg"), "request_id": "one", "correlation_id": "c1", "megapixels": 0.03},
         {"image_path": str(photos / "none.jpg"), "request_id": "two", "correlation_id": "c2"},
@@ -119,7 +121,7 @@ def test_list_of_requests_is_answered_like_a_topic(photos: Path, run: Any, tmp_p
 
 
 def test_latents_do_not_depend_on_the_way(photos: Path, run: Any, encode: Callable[..., Any]) -> None:
-    """A run over a folder gives what a single encode gives, to the last bit."""
+    """A run over a folder gives the latents of single encodes, to the last bit."""
     status, responses, _ = run(ImageSelection((str(photos / "a*.png"), str(photos / "photo.jpg"))))
     assert status == 0
     for response, image in zip(responses, ("astronaut.png", "photo.jpg"), strict=True):
@@ -127,7 +129,7 @@ def test_latents_do_not_depend_on_the_way(photos: Path, run: Any, encode: Callab
         assert torch.equal(load_latent(response["latent_file_path"]), alone)
 
 
-# What follows needs a process of its own: signals, pipes, worker processes, a terminal.
+# The tests below need a process of their own: signals, pipes, worker processes, a terminal.
 
 
 @contextmanager
@@ -152,7 +154,7 @@ def copies(folder: Path, count: int) -> Path:
 
 
 def assert_whole(responses: list[dict[str, Any]], output: Path) -> None:
-    """Exactly the three files of each response are there, with the checksums that the metadata say."""
+    """Assert that exactly the three files of each response exist, and that each latent can be loaded."""
     assert {response["status"] for response in responses} == {"success"}
     expected = {Path(path).name for r in responses for path in (r["latent_file_path"], r["scaled_image_path"])}
     expected |= {f"{Path(response['latent_file_path']).name}.json" for response in responses}
@@ -161,43 +163,70 @@ def assert_whole(responses: list[dict[str, Any]], output: Path) -> None:
         load_latent(response["latent_file_path"])
 
 
+def ask(process: subprocess.Popen[str], images: Sequence[Path]) -> None:
+    """Write a request for each image to the process, and leave its standard input open: the run cannot end by itself."""
+    assert process.stdin is not None
+    process.stdin.writelines(json.dumps({"image_path": str(image)}) + "\n" for image in images)
+    process.stdin.flush()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Wait for the end of a process, and return the rest of its output. `communicate` would close its standard input."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.wait(PATIENCE_S)
+    return process.stdout.read(), process.stderr.read()
+
+
 def test_ctrl_c_finishes_the_image_in_hand(tmp_path: Path) -> None:
-    """Status 130, every file whole, and the next run goes on. Answers come while standard input still has more to say."""
+    """Ctrl-C is status 130 with every file complete; responses come while standard input is still open.
+
+    Most lines come after the signal: however fast an encode is, the run cannot end before it.
+    """
     images = sorted(copies(tmp_path, 40).iterdir())
     with started(tmp_path, "--input-list", "-", *TINY) as process:
-        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps({"image_path": str(images[0])}) + "\n")
-        process.stdin.flush()
+        ask(process, images[:1])
         first = process.stdout.readline()
-        process.stdin.writelines(json.dumps({"image_path": str(image)}) + "\n" for image in images[1:])
-        process.stdin.flush()
+        ask(process, images[1:5])
         second = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate()
+        with suppress(BrokenPipeError):  # it may have ended already
+            ask(process, images[5:])
+        output, errors = ended(process)
     responses = [json.loads(line) for line in (first, second, *output.splitlines())]
     assert process.returncode == 130, errors
-    *_, ended, last = errors.splitlines()
+    *_, summary, last = errors.splitlines()
     assert last == "Error: Interrupted; the same command goes on from here."
-    assert json.loads(ended) | {"encoded": len(responses), "failed": 0, "interrupted": True} == json.loads(ended)
+    assert json.loads(summary) | {"encoded": len(responses), "failed": 0, "interrupted": True} == json.loads(summary)
     assert len(responses) < 20
     assert_whole(responses, tmp_path / "output")
 
 
 def test_workers_share_the_images_and_one_may_die(tmp_path: Path) -> None:
-    """Responses in input order; those that a killed worker had are errors, the rest are encoded; then Ctrl-C ends all."""
-    images = copies(tmp_path, 60)
-    with started(tmp_path, "--image-path", images, "--workers", "2", *TINY, start_new_session=True) as process:
+    """Requests of a killed worker get error responses, the rest are encoded, all in input order; then Ctrl-C ends the run.
+
+    The worker is suspended before it gets requests, so that it holds some when it is killed. Most lines come after Ctrl-C.
+    """
+    images = sorted(copies(tmp_path, 60).iterdir())
+    with started(tmp_path, "--input-list", "-", "--workers", "2", *TINY, start_new_session=True) as process:
         assert process.stdout is not None
+        ask(process, images[:1])
         first = process.stdout.readline()
         workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) == 2
+        workers[0].suspend()
+        ask(process, images[1:10])
+        output_folder = tmp_path / "output"
+        wait_until(lambda: len(list(output_folder.glob("*.pt"))) >= 3, "images that the other worker encoded")
         workers[0].kill()
         answered = [json.loads(first)]
         while "error_code" not in answered[-1]:
             answered.append(json.loads(process.stdout.readline()))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        output, errors = process.communicate()
+        with suppress(BrokenPipeError):  # it may have ended already
+            ask(process, images[10:])
+        output, errors = ended(process)
     answered += [json.loads(line) for line in output.splitlines()]
     assert process.returncode == 130, errors
     assert not any(worker.is_running() for worker in workers)
@@ -213,13 +242,13 @@ def test_workers_share_the_images_and_one_may_die(tmp_path: Path) -> None:
         file.unlink()
     written = {Path(response["latent_file_path"]).name for response in succeeded}
     for file in (tmp_path / "output").glob("*.pt"):
-        if file.name not in written:  # it was written, and its worker killed before it could say so
+        if file.name not in written:  # its worker was killed between writing it and reporting it
             load_latent(file)
             assert len(failed) > 0
 
 
 def test_workers_that_cannot_start_end_the_run(photos: Path, tmp_path: Path) -> None:
-    """Status 3 and one line, whatever the others are at."""
+    """A worker that cannot start is status 3 and one line, whatever the other workers do."""
     with started(tmp_path, "--image-path", photos, "--workers", "2", "--comfyui-path", "/nowhere", *TINY) as process:
         output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output) == (3, "")
@@ -228,7 +257,7 @@ def test_workers_that_cannot_start_end_the_run(photos: Path, tmp_path: Path) -> 
 
 
 def test_progress_is_seen_on_a_terminal_alone(photos: Path, tmp_path: Path) -> None:
-    """Images done, failed, speed and time left, on one line of whatever width; responses are whole lines all the same."""
+    """A terminal shows counts, speed and the time left on one line, of any width, between whole lines of responses."""
     arguments = [str(PROJECT / "main.py"), "--image-path", str(photos), *TINY]
     terminal = pexpect.spawn(
         sys.executable,

@@ -253,7 +253,7 @@ def test_worker_shows_health_and_metrics(bench: Bench, run_main: RunMain) -> Non
         assert process.end() == 0
     gone = run_main("--mode", "health", env={"HTTP_PORT": port})
     assert (gone.returncode, gone.stdout) == (1, "")
-    assert gone.stderr == f"Error: No worker answers on HTTP_PORT={port}: [Errno 111] Connection refused.\n"
+    assert gone.stderr == f"Error: No worker responds on HTTP_PORT={port}: [Errno 111] Connection refused.\n"
     assert run_main("--mode", "health", env={"HTTP_PORT": "0"}).returncode == 2
     answered, failed = process.events("request answered")
     assert (answered["request_id"], answered["correlation_id"], answered["outcome"]) == ("r", "c", "success")
@@ -276,7 +276,7 @@ def test_answer_of_another_service_is_no_health(run_main: RunMain) -> None:
         port = str(server.getsockname()[1])
         done = run_main("--mode", "health", env={"HTTP_PORT": port})
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"Error: No worker answers on HTTP_PORT={port}: ")
+    assert done.stderr.startswith(f"Error: No worker responds on HTTP_PORT={port}: ")
     assert done.stderr.count("\n") == 1
 
 

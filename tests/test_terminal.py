@@ -1,4 +1,4 @@
-"""Standard output and standard error that take nothing: each exit status is the one that the README says."""
+"""Standard output and standard error that take nothing: each exit status is the documented one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FULL, CLOSED = (28, "No space left on device"), (9, "Bad file descriptor")
 
 
 def redirected(redirection: str) -> list[str]:
-    """A prefix for a command whose streams the shell redirects."""
+    """Return a prefix for a command whose streams the shell redirects."""
     return ["sh", "-c", f'exec "$@" {redirection}', "sh"]
 
 
 @pytest.mark.parametrize(("redirection", "fault"), [(">/dev/full", FULL), (">&-", CLOSED)])
 def test_standard_output_that_takes_nothing_is_status_3(redirection: str, fault: tuple[int, str], run_main: RunMain) -> None:
-    """The last line says so, of what is printed at once and of a response. Nothing follows when Python ends."""
+    """The failure is the last line, for text that is printed at once and for a response; Python adds nothing at its end."""
     done = run_main(*VERSION, prefix=redirected(redirection))
     assert (done.returncode, done.stderr) == (3, UNEXPECTED.format(*fault))
     done = run_main(*REFUSED, prefix=redirected(redirection))
@@ -45,16 +45,16 @@ def test_standard_error_that_takes_nothing_leaves_the_status_alone(
 
 @pytest.mark.parametrize(("arguments", "status"), [(VERSION, 3), (REFUSED, 3), (ENCODED, 3), (WRONG_USAGE, 2)])
 def test_both_that_take_nothing(arguments: tuple[str | Path, ...], status: int, run_main: RunMain) -> None:
-    """The status is all that is left, in the middle of a run of several images too."""
+    """The status stays true if neither stream takes anything, also in the middle of a run of several images."""
     done = run_main(*arguments, prefix=redirected(">/dev/full 2>&1"), env={"VAE_MODEL_NAME": TINY_VAE})
     assert done.returncode == status
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"), [(REFUSED, "the response to"), (("--mode", "inspect", "--json", "x.pt"), "to")]
+    ("arguments", "written"), [(REFUSED, "the response to"), (("--mode", "inspect", "--json", "x.pt"), "to")]
 )
-def test_pipe_that_nobody_reads_is_status_3(arguments: tuple[str, ...], what: str, run_main: RunMain) -> None:
-    """The last line says so."""
+def test_pipe_that_nobody_reads_is_status_3(arguments: tuple[str, ...], written: str, run_main: RunMain) -> None:
+    """A broken pipe behind standard output is status 3, and the last line names it."""
     done = run_main(*arguments, prefix=["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash"])
     assert done.returncode == 3
-    assert done.stderr.splitlines()[-1] == f"Error: Cannot write {what} standard output (Broken pipe)."
+    assert done.stderr.splitlines()[-1] == f"Error: Cannot write {written} standard output (Broken pipe)."

@@ -1,0 +1,175 @@
+"""The modes of the command line: each function runs one and returns the exit status.
+
+Each imports its own modules inside, because torch takes seconds to import: `--help`, wrong usage and the other modes do not
+wait for them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
+from errors import KafkaFailed, SetupError, one_line
+from latent_encoder.access import log_missing_limits
+from latent_encoder.cli.parsing import fail
+from latent_encoder.exits import (
+    EXIT_ERROR_RESPONSE,
+    EXIT_INTERRUPTED,
+    EXIT_SERVICE_FAILED,
+    EXIT_WRONG_USAGE,
+    end_at_once,
+    end_by_signal,
+    stop_on_signals,
+)
+from latent_encoder.telemetry.logs import LogStyle, get_logger
+from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, stdout_on_stderr
+
+if TYPE_CHECKING:
+    from latent_encoder.standalone.inputs import ImageSelection
+
+log = get_logger("latent_encoder")
+
+
+def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> int:
+    """Run standalone mode. `given` are the command line's options, None for each that it leaves out."""
+    from latent_encoder.standalone import run as standalone
+    from latent_encoder.standalone.inputs import UnusableInputs
+
+    selection = _selected_images(given)
+    fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
+    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
+    try:
+        return standalone.run(settings, selection, fields, options, style)
+    except UnusableInputs as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
+    except standalone.OutputFailed as exc:
+        complain(f"Error: {exc}")
+        end_at_once(EXIT_SERVICE_FAILED)
+
+
+def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
+    from latent_encoder.standalone.inputs import ImageSelection
+
+    selection = ImageSelection((*given["image_path"], *given["paths"]), given["recursive"], given["input_list"])
+    if not selection.paths and selection.input_list is None:
+        raise click.UsageError("Standalone mode needs --image_path FILE, or --input-list FILE.")
+    if selection.paths and selection.input_list is not None:
+        raise click.UsageError("Images come from --image_path or from --input-list, not from both.")
+    return selection
+
+
+def serve(settings: Settings) -> NoReturn:
+    """Run Kafka mode until a signal: the first SIGTERM or SIGINT ends it after the work in flight, the second at once."""
+    log_missing_limits(settings)
+    try:
+        finished = _served(settings)
+    except SettingsError as exc:
+        raise click.UsageError(f"A setting cannot be used. {exc}") from exc
+    except (SetupError, KafkaFailed) as exc:
+        complain(f"Error: {exc} Requests without a response are not committed.")
+        finished = False
+    except Exception:
+        log.exception("stopped by an unexpected error, please report it; nothing was lost")
+        finished = False
+    logging.shutdown()
+    # Python's own way out would wait for an encode that nobody needs any more, or crash: an encode cannot be interrupted.
+    end_at_once(0 if finished else EXIT_SERVICE_FAILED)
+
+
+def _served(settings: Settings) -> bool:
+    """Respond to requests until a signal. Return whether all work in flight was finished."""
+    from kafka_handler import KafkaHandler
+    from latent_encoder.telemetry import tracing
+    from latent_encoder.telemetry.http_server import http_server
+    from service import ready_encoder
+
+    handler = KafkaHandler(settings)
+    stop_on_signals(lambda _: handler.stop(), _end_kafka_mode)
+    with http_server(settings, handler.health), stdout_on_stderr(), tracing.exported():
+        # In a thread that ends, and OpenMP's threads with it: see stages.py.
+        with handler.health.busy("start"), ThreadPoolExecutor(max_workers=1) as thread:
+            encoder = thread.submit(ready_encoder, settings).result()
+        return handler.run(encoder)
+
+
+def _end_kafka_mode(number: int) -> NoReturn:
+    complain_at_once("Error: Stopped at once by a second signal; requests without a response are delivered again.\n")
+    end_by_signal(number)
+
+
+def replay(settings: Settings, given: Mapping[str, Any]) -> int:
+    """Send dead letters back, with a line for each on standard output and the counts on standard error."""
+    from latent_encoder.kafka.replay import Replay, Selection
+
+    selection = Selection(frozenset(given["error_codes"]), given["since"], given["limit"])
+    run = Replay(settings, selection, given["dry_run"], report=click.echo)
+    try:
+        run.run()
+    except SettingsError as exc:
+        raise click.UsageError(f"A setting cannot be used. {exc}") from exc
+    except KafkaFailed as exc:
+        fail(f"{exc} So far: {run.tally}.", EXIT_SERVICE_FAILED)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}). So far: {run.tally}.", EXIT_SERVICE_FAILED)
+    except KeyboardInterrupt:
+        fail(f"Interrupted. So far: {run.tally}.", EXIT_INTERRUPTED)
+    complain(f"Dead letters: {run.tally}.")
+    return EXIT_ERROR_RESPONSE if run.tally.refused else 0
+
+
+def show_health(settings: Settings) -> int:
+    """Print the health that the worker on this machine reports."""
+    from latent_encoder.telemetry.http_server import ask
+
+    if not settings.http_port:
+        raise click.UsageError("HTTP_PORT=0: a worker without an HTTP port cannot be asked.")
+    try:
+        health, alive = ask(settings)
+    except (OSError, ValueError) as exc:
+        fail(f"No worker responds on HTTP_PORT={settings.http_port}: {one_line(exc)}.", EXIT_ERROR_RESPONSE)
+    try:
+        click.echo(json.dumps(health, indent=2))
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+    return 0 if alive else EXIT_ERROR_RESPONSE
+
+
+def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
+    """Run inspect mode: show the content of latent files."""
+    if not given["paths"]:
+        raise click.UsageError("Inspect mode needs latent files: python main.py --mode inspect FILE")
+    from latent_encoder import inspection
+
+    try:
+        return inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+
+
+def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> int:
+    """Run doctor mode, even if settings cannot be used (`faults`). Nothing but the report goes to standard output."""
+    from latent_encoder import doctor
+
+    encoding = sys.stdout.encoding
+    try:
+        # ComfyUI prints while it is loaded, in the middle of the report.
+        with os.fdopen(os.dup(STDOUT), "w", encoding=encoding) as stdout, stdout_on_stderr():
+            return doctor.run(
+                settings,
+                origins_of(given),
+                faults=faults,
+                as_json=given["as_json"],
+                echo=lambda text: click.echo(encodable(text, encoding), file=stdout),
+            )
+    except OSError as exc:
+        fail(f"Cannot write the report to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
