@@ -49,6 +49,8 @@ README, API = PAGES["README.md"].text, PAGES["API.md"].text
 TROUBLESHOOTING, OPERATING = PAGES["docs/troubleshooting.md"].text, PAGES["docs/operating.md"].text
 GETTING_STARTED, COMMAND_LINE = PAGES["docs/getting-started.md"].text, PAGES["docs/command-line.md"].text
 
+OUR_PACKAGE = PROJECT / "latent_encoder"
+
 README_WORDS = 700
 """Most words that the README may have, code and table cells included: two screens."""
 
@@ -408,13 +410,19 @@ def test_file_structure_is_the_projects() -> None:
 
 
 def test_map_of_the_code_has_every_module() -> None:
-    """The table of modules names each module or its folder, and only files that exist."""
-    table = section(PAGES["docs/code-map.md"].text, "Modules")
+    """The table of layers names each module or its folder, and only files that exist."""
+    table = section(PAGES["docs/code-map.md"].text, "Where things are")
     cells = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
     listed = [name for cell in cells for name in re.findall(r"`(\S+)`", cell)]
     modules = [path.relative_to(PROJECT) for path in OUR_FILES if path.name != "__init__.py"]
     assert [path for path in modules if str(path) not in listed and f"{path.parent}/" not in listed] == []
     assert [name for name in listed if not (PROJECT / name).exists()] == []
+
+
+def test_files_that_the_map_names_exist() -> None:
+    """Each module on the map is in the project, or in its package: `kafka/jobs.py` is `latent_encoder/kafka/jobs.py`."""
+    named = re.findall(r"`([\w/]+\.py)`", PAGES["docs/code-map.md"].text)
+    assert [name for name in named if not any((folder / name).exists() for folder in (PROJECT, OUR_PACKAGE))] == []
 
 
 @pytest.mark.parametrize("name", PAGES)
