@@ -1,61 +1,66 @@
-"""Kafka mode: requests come from a topic, and each ends in an acknowledged answer before its offset is committed.
+"""Kafka mode: each request from the topic ends in an acknowledged response or dead letter before its offset is committed.
 
-One thread, the one that calls `KafkaHandler.run`, polls the consumer without ever waiting for an encode: however long that
-takes, the group keeps this worker. It owns all that is said here; `Stages` and a publisher work beside it and put what
-they have to say into its queue.
+One thread, the caller of `KafkaHandler.run`, polls the consumer and never waits for an encode. So the worker stays in its
+group however long an encode takes. This thread owns the jobs and everything else in this module. The stages and the publisher
+work beside it and put their events into its queue.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from functools import partial
-from queue import Empty, SimpleQueue
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from config import VERSION, Settings
-from errors import KafkaFailed, MessageUnusable, RequestError, ResponseRefused, as_request_error
-from latent_encoder.kafka import telemetry as kafka_telemetry
-from latent_encoder.kafka.connection import Connection, failure, is_fatal
-from latent_encoder.kafka.lanes import Job, Lanes, Partition
-from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
-from latent_encoder.kafka.publishers import AnswerThenCommit, AnswerWithCommit, Publisher, Refusal, Reports
-from latent_encoder.kafka.records import Incoming, Outgoing, dead_letter, read_request, response_record, sender_of
-from latent_encoder.kafka.topics import create_topics, topics_of
+from errors import KafkaFailed, RequestError, as_request_error
+from latent_encoder.kafka import decisions, telemetry
+from latent_encoder.kafka.assignment import Assignment
+from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
+from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
+from latent_encoder.kafka.decisions import Decision, Finish, Replace, Retry, Stop
+from latent_encoder.kafka.events import Events
+from latent_encoder.kafka.jobs import Partition, RecordJob
+from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.properties import consumer_properties, make_client, poll_interval_s, producer_properties
+from latent_encoder.kafka.publishers import Publisher, PublisherEvents
+from latent_encoder.kafka.readiness import Readiness
+from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, read_request, sender_of
+from latent_encoder.kafka.timers import Timers
+from latent_encoder.kafka.topics import TopicWatch
+from latent_encoder.kafka.transactions import PublishInTransaction
 from latent_encoder.stages import Stages
 from latent_encoder.telemetry.health import Health
 from latent_encoder.telemetry.logs import get_logger
-from latent_encoder.telemetry.metrics import IN_FLIGHT, INFO, REBALANCES, RETRIES, observe_lag
-from models import ErrorResponse, Response, ResponseMessage, SuccessResponse
+from latent_encoder.telemetry.metrics import IN_FLIGHT, INFO, RETRIES
+from models import SuccessResponse
 from service import LatentEncoder, log_failure, utc_now
 
 log = get_logger("latent_encoder.kafka")
 
-BUSY_POLL_S = 0.01  # how long an outcome may wait for the thread that polls
-IDLE_POLL_S = 0.2  # how long a signal may
-PAUSE_AFTER_S = 2.0  # librdkafka takes up to a second to fetch again after a pause: not worth it for short encodes
-TOPICS_RETRY_S = 1.0
-AGAIN_S = 1.0  # between attempts to commit, or to publish on a topic that is gone
-MAX_BACKOFF_S = 60.0
-JITTER = 0.25
-DEFAULT_MAX_POLL_INTERVAL_MS = 300_000  # librdkafka's
-# What a broker that lost a topic, or was given it back a moment ago, answers.
-TOPIC_GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
+BUSY_POLL_S = 0.01
+"""Poll timeout while requests are held: the longest time that an event waits for this thread."""
 
-Timer = tuple[float, int, Callable[[], None]]
+IDLE_POLL_S = 0.2
+"""Poll timeout while none are held: the longest delay until a stop is noticed."""
+
+PAUSE_AFTER_S = 2.0
+"""Time with no room for a further request before the partitions are paused. After a pause librdkafka takes up to a second to
+fetch again, which short encodes would notice."""
+
+TOPICS_RETRY_S = 1.0
+"""Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
 
 
 class KafkaHandler:
-    """One worker of the consumer group. Make it, call `run`, and `stop` it from a signal handler or another thread."""
+    """One worker of the consumer group. Make it, call `run`, and call `stop` from a signal handler or another thread."""
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime] = utc_now) -> None:
-        """Make the clients; they connect by themselves, and nothing is consumed yet.
+        """Make the clients. They connect by themselves; nothing is consumed yet.
 
         Raises:
             SettingsError: librdkafka refuses a property.
@@ -63,60 +68,65 @@ class KafkaHandler:
         self._settings = settings
         self._clock = clock
         self.health = Health(settings.encode_timeout_s)
-        self._connection = Connection(settings.kafka_bootstrap_servers)
+        self._broker = BrokerState(settings.kafka_bootstrap_servers)
+        self._readiness = Readiness(self.health, self._broker, settings.kafka_consumer_group)
+        self._lanes = Lanes(telemetry.dropped)
+        self._lag = telemetry.ConsumerLag()
+        self._events = Events()
+        self._timers = Timers()
+        self._full_since = 0.0
+        self._stopping = False
+        self._stop_reason: KafkaFailed | None = None
+
         properties = consumer_properties(settings) | {
-            "error_cb": self._connection.on_error,
+            "error_cb": self._broker.on_error,
             "stats_cb": self._on_statistics,
             "on_commit": self._on_commit,
         }
-        max_poll_interval = float(properties.get("max.poll.interval.ms", DEFAULT_MAX_POLL_INTERVAL_MS)) / 1000
-        self._revoke_timeout = min(settings.kafka_revoke_timeout_s, 0.8 * max_poll_interval)
-        self._pause_after = min(PAUSE_AFTER_S, 0.25 * max_poll_interval)
+        # A revocation that takes longer than the poll interval costs the worker its place in the group; 20 % are left for the
+        # commit. A worker without room for a request polls again well before the interval ends.
+        self._revoke_timeout = min(settings.kafka_revoke_timeout_s, 0.8 * poll_interval_s(properties))
+        self._pause_after = min(PAUSE_AFTER_S, 0.25 * poll_interval_s(properties))
         self._consumer = make_client(Consumer, properties, settings)
+        self._commits = OffsetCommits(self._consumer, self._timers, self._stop_because)
+        self._publisher = self._make_publisher()
+        self._assignment = Assignment(self._consumer, self._lanes, self._publisher, self._readiness, self._before_revoke)
 
-        self._lanes = Lanes(kafka_telemetry.dropped)
-        self._answered_offsets: dict[Partition, int] = {}
-        self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._timers: list[Timer] = []
-        self._timer_numbers = itertools.count()
-        self._paused = False
-        self._full_since = 0.0
-        self._group_fault: str | None = "not joined yet"
-        self._ready = False
-        self._stopping = False
-        self._failure: KafkaFailed | None = None
-
-        reports = Reports(
-            answered=self._posted(self._answered),
-            refused=self._posted(self._refused),
-            again=self._posted(self._publish_again),
-            failed=self._posted(self._fail),
+    def _make_publisher(self) -> Publisher:
+        events = PublisherEvents(
+            acknowledged=self._events.posted(self._acknowledged),
+            refused=self._events.posted(self._refused),
+            aborted=self._events.posted(self._aborted),
+            failed=self._events.posted(self._stop_because),
         )
-        publisher = AnswerWithCommit if settings.kafka_transactional_id else AnswerThenCommit
-        self._publisher: Publisher = publisher(self._consumer, self._make_producer, reports)
+        if self._settings.kafka_transactional_id:
+            return PublishInTransaction(self._consumer, self._make_producer, events)
+        return PublishThenCommit(self._commits, self._make_producer(), events)
+
+    def _make_producer(self) -> Producer:
+        properties = producer_properties(self._settings) | {"error_cb": self._broker.on_error}
+        return make_client(Producer, properties, self._settings)
 
     # The life of a worker.
 
     def run(self, encoder: LatentEncoder) -> bool:
-        """Serve until `stop`. Tells whether all work in hand was finished then; what was not is delivered to another worker.
+        """Serve requests until `stop` is called.
+
+        Returns:
+            True if every request in flight was finished; another worker gets the others.
 
         Raises:
-            KafkaFailed: the service cannot go on. What was not answered is not committed.
+            KafkaFailed: the worker cannot go on. The offset of a request without a response is not committed.
         """
-        self._stages = Stages(encoder, self._posted(self._finished), self.health)
+        self._stages = Stages(encoder, self._events.posted(self._encoded), self.health)
         self.health.needs([*self._stages.threads, *self._publisher.threads])
         self.health.ready_if("model", None)
         INFO.info({"version": VERSION, **encoder.versions})
         try:
             self._wait_for_topics()
-            self._consumer.subscribe(
-                [self._settings.kafka_request_topic],
-                on_assign=self._on_assign,
-                on_revoke=self._on_revoke,
-                on_lost=self._on_lost,
-            )
+            self._assignment.subscribe(self._settings.kafka_request_topic)
             while not self._stopping:
-                self._tick()
+                self._turn()
             return self._finish()
         finally:
             self._lanes.drop()
@@ -126,42 +136,28 @@ class KafkaHandler:
             log.info("stopped")
 
     def stop(self) -> None:
-        """Take no new work, finish what is in hand, and end. Safe in a signal handler and from another thread."""
+        """Take no new requests, finish those in flight, and end. Safe in a signal handler and from another thread."""
         self._stopping = True
 
     def _wait_for_topics(self) -> None:
-        """Wait until the broker is there and has the topics; create them where that is wanted."""
-        said: set[str] = set()
-        while not self._stopping:
-            try:
-                missing = set(topics_of(self._settings)) - self._consumer.list_topics(timeout=TOPICS_RETRY_S).topics.keys()
-                self._connection.observed(up=True)
-                if missing and self._settings.kafka_create_topics:
-                    create_topics(self._settings, missing)
-                    missing = set()
-            except KafkaException:
-                self._connection.observed(up=False)
-            else:
-                if not missing:
-                    return
-                self._group_fault = f"waiting for topics: {', '.join(sorted(missing))}"
-                if missing != said:
-                    log.warning("waiting for topics: create them, or set KAFKA_CREATE_TOPICS=true", missing=sorted(missing))
-                said = missing
-            self._consumer.poll(TOPICS_RETRY_S)  # for its callbacks
+        watch = TopicWatch(self._settings, self._consumer, self._broker)
+        while not self._stopping and not watch.all_exist():
+            if watch.missing:
+                self._readiness.group_fault = f"waiting for topics: {', '.join(sorted(watch.missing))}"
+            self._consumer.poll(TOPICS_RETRY_S)  # serves its callbacks
             self.health.turn()
-            self._say_whether_ready()
-            self._raise_failure()
+            self._readiness.update()
+            self._raise_stop_reason()
 
     def _finish(self) -> bool:
-        """Finish what is being encoded or answered, within the time there is for it."""
+        """Finish the jobs whose encode has begun, for SHUTDOWN_TIMEOUT_S at most; return False if that was too short."""
         deadline = time.monotonic() + self._settings.shutdown_timeout_s
-        self._group_fault = "stopping"
+        self._readiness.group_fault = "stopping"
         self._lanes.drop_unstarted()
-        self._say_whether_ready()
+        self._readiness.update()
         log.info("stopping", in_flight=len(self._lanes))
         while (self._lanes or not self._publisher.settled) and time.monotonic() < deadline:
-            self._tick()
+            self._turn()
         unfinished = len(self._lanes)
         if unfinished:
             log.error("stopped before all was answered; it will be delivered again", unfinished=unfinished)
@@ -169,251 +165,162 @@ class KafkaHandler:
 
     # One turn of the loop.
 
-    def _tick(self) -> None:
-        patience = BUSY_POLL_S if self._lanes else IDLE_POLL_S
+    def _turn(self) -> None:
+        timeout = BUSY_POLL_S if self._lanes else IDLE_POLL_S
         if not self._full:
-            self._pause(pause=False)
-            self._poll(patience)
+            self._assignment.pause(pause=False)
+            self._poll(timeout)
             self._full_since = time.monotonic()
             self._work(0)
         else:
             if time.monotonic() - self._full_since > self._pause_after:
-                self._pause(pause=True)
+                self._assignment.pause(pause=True)
                 self._poll(0)
-            self._work(patience)
+            self._work(timeout)
         IN_FLIGHT.set(len(self._lanes))
-        self._say_whether_ready()
-        self._look_for_overdue_answers()
-        self._raise_failure()
-
-    def _poll(self, patience: float) -> None:
-        message = self._consumer.poll(patience)
-        if message is not None:
-            self._received(message)
+        self._readiness.update()
+        self._check_overdue()
+        self._raise_stop_reason()
 
     @property
     def _full(self) -> bool:
+        """No further request may be taken."""
         return self._stopping or len(self._lanes) >= self._settings.kafka_prefetch
 
-    def _work(self, wait: float) -> None:
-        """Everything but polling the consumer: acknowledgements, outcomes, retries that are due, answers whose turn it is."""
+    def _work(self, timeout: float) -> None:
+        """Do everything except polling the consumer: acknowledgements, events, timers, jobs whose turn it is."""
         self.health.turn()
         self._publisher.poll()
-        try:
-            self._events.get(timeout=wait)() if wait else self._events.get_nowait()()
-            while True:
-                self._events.get_nowait()()
-        except Empty:
-            pass
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
+        self._events.run(timeout)
+        self._timers.run_due()
         for job in self._lanes.ready():
-            job.sent_at = time.monotonic()
+            job.sent(time.monotonic())
             self._publisher.publish(job)
 
-    def _pause(self, *, pause: bool) -> None:
-        """Pause all partitions, so that polling fetches nothing, or resume them."""
-        if pause != self._paused:
-            (self._consumer.pause if pause else self._consumer.resume)(self._consumer.assignment())
-            self._paused = pause
-
-    def _say_whether_ready(self) -> None:
-        self._connection.settle()
-        self.health.ready_if("broker", self._connection.fault)
-        self.health.ready_if("group", self._group_fault)
-        ready = self.health.ready().ok
-        if ready != self._ready:
-            log.info("ready" if ready else "not ready", group=self._settings.kafka_consumer_group)
-            self._ready = ready
-
-    def _look_for_overdue_answers(self) -> None:
-        """An answer may wait for a broker that is away, but not without a word for one that is there, with a full disk say."""
+    def _check_overdue(self) -> None:
+        """Look for jobs that a reachable broker does not acknowledge in time, for example because its disk is full."""
+        timeout = self._settings.kafka_ack_timeout_s
         now = time.monotonic()
-        if not self._connection.up_for(now, self._settings.kafka_ack_timeout_s):
+        if not self._broker.up_for(now, timeout):
             return
-        for job in self._lanes.sent_before(now - self._settings.kafka_ack_timeout_s):
-            waiting = f"No acknowledgement within KAFKA_ACK_TIMEOUT_S={self._settings.kafka_ack_timeout_s:g}"
-            if job.dead_lettered:
-                self._fail(KafkaFailed(f"{waiting} for a dead letter in topic {self._settings.kafka_dlq_topic}."))
+        for job in self._lanes.sent_before(now - timeout):
+            stop = decisions.if_overdue(job, self._settings)
+            if stop is not None:
+                self._stop_because(stop.reason)
             elif not job.overdue:
-                log.error("answer is not acknowledged", reason=waiting, **job.record.place)
+                log.error("response is not acknowledged", reason=decisions.late(self._settings), **job.record.place)
                 job.overdue = True
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        self._connection.check()
+    def _raise_stop_reason(self) -> None:
+        if self._stop_reason is not None:
+            raise self._stop_reason
+        self._broker.check()
 
-    # A request's way.
+    # The way of a request.
 
-    def _received(self, message: Message) -> None:
+    def _poll(self, timeout: float) -> None:
+        message = self._consumer.poll(timeout)
+        if message is None:
+            return
         error = message.error()
         if error is not None:
             self._consumer_error(error)
         elif not self._stopping:
-            job = Job(Incoming.of(message))
-            kafka_telemetry.taken(job, self._settings)
-            self._lanes.add(job)
-            try:
-                job.request = read_request(job.record, self._settings)
-            except RequestError as exc:
-                self._failed(job, exc)
-            else:
-                self._begin(job)
+            self._take(RecordJob(Incoming.of(message)))
 
-    def _begin(self, job: Job) -> None:
-        if not job.dropped:
-            job.attempts += 1
-            self._stages.submit(job)
+    def _take(self, job: RecordJob) -> None:
+        """Begin the job of a record, or decide about it at once if it holds no valid request."""
+        telemetry.taken(job, self._settings)
+        self._lanes.add(job)
+        try:
+            job.request = read_request(job.record, self._settings)
+        except RequestError as exc:
+            self._request_failed(job, exc)
+        else:
+            self._begin(job)
 
-    def _finished(self, job: Job, outcome: SuccessResponse | BaseException) -> None:
+    def _begin(self, job: RecordJob) -> None:
+        job.begin()
+        self._stages.submit(job)
+
+    def _encoded(self, job: RecordJob, result: SuccessResponse | BaseException) -> None:
+        """Take the result of an attempt from the stages."""
         if job.dropped:
             return
-        if isinstance(outcome, BaseException):
-            self._failed(job, as_request_error(outcome))
+        if isinstance(result, BaseException):
+            self._request_failed(job, as_request_error(result))
         else:
-            assert job.request is not None
-            job.outcome = outcome
-            job.answer = (self._response(job, outcome, job.request.correlation_id),)
+            self._carry_out(job, decisions.after_success(job, result, self._settings, self._clock()))
 
-    def _failed(self, job: Job, error: RequestError) -> None:
-        """A retry later, or an error response, a dead letter, or both."""
+    def _request_failed(self, job: RecordJob, error: RequestError) -> None:
         sender = sender_of(job.record, self._settings.kafka_max_message_bytes)
         log_failure(error, request_id=sender.request_id, attempt=job.attempts, **job.record.place)
-        if error.retryable and job.attempts <= self._settings.kafka_max_retries:
-            job.encoding = False
-            RETRIES.inc()
-            if self._stopping:
-                self._lanes.drop_unstarted()
-            else:
-                self._later(self._backoff(job.attempts), partial(self._begin, job))
-            return
-        job.outcome = error
-        answer: tuple[Outgoing, ...] = ()
-        if sender.request_id is not None:
-            response = ErrorResponse.of(error, sender.request_id, self._clock())
-            answer += (self._response(job, response, sender.correlation_id),)
-        if error.retryable or isinstance(error, MessageUnusable):
-            answer += (self._dead_letter(job, error),)
-        job.answer = answer
+        jitter = random.uniform(1 - decisions.JITTER, 1 + decisions.JITTER)  # noqa: S311  # nothing secret depends on it
+        self._carry_out(job, decisions.after_failure(job, error, self._settings, self._clock(), jitter))
 
-    def _response(self, job: Job, response: Response, correlation_id: str | None) -> Outgoing:
-        message = ResponseMessage.of(response, correlation_id, self._clock())
-        return response_record(job.record, message, self._settings.kafka_response_topic)
+    def _carry_out(self, job: RecordJob, decision: Decision) -> None:
+        match decision:
+            case Finish(result, records, dead_lettered):
+                job.finish(result, records, dead_lettered=dead_lettered)
+            case Retry(after_s):
+                job.wait()
+                RETRIES.inc()
+                self._later(after_s, job, partial(self._begin, job))
+                if self._stopping:
+                    self._lanes.drop_unstarted()
+            case Replace(finish, after_s):
+                self._later(after_s, job, partial(self._carry_out, job, finish))
+            case Stop(reason):
+                self._stop_because(reason)
 
-    def _dead_letter(self, job: Job, error: RequestError) -> Outgoing:
-        job.dead_lettered = True
-        return dead_letter(job.record, error, job.attempts, self._settings)
+    def _later(self, seconds: float, job: RecordJob, call: Callable[[], None]) -> None:
+        """Make a call about a job after a while, unless the job is dropped by then."""
+        self._timers.after(seconds, lambda: None if job.dropped else call())
 
-    def _backoff(self, attempt: int) -> float:
-        """Seconds before the next attempt: doubled each time, and varied so that many workers do not try at once."""
-        seconds = min(self._settings.kafka_retry_backoff_s * 2.0 ** (attempt - 1), MAX_BACKOFF_S)
-        return seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # nothing secret depends on it
+    # Events of the publisher.
 
-    # What becomes of an answer.
-
-    def _answered(self, job: Job) -> None:
+    def _acknowledged(self, job: RecordJob) -> None:
         if not job.dropped:
-            self._lanes.answered(job)
-            self._answered_offsets[job.partition] = job.record.offset + 1
-            kafka_telemetry.answered(job, self._settings)
+            self._lanes.acknowledged(job)
+            self._lag.acknowledged(job)
+            telemetry.acknowledged(job, self._settings)
 
-    def _refused(self, job: Job, refusals: list[Refusal]) -> None:
-        """A response that its topic does not take becomes a dead letter; a dead letter that is not taken ends the service."""
+    def _refused(self, job: RecordJob, refused: Sequence[RefusedRecord], undelivered: tuple[Outgoing, ...]) -> None:
         if job.dropped:
             return
-        for record, error in refusals:
-            is_response = record.topic == self._settings.kafka_response_topic
-            if error.code() in TOPIC_GONE:
-                log.error("topic is gone, waiting for it", gone=record.topic, reason=error.str(), **job.record.place)
-            elif is_response and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-                log.error("response refused", refused_by=record.topic, reason=error.str(), **job.record.place)
-                refused = ResponseRefused(
-                    f"Topic {record.topic} refused the response: {error.str()}. Raise its max.message.bytes."
-                )
-                job.outcome = refused
-                instead = () if job.dead_lettered else (self._dead_letter(job, refused),)
-                job.answer = tuple(other for other in job.answer or () if other is not record) + instead
-            else:
-                kind = "response" if is_response else "dead letter"
-                self._fail(failure(f"Topic {record.topic} refused a {kind}", error))
-        self._publish_again(job)
+        for record, error in refused:
+            event = "topic is gone, waiting for it" if error.code() in decisions.TOPIC_GONE else "record refused"
+            log.error(event, refused_by=record.topic, reason=error.str(), **job.record.place)
+        self._carry_out(job, decisions.after_refusal(job, refused, undelivered, self._settings))
 
-    def _publish_again(self, job: Job) -> None:
-        def unsent() -> None:
-            job.sent_at = None
+    def _aborted(self, job: RecordJob) -> None:
+        if not job.dropped:
+            self._later(decisions.RESEND_AFTER_S, job, job.resend)
 
-        self._later(AGAIN_S, unsent)
+    # Callbacks of the consumer, made while it is polled.
+
+    def _before_revoke(self, partitions: Collection[Partition]) -> None:
+        """Finish and commit the jobs of partitions that are about to be revoked, in time for the rebalance."""
+        deadline = time.monotonic() + self._revoke_timeout
+        while any(self._lanes.jobs(partitions)) and time.monotonic() < deadline and self._stop_reason is None:
+            self._work(BUSY_POLL_S)
+        if self._stop_reason is None:
+            self._publisher.before_revoke(partitions)
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
-        if not self._publisher.on_commit(error, partitions):
-            self._later(AGAIN_S, self._publisher.commit_again)
-
-    # Partitions that come and go.
-
-    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        consumer.incremental_assign(partitions)
-        if self._paused:
-            consumer.pause(partitions)
-        self._group_fault = None
-        REBALANCES.labels("assigned").inc()
-        log.info("partitions assigned", partitions=_numbers(partitions))
-
-    def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        """Finish what is being encoded or answered on them within the deadline, drop the rest uncommitted."""
-        keys = _keys(partitions)
-        dropped = self._lanes.drop_unstarted(keys)
-        deadline = time.monotonic() + self._revoke_timeout
-        while any(self._lanes.jobs(keys)) and time.monotonic() < deadline and self._failure is None:
-            self._work(BUSY_POLL_S)
-        dropped += self._lanes.drop(keys)
-        if self._failure is None:
-            self._publisher.settle(keys)
-        self._publisher.forget(keys)
-        REBALANCES.labels("revoked").inc()
-        log.info("partitions revoked", partitions=_numbers(partitions), dropped=len(dropped))
-
-    def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        """They are another worker's already: commit nothing."""
-        keys = _keys(partitions)
-        dropped = self._lanes.drop(keys)
-        self._publisher.forget(keys)
-        self._group_fault = "partitions lost"
-        REBALANCES.labels("lost").inc()
-        log.warning("partitions lost", partitions=_numbers(partitions), dropped=len(dropped))
+        self._commits.on_commit(error, partitions)
 
     def _on_statistics(self, statistics: str) -> None:
-        """The consumer's `stats_cb`, every second."""
+        """Take the consumer's statistics (its `stats_cb`), which come every second."""
         found = json.loads(statistics)
-        self._connection.on_statistics(found["brokers"])
-        observe_lag(found["topics"], self._answered_offsets)
+        self._broker.on_statistics(found["brokers"])
+        self._lag.observe(found["topics"])
 
     def _consumer_error(self, error: KafkaError) -> None:
         if is_fatal(error):
-            self._fail(failure(f"Cannot consume topic {self._settings.kafka_request_topic}", error))
+            self._stop_because(kafka_failed(f"Cannot consume topic {self._settings.kafka_request_topic}", error))
         else:
             log.warning("consumer error", reason=error.str(), error_code=error.name())
 
-    # Tools.
-
-    def _make_producer(self) -> Producer:
-        properties = producer_properties(self._settings) | {"error_cb": self._connection.on_error}
-        return make_client(Producer, properties, self._settings)
-
-    def _fail(self, reason: KafkaFailed) -> None:
-        self._failure = self._failure or reason
-
-    def _posted(self, call: Callable[..., None]) -> Callable[..., None]:
-        """`call`, but from whatever thread, to be run by the one that polls."""
-        return lambda *arguments: self._events.put(partial(call, *arguments))
-
-    def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), call))
-
-
-def _keys(partitions: Collection[TopicPartition]) -> set[Partition]:
-    return {(partition.topic, partition.partition) for partition in partitions}
-
-
-def _numbers(partitions: Collection[TopicPartition]) -> list[int]:
-    return sorted(partition.partition for partition in partitions)
+    def _stop_because(self, reason: KafkaFailed) -> None:
+        self._stop_reason = self._stop_reason or reason

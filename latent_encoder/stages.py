@@ -18,99 +18,105 @@ from service import Encoded, LatentEncoder, Prepared
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-ENCODE = 1  # the number of that stage
+THREADS = ("prepare", "encode", "write")
+"""The names of the stages' threads, as health reports them."""
+
+ENCODE = THREADS.index("encode")
 
 
-class Work(Protocol):
-    """What goes through the stages: a request, and what its owner and the stages tell each other about it."""
+class Job(Protocol):
+    """A unit of work for the stages: a request, and the facts that the stages and the job's owner exchange about it."""
 
     encoding: bool
-    """Set here: whether the encode has begun."""
+    """The encode has begun. Set by the stages."""
     redelivered: bool
-    """Set here: whether it was answered from the files of an earlier answer."""
+    """The response was made from the files of an earlier one. Set by the stages."""
 
     @property
     def request(self) -> EncodeRequest | None: ...
 
     @property
     def span(self) -> Span | None:
-        """Of OpenTelemetry, where that is installed."""
+        """OpenTelemetry's span of the request, if OpenTelemetry is installed."""
 
     @property
     def dropped(self) -> bool:
-        """Whether nobody wants it any more."""
+        """The owner no longer wants a result."""
 
 
-W = TypeVar("W", bound=Work)
+J = TypeVar("J", bound=Job)
 
 
-class Stages(Generic[W]):
-    """Three threads in a row: prepare, encode, write. Requests leave them in the order in which they came."""
+class Stages(Generic[J]):
+    """Three threads in a row: prepare, encode, write. Jobs leave them in the order in which they came."""
 
     def __init__(
         self,
         encoder: LatentEncoder,
-        report: Callable[[W, SuccessResponse | BaseException], None],
+        report: Callable[[J, SuccessResponse | BaseException], None],
         health: Health,
         *,
         reuse: bool = True,
     ) -> None:
-        """`report` is called with the outcome of each job, from one of the threads; not for one that was dropped.
+        """`report` is called with the result of each job, from one of the threads, unless the job was dropped.
 
-        With `reuse`, a request whose files are there, whole and matching, is answered from them.
+        With `reuse`, a request whose output files are complete and match gets its response from them.
         """
         self._encoder = encoder
         self._reuse = reuse
         self._report = report
         self._health = health
         self._torch_threads = torch.get_num_threads()
-        self._limited = threading.Barrier(3)
-        self._inboxes: list[SimpleQueue[tuple[W, Any] | None]] = [SimpleQueue() for _ in range(3)]
+        self._limited = threading.Barrier(len(THREADS))
+        self._inboxes: list[SimpleQueue[tuple[J, Any] | None]] = [SimpleQueue() for _ in THREADS]
         self.threads = [
-            threading.Thread(target=self._run, args=(stage, n), name=stage.__name__.strip("_"), daemon=True)
+            threading.Thread(target=self._run, args=(stage, n), name=THREADS[n], daemon=True)
             for n, stage in enumerate((self._prepare, self._encode, self._write))
         ]
         for thread in self.threads:
             thread.start()
 
-    def submit(self, job: W) -> None:
+    def submit(self, job: J) -> None:
         """Begin a job that has a request."""
         self._inboxes[0].put((job, job.request))
 
     def close(self) -> None:
-        """End the threads when they have finished what they have; nobody waits for them here."""
+        """End the threads after their current work, without waiting for that."""
         self._inboxes[0].put(None)
 
-    def _run(self, stage: Callable[[W, Any], Any], n: int) -> None:
-        # Each thread has a pool of OpenMP's. Where all of them are more than the CPUs, GNU's OpenMP lets threads sleep at each
-        # of an encode's many meeting points, and it takes twice as long: so only the encode has more than one.
+    def _run(self, stage: Callable[[J, Any], Any], n: int) -> None:
+        # Each thread has an OpenMP pool of its own. If the pools together have more threads than there are CPUs, GNU's OpenMP
+        # lets threads sleep at each of an encode's many barriers, which doubles its time. So only the encode has several.
         if n != ENCODE:
             set_torch_threads(1)
         self._limited.wait()
-        if n == ENCODE:  # the last to say so, since that is what holds for threads to come
+        if n == ENCODE:  # set last: torch applies the latest value to threads created later
             set_torch_threads(self._torch_threads)
         while (ended := self._step(stage, n)) is not None:
             if ended:
-                give_back_freed_memory()  # large tensors, each of another size, leave holes that the C library would keep
+                give_back_freed_memory()  # large tensors of varying sizes leave holes that the C library would keep
         for inbox in self._inboxes[n + 1 : n + 2]:
             inbox.put(None)
 
-    def _step(self, stage: Callable[[W, Any], Any], n: int) -> bool | None:
-        """One job. Whether it ended here, rather than go on to the next stage; None when there are no more.
+    def _step(self, stage: Callable[[J, Any], Any], n: int) -> bool | None:
+        """Take one job through a stage.
 
-        A function of its own, so that nothing keeps the job's tensors while the thread waits for the next.
+        This is a function of its own so that no variable keeps the job's tensors while the thread waits for the next job.
+
+        Returns:
+            True if the job ended here, False if it went on to the next stage, None if there are no more jobs.
         """
-        item = self._inboxes[n].get()
-        if item is None:
+        entry = self._inboxes[n].get()
+        if entry is None:
             return None
-        job, value = item
+        job, value = entry
         if job.dropped:
             return True
         try:
             with self._health.busy(self.threads[n].name), tracing.within(job.span):
                 result = stage(job, value)
-        except BaseException as exc:  # `sys.exit` in foreign code would end the thread, and nothing would be answered any more
-            # Not kept in a variable: with its traceback, which holds this frame, it would keep the job's tensors alive.
+        except BaseException as exc:  # `sys.exit` in foreign code would end the thread, and with it every later response
+            # Not kept in a variable: the traceback holds this frame, and would keep the job's tensors alive.
             self._report(job, exc)
         else:
             if not isinstance(result, SuccessResponse):
@@ -119,21 +125,21 @@ class Stages(Generic[W]):
             self._report(job, result)
         return True
 
-    def _prepare(self, job: W, request: Any) -> Prepared | SuccessResponse:
-        """A request that comes again and whose files are whole needs no work."""
+    def _prepare(self, job: J, request: Any) -> Prepared | SuccessResponse:
+        """Prepare the encode, or return the stored response of a request that came before."""
         stored = self._encoder.stored_answer(request) if self._reuse else None
         job.redelivered = stored is not None
         return stored or self._encoder.prepare(request)
 
-    def _encode(self, job: W, prepared: Prepared) -> Encoded:
+    def _encode(self, job: J, prepared: Prepared) -> Encoded:
         job.encoding = True
         return self._encoder.encode_prepared(prepared)
 
-    def _write(self, _: W, encoded: Encoded) -> SuccessResponse:
+    def _write(self, _: J, encoded: Encoded) -> SuccessResponse:
         return self._encoder.write(encoded)
 
 
 def set_torch_threads(count: int) -> None:
-    """How many threads torch uses for what the calling thread asks of it."""
-    torch.get_num_threads()  # takes over what holds for the process, which would come later otherwise, and displace it
+    """Set how many threads torch uses for operations of the calling thread."""
+    torch.get_num_threads()  # initialises the thread's own value; a later initialisation would overwrite the new one
     torch.set_num_threads(count)

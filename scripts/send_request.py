@@ -22,7 +22,7 @@ sys.path.insert(0, str(PROJECT))
 
 from config import Settings, SettingsError, load_settings
 from errors import KafkaFailed
-from latent_encoder.kafka.connection import Connection, failure
+from latent_encoder.kafka.connection import BrokerState, kafka_failed
 from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
 from models import UpscaleMethod
 
@@ -109,7 +109,7 @@ def run(settings: Settings, requests: Sequence[dict[str, Any]], timeout: float) 
             seconds.
     """
     deadline = time.monotonic() + timeout
-    connection = Connection(settings.kafka_bootstrap_servers)
+    connection = BrokerState(settings.kafka_bootstrap_servers)
     callbacks = {"error_cb": connection.on_error}
     consumer = make_client(Consumer, consumer_properties(settings) | callbacks, settings)
     try:
@@ -131,7 +131,7 @@ def run(settings: Settings, requests: Sequence[dict[str, Any]], timeout: float) 
     return statuses == {"success"}
 
 
-def assign_ends(consumer: Consumer, connection: Connection, settings: Settings, timeout: float) -> None:
+def assign_ends(consumer: Consumer, connection: BrokerState, settings: Settings, timeout: float) -> None:
     """Read the answers from where their topic ends now, without becoming a member of the service's group.
 
     Raises:
@@ -149,11 +149,11 @@ def assign_ends(consumer: Consumer, connection: Connection, settings: Settings, 
     except KafkaException as exc:
         consumer.poll(0)  # for its callback, which knows whether access was refused
         connection.check()
-        raise failure(f"Cannot use the broker at {settings.kafka_bootstrap_servers}", exc.args[0]) from exc
+        raise kafka_failed(f"Cannot use the broker at {settings.kafka_bootstrap_servers}", exc.args[0]) from exc
     consumer.assign(partitions)
 
 
-def send(producer: Producer, connection: Connection, topic: str, requests: Sequence[dict[str, Any]], deadline: float) -> None:
+def send(producer: Producer, connection: BrokerState, topic: str, requests: Sequence[dict[str, Any]], deadline: float) -> None:
     """Send all requests and wait until the broker has them, until `deadline` of the monotonic clock at the latest.
 
     Raises:
@@ -178,10 +178,10 @@ def send(producer: Producer, connection: Connection, topic: str, requests: Seque
         if time.monotonic() > deadline:
             raise KafkaFailed(f"{unsent} of {len(requests)} requests could not be sent in time.")
     if refused:
-        raise failure(f"Topic {topic} refused {len(refused)} of {len(requests)} requests", refused[0])
+        raise kafka_failed(f"Topic {topic} refused {len(refused)} of {len(requests)} requests", refused[0])
 
 
-def answers(consumer: Consumer, connection: Connection, keys: set[bytes], deadline: float) -> Iterator[dict[str, Any]]:
+def answers(consumer: Consumer, connection: BrokerState, keys: set[bytes], deadline: float) -> Iterator[dict[str, Any]]:
     """The first answer to each request, known by its key, which is removed from `keys`; ends at the deadline at the latest.
 
     Raises:
@@ -194,7 +194,7 @@ def answers(consumer: Consumer, connection: Connection, keys: set[bytes], deadli
             continue
         error = message.error()
         if error is not None:
-            raise failure("Cannot read the answers", error)
+            raise kafka_failed("Cannot read the answers", error)
         if message.key() in keys:
             keys.discard(message.key() or b"")
             yield json.loads(message.value() or b"")

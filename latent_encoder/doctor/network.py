@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient
 from config import Settings, SettingsError
 from errors import KafkaFailed
 from latent_encoder.doctor.check import Check, Installation, State, cross_of, tick, warning
-from latent_encoder.kafka.connection import Connection
+from latent_encoder.kafka.connection import BrokerState
 from latent_encoder.kafka.properties import admin_properties, make_client
 from latent_encoder.kafka.topics import topics_of
 from latent_encoder.telemetry.http_server import ask
@@ -68,7 +68,7 @@ def _topics_there(settings: Settings) -> Topics:
         SettingsError: there can be no client with these settings.
         KafkaFailed: no broker answers, or it refuses this client.
     """
-    connection = Connection(settings.kafka_bootstrap_servers)
+    connection = BrokerState(settings.kafka_bootstrap_servers)
     admin = make_client(AdminClient, {**admin_properties(settings), "error_cb": connection.on_error}, settings)
     try:
         return dict(admin.list_topics(timeout=BROKER_TIMEOUT_S).topics)

@@ -1,4 +1,4 @@
-"""Whether a broker can be reached, and which of its errors end the service."""
+"""The state of the connection to the brokers, and the errors of a broker that stop a worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder.kafka")
 
-# What waiting does not mend.
 FATAL = {
     KafkaError._AUTHENTICATION,  # librdkafka's own codes begin with an underscore
     KafkaError.SASL_AUTHENTICATION_FAILED,
@@ -25,20 +24,21 @@ FATAL = {
     KafkaError.FENCED_INSTANCE_ID,
     KafkaError._FENCED,
 }
+"""Errors that retrying cannot fix."""
 
 
 def is_fatal(error: KafkaError) -> bool:
-    """Whether the service has to end: access is refused, or another one took this one's place."""
+    """Return whether the worker has to stop: access is refused, or another worker took its place."""
     return bool(error.fatal()) or error.code() in FATAL
 
 
-def failure(what: str, error: KafkaError) -> KafkaFailed:
-    """The exception for an error that ends the service."""
-    return KafkaFailed(f"{what}: {error.str()} ({error.name()}).")
+def kafka_failed(fact: str, error: KafkaError) -> KafkaFailed:
+    """Return the exception for an error that stops a worker; `fact` begins its message and has no full stop."""
+    return KafkaFailed(f"{fact}: {error.str()} ({error.name()}).")
 
 
-class Connection:
-    """Follows the connection to the brokers, and says once when it is lost or there again."""
+class BrokerState:
+    """The reachability of the brokers, logged once when it changes."""
 
     def __init__(self, servers: str) -> None:
         self._servers = servers
@@ -48,7 +48,7 @@ class Connection:
         self._up: bool | None = None
         self._since = 0.0
         self.fatal: KafkaFailed | None = None
-        """Set when an error came in that ends the service."""
+        """The error that stops the worker, if one came in."""
 
     @property
     def up(self) -> bool:
@@ -56,38 +56,38 @@ class Connection:
 
     @property
     def fault(self) -> str | None:
-        """Why no broker can be reached; None where one is."""
+        """The reason why no broker can be reached; None if one can."""
         return None if self.up else f"{self._servers} cannot be reached ({self._reason})"
 
     def up_for(self, now: float, seconds: float) -> bool:
-        """Whether it has been there for so long; `now` is the monotonic clock's."""
+        """Return whether a broker has been reachable for that many seconds; `now` is a time of the monotonic clock."""
         return self.up and now - self._since >= seconds
 
     def check(self) -> None:
-        """Raise what ends the service, if it came in."""
+        """Raise the error that stops the worker, if one came in."""
         if self.fatal is not None:
             raise self.fatal
 
     def on_error(self, error: KafkaError) -> None:
-        """The clients' `error_cb`: why a connection failed, or that access is refused."""
+        """Take an error of a client (its `error_cb`): a connection failed, or access is refused."""
         if error.code() in FATAL:
-            self.fatal = self.fatal or failure(f"The broker at {self._servers} refuses this service", error)
-        elif error.code() != KafkaError._ALL_BROKERS_DOWN:  # says nothing about why
+            self.fatal = self.fatal or kafka_failed(f"The broker at {self._servers} refuses this service", error)
+        elif error.code() != KafkaError._ALL_BROKERS_DOWN:  # it gives no reason
             self._reason = error.str()
 
     def on_statistics(self, brokers: Mapping[str, Any]) -> None:
-        """The `brokers` of the consumer's statistics, every second."""
+        """Take the `brokers` of the consumer's statistics, which come every second."""
         up = any(broker["state"] == "UP" for broker in brokers.values())
-        if up or not self._last_statistics:  # one alone may be older than the connection
+        if up or not self._last_statistics:  # a single report may be older than the connection
             self.observed(up=up)
         self._last_statistics = up
 
     def observed(self, *, up: bool) -> None:
-        """A broker was reached, or none was."""
+        """Note that a broker was reached, or that none was."""
         self._observed = up
 
     def settle(self) -> None:
-        """Say what changed. Called after a poll, so that the reason is known, which comes in by a callback of its own."""
+        """Log a change. Call it after a poll: the reason comes in by a callback of its own."""
         if self._observed == self._up:
             return
         if not self._observed:

@@ -1,7 +1,7 @@
 """librdkafka's properties, built in one place from the settings.
 
-Those that the guarantees rest on are fixed here and cannot be given otherwise. Every other property of librdkafka can be
-given in the file that `KAFKA_CLIENT_CONFIG` names: https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md
+The properties that our guarantees depend on are fixed here. The file that KAFKA_CLIENT_CONFIG names may set every other one:
+https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from errors import one_line
 Properties = dict[str, Any]
 Client = TypeVar("Client", Consumer, Producer, AdminClient)
 
-# Why a property cannot be given. The names on the left are librdkafka's, aliases included.
-AT_LEAST_ONCE = "every request would no longer be answered before its offset is committed"
-IN_ORDER = "answers could be lost or sent twice when the connection breaks"
+# The reason for each property that the file may not set. The names are librdkafka's, aliases included.
+AT_LEAST_ONCE = "an offset would be committed before its request has a response"
+IN_ORDER = "responses could be lost or sent twice when the connection breaks"
 OWN_SETTING = "there is a setting for it: "
 REFUSED = {
     "enable.auto.commit": AT_LEAST_ONCE,
@@ -38,9 +38,9 @@ REFUSED = {
     "request.required.acks": IN_ORDER,
     "retries": IN_ORDER,
     "message.send.max.retries": IN_ORDER,
-    "message.timeout.ms": "answers would be dropped while the broker is away",
-    "delivery.timeout.ms": "answers would be dropped while the broker is away",
-    "delivery.report.only.error": "no answer would count as acknowledged",
+    "message.timeout.ms": "responses would be dropped while the broker is away",
+    "delivery.timeout.ms": "responses would be dropped while the broker is away",
+    "delivery.report.only.error": "no response would count as acknowledged",
     "offset.store.method": "offsets belong to the broker",
     "message.max.bytes": "large dead letters would be dropped",
     "partition.assignment.strategy": "a rebalance would take every worker's partitions",
@@ -54,25 +54,31 @@ REFUSED = {
     "transactional.id": OWN_SETTING + "KAFKA_TRANSACTIONAL_ID",
 }
 
-# Larger than any broker's limit: whether a record is too large is for its topic to say.
 LARGEST_MESSAGE = 1_000_000_000
+"""Bytes; librdkafka's maximum. The limit of the topic decides whether a record is too large."""
 
 STATISTICS_INTERVAL_MS = 1000
+"""Once a second: the longest delay until a broker that went away is noticed."""
+
+DEFAULT_MAX_POLL_INTERVAL_MS = 300_000
+"""librdkafka's default."""
 
 SYSLOG_CRITICAL = 2
+"""librdkafka's log level that leaves out its message about each attempt to connect."""
 
 SECTION = "properties"
+"""The section header that `configparser` demands and a properties file lacks."""
 
 
 def consumer_properties(settings: Settings) -> Properties:
-    """Of the consumer of requests: commits by hand only, reads from the start, keeps its partitions in a rebalance.
+    """Return the properties of the consumer: commits by hand only, reads from the start, keeps its partitions in a rebalance.
 
     Raises:
         SettingsError: the file of further properties cannot be used.
     """
     return {
-        "queued.max.messages.kbytes": 4096,  # what librdkafka fetches ahead of KAFKA_PREFETCH, a partition
-        "fetch.wait.max.ms": 100,  # a partition that is resumed waits for the fetch under way
+        "queued.max.messages.kbytes": 4096,  # 4 MiB a partition, which librdkafka fetches ahead of KAFKA_PREFETCH
+        "fetch.wait.max.ms": 100,  # ms; a resumed partition waits for the fetch that is under way
         **_common(settings),
         "group.id": settings.kafka_consumer_group,
         "enable.auto.commit": False,
@@ -86,28 +92,28 @@ def consumer_properties(settings: Settings) -> Properties:
 
 
 def producer_properties(settings: Settings, *, transactional: bool = True) -> Properties:
-    """Of the producer of answers and dead letters: idempotent, acknowledged by all replicas, never giving up by itself.
+    """Return the properties of the producer: idempotent, acknowledged by all replicas, never giving up by itself.
 
-    Tools that produce beside the service are not `transactional`: with its transactional id they would end the worker.
+    Tools that produce beside a worker pass `transactional=False`: with the worker's transactional id they would stop it.
 
     Raises:
         SettingsError: the file of further properties cannot be used.
     """
     transactional_id = settings.kafka_transactional_id if transactional else None
     return {
-        "partitioner": "murmur2_random",  # as Java's producers: the same key, the same partition
+        "partitioner": "murmur2_random",  # the partitioner of Java's producers, so the same key gets the same partition
         "linger.ms": 0,
         **_common(settings),
         "enable.idempotence": True,
         "acks": "all",
         "message.max.bytes": LARGEST_MESSAGE,
-        # Without a transaction, an answer waits for the broker as long as it takes.
+        # 0 is no limit: without a transaction, a response waits for the broker as long as that takes.
         **({"transactional.id": transactional_id} if transactional_id else {"message.timeout.ms": 0}),
     }
 
 
 def admin_properties(settings: Settings) -> Properties:
-    """Of the client that looks for topics and creates them.
+    """Return the properties of the client that looks for topics and creates them.
 
     Raises:
         SettingsError: the file of further properties cannot be used.
@@ -115,11 +121,16 @@ def admin_properties(settings: Settings) -> Properties:
     return _common(settings)
 
 
+def poll_interval_s(properties: Properties) -> float:
+    """Return the seconds between two polls after which the group takes a consumer's partitions away."""
+    return float(properties.get("max.poll.interval.ms", DEFAULT_MAX_POLL_INTERVAL_MS)) / 1000
+
+
 def make_client(kind: Callable[..., Client], properties: Properties, settings: Settings) -> Client:
-    """A client of that kind, which logs to `librdkafka`.
+    """Return a client of that kind, which logs to the logger `librdkafka`.
 
     Raises:
-        SettingsError: librdkafka refuses a property; the text names it and holds no secret.
+        SettingsError: librdkafka refuses a property. The message names the property and holds no secret.
     """
     try:
         return kind(properties, logger=logging.getLogger("librdkafka"))
@@ -143,7 +154,7 @@ def _common(settings: Settings) -> Properties:
         "ssl.key.password": settings.kafka_ssl_key_password,
     }
     given = {name: _plain(value) for name, value in named.items() if value is not None}
-    # The service says itself, once, when its broker goes away; librdkafka would at every attempt to connect.
+    # The worker logs once that its broker is away. librdkafka would log it at every attempt to connect.
     quiet = {} if settings.log_level == "DEBUG" else {"log_level": SYSLOG_CRITICAL}
     return {"client.id": "latent-encoder", **quiet, **_from_file(settings.kafka_client_config), **given}
 
@@ -153,13 +164,13 @@ def _plain(value: str | Path | SecretStr) -> str:
 
 
 def _from_file(path: Path | None) -> Properties:
-    """The properties in a file of `name=value` lines; a line that starts with `#` is a comment."""
+    """Read a file of `name=value` lines, in which lines that start with `#` are comments."""
     if path is None:
         return {}
     parser = configparser.ConfigParser(
         delimiters=("=",), comment_prefixes=("#",), interpolation=None, default_section=SECTION, empty_lines_in_values=False
     )
-    parser.optionxform = str  # type: ignore[assignment]  # names are taken as they stand, not in lower case
+    parser.optionxform = str  # type: ignore[assignment]  # by default names are changed to lower case
     try:
         parser.read_string(f"[{SECTION}]\n{path.read_text(encoding='utf-8')}", str(path))
     except (OSError, UnicodeDecodeError) as exc:

@@ -1,4 +1,4 @@
-"""What the records of the three topics hold: a request read from one, a response and a dead letter made for it."""
+"""The records of the three topics: reading a request, making its response, making and reviving its dead letter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 from uuid import NAMESPACE_URL, uuid5
 
-from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Message
+from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, KafkaError, Message
 
 from config import VERSION, Settings
 from errors import MessageUnusable, RequestError
@@ -18,7 +18,7 @@ from models import EncodeRequest, ResponseMessage, read_fields, usable_text
 Headers = tuple[tuple[str, bytes | None], ...]
 RawHeaders = list[tuple[str, str | bytes | None]]  # the client's stub also names a dict
 
-# The headers of a dead letter beside those that the record came with.
+# The headers that a dead letter has in addition to those of its record.
 ERROR_CODE = "dlq.error.code"
 ERROR_MESSAGE = "dlq.error.message"
 ERROR_CLASS = "dlq.error.class"
@@ -45,7 +45,7 @@ DLQ_HEADERS = (
 
 @dataclass(frozen=True)
 class Incoming:
-    """A record as it was consumed. `timestamp` is in milliseconds of Unix time, None where the record has none."""
+    """A record as it was consumed. `timestamp` is in milliseconds of Unix time, or None if the record has none."""
 
     topic: str
     partition: int
@@ -57,6 +57,7 @@ class Incoming:
 
     @classmethod
     def of(cls, message: Message) -> Incoming:
+        """Copy a message that holds no error."""
         kind, timestamp = message.timestamp()
         topic, partition, offset = message.topic(), message.partition(), message.offset()
         assert topic is not None
@@ -74,7 +75,7 @@ class Incoming:
 
     @property
     def place(self) -> dict[str, str | int]:
-        """Where it is, as fields of a log event."""
+        """Topic, partition and offset, as fields of a log event."""
         return {"topic": self.topic, "partition": self.partition, "offset": self.offset}
 
 
@@ -88,16 +89,22 @@ class Outgoing:
     headers: Headers
 
 
+RefusedRecord = tuple[Outgoing, KafkaError]
+"""A record that the broker did not take, and the broker's error."""
+
+
 @dataclass(frozen=True)
 class Sender:
-    """Who an answer goes to."""
+    """The ids that an error response is addressed with."""
 
     request_id: str | None
     correlation_id: str | None
 
 
 def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
-    """The request that a record holds. One without an id gets one made of its place, so that it keeps it when it comes again.
+    """Return the request that a record holds.
+
+    A request without an id gets one made of its topic, partition and offset, so a second delivery has the same id.
 
     Raises:
         MessageUnusable: the record holds no JSON object, or is larger than `KAFKA_MAX_MESSAGE_BYTES`.
@@ -110,7 +117,11 @@ def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
 
 
 def sender_of(record: Incoming, max_bytes: int) -> Sender:
-    """The ids of a request that may be invalid; an unusable message has an id only where exactly one can be found in it."""
+    """Return the ids of a request that may be invalid.
+
+    An unusable message has an id only if exactly one can be found in it. For example, a message that was cut off after
+    `"request_id": "a"` has the id `a`.
+    """
     try:
         fields = _read_fields(record.value, max_bytes)
     except MessageUnusable:
@@ -136,24 +147,24 @@ def _find_id(record: Incoming, name: Literal["request_id", "correlation_id"]) ->
 
 
 def _strings(value: bytes, name: str) -> Iterator[str]:
-    """Every JSON string that stands after that name, wherever in the message."""
+    """Yield every JSON string that follows that name, at any depth of the message."""
     for literal in re.findall(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % name.encode(), value):
         try:
             yield json.loads(literal)
         except ValueError:
-            continue  # broken itself: not UTF-8, or a control character in it
+            continue  # the string itself is damaged: not UTF-8, or with a control character
 
 
 def response_record(record: Incoming, message: ResponseMessage, topic: str) -> Outgoing:
-    """The response to a request's record: with its headers and its key, or the request id where it had none."""
+    """Return the record of a response, with the headers and the key of the request's record; without a key, the request id."""
     key = message.request_id.encode() if record.key is None else record.key
     return Outgoing(topic, key, message.model_dump_json().encode(), record.headers)
 
 
 def dead_letter(record: Incoming, error: RequestError, attempts: int, settings: Settings) -> Outgoing:
-    """The record as it came, with headers that say why it is here and where it was."""
+    """Return the dead letter of a record: its key, value and headers untouched, and the headers of `DLQ_HEADERS`."""
     cause = type(error.__cause__ or error)
-    why = {
+    added = {
         ERROR_CODE: error.code,
         ERROR_MESSAGE: str(error),
         ERROR_CLASS: cause.__qualname__ if cause.__module__ == "builtins" else f"{cause.__module__}.{cause.__qualname__}",
@@ -165,12 +176,12 @@ def dead_letter(record: Incoming, error: RequestError, attempts: int, settings: 
         ATTEMPTS: attempts,
         SERVICE_VERSION: VERSION,
     }
-    added = tuple((name, str(value).encode()) for name, value in why.items())
-    return Outgoing(settings.kafka_dlq_topic, record.key, record.value, record.headers + added)
+    headers = record.headers + tuple((name, str(value).encode()) for name, value in added.items())
+    return Outgoing(settings.kafka_dlq_topic, record.key, record.value, headers)
 
 
 def revived(record: Incoming) -> Outgoing | None:
-    """The record that a dead letter was made of, for its original topic; None where the record is no dead letter."""
+    """Return the record that a dead letter was made of, for its original topic; None if the record is no dead letter."""
     headers = dict(record.headers)
     if any(headers.get(name) is None for name in DLQ_HEADERS):
         return None

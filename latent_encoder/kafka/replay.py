@@ -1,7 +1,7 @@
-"""`--mode dlq-replay`: sends dead letters back to the topic they came from, as they were, each once in a run.
+"""`--mode dlq-replay`: sends the records of dead letters back to their original topic, unchanged, each once in a run.
 
-The dead letters stay in their topic, which is read from its start to where it ended when the run began. What is sent is
-neither lost nor doubled when the connection breaks: the producer is idempotent.
+The dead letters stay in their topic. A run reads the topic from its start up to the end that it had when the run began. The
+producer is idempotent, so a broken connection neither loses a record nor sends it twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from config import Settings
 from errors import ErrorCode, KafkaFailed
-from latent_encoder.kafka.connection import Connection, failure
+from latent_encoder.kafka.connection import BrokerState, kafka_failed
 from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
 from latent_encoder.kafka.publishers import produce
 from latent_encoder.kafka.records import (
@@ -30,22 +30,25 @@ from latent_encoder.kafka.records import (
 )
 
 CONNECT_TIMEOUT_S = 10.0
+"""Timeout of the first call to the broker: a person waits for it, and a broker that is there takes under a second."""
+
 POLL_S = 0.5
+"""Poll timeout: the longest delay until an error of the connection is noticed."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which dead letters to send back."""
+    """The choice of dead letters to send back."""
 
     error_codes: frozenset[ErrorCode] = frozenset()
-    """Those with one of these codes; all where it is empty."""
+    """Only dead letters with one of these codes; every code if empty."""
     since: datetime | None = None
-    """Those written at that time or later."""
+    """Only dead letters written at that time or later."""
     limit: int | None = None
-    """At most so many."""
+    """The largest count of dead letters."""
 
     def takes(self, record: Incoming) -> bool:
-        """Whether the record is one of them, but for the limit."""
+        """Return whether the record is chosen; the limit is not considered."""
         code = dict(record.headers).get(ERROR_CODE) or b""
         written = record.timestamp or 0
         return (not self.error_codes or code.decode() in self.error_codes) and (
@@ -54,12 +57,12 @@ class Selection:
 
 
 @dataclass
-class Tally:
-    """What a run did, in records."""
+class ReplayTally:
+    """The counts of records of a run."""
 
     read: int = 0
     foreign: int = 0
-    """Records of that topic that are no dead letters of this service."""
+    """Records of the topic that are no dead letters of this service."""
     chosen: int = 0
     sent: int = 0
     refused: int = 0
@@ -70,48 +73,48 @@ class Tally:
 
 @dataclass
 class Replay:
-    """One run; `report` gets a line of JSON for each dead letter that was chosen."""
+    """One run. `report` is called with a line of JSON for each chosen dead letter."""
 
     settings: Settings
     selection: Selection
     dry_run: bool
     report: Callable[[str], None]
-    tally: Tally = field(default_factory=Tally)
+    tally: ReplayTally = field(default_factory=ReplayTally)
     _unreported: list[str] = field(default_factory=list)
 
-    def run(self) -> Tally:
-        """Send them back and wait until every one is acknowledged.
+    def run(self) -> ReplayTally:
+        """Send the chosen dead letters back and wait until each is acknowledged.
 
         Raises:
             SettingsError: librdkafka refuses a property.
             KafkaFailed: the broker cannot be reached, refuses access, or has no such topic.
-            Exception: what `report` raised. What was sent until then is acknowledged, and counted in the tally.
+            Exception: `report` raised it. The records sent before are acknowledged, and counted in the tally.
         """
-        connection = Connection(self.settings.kafka_bootstrap_servers)
-        callbacks = {"error_cb": connection.on_error}
+        broker = BrokerState(self.settings.kafka_bootstrap_servers)
+        callbacks = {"error_cb": broker.on_error}
         settings = self.settings
         group = {"group.id": f"{settings.kafka_consumer_group}-dlq-replay", "enable.partition.eof": True}
         consumer = make_client(Consumer, consumer_properties(settings) | group | callbacks, settings)
         producer = make_client(Producer, producer_properties(settings, transactional=False) | callbacks, settings)
         try:
-            for record, original in self._dead_letters(consumer, connection):
+            for record, original in self._dead_letters(consumer, broker):
                 self._send(producer, record, original)
                 producer.poll(0)
                 self._report()
         finally:
             consumer.close()
-            while producer.flush(POLL_S) and connection.fatal is None:
+            while producer.flush(POLL_S) and broker.fatal is None:
                 pass
         self._report()
-        connection.check()
+        broker.check()
         return self.tally
 
-    def _dead_letters(self, consumer: Consumer, connection: Connection) -> Iterator[tuple[Incoming, Outgoing]]:
-        """Those chosen, each with its original, of every partition, up to where it ended when the run began."""
-        ends = self._assign(consumer, connection)
+    def _dead_letters(self, consumer: Consumer, broker: BrokerState) -> Iterator[tuple[Incoming, Outgoing]]:
+        """Yield each chosen dead letter with its original record, up to the end that its partition had when the run began."""
+        ends = self._assign(consumer, broker)
         while ends and self.tally.chosen != self.selection.limit:
             message = consumer.poll(POLL_S)
-            connection.check()
+            broker.check()
             if message is None:
                 continue
             if self._is_past_end(message, ends):
@@ -130,20 +133,20 @@ class Replay:
         error = message.error()
         if error is not None:
             if error.code() != KafkaError._PARTITION_EOF:
-                raise failure(f"Cannot read topic {self.settings.kafka_dlq_topic}", error)
+                raise kafka_failed(f"Cannot read topic {self.settings.kafka_dlq_topic}", error)
             return True
         return (message.offset() or 0) >= ends.get(message.partition() or 0, 0)
 
-    def _assign(self, consumer: Consumer, connection: Connection) -> dict[int, int]:
-        """Read every partition from its start; gives the offset at which each that is not empty ends now."""
+    def _assign(self, consumer: Consumer, broker: BrokerState) -> dict[int, int]:
+        """Begin to read every partition from its start; return the current end offset of each that is not empty."""
         topic = self.settings.kafka_dlq_topic
         try:
             partitions = consumer.list_topics(topic, timeout=CONNECT_TIMEOUT_S).topics[topic].partitions
             marks = {n: consumer.get_watermark_offsets(TopicPartition(topic, n), CONNECT_TIMEOUT_S) for n in partitions}
         except KafkaException as exc:
-            consumer.poll(0)  # for its callback, which knows whether access was refused
-            connection.check()
-            raise failure(f"Cannot read topic {topic} at {self.settings.kafka_bootstrap_servers}", exc.args[0]) from exc
+            consumer.poll(0)  # serves the error callback, which learns of a refused access
+            broker.check()
+            raise kafka_failed(f"Cannot read topic {topic} at {self.settings.kafka_bootstrap_servers}", exc.args[0]) from exc
         if not partitions:
             raise KafkaFailed(f"Topic {topic} does not exist; KAFKA_DLQ_TOPIC or --dlq-topic names another.")
         filled = {n: mark for n, mark in marks.items() if mark[0] < mark[1]}
@@ -152,26 +155,26 @@ class Replay:
 
     def _send(self, producer: Producer, record: Incoming, original: Outgoing) -> None:
         if self.dry_run:
-            self._say(record, "would be sent")
+            self._note(record, "would be sent")
             return
 
         def delivered(_: Outgoing, error: KafkaError | None) -> None:
             if error is None:
                 self.tally.sent += 1
-                self._say(record, "sent")
+                self._note(record, "sent")
             else:
                 self.tally.refused += 1
-                self._say(record, "refused", reason=error.str())
+                self._note(record, "refused", reason=error.str())
 
         while True:
             try:
                 produce(producer, original, delivered)
             except BufferError:
-                producer.poll(POLL_S)  # its queue is full
+                producer.poll(POLL_S)  # the producer's queue is full
             else:
                 return
 
-    def _say(self, record: Incoming, action: str, **more: str) -> None:
+    def _note(self, record: Incoming, action: str, **more: str) -> None:
         headers = {name: (value or b"").decode(errors="replace") for name, value in record.headers}
         line = {
             "action": action,
@@ -183,6 +186,6 @@ class Replay:
         self._unreported.append(json.dumps(line | more, ensure_ascii=False))
 
     def _report(self) -> None:
-        """Report what became of records. Not in librdkafka's callbacks: what is raised there would end the flush."""
+        """Report the results so far. Not from librdkafka's callbacks, where an exception would end the flush."""
         while self._unreported:
             self.report(self._unreported.pop(0))

@@ -1,8 +1,8 @@
-"""What a worker knows of itself: whether it is alive, and whether it is ready.
+"""The health of a worker: it is alive, and it is ready.
 
-Alive means that it gets on by itself: the loop that polls turns, no step of a request takes longer than it may, and no
-thread that it needs has ended. Ready means that it answers requests now. What others do to it, a rebalance, a broker that is
-away, nothing to do, makes it unready at most: to start it again would not help.
+Alive means that the worker makes progress: the loop that polls turns, no step of a request takes longer than it may, and every
+thread that it needs runs. Ready means that it responds to requests now. External causes (a rebalance, a broker that is away,
+no requests) make a worker unready at most, because restarting it would not help.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 from latent_encoder.telemetry.metrics import READY
 
-# Well above what the longest call to a broker takes (librdkafka's own limit is 60 s).
 HEARTBEAT_LIMIT_S = 120.0
+"""Longest time between two turns of the loop: twice the longest call to a broker (librdkafka's own limit is 60 s)."""
 
 OK = "ok"
 
 
 @dataclass(frozen=True)
-class Report:
-    """The state of each part: `ok`, or what is wrong with it."""
+class HealthReport:
+    """The state of each part: `ok`, or its fault."""
 
     parts: dict[str, str]
 
@@ -33,7 +33,7 @@ class Report:
 
 
 class Health:
-    """Filled in by the threads of a worker, read by whoever asks. Thread-safe."""
+    """The facts about a worker, set by its threads and read by anyone. Thread-safe."""
 
     def __init__(self, encode_timeout_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self._encode_timeout_s = encode_timeout_s
@@ -44,12 +44,12 @@ class Health:
         self._ready = {"model": "not loaded yet", "group": "not joined yet", "broker": "not reached yet"}
 
     def turn(self) -> None:
-        """The loop that polls made a turn."""
+        """Note a turn of the loop that polls."""
         self._last_turn = self._now()
 
     @contextmanager
     def busy(self, step: str) -> Iterator[None]:
-        """Something that takes a while begins, and ends with the context; one at a time of each name."""
+        """Note that a step lasts as long as the context. At most one step of each name runs at a time."""
         self._busy[step] = self._now()
         try:
             yield
@@ -57,24 +57,24 @@ class Health:
             del self._busy[step]
 
     def needs(self, threads: Iterable[threading.Thread]) -> None:
-        """The threads without which no request is answered."""
+        """Set the threads without which no request gets a response."""
         self._threads = tuple(threads)
 
     def ready_if(self, part: str, reason: str | None) -> None:
-        """`model`, `group` or `broker` is ready where there is no reason why not."""
+        """Set a part (`model`, `group` or `broker`) to ready, or to the reason why it is not."""
         self._ready[part] = reason or OK
         READY.labels(part).set(reason is None)
 
-    def alive(self) -> Report:
-        """Whether the worker gets on by itself."""
-        return Report({"poll_loop": self._poll_loop(), "steps": self._steps(), "threads": self._dead_threads()})
+    def alive(self) -> HealthReport:
+        """Report whether the worker makes progress."""
+        return HealthReport({"poll_loop": self._poll_loop(), "steps": self._steps(), "threads": self._dead_threads()})
 
-    def ready(self) -> Report:
-        """Whether it answers requests now."""
-        return Report(dict(self._ready))
+    def ready(self) -> HealthReport:
+        """Report whether the worker responds to requests now."""
+        return HealthReport(dict(self._ready))
 
     def _poll_loop(self) -> str:
-        if self._last_turn is None:  # while it starts, which is a step
+        if self._last_turn is None:  # the worker is starting, which is a step
             return OK
         seconds = self._now() - self._last_turn
         return OK if seconds <= HEARTBEAT_LIMIT_S else f"no turn for {seconds:.0f} s"

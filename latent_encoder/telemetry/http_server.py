@@ -1,4 +1,4 @@
-"""The HTTP port of Kafka mode: health for whoever starts workers, metrics for Prometheus. Nothing can be changed by it."""
+"""The HTTP port of Kafka mode: health for the supervisor of workers, metrics for Prometheus. It is read-only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from prometheus_client import make_wsgi_app
 
 from config import Settings
 from errors import SetupError
-from latent_encoder.telemetry.health import Health, Report
+from latent_encoder.telemetry.health import Health, HealthReport
 from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder.http")
 
 CLIENT_TIMEOUT_S = 10.0
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # where to ask a server that listens on all of them
+"""Timeout of a connection: a client that sends nothing must not hold a thread for long. Probes wait a second or two."""
+
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # the address to ask if the server listens on all
 
 
 @contextmanager
 def http_server(settings: Settings, health: Health) -> Iterator[None]:
-    """Answer on HTTP_PORT as long as the context lasts; 0 is no port at all.
+    """Serve HTTP_PORT as long as the context lasts; 0 means no port.
 
     Raises:
         SetupError: the port cannot be listened on.
@@ -53,30 +55,33 @@ def http_server(settings: Settings, health: Health) -> Iterator[None]:
 
 
 def ask(settings: Settings) -> tuple[dict[str, Any], bool]:
-    """What a worker on this machine says on its HTTP port, and whether it is alive.
+    """Return the health that a worker on this machine reports on its HTTP port, and whether it is alive.
 
     Raises:
-        OSError: nobody answers there.
-        ValueError: it is no worker who answers.
+        OSError: nothing responds there.
+        ValueError: the response is not a worker's.
     """
     host = ANY_ADDRESS.get(settings.http_host, settings.http_host)
-    answers: dict[str, Any] = {}
+    health: dict[str, Any] = {}
     for path in ("/healthz", "/readyz"):
         connection = HTTPConnection(host, settings.http_port, timeout=CLIENT_TIMEOUT_S)
         try:
             connection.request("GET", path)
-            answers |= json.loads(connection.getresponse().read())
+            health |= json.loads(connection.getresponse().read())
         except HTTPException as exc:
             raise ValueError(str(exc)) from exc
         finally:
             connection.close()
-    if not {"alive", "ready"} <= answers.keys():
-        raise ValueError("another service's answer")
-    return answers, answers["alive"] is True
+    if not {"alive", "ready"} <= health.keys():
+        raise ValueError("another service responds there")
+    return health, health["alive"] is True
 
 
 def application(health: Health) -> WSGIApplication:
-    """The WSGI application: `/healthz` and `/readyz` answer 200 or 503, with JSON that says which part it is; `/metrics`."""
+    """Return the WSGI application of the port.
+
+    `/healthz` and `/readyz` have status 200 or 503, and the state of each part in JSON; `/metrics` is Prometheus' text.
+    """
     metrics: WSGIApplication = make_wsgi_app()
 
     def respond(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -95,7 +100,7 @@ def application(health: Health) -> WSGIApplication:
     return respond
 
 
-def _report(start_response: StartResponse, name: str, report: Report) -> Iterable[bytes]:
+def _report(start_response: StartResponse, name: str, report: HealthReport) -> Iterable[bytes]:
     start_response("200 OK" if report.ok else "503 Service Unavailable", [("Content-Type", "application/json")])
     return [json.dumps({name: report.ok, f"{name}_parts": report.parts}).encode() + b"\n"]
 
@@ -106,7 +111,7 @@ def _text(start_response: StartResponse, status: str, text: str) -> Iterable[byt
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each connection."""
+    """A server with a thread for each connection."""
 
     daemon_threads = True
 
@@ -116,14 +121,14 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.set_app(application)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up; a traceback of that helps nobody."""
+        """Log that a client hung up; its traceback would help nobody."""
         log.debug("http connection failed", client=str(client_address), request=str(request), exc_info=True)
 
 
 class _Handler(WSGIRequestHandler):
-    """Logs nothing of requests, which come every few seconds, and waits for no silent client."""
+    """A handler that logs no requests, which come every few seconds, and does not wait for a silent client."""
 
     timeout = CLIENT_TIMEOUT_S
 
     def log_message(self, *_: Any) -> None:
-        """Not logged."""
+        """Log nothing."""

@@ -6,9 +6,6 @@ docs/operating.md lists them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from errors import ErrorCode
@@ -63,28 +60,3 @@ for _metric, _values in (
     for _value in _values:
         _metric.labels(_value)
 REQUESTS.labels("dropped", "")
-
-
-def observe_lag(topics: Mapping[str, Any], answered: Mapping[tuple[str, int], int]) -> None:
-    """Take the lag from the `topics` of librdkafka's statistics, of the partitions that this worker has.
-
-    `answered` are the offsets behind the last answer here: librdkafka's own `consumer_lag` is not known before the first
-    commit, and never where a transaction commits. The fields: https://github.com/confluentinc/librdkafka/blob/master/STATISTICS.md
-    """
-    lags = {
-        (name, number): partition["ls_offset"] - _done(partition, answered.get((name, int(number)), 0))
-        for name, topic in topics.items()
-        for number, partition in topic["partitions"].items()
-        if partition["fetch_state"] == "active" and partition["ls_offset"] >= 0  # else another worker's, or not known yet
-    }
-    shown = {
-        (sample.labels["topic"], sample.labels["partition"]) for family in CONSUMER_LAG.collect() for sample in family.samples
-    }
-    for place in shown - lags.keys():
-        CONSUMER_LAG.remove(*place)
-    for place, lag in lags.items():
-        CONSUMER_LAG.labels(*place).set(lag)
-
-
-def _done(partition: Mapping[str, int], answered: int) -> int:
-    return min(max(partition["lo_offset"], partition["committed_offset"], answered), partition["ls_offset"])

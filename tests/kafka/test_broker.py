@@ -1,4 +1,4 @@
-"""The broker that the other tests use: which one it is, and that it can be relied on."""
+"""The broker that the other tests use: the choice of it, and its reliability."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def no_docker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def docker_engine() -> Iterator[str]:
-    """The address of what answers as a Docker engine does when it is asked whether it is there."""
+    """Return the address of a server that responds to a ping as a Docker engine does."""
 
     class Engine(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -76,7 +76,7 @@ def create_topic(broker: ApacheKafka, topic: str) -> None:
 
 
 def produce(configuration: Configuration, topic: str, value: str) -> KafkaError | None:
-    """The error with which the record's delivery ended, if it did."""
+    """Return the error with which the delivery of a record ended, or None."""
     errors: list[KafkaError | None] = []
     producer = Producer({"message.timeout.ms": 5000, "log_level": 0} | configuration)
     producer.produce(topic, value, on_delivery=lambda error, _: errors.append(error))
@@ -85,7 +85,7 @@ def produce(configuration: Configuration, topic: str, value: str) -> KafkaError 
 
 
 def consume(configuration: Configuration, topic: str) -> bytes | None:
-    """The value of the topic's first record, read by a new group."""
+    """Return the value of the topic's first record, read by a new group."""
     consumer = Consumer({"group.id": f"readers-of-{topic}", "auto.offset.reset": "earliest"} | configuration)
     consumer.subscribe([topic])
     record = consumer.poll(20)
@@ -237,7 +237,7 @@ def test_a_broker_that_ends_by_itself_is_an_error_with_its_last_words(tmp_path: 
 
 
 def run_for_people(port: int, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """Start `python -m tests.broker` without Docker and wait until it tells that it is there."""
+    """Start `python -m tests.broker` without Docker and wait until it prints its address."""
     command = [sys.executable, "-m", "tests.broker", "--port", str(port), *options]
     process = subprocess.Popen(
         command, cwd=PROJECT, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("apache_kafka")
 
 
 def assert_whole(folder: Path) -> None:
-    """Every file under a final name is whole, and belongs to the others of its request."""
+    """Assert that every file under a final name is complete, and belongs to the other files of its request."""
     metadata_files = list(folder.glob("*.pt.json"))
     assert metadata_files
     for file in metadata_files:
@@ -34,7 +34,7 @@ def assert_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
 def test_killed_worker_loses_nothing(make_bench: MakeBench, transactional: bool) -> None:
-    """200 requests, five times `kill -9`: each is answered, in one transaction each exactly once; no partial file."""
+    """After five `kill -9` among 200 requests each has a response, with transactions exactly one, and no file is partial."""
     bench = make_bench(partitions=4)
     for n in range(REQUESTS):
         bench.send({"request_id": f"r{n}"})
@@ -64,7 +64,7 @@ def test_killed_worker_loses_nothing(make_bench: MakeBench, transactional: bool)
 
 
 def test_zombie_answers_nothing(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
-    """A worker that froze until the group gave its work to another wakes up: its answer is refused, nothing is doubled."""
+    """The response of a worker that wakes up after the group gave its partition away is refused, and nothing is doubled."""
     bench = make_bench()
     responses = bench.responses
     environment = quick_failover(bench.folder)

@@ -82,7 +82,7 @@ def test_request_gets_its_answer(bench: Bench, encoder: LatentEncoder, settings:
 
 
 def test_key_and_headers_go_through(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """A key of any bytes comes back, and so do headers: several of one name, empty, none, not text."""
+    """The response has the request's key, whatever its bytes, and its headers: of one name, empty, null, not text."""
     headers = (("traceparent", b"00-1-2-01"), ("tenant", b"\xff\x00"), ("tenant", b""), ("nothing", None))
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings)):
@@ -95,7 +95,7 @@ def test_key_and_headers_go_through(bench: Bench, encoder: LatentEncoder, settin
 
 
 def test_request_without_an_id_has_the_same_one_each_time(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """It is made of topic, partition and offset, so that the files of a request that comes again are found."""
+    """The id is made of topic, partition and offset, so a second delivery finds the files of the first."""
     responses = bench.responses
     expected = [str(uuid5(NAMESPACE_URL, f"kafka:{bench.request_topic}/0/{offset}")) for offset in range(2)]
     with bench.worker(encoder, bench.settings(settings)):
@@ -108,7 +108,7 @@ def test_request_without_an_id_has_the_same_one_each_time(bench: Bench, encoder:
 def test_request_errors_are_answered_at_once(
     bench: Bench, encoder: LatentEncoder, settings: Settings, model_dir: Path
 ) -> None:
-    """Each among good requests: one error response, in order, no retry, no dead letter, and the offset is committed."""
+    """Each of them, among good requests, gets one error response in order, no retry and no dead letter, and is committed."""
     (model_dir / "broken.safetensors").write_bytes(b"no weights")
     responses, dead_letters = bench.responses, bench.dead_letters
     with bench.worker(encoder, bench.settings(settings)):
@@ -131,7 +131,7 @@ def test_request_errors_are_answered_at_once(
 def test_request_with_an_id_that_cannot_be_used_is_answered_under_its_key(
     bench: Bench, encoder: LatentEncoder, settings: Settings
 ) -> None:
-    """The id is of the wrong type: the answer has another one, the sender's key tells it whose it is."""
+    """The response to an id of the wrong type has another id; the sender knows it by its key."""
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings)):
         bench.send({"request_id": 7}, key=b"mine")
@@ -142,7 +142,7 @@ def test_request_with_an_id_that_cannot_be_used_is_answered_under_its_key(
 
 
 def test_unusable_messages_are_dead_letters(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """Key, bytes and headers untouched, with headers that say why; answered where exactly one id can be read."""
+    """The dead letter has the key, bytes and headers untouched, and headers with the reason; a readable id gets a response."""
     responses, dead_letters = bench.responses, bench.dead_letters
     headers = (("tenant", b"\xff"),)
     with bench.worker(encoder, bench.settings(settings, kafka_max_message_bytes=150_000)):
@@ -182,7 +182,7 @@ def test_unusable_messages_are_dead_letters(bench: Bench, encoder: LatentEncoder
 def test_transient_error_is_tried_again_and_then_a_dead_letter(
     bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """After the retries: an error response and a dead letter; requests behind it are answered all the same."""
+    """After the retries there is an error response and a dead letter, and the requests behind it are served."""
     (bench.folder / "file").touch()
     bad = {"request_id": "bad", "output_dir": str(bench.folder / "file")}
     responses, dead_letters = bench.responses, bench.dead_letters
@@ -205,7 +205,7 @@ def test_transient_error_is_tried_again_and_then_a_dead_letter(
 def test_transient_error_that_passes_is_no_error(
     bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """What stood in the way is removed between two attempts: one answer, success, no dead letter."""
+    """If the obstacle is removed between two attempts, there is one successful response and no dead letter."""
     obstacle = bench.folder / "file"
     obstacle.touch()
     responses, dead_letters = bench.responses, bench.dead_letters
@@ -222,13 +222,13 @@ def test_transient_error_that_passes_is_no_error(
 def test_request_that_comes_again_is_answered_without_encoding(
     bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """The stored answer is sent, even when the image is gone; a changed image, or a damaged file, is encoded anew."""
+    """The stored response is sent, even if the image is gone; a changed image or a damaged file means a new encode."""
     image = bench.folder / "image.jpg"
     image.write_bytes((IMAGES / "photo.jpg").read_bytes())
     responses = bench.responses
 
     def again() -> dict[str, Any]:
-        """Deliver the request once more, and give the metadata of the answer."""
+        """Deliver the request once more, and return the metadata of the response."""
         bench.send({"request_id": "r", "image_path": str(image)})
         answer = answers(responses, len(responses.records) + 1)[-1]
         assert answer["status"] == "success"
@@ -263,7 +263,7 @@ def test_request_that_comes_again_is_answered_without_encoding(
 def test_response_that_its_topic_refuses_becomes_a_dead_letter(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
 ) -> None:
-    """Its size is over the topic's limit: the request is a dead letter, the next one is served."""
+    """A request whose response is over the topic's limit becomes a dead letter, and the next one is served."""
     bench = make_bench(create=False)
     bench.create(bench.request_topic, bench.dlq_topic)
     bench.create(bench.response_topic, config={"max.message.bytes": "900"})
@@ -283,7 +283,7 @@ def test_response_that_its_topic_refuses_becomes_a_dead_letter(
 def test_dead_letter_that_is_refused_stops_the_service(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
 ) -> None:
-    """Nothing is dropped: the service ends with the reason, and the offset is not committed."""
+    """The worker stops with the reason, and the offset is not committed."""
     bench = make_bench(create=False)
     bench.create(bench.request_topic, bench.response_topic)
     bench.create(bench.dlq_topic, config={"max.message.bytes": "200"})
@@ -300,7 +300,7 @@ def test_dead_letter_that_is_refused_stops_the_service(
 def test_missing_topics_are_waited_for(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """One message names them and what to do; when they are there, the service goes on by itself."""
+    """One message names them and the remedy; the worker goes on by itself as soon as they exist."""
     bench = make_bench(create=False)
     bench.create(bench.request_topic)
     with bench.worker(encoder, bench.settings(settings)):
@@ -315,7 +315,7 @@ def test_missing_topics_are_waited_for(
 def test_missing_topics_are_created_where_that_is_wanted(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
 ) -> None:
-    """With the partitions that the settings say."""
+    """The topics have as many partitions as the settings state."""
     bench = make_bench(create=False)
     options = {"kafka_create_topics": True, "kafka_topic_partitions": 3, "kafka_topic_replication": 1}
     with bench.worker(encoder, bench.settings(settings, **options)):
@@ -331,7 +331,7 @@ def test_missing_topics_are_created_where_that_is_wanted(
 def test_no_more_requests_are_held_than_prefetch_says(
     bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """While one cannot be written, at most so many are prepared, of thirty that wait."""
+    """While one cannot be written, at most KAFKA_PREFETCH of thirty waiting requests are prepared."""
     (bench.folder / "file").touch()
     for n in range(30):
         bench.send({"request_id": f"r{n}", "output_dir": str(bench.folder / "file")})

@@ -1,4 +1,4 @@
-"""librdkafka's properties: those that the guarantees rest on, those that can be given, and secrets that stay secret."""
+"""librdkafka's properties: the fixed ones, the ones that can be given, and secrets that stay secret."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def properties_file(folder: Path, text: str) -> Path:
 
 
 def test_guarantees_are_set() -> None:
-    """Nothing is committed or stored by itself; answers are idempotent, acknowledged by all, and never given up."""
+    """Nothing is committed or stored by itself; responses are idempotent, acknowledged by all, and never given up."""
     consumer, producer = consumer_properties(settings()), producer_properties(settings())
     assert {name: consumer[name] for name in REFUSED if name in consumer} == {
         "bootstrap.servers": "localhost:9092",
@@ -52,7 +52,7 @@ def test_guarantees_are_set() -> None:
 
 
 def test_security_settings_reach_every_client(tmp_path: Path) -> None:
-    """By librdkafka's names; a secret is given to it and not shown in the settings."""
+    """They have librdkafka's names; a secret is passed on and not shown in the settings."""
     given = settings(
         kafka_security_protocol="sasl_ssl",
         kafka_sasl_mechanism="SCRAM-SHA-512",
@@ -79,7 +79,7 @@ def test_security_settings_reach_every_client(tmp_path: Path) -> None:
 
 
 def test_file_gives_any_other_property(tmp_path: Path) -> None:
-    """As it stands after the equals sign, case and all; comments and blank lines are left out; a named setting wins."""
+    """A value is taken unchanged, comments and blank lines are left out, and a setting of its own wins."""
     text = "# tuned\nsocket.keepalive.enable = true\n\nsasl.password=a=b #c;%d\nsasl.username=file\nclient.id=Mine\n"
     given = settings(kafka_client_config=properties_file(tmp_path, text), kafka_sasl_username="setting")
     for properties in (consumer_properties(given), producer_properties(given)):
@@ -91,7 +91,7 @@ def test_file_gives_any_other_property(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_property_that_would_break_the_guarantees_is_refused(name: str, tmp_path: Path) -> None:
-    """By its name, with the reason."""
+    """The error has the name of the property and the reason."""
     file = properties_file(tmp_path, f"client.id=x\n{name}=1\n")
     with pytest.raises(SettingsError, match=rf"KAFKA_CLIENT_CONFIG: .* may not set {name} \(.+\)"):
         consumer_properties(settings(kafka_client_config=file))
@@ -106,7 +106,7 @@ def test_property_that_would_break_the_guarantees_is_refused(name: str, tmp_path
     ],
 )
 def test_file_that_cannot_be_used_is_named(text: str | None, reason: str, tmp_path: Path) -> None:
-    """Broken, ambiguous, or not there."""
+    """A file that is broken, ambiguous or missing is an error that names it."""
     file = tmp_path / "none.properties" if text is None else properties_file(tmp_path, text)
     with pytest.raises(SettingsError, match=f"KAFKA_CLIENT_CONFIG: {file} {reason}"):
         producer_properties(settings(kafka_client_config=file))
@@ -114,14 +114,14 @@ def test_file_that_cannot_be_used_is_named(text: str | None, reason: str, tmp_pa
 
 @pytest.mark.parametrize("line", ["no.such.property=1", "session.timeout.ms=long", "compression.codec=rar"])
 def test_property_that_librdkafka_refuses_is_named(line: str, tmp_path: Path) -> None:
-    """The message has the property, not a traceback."""
+    """The message names the property and has no traceback."""
     given = settings(kafka_client_config=properties_file(tmp_path, line))
     with pytest.raises(SettingsError, match=f"Kafka client: .*{line.split('=', maxsplit=1)[0]}"):
         make_client(Producer, producer_properties(given), given)
 
 
 def test_secret_in_librdkafkas_message_is_masked(tmp_path: Path) -> None:
-    """A password where another property belongs, as after a slip with the lines."""
+    """A password in the place of another property, for example after a slip of a line, is masked."""
     file = properties_file(tmp_path, f"security.protocol={SECRET}\n")
     given = settings(kafka_client_config=file, kafka_sasl_password=SECRET)
     with pytest.raises(SettingsError) as caught:
@@ -131,7 +131,7 @@ def test_secret_in_librdkafkas_message_is_masked(tmp_path: Path) -> None:
 
 
 def test_wrong_property_is_wrong_usage(run_main: RunMain, tmp_path: Path) -> None:
-    """Kafka mode ends before ComfyUI is loaded: status 2, one message, no traceback."""
+    """Kafka mode ends before ComfyUI is loaded, with status 2, one message and no traceback."""
     file = properties_file(tmp_path, "enable.auto.commit=true\n")
     done = run_main("--mode", "kafka", env={"KAFKA_CLIENT_CONFIG": str(file)})
     assert done.returncode == 2
@@ -140,7 +140,7 @@ def test_wrong_property_is_wrong_usage(run_main: RunMain, tmp_path: Path) -> Non
 
 
 def test_topics_must_differ(run_main: RunMain) -> None:
-    """Else the service would take its own answers for requests."""
+    """Otherwise the worker would take its own responses for requests."""
     done = run_main("--mode", "kafka", "--request-topic", "same", "--response-topic", "same")
     assert done.returncode == 2
     assert "KAFKA_REQUEST_TOPIC, KAFKA_RESPONSE_TOPIC, KAFKA_DLQ_TOPIC: must be three different topics" in done.stderr

@@ -34,13 +34,13 @@ def own(broker: Broker) -> Iterator[ApacheKafka]:
 def test_workers_share_and_hand_over(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """One joins and one leaves in the middle of the work: every request is answered once."""
+    """If one joins and one leaves in the middle of the work, every request gets one response."""
     bench = make_bench(partitions=4)
     responses = bench.responses
     expected: Counter[str] = Counter()
 
     def second_has_worked() -> bool:
-        """Each partition has ten requests that wait, however quick the first is."""
+        """Send ten requests to each partition, so that some wait however fast the worker is."""
         for n in range(len(expected), len(responses.all_within(0.1)) + 40):
             expected[f"r{n}"] = 1
             bench.send({"request_id": f"r{n}"}, partition=n % 4)
@@ -64,7 +64,7 @@ def test_workers_share_and_hand_over(
 def test_work_on_a_revoked_partition_is_dropped_at_the_deadline(
     make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
 ) -> None:
-    """It is not committed, and the new owner answers it."""
+    """It is not committed, and the new owner responds to it."""
     bench = make_bench(partitions=2)
     responses = bench.responses
     for partition in range(2):
@@ -83,7 +83,7 @@ def test_work_on_a_revoked_partition_is_dropped_at_the_deadline(
 def test_encode_longer_than_the_poll_interval(
     bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """The worker keeps its partition, and the request is encoded and answered once."""
+    """The worker keeps its partition; the request is encoded once and has one response."""
     config = client_config(bench.folder, session_timeout_ms=3000, heartbeat_interval_ms=500, max_poll_interval_ms=3000)
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings, kafka_client_config=config)):
@@ -108,7 +108,7 @@ def test_broker_that_goes_away_is_waited_for(
     events: Events,
     transactional: bool,
 ) -> None:
-    """Away at the start, and killed for 20 s in the middle: said once while it is, and all is answered."""
+    """A broker that is away at the start and for 20 s in the middle is logged once each time, and no response is missing."""
     bench = make_bench(servers=own.bootstrap_servers)
     own.stop()
     config = client_config(bench.folder, transaction_timeout_ms=10_000)  # the broker aborts a transaction meanwhile
@@ -140,14 +140,14 @@ def test_broker_that_goes_away_is_waited_for(
 def test_dead_letter_that_is_not_acknowledged_stops_the_service(
     own: ApacheKafka, make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """The broker is there and does not store it: the service ends. A response that waits so is logged, and waited for."""
+    """The worker stops if a reachable broker does not store a dead letter; a response is logged and waited for."""
     bench = make_bench(servers=own.bootstrap_servers, partitions=2)
     impatient = bench.settings(settings, kafka_ack_timeout_s=2, shutdown_timeout_s=1)
     with bench.worker(encoder, impatient) as worker:
         bench.send({"request_id": "r", **SECONDS_LONG}, partition=0)
         wait_until((bench.folder / "output").exists, "the encode")
         own.freeze()
-        wait_until(lambda: bool(events("answer is not acknowledged")), "the message")
+        wait_until(lambda: bool(events("response is not acknowledged")), "the message")
         assert worker.is_alive()
     assert worker.outcome is False
     own.kill()
@@ -164,7 +164,7 @@ def test_dead_letter_that_is_not_acknowledged_stops_the_service(
 
 
 def test_sigterm_finishes_the_request_in_flight(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """Its answer is sent and committed, the exit status is 0; the request behind it is left to the next worker."""
+    """Its response is sent and committed, the exit status is 0, and the request behind it is left to the next worker."""
     responses = bench.responses
     bench.send({"request_id": "first", **SECONDS_LONG})
     bench.send({"request_id": "second"})
@@ -182,7 +182,7 @@ def test_sigterm_finishes_the_request_in_flight(bench: Bench, encoder: LatentEnc
 
 
 def test_second_signal_stops_at_once(bench: Bench) -> None:
-    """Uncommitted, unanswered, and with the status of a signal."""
+    """The request is uncommitted, has no response, and the exit status is that of a signal."""
     bench.send({"request_id": "r", **TEN_SECONDS_LONG})
     with bench.process() as process:
         wait_until((bench.folder / "output").exists, "the encode")
@@ -196,7 +196,7 @@ def test_second_signal_stops_at_once(bench: Bench) -> None:
 
 
 def test_shutdown_that_takes_too_long_is_given_up(bench: Bench) -> None:
-    """The request is left uncommitted, and the exit status says so."""
+    """The request is left uncommitted, and the exit status is an error."""
     bench.send({"request_id": "r", **TEN_SECONDS_LONG})
     with bench.process(SHUTDOWN_TIMEOUT_S="0.5") as process:
         wait_until((bench.folder / "output").exists, "the encode")

@@ -1,4 +1,4 @@
-"""Dead letters sent back: each once in a run, as they were, those that were asked for."""
+"""Dead letters sent back: the chosen ones, unchanged, each once in a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from config import Settings
 from errors import ErrorCode, KafkaFailed
 from latent_encoder.kafka.records import DLQ_HEADERS
-from latent_encoder.kafka.replay import Replay, Selection, Tally
+from latent_encoder.kafka.replay import Replay, ReplayTally, Selection
 from service import LatentEncoder
 from tests.helpers import RunMain
 from tests.kafka_tools import Bench, answers
@@ -23,7 +23,7 @@ GOOD_HEADERS = (("tenant", b"\xff"),)
 
 @pytest.fixture
 def filled(bench: Bench, encoder: LatentEncoder, settings: Settings) -> Bench:
-    """Two dead letters for a folder that cannot be written, then three unusable ones, then a foreign record."""
+    """Make two dead letters for a folder that cannot be written, three for unusable messages, and a foreign record."""
     (bench.folder / "file").touch()
     with bench.worker(encoder, bench.settings(settings, kafka_max_retries=0)):
         for n in range(2):
@@ -38,17 +38,19 @@ def filled(bench: Bench, encoder: LatentEncoder, settings: Settings) -> Bench:
     return bench
 
 
-def replay(bench: Bench, settings: Settings, *, dry_run: bool = False, **selection: Any) -> tuple[Tally, list[dict[str, Any]]]:
+def replay(
+    bench: Bench, settings: Settings, *, dry_run: bool = False, **selection: Any
+) -> tuple[ReplayTally, list[dict[str, Any]]]:
     lines: list[str] = []
     tally = Replay(bench.settings(settings), Selection(**selection), dry_run, lines.append).run()
     return tally, [json.loads(line) for line in lines]
 
 
 def test_dead_letters_go_back_as_they_were(filled: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """Key, value and headers are the original's; the cause is gone, so the service answers them now."""
+    """Key, value and headers are the original's; the cause is gone, so the requests succeed now."""
     (filled.folder / "file").unlink()
     tally, lines = replay(filled, settings, error_codes=frozenset({ErrorCode.OUTPUT_DIR_NOT_WRITABLE}))
-    assert tally == Tally(read=6, foreign=1, chosen=2, sent=2)
+    assert tally == ReplayTally(read=6, foreign=1, chosen=2, sent=2)
     requests = filled.topic(filled.request_topic).take(7)
     for original, again in zip(requests[:2], requests[5:], strict=True):
         assert (again.key, again.value, again.headers) == (original.key, original.value, GOOD_HEADERS)
@@ -67,7 +69,7 @@ def test_dead_letters_go_back_as_they_were(filled: Bench, encoder: LatentEncoder
 
 
 def test_each_is_sent_once_though_it_fails_again(filled: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """A worker makes new dead letters of them meanwhile: those are left to the next run, and their headers are new ones."""
+    """Dead letters that a worker makes of them meanwhile are left to the next run, and their headers are new."""
     with filled.worker(encoder, filled.settings(settings, kafka_max_retries=0)):
         tally, _ = replay(filled, settings)
         assert (tally.chosen, tally.sent) == (5, 5)
@@ -81,7 +83,7 @@ def test_each_is_sent_once_though_it_fails_again(filled: Bench, encoder: LatentE
 
 
 def test_limit_time_and_dry_run(filled: Bench, settings: Settings) -> None:
-    """Limit counts what is chosen; since is the time of the dead letter; a dry run sends nothing and says what it would."""
+    """The limit counts chosen ones, `since` is the dead letter's time, and a dry run reports and sends nothing."""
     tally, lines = replay(filled, settings, limit=1, error_codes=frozenset({ErrorCode.MESSAGE_UNUSABLE}), dry_run=True)
     assert (tally.chosen, tally.sent) == (1, 0)
     assert [line["action"] for line in lines] == ["would be sent"]
@@ -93,7 +95,7 @@ def test_limit_time_and_dry_run(filled: Bench, settings: Settings) -> None:
 
 
 def test_command_prints_what_it_did(filled: Bench, run_main: RunMain) -> None:
-    """A line of JSON for each on standard output, the tally on standard error."""
+    """Standard output has a line of JSON for each, standard error the tally."""
     environment = {
         "KAFKA_BOOTSTRAP_SERVERS": filled.servers,
         "KAFKA_DLQ_TOPIC": filled.dlq_topic,
@@ -107,7 +109,7 @@ def test_command_prints_what_it_did(filled: Bench, run_main: RunMain) -> None:
 
 
 def test_full_standard_output_ends_the_replay_with_a_true_tally(filled: Bench, run_main: RunMain) -> None:
-    """Status 3. What was sent by then is in its topic, as often as the tally says."""
+    """The status is 3, and the topic has as many records as the tally counts."""
     environment = {"KAFKA_BOOTSTRAP_SERVERS": filled.servers, "KAFKA_DLQ_TOPIC": filled.dlq_topic}
     requests = filled.topic(filled.request_topic)
     requests.take(5)
@@ -124,7 +126,7 @@ def test_full_standard_output_ends_the_replay_with_a_true_tally(filled: Bench, r
 
 @pytest.mark.usefixtures("apache_kafka")
 def test_topic_that_is_gone_is_refused(filled: Bench, run_main: RunMain) -> None:
-    """The original topic is no longer there: each record is said to be refused, with the reason; status 1."""
+    """If the original topic is gone, each record is reported as refused, with the reason, and the status is 1."""
     for deleted in filled.admin.delete_topics([filled.request_topic]).values():
         deleted.result()
     properties = filled.folder / "client.properties"
@@ -142,14 +144,14 @@ def test_topic_that_is_gone_is_refused(filled: Bench, run_main: RunMain) -> None
 
 
 def test_missing_dlq_topic_is_said(bench: Bench, settings: Settings) -> None:
-    """With the setting that names it."""
+    """The error has the setting that names the topic."""
     bench.dlq_topic = "no-such-topic"
     with pytest.raises(KafkaFailed, match="Topic no-such-topic does not exist; KAFKA_DLQ_TOPIC"):
         replay(bench, settings)
 
 
 def test_broker_that_cannot_be_reached_is_said(run_main: RunMain, tmp_path: Path) -> None:
-    """One line and status 3."""
+    """The error is one line, and the status is 3."""
     done = run_main("--mode", "dlq-replay", "--kafka-bootstrap-servers", "127.0.0.1:1")
     assert done.returncode == 3
     assert done.stderr.startswith("Error: Cannot read topic latent-encoder-requests-dlq at 127.0.0.1:1: ")

@@ -1,4 +1,4 @@
-"""Brokers that ask who is there: TLS, passwords, access rules; refusal ends the service, and no secret is logged."""
+"""Brokers with authentication: TLS, passwords, access rules. A refusal stops the worker, and no secret is logged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.kafka_tools import Bench, Events, answers, wait_until
 
 @pytest.fixture
 def secure(broker: Broker) -> ApacheKafka:
-    """The session's broker, where it has a listener with passwords."""
+    """Return the session's broker, if it has a listener with passwords."""
     if not isinstance(broker, ApacheKafka):
         pytest.skip(f"{broker.name} has no listener that asks for a password")
     return broker
 
 
 def credentials(broker: ApacheKafka, password: str | None = None) -> dict[str, Any]:
-    """The settings for the listener with passwords."""
+    """Return the settings for the listener with passwords."""
     return {
         "kafka_bootstrap_servers": broker.secure_bootstrap_servers,
         "kafka_security_protocol": "SASL_SSL",
@@ -42,7 +42,7 @@ def as_environment(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def test_passwords_and_tls(secure: ApacheKafka, bench: Bench) -> None:
-    """A request is served over SASL_SSL, and even at the most talkative level the log has no password."""
+    """A request is served over SASL_SSL, and the log has no password even at level DEBUG."""
     bench.send({"request_id": "r"})
     with bench.process(**as_environment(credentials(secure)), LOG_LEVEL="DEBUG") as process:
         assert answers(bench.responses, 1)[0]["status"] == "success"
@@ -50,7 +50,7 @@ def test_passwords_and_tls(secure: ApacheKafka, bench: Bench) -> None:
 
 
 def test_client_certificate(secure: ApacheKafka, bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """A request is served where the broker asks for our certificate."""
+    """A request is served by a broker that demands our certificate."""
     changes = {
         "kafka_bootstrap_servers": secure.mutual_tls_bootstrap_servers,
         "kafka_security_protocol": "SSL",
@@ -64,7 +64,7 @@ def test_client_certificate(secure: ApacheKafka, bench: Bench, encoder: LatentEn
 
 
 def test_wrong_password_ends_the_service(secure: ApacheKafka, bench: Bench) -> None:
-    """With status 3 and one message that has no password in it, and nothing is consumed."""
+    """The worker stops with status 3 and one message without the password, and nothing is consumed."""
     bench.send({"request_id": "r"})
     with bench.process(**as_environment(credentials(secure, "wrong-secret"))) as process:
         assert process.end() == 3
@@ -77,7 +77,7 @@ def test_wrong_password_ends_the_service(secure: ApacheKafka, bench: Bench) -> N
 
 
 def test_wrong_password_ends_a_replay(secure: ApacheKafka, bench: Bench, run_main: RunMain) -> None:
-    """It says that access is refused, not that the broker cannot be reached."""
+    """The error is a refused access, not an unreachable broker."""
     environment = as_environment(credentials(secure, "wrong-secret")) | {"KAFKA_DLQ_TOPIC": bench.dlq_topic}
     done = run_main("--mode", "dlq-replay", env=environment)
     assert done.returncode == 3
@@ -88,7 +88,7 @@ def test_wrong_password_ends_a_replay(secure: ApacheKafka, bench: Bench, run_mai
 def test_certificate_that_is_not_trusted_is_waited_for(
     secure: ApacheKafka, bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """Certificates are renewed: it counts as a broker that is away, said once, with the reason."""
+    """It counts as a broker that is away, logged once with the reason, because certificates are renewed."""
     changes = {"kafka_bootstrap_servers": secure.secure_bootstrap_servers, "kafka_security_protocol": "SSL"}
     with bench.worker(encoder, bench.settings(settings, **changes)):
         wait_until(lambda: bool(events("broker is away, waiting for it")), "the message")
@@ -100,7 +100,7 @@ def test_certificate_that_is_not_trusted_is_waited_for(
 def test_topic_that_may_not_be_written_ends_the_service(
     secure: ApacheKafka, bench: Bench, encoder: LatentEncoder, settings: Settings, topic: str
 ) -> None:
-    """Nothing of what could not be answered is committed."""
+    """No request without a response is committed."""
     name = getattr(bench, topic)
     rule = AclBinding(
         ResourceType.TOPIC,

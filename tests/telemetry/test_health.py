@@ -1,4 +1,4 @@
-"""What a worker says of itself: in its own terms, over HTTP, and to the command that asks it."""
+"""The health of a worker: its own report, over HTTP, and by the command that asks for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from config import Settings
 from errors import ErrorCode, ImageInvalid, SetupError
-from latent_encoder.kafka.lanes import Job
+from latent_encoder.kafka.jobs import RecordJob
 from latent_encoder.kafka.records import Incoming
 from latent_encoder.stages import Stages
 from latent_encoder.telemetry.health import HEARTBEAT_LIMIT_S, Health
@@ -45,7 +45,7 @@ class Clock:
 
 
 def get(port: int, path: str, method: str = "GET", host: str = "127.0.0.1") -> tuple[int, str]:
-    """Status and body."""
+    """Return the status and the body of a response."""
     connection = HTTPConnection(host, port, timeout=10)
     connection.request(method, path)
     response = connection.getresponse()
@@ -56,14 +56,14 @@ def get(port: int, path: str, method: str = "GET", host: str = "127.0.0.1") -> t
 
 @contextmanager
 def served(health: Health, settings: Settings, **changes: Any) -> Iterator[int]:
-    """The port on which `health` is shown."""
+    """Return the port on which `health` is served."""
     (port,) = free_ports(1)
     with http_server(settings.model_copy(update={"http_port": port, "http_host": "127.0.0.1", **changes}), health):
         yield port
 
 
 def test_worker_is_alive_until_its_loop_stands_still() -> None:
-    """Before the first turn it starts; after that a turn must not be too long ago."""
+    """A worker without a first turn is starting; afterwards the last turn must not be too long ago."""
     clock = Clock()
     health = Health(encode_timeout_s=60, now=clock)
     clock.seconds = 10 * HEARTBEAT_LIMIT_S
@@ -78,7 +78,7 @@ def test_worker_is_alive_until_its_loop_stands_still() -> None:
 
 
 def test_step_that_takes_too_long_is_hung() -> None:
-    """By the time since it began; when it ends after all, the worker is alive again."""
+    """The report has the time since it began; the worker is alive again once it ends."""
     clock = Clock()
     health = Health(encode_timeout_s=60, now=clock)
     with health.busy("encode"):
@@ -92,7 +92,7 @@ def test_step_that_takes_too_long_is_hung() -> None:
 
 
 def test_worker_is_ready_when_all_its_parts_are() -> None:
-    """Each part says what it lacks."""
+    """Each part has its own reason."""
     health = Health(encode_timeout_s=60)
     assert set(health.ready().parts) == {"model", "group", "broker"}
     for part in ("model", "group", "broker"):
@@ -105,7 +105,7 @@ def test_worker_is_ready_when_all_its_parts_are() -> None:
 
 
 def test_http_says_which_part_it_is(settings: Settings) -> None:
-    """200 or 503, with the reasons as JSON; what there is not is 404, and nothing can be sent."""
+    """The status is 200 or 503, with the reasons as JSON; an unknown path is 404, and POST is not allowed."""
     clock = Clock()
     health = Health(encode_timeout_s=1, now=clock)
     with served(health, settings) as port:
@@ -126,7 +126,7 @@ def test_http_says_which_part_it_is(settings: Settings) -> None:
 
 
 def test_http_on_an_ipv6_address(settings: Settings) -> None:
-    """As a host between colons."""
+    """An IPv6 address is a valid host."""
     if not socket.has_ipv6:
         pytest.skip("this system has no IPv6")
     with served(Health(1), settings, http_host="::1") as port:
@@ -134,7 +134,7 @@ def test_http_on_an_ipv6_address(settings: Settings) -> None:
 
 
 def test_client_that_hangs_up_leaves_no_traceback(settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    """Nor does one that talks no HTTP; the next one is served."""
+    """A client that sends no HTTP does not hold it up either; the next one is served."""
     with served(Health(1), settings) as port:
         for sent in (b"", b"\x16\x03\x01nonsense\r\n\r\n", b"GET /metrics HTTP/1.1\r\n"):
             with socket.create_connection(("127.0.0.1", port)) as client:
@@ -145,7 +145,7 @@ def test_client_that_hangs_up_leaves_no_traceback(settings: Settings, capfd: pyt
 
 
 def test_port_in_use_is_a_setup_error(settings: Settings) -> None:
-    """It names the setting and the way out."""
+    """The error names the setting and the remedy."""
     with (
         served(Health(1), settings) as port,
         pytest.raises(SetupError, match=rf"Cannot listen on HTTP_PORT={port} .*; 0 turns it off\."),
@@ -154,16 +154,16 @@ def test_port_in_use_is_a_setup_error(settings: Settings) -> None:
         pass
 
 
-def request_job(tmp_path: Path, settings: Settings) -> Job:
+def request_job(tmp_path: Path, settings: Settings) -> RecordJob:
     fields = {"image_path": str(IMAGES / "photo.jpg"), "output_dir": str(tmp_path)}
     request = EncodeRequest.from_fields(fields, settings.request_defaults)
-    return Job(Incoming("requests", 0, 0, None, None, b"{}", ()), request)
+    return RecordJob(Incoming("requests", 0, 0, None, None, b"{}", ()), request)
 
 
 def test_thread_that_ended_is_told(encoder: LatentEncoder) -> None:
-    """A worker without one of its three answers nothing any more."""
+    """A worker that lost one of its three threads responds to nothing any more."""
     health = Health(60)
-    stages = Stages[Job](encoder, lambda *_: None, health)
+    stages = Stages[RecordJob](encoder, lambda *_: None, health)
     health.needs(stages.threads)
     assert health.alive().ok
     stages.close()
@@ -177,7 +177,7 @@ def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder
     """A custom node may call `sys.exit`: it must end neither the thread nor the requests that come later."""
 
     class Exiting(LatentEncoder):
-        """Exits at the first request, and goes on as ever."""
+        """An encoder that exits at the first request and serves the others."""
 
         exited = False
 
@@ -188,7 +188,7 @@ def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder
             return super().prepare(request)
 
     outcomes: list[SuccessResponse | BaseException] = []
-    stages = Stages[Job](Exiting(settings, encoder.runtime), lambda _, outcome: outcomes.append(outcome), Health(60))
+    stages = Stages[RecordJob](Exiting(settings, encoder.runtime), lambda _, outcome: outcomes.append(outcome), Health(60))
     stages.submit(request_job(tmp_path, settings))
     stages.submit(request_job(tmp_path, settings))
     wait_until(lambda: len(outcomes) == 2, "both outcomes")
@@ -199,7 +199,7 @@ def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder
 
 
 def test_worker_with_a_hung_encode_is_not_alive(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """An encode that takes longer than ENCODE_TIMEOUT_S; when it ended all the same, the worker is alive again."""
+    """A worker is not alive while an encode takes longer than ENCODE_TIMEOUT_S, and alive again once it ends."""
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings, encode_timeout_s=0.5)) as worker:
         health = worker.handler.health
@@ -216,7 +216,7 @@ def test_worker_with_a_hung_encode_is_not_alive(bench: Bench, encoder: LatentEnc
 
 @pytest.mark.core
 def test_worker_shows_health_and_metrics(bench: Bench, run_main: RunMain) -> None:
-    """A real one, on its port: not ready before it is, then both, and what it did in its metrics; then it is gone."""
+    """A worker's port reports that it becomes ready, its metrics count its requests, and the port closes with it."""
     port, other = map(str, free_ports(2))
     responses = bench.responses
     with bench.process(HTTP_PORT=port) as process:
@@ -262,7 +262,7 @@ def test_worker_shows_health_and_metrics(bench: Bench, run_main: RunMain) -> Non
 
 
 def test_answer_of_another_service_is_no_health(run_main: RunMain) -> None:
-    """Whatever listens there."""
+    """Another program that listens on the port is not taken for a worker."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -281,7 +281,7 @@ def test_answer_of_another_service_is_no_health(run_main: RunMain) -> None:
 
 @pytest.mark.core
 def test_failed_warm_up_ends_the_start(bench: Bench) -> None:
-    """A VAE that is not there: before the worker takes requests, all of which it would fail."""
+    """A missing VAE stops the worker before it takes requests, all of which would fail."""
     bench.send({"request_id": "r"})
     with bench.process(VAE_MODEL_NAME="none.safetensors") as process:
         assert process.end() == 3
@@ -295,11 +295,11 @@ def test_failed_warm_up_ends_the_start(bench: Bench) -> None:
 
 
 def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
-    """Not its tensors, nor its VAE, until the garbage collector comes by."""
+    """Its tensors and its VAE are freed without the garbage collector."""
     held: list[weakref.ref[Any]] = []
 
     class Failing(LatentEncoder):
-        """Holds something large when it fails."""
+        """An encoder that holds a large object when it fails."""
 
         def prepare(self, request: EncodeRequest) -> Any:
             pixels = torch.zeros(1)
@@ -307,7 +307,7 @@ def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings
             raise ImageInvalid(f"{request.image_path} does not fit into {pixels.shape}")
 
     reported: list[str] = []
-    stages = Stages[Job](Failing(settings, encoder.runtime), lambda _, outcome: reported.append(str(outcome)), Health(60))
+    stages = Stages[RecordJob](Failing(settings, encoder.runtime), lambda _, result: reported.append(str(result)), Health(60))
     gc.disable()
     try:
         stages.submit(request_job(tmp_path, settings))
@@ -319,7 +319,7 @@ def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings
 
 
 def test_worker_without_a_partition_is_ready(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """More workers than partitions: it stands by."""
+    """A worker that gets no partition, because there are more workers than partitions, is ready as a standby."""
     with bench.worker(encoder, bench.settings(settings)) as first:
         wait_until(lambda: first.handler.health.ready().ok, "the first")
         with bench.worker(encoder, bench.settings(settings)) as second:
@@ -328,11 +328,11 @@ def test_worker_without_a_partition_is_ready(bench: Bench, encoder: LatentEncode
 
 
 def test_only_the_encode_has_threads_of_torch(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
-    """Pools of several stages would be more threads than CPUs, which GNU's OpenMP makes the encode pay for."""
+    """Only the encode has several threads: more OpenMP threads than CPUs would slow it down."""
     seen: dict[str, int] = {}
 
     class Counting(LatentEncoder):
-        """Notes how many threads torch uses in each stage."""
+        """An encoder that records how many threads torch uses in each stage."""
 
         def prepare(self, request: EncodeRequest) -> Any:
             seen["prepare"] = torch.get_num_threads()
@@ -348,7 +348,7 @@ def test_only_the_encode_has_threads_of_torch(encoder: LatentEncoder, settings: 
 
     before = torch.get_num_threads()
     done = threading.Event()
-    stages = Stages[Job](Counting(settings, encoder.runtime), lambda *_: done.set(), Health(60))
+    stages = Stages[RecordJob](Counting(settings, encoder.runtime), lambda *_: done.set(), Health(60))
     stages.submit(request_job(tmp_path, settings))
     assert done.wait(60)
     stages.close()

@@ -9,7 +9,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from config import Settings
-from latent_encoder.telemetry.metrics import CONSUMER_LAG, observe_lag
+from latent_encoder.kafka.jobs import RecordJob
+from latent_encoder.kafka.records import Incoming
+from latent_encoder.kafka.telemetry import ConsumerLag
+from latent_encoder.telemetry.metrics import CONSUMER_LAG
 from service import LatentEncoder
 from tests.kafka_tools import SECONDS_LONG, Bench, Events, answers, wait_until
 
@@ -103,11 +106,13 @@ def test_lag_is_what_waits(bench: Bench, encoder: LatentEncoder, settings: Setti
 
 
 def test_lag_of_a_partition_that_is_gone_is_forgotten() -> None:
-    """Another worker shows it now."""
+    """The metric has no value for a partition that another worker has now."""
     mine = {"fetch_state": "active", "lo_offset": 2, "ls_offset": 9, "committed_offset": -1001}
     partitions: dict[str, dict[str, Any]] = {"0": mine, "1": mine, "-1": {**mine, "fetch_state": "none"}}
-    observe_lag({"requests": {"partitions": partitions}}, {})
+    lag = ConsumerLag()
+    lag.observe({"requests": {"partitions": partitions}})
     partitions["0"] = {**mine, "fetch_state": "stopped"}
-    observe_lag({"requests": {"partitions": partitions}}, {("requests", 1): 5})
+    lag.acknowledged(RecordJob(Incoming("requests", 1, 4, None, None, b"{}", ())))
+    lag.observe({"requests": {"partitions": partitions}})
     shown = {sample.labels["partition"]: sample.value for family in CONSUMER_LAG.collect() for sample in family.samples}
     assert shown == {"1": 4}

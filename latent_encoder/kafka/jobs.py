@@ -1,0 +1,136 @@
+"""A request that a worker holds, and the states that it goes through from its record to the acknowledged response.
+
+    WAITING ──begin──> SUBMITTED ──finish──> FINISHED ──sent──> SENT ──acknowledged──> ACKNOWLEDGED
+       ^                   │                    ^                 │
+       └───────wait────────┘                    └─────resend──────┘
+
+`finish` leads to FINISHED also from WAITING, for an invalid request, and from SENT, for records that were refused. `drop`
+leads from every state before ACKNOWLEDGED to DROPPED.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from errors import RequestError
+from latent_encoder.kafka.records import Incoming, Outgoing
+from models import EncodeRequest, SuccessResponse
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+Partition = tuple[str, int]
+"""A topic and the number of one of its partitions."""
+
+
+class State(Enum):
+    """The progress of a job."""
+
+    WAITING = auto()
+    """Taken from its topic, or waiting for its next attempt."""
+    SUBMITTED = auto()
+    """Handed to the stages."""
+    FINISHED = auto()
+    """Ready to be published as soon as it is the first of its lane."""
+    SENT = auto()
+    """Published; the broker has not acknowledged it yet."""
+    ACKNOWLEDGED = auto()
+    """Acknowledged by the broker."""
+    DROPPED = auto()
+    """Left to another worker: the partition was taken away, or this worker stops. Late results are ignored."""
+
+
+_LEADS_TO = {
+    State.WAITING: {State.SUBMITTED, State.FINISHED, State.DROPPED},
+    State.SUBMITTED: {State.WAITING, State.FINISHED, State.DROPPED},
+    State.FINISHED: {State.SENT, State.DROPPED},
+    State.SENT: {State.FINISHED, State.ACKNOWLEDGED, State.DROPPED},
+    State.ACKNOWLEDGED: set[State](),
+    State.DROPPED: set[State](),
+}
+
+
+@dataclass(eq=False)
+class RecordJob:
+    """A request that this worker holds, from its record to the acknowledged response.
+
+    Only the thread that polls changes the state. The stages set `encoding` and `redelivered`.
+    """
+
+    record: Incoming
+    request: EncodeRequest | None = None
+    """None if the record holds no valid request."""
+    taken_at: float = field(default_factory=monotonic)
+    """Seconds of the monotonic clock."""
+    span: Span | None = None
+    """OpenTelemetry's span of the request, if OpenTelemetry is installed."""
+    attempts: int = 0
+    """Count of attempts that were begun."""
+    encoding: bool = False
+    """The encode of this attempt has begun, so finishing it costs less than a new delivery."""
+    redelivered: bool = False
+    """The response was made from the files of an earlier one."""
+    result: SuccessResponse | RequestError | None = None
+    """The final result; None before FINISHED."""
+    records: tuple[Outgoing, ...] = ()
+    """The records that the broker has to acknowledge before the offset is committed."""
+    dead_lettered: bool = False
+    """A dead letter is, or was, among `records`."""
+    sent_at: float | None = None
+    """Seconds of the monotonic clock; None unless SENT."""
+    overdue: bool = False
+    """The late acknowledgement was logged."""
+    state: State = State.WAITING
+
+    @property
+    def partition(self) -> Partition:
+        return (self.record.topic, self.record.partition)
+
+    @property
+    def dropped(self) -> bool:
+        return self.state is State.DROPPED
+
+    @property
+    def unstarted(self) -> bool:
+        """Nothing is lost by leaving the job to another worker: no encode has begun and no result is known."""
+        return self.state in (State.WAITING, State.SUBMITTED) and not self.encoding
+
+    def begin(self) -> None:
+        """Start an attempt."""
+        self._enter(State.SUBMITTED)
+        self.attempts += 1
+
+    def wait(self) -> None:
+        """Wait for the next attempt, after one that failed."""
+        self._enter(State.WAITING)
+        self.encoding = False
+
+    def finish(self, result: SuccessResponse | RequestError, records: tuple[Outgoing, ...], *, dead_lettered: bool) -> None:
+        """Take the final result and the records that report it; also instead of records that were refused."""
+        self.resend()
+        self.result, self.records, self.dead_lettered = result, records, dead_lettered
+
+    def sent(self, now: float) -> None:
+        """Note that the records were handed to the publisher; `now` is in seconds of the monotonic clock."""
+        self._enter(State.SENT)
+        self.sent_at = now
+
+    def resend(self) -> None:
+        """Have the records published when it is the job's turn, perhaps once more."""
+        self._enter(State.FINISHED)
+        self.sent_at = None
+
+    def acknowledged(self) -> None:
+        """Note that the broker acknowledged all records."""
+        self._enter(State.ACKNOWLEDGED)
+
+    def drop(self) -> None:
+        """Leave the request to another worker."""
+        self._enter(State.DROPPED)
+
+    def _enter(self, state: State) -> None:
+        assert state in _LEADS_TO[self.state], f"a job that is {self.state.name} cannot become {state.name}"
+        self.state = state

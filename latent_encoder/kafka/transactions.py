@@ -1,0 +1,160 @@
+"""Exactly-once publishing: the records of a job and its offset are one Kafka transaction."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+
+from errors import KafkaFailed, one_line
+from latent_encoder.kafka.connection import FATAL, is_fatal, kafka_failed
+from latent_encoder.kafka.jobs import Partition, RecordJob
+from latent_encoder.kafka.publishers import PublisherEvents, next_offset, produce
+from latent_encoder.kafka.records import Outgoing, RefusedRecord
+from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.telemetry.metrics import COMMITS
+
+log = get_logger("latent_encoder.kafka")
+
+CALL_TIMEOUT_S = 5.0
+"""Timeout of one call to the transaction coordinator. The call is repeated while the broker is away, so this is only the
+longest delay until a stop is noticed."""
+
+RETRY_S = 0.2
+"""Wait between those calls: short beside an encode, long beside a round trip."""
+
+AWAY = {KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._WAIT_COORD}
+"""Errors of calls while no coordinator can be reached."""
+
+UNDONE = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._MSG_TIMED_OUT}
+"""Errors of records whose transaction was aborted for another reason; the broker did not refuse these records."""
+
+Result = TypeVar("Result")
+
+
+class PublishInTransaction:
+    """Exactly once, in a thread of its own, because the calls of a transaction wait for the broker.
+
+    A transaction contains the consumer group's metadata, so the broker refuses it if this worker has lost the partition
+    meanwhile (KIP-447).
+    """
+
+    def __init__(self, consumer: Consumer, make_producer: Callable[[], Producer], events: PublisherEvents) -> None:
+        self._consumer = consumer
+        self._make_producer = make_producer
+        self._producer = make_producer()
+        self._events = events
+        self._closing = threading.Event()
+        self._inbox: SimpleQueue[tuple[RecordJob, Any] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="transactions", daemon=True)
+        self.threads: Sequence[threading.Thread] = (self._thread,)
+        self._thread.start()
+
+    def publish(self, job: RecordJob) -> None:
+        self._inbox.put((job, self._consumer.consumer_group_metadata()))
+
+    def poll(self) -> None:
+        """Serve events between transactions, for example a refused login; the calls of a transaction serve their own."""
+        self._producer.poll(0)
+
+    def before_revoke(self, partitions: Collection[Partition]) -> None:
+        """Do nothing: an acknowledged job is committed."""
+
+    def forget(self, partitions: Collection[Partition]) -> None:
+        """Do nothing: the broker refuses a stale transaction."""
+
+    @property
+    def settled(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._closing.set()
+        self._inbox.put(None)
+        # The call in progress and the abort after it have a timeout each. The worker ends even if a call hangs.
+        self._thread.join(2 * CALL_TIMEOUT_S)
+
+    def _run(self) -> None:
+        try:
+            self._while_away(lambda: self._producer.init_transactions(CALL_TIMEOUT_S))
+            while (entry := self._inbox.get()) is not None:
+                self._publish(*entry)
+        except _Closing:
+            return
+        except KafkaException as exc:
+            self._events.failed(kafka_failed("A transaction failed", exc.args[0]))
+        except Exception as exc:
+            self._events.failed(KafkaFailed(f"A transaction failed: {one_line(exc)}"))
+
+    def _publish(self, job: RecordJob, group_metadata: Any) -> None:
+        if job.dropped:
+            return
+        refused: list[RefusedRecord] = []
+        try:
+            self._transact(job, group_metadata, refused)
+        except KafkaException as exc:
+            error: KafkaError = exc.args[0]
+            if error.code() in FATAL:
+                raise
+            log.warning("transaction failed", reason=error.str(), error_code=error.name(), **job.record.place)
+            if not self._undone(job, error):
+                self._committed(job)
+                return
+            COMMITS.labels("refused").inc()
+            if refused:
+                self._events.refused(job, refused, job.records)
+            else:
+                self._events.aborted(job)
+        else:
+            self._committed(job)
+
+    def _committed(self, job: RecordJob) -> None:
+        COMMITS.labels("ok").inc()
+        self._events.acknowledged(job)
+
+    def _transact(self, job: RecordJob, group_metadata: Any, refused: list[RefusedRecord]) -> None:
+        def delivered(record: Outgoing, error: KafkaError | None) -> None:
+            if error is not None and error.code() not in UNDONE:
+                refused.append((record, error))
+
+        self._producer.begin_transaction()
+        for record in job.records:
+            produce(self._producer, record, delivered)
+        self._producer.send_offsets_to_transaction([next_offset(job)], group_metadata, CALL_TIMEOUT_S)
+        self._while_away(lambda: self._producer.commit_transaction(CALL_TIMEOUT_S))
+
+    def _undone(self, job: RecordJob, error: KafkaError) -> bool:
+        """End a transaction that failed. Return False if the broker committed it all the same."""
+        if error.txn_requires_abort():
+            try:
+                self._producer.abort_transaction(CALL_TIMEOUT_S)
+            except KafkaException as exc:
+                log.warning("abort failed", reason=exc.args[0].str(), error_code=exc.args[0].name())
+            else:
+                return True
+        # After some errors a producer cannot be used any more. When a new producer with the same id registers, the broker ends
+        # the transaction of the old one: it aborts it, or commits it if it had agreed to that. The group's offset shows which.
+        self._producer.purge()
+        self._producer = self._make_producer()
+        self._while_away(lambda: self._producer.init_transactions(CALL_TIMEOUT_S))
+        place = TopicPartition(job.record.topic, job.record.partition)
+        (committed,) = self._while_away(lambda: self._consumer.committed([place], CALL_TIMEOUT_S))
+        return committed.offset <= job.record.offset
+
+    def _while_away(self, call: Callable[[], Result]) -> Result:
+        """Make a call, and repeat it while the broker is away."""
+        while True:
+            try:
+                return call()
+            except KafkaException as exc:
+                error: KafkaError = exc.args[0]
+                if is_fatal(error) or not (error.retriable() or error.code() in AWAY):
+                    raise
+            if self._closing.wait(RETRY_S):
+                raise _Closing
+
+
+class _Closing(Exception):
+    """The worker stops while a transaction waits for the broker."""
