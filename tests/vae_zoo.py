@@ -59,7 +59,7 @@ LTX_2_AUDIO = {
 
 @dataclass(frozen=True)
 class Case:
-    """A VAE of a family."""
+    """A VAE of a family, and the tensors by which ComfyUI recognises it."""
 
     family: str
     file: str
@@ -67,21 +67,21 @@ class Case:
     model: str
     """ComfyUI's class."""
     channels: int
-    """How many channels ComfyUI says that its latents have."""
+    """Channels of its latents, according to ComfyUI."""
     since: str
     """The oldest tested release that encodes with it, or builds it where it is not for images."""
     marks: Mapping[str, Shape]
     """The tensors by which ComfyUI chooses the class."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     names: Sequence[tuple[str, str]] = (("", ""),)
-    """How names begin in the model and in the file; what begins otherwise is not in the file."""
+    """Beginnings of tensor names in the model and in the file; a tensor with another beginning is not in the file."""
     images: bool = True
     needs: str = "torch"
-    """A package that ComfyUI wants for it."""
+    """A package that ComfyUI needs for it."""
     older_untried: bool = False
-    """Older releases may build it, but no image was encoded right with them."""
+    """Older releases may build it, but none was seen to encode an image correctly with it."""
     on_cpu: bool = False
-    """Its construction looks at values, which the meta device does not have."""
+    """Its construction reads values, which the meta device does not have."""
 
 
 CASES = (
@@ -548,7 +548,7 @@ def attempt(comfy: Any, case: Case) -> dict[str, Any]:
 
 
 def loaded(comfy: Any, shapes: Mapping[str, Shape], case: Case | None = None) -> dict[str, Any]:
-    """What ComfyUI makes of tensors of these shapes."""
+    """Return the facts of the model that ComfyUI builds from tensors of these shapes, or the error."""
     import torch
 
     device = "cpu" if case is not None and case.on_cpu else "meta"
