@@ -226,7 +226,7 @@ MakeBench = Callable[..., Bench]
 
 
 class Worker(threading.Thread):
-    """A `KafkaHandler` in a thread; `outcome` is what `run` returned or raised."""
+    """A `KafkaHandler` in a thread; `outcome` is the result of `run`, or its error."""
 
     def __init__(self, handler: KafkaHandler, encoder: LatentEncoder) -> None:
         super().__init__(name="worker", daemon=True)

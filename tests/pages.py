@@ -17,6 +17,8 @@ STATUS_OF_NEXT = re.compile(r"\bexits with status (\d+):\s*\Z")
 QUOTE = re.compile(r"# ([\w/]+\.(?:py|md))\n")
 COMMENT = re.compile(r"^#.*\n|\s+# .*$", re.MULTILINE)
 
+FEWEST_PAGES = 12  # the project has more
+
 MARK = "@@ block"  # separates the outputs of two blocks
 
 
@@ -80,7 +82,9 @@ def all_pages() -> list[Page]:
     """Return every Markdown file of the project."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
     listed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
-    return [Page(name) for name in sorted(set(listed.stdout.split()))]
+    pages = [Page(name) for name in sorted(set(listed.stdout.split()))]
+    assert len(pages) > FEWEST_PAGES, "most of the pages are not where the tests look for them"
+    return pages
 
 
 def section(document: str, heading: str) -> str:

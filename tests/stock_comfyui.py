@@ -1,4 +1,4 @@
-"""Plain ComfyUI, without a line of ours: what our numbers are compared with. Run as a process of its own.
+"""Plain ComfyUI without any of our code, run as a process of its own: the source of the numbers that ours must equal.
 
     python tests/stock_comfyui.py COMFYUI_DIR describe MODEL_DIR
     python tests/stock_comfyui.py COMFYUI_DIR make-vaes MODEL_DIR FAMILY…

@@ -14,8 +14,8 @@ import yaml
 
 from config import VERSION, Settings
 from latent_encoder.kafka.topics import DLQ_CONFIG, topics_of
+from tests.helpers import FEWEST_FILES, OUR_FILES, PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 COMPOSE = yaml.safe_load((PROJECT / "docker-compose.yml").read_text(encoding="utf-8"))
 MANIFESTS = list(yaml.safe_load_all((PROJECT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8")))
 # Continuation lines joined, comments left out.
@@ -183,6 +183,13 @@ def test_folders_of_the_settings_are_mounted(name: str, settings_of: Any) -> Non
     settings = settings_of(ENVIRONMENTS[name])
     writable.pop("/tmp", None)  # noqa: S108  # in memory, and gone with the container
     assert writable == {str(settings.model_dir): False, "/data": False, settings.output_dir: True}
+
+
+def test_image_has_every_file_of_the_product() -> None:
+    """Each Python file of the product is one that the Dockerfile copies, itself or by its folder."""
+    copied = {path for source in copied_from_the_project() for path in PROJECT.glob(source)}
+    assert len(OUR_FILES) > FEWEST_FILES
+    assert [str(file) for file in OUR_FILES if not copied & {file, *file.parents}] == []
 
 
 def test_copied_paths_exist_and_reach_the_builder() -> None:

@@ -47,7 +47,7 @@ def test_input_that_is_not_answered_in_time_is_a_finding(tmp_path: Path) -> None
     assert done.returncode == 1
     assert "findings: 2" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [finding["faults"] for finding in figures["findings"]] == [["no answer within 0.0001 s"]] * 2
+    assert [finding["faults"] for finding in figures["findings"]] == [["no response within 0.0001 s"]] * 2
     kept = {path.name for path in (tmp_path / "findings").iterdir()}
     assert len(kept) == 4
     (description,) = (tmp_path / "findings").glob("seed0-12.*.txt")

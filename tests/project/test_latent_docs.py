@@ -161,7 +161,7 @@ def save_qwen_image(diffusers: Any, folder: Path) -> None:
 
 
 def test_diffusers_takes_the_latent_of_qwen_image(diffusers: Any, encode_photo: Callable[..., Any], folder: Path) -> None:
-    """diffusers' pipeline scales a latent to the page's numbers, and returns the image if it adds almost no noise."""
+    """The pipeline of diffusers scales a latent to the page's numbers, and returns the image if it adds almost no noise."""
     response = encode_photo()
     save_qwen_image(diffusers, folder)
     shown = run(snippets("diffusers: Qwen-Image"))
@@ -198,7 +198,7 @@ def save_stable_diffusion(diffusers: Any, folder: Path, weights: Path) -> None:
 def test_diffusers_takes_the_latent_of_stable_diffusion(
     diffusers: Any, encode_photo: Callable[..., Any], folder: Path, model_dir: Path
 ) -> None:
-    """diffusers' pipeline makes the same noisy latent from the service's latent and from the pixels."""
+    """The pipeline of diffusers makes the same noisy latent from the service's latent and from the pixels."""
     response = encode_photo("2", vae_model_name="random_kl.safetensors", megapixels=0.01)
     save_stable_diffusion(diffusers, folder, model_dir / "vae" / "random_kl.safetensors")
     shown = run(snippets("diffusers: SD, SDXL, SD3, Flux"))

@@ -97,7 +97,7 @@ def test_answers_that_do_not_come(bench: Bench) -> None:
     """At the timeout, the error has the number of missing responses."""
     done = send(bench, "photo.jpg", "grey.png", "--timeout", "2")
     assert (done.returncode, done.stdout) == (3, "")
-    assert "2 of 2 answers" in one_line_of(done)
+    assert "2 of 2 responses" in one_line_of(done)
 
 
 def test_broker_that_is_not_there(make_bench: MakeBench) -> None:
