@@ -1,8 +1,8 @@
-"""Everything that can go wrong, as a small closed hierarchy.
+"""The errors of this service, as a small closed hierarchy.
 
-A `RequestError` becomes an error response: each class owns its code and says whether trying the same request again can
-help. A `SetupError` means that the service itself cannot work; no request is answered. Foreign exceptions are translated
-into these once, where our code calls foreign code, by `translated`. `KafkaFailed` ends Kafka mode with nothing committed.
+A `RequestError` becomes an error response. Each of its classes owns its code, and knows whether a retry can help. A
+`SetupError` means that the service itself cannot work, so no request gets a response. `KafkaFailed` stops Kafka mode with
+nothing committed. Foreign exceptions are translated into these classes once, by `translated`, at the call of foreign code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import ClassVar
 OUT_OF_MEMORY = "memory ran out; ask for fewer megapixels or give the service more memory"
 
 GPU_OUT_OF_MEMORY = 2
-"""The error code of that in CUDA (`cudaErrorMemoryAllocation`) and HIP (`hipErrorOutOfMemory`)."""
+"""The error code for memory that ran out in CUDA (`cudaErrorMemoryAllocation`) and HIP (`hipErrorOutOfMemory`)."""
 
 _OUT_OF_MEMORY_TEXT = re.compile("DefaultCPUAllocator|(CUDA|HIP|XPU|MPS backend)( error:)? out of memory")
 
@@ -38,32 +38,32 @@ class ErrorCode(StrEnum):
 
 
 class LatentEncoderError(Exception):
-    """Base of every error that this service raises on purpose; its text is written for the user."""
+    """The base of every error that this service raises on purpose. Its text is written for the user."""
 
 
 class SetupError(LatentEncoderError):
-    """The service cannot start: no ComfyUI, a tree without a node that is needed, a device that is not there."""
+    """The service cannot start: for example ComfyUI, one of its nodes or the device is missing."""
 
 
 class LatentUnreadable(LatentEncoderError):
-    """A file that should hold a latent does not; the text names it and says what is wrong with it."""
+    """A file that should hold a latent does not. The text names the file and the reason."""
 
 
 class RequestError(LatentEncoderError):
-    """One request cannot be answered with a latent."""
+    """One request cannot get a latent."""
 
     code: ClassVar[ErrorCode]
     retryable: ClassVar[bool] = False
 
 
 class InvalidRequest(RequestError):
-    """A field of the request is missing, of the wrong type or out of range; the text names the field."""
+    """A field of the request is missing, of the wrong type or out of range. The text names the field."""
 
     code = ErrorCode.INVALID_REQUEST
 
 
 class AccessDenied(RequestError):
-    """A path of the request leads out of the folders that the settings allow; the text does not tell what is there."""
+    """A path of the request leads out of the folders that the settings allow. The text reveals nothing about that place."""
 
     code = ErrorCode.ACCESS_DENIED
 
@@ -75,7 +75,7 @@ class ImageNotFound(RequestError):
 
 
 class ImageInvalid(RequestError):
-    """The input image is not a readable, whole, single-frame JPEG or PNG within the limits."""
+    """The input image is not a readable, complete, single-frame JPEG or PNG within the limits."""
 
     code = ErrorCode.IMAGE_INVALID
 
@@ -87,7 +87,7 @@ class VaeModelNotFound(RequestError):
 
 
 class VaeModelInvalid(RequestError):
-    """The VAE file is there but does not hold what encoding an image needs."""
+    """The VAE file exists but cannot encode images."""
 
     code = ErrorCode.VAE_MODEL_INVALID
 
@@ -106,34 +106,34 @@ class EncodingFailed(RequestError):
 
 
 class UnexpectedError(EncodingFailed):
-    """A fault of ours: something was raised that no code expects. `__cause__` is what was raised."""
+    """A fault of ours: an exception that no code expects. It is the `__cause__`."""
 
 
 class OutputDirNotWritable(RequestError):
-    """The output folder cannot be made, or a file in it cannot be written."""
+    """The output folder cannot be created, or a file in it cannot be written."""
 
     code = ErrorCode.OUTPUT_DIR_NOT_WRITABLE
     retryable = True
 
 
 class MessageUnusable(RequestError):
-    """A Kafka record, or a line of a list, holds no request at all: too large, not UTF-8, not JSON or not an object."""
+    """A Kafka record, or a line of a list, holds no request: it is too large, or no JSON object in UTF-8."""
 
     code = ErrorCode.MESSAGE_UNUSABLE
 
 
 class ResponseRefused(RequestError):
-    """The response topic takes no record of the response's size; the request goes to the dead-letter queue instead."""
+    """The response is too large for its topic. The request becomes a dead letter instead."""
 
     code = ErrorCode.RESPONSE_REFUSED
 
 
 class KafkaFailed(LatentEncoderError):
-    """Kafka mode cannot go on: authentication or authorisation refused, producer fenced, dead letter refused."""
+    """Kafka mode cannot go on: access was refused, the producer was fenced, or a dead letter was refused."""
 
 
 def as_request_error(exc: BaseException) -> RequestError:
-    """`exc` itself where it is a `RequestError`, else one that it caused: memory ran out, or an `UnexpectedError`."""
+    """Return `exc` if it is a `RequestError`, else a new one that it caused: out of memory, or an `UnexpectedError`."""
     if isinstance(exc, RequestError):
         return exc
     error = (
@@ -148,7 +148,7 @@ def as_request_error(exc: BaseException) -> RequestError:
 def is_out_of_memory(exc: BaseException) -> bool:
     """Return whether `exc` means that memory ran out: Python's, or torch's on a CPU or a GPU.
 
-    torch reports a GPU's as OutOfMemoryError, as AcceleratorError with the error code 2, or as a plain RuntimeError.
+    For a GPU torch raises OutOfMemoryError, AcceleratorError with the error code 2, or a plain RuntimeError.
     """
     if not isinstance(exc, RuntimeError):
         return isinstance(exc, MemoryError)
@@ -158,17 +158,17 @@ def is_out_of_memory(exc: BaseException) -> bool:
 
 
 def one_line(exc: BaseException, limit: int = 300) -> str:
-    """The text of a foreign exception on one line of at most `limit` characters, or its class name where it has none."""
+    """Return the text of a foreign exception, or its class name if it has none, on one line of at most `limit` characters."""
     text = " ".join(str(exc).split()) or type(exc).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 @contextmanager
-def translated(error: type[RequestError], what: str) -> Iterator[None]:
-    """Turn whatever foreign code raises inside into `error`, with `what` went wrong in front of its text.
+def translated(error: type[RequestError], failed: str) -> Iterator[None]:
+    """Turn every exception of foreign code inside into `error`; its text begins with `failed`, for example `Encoding failed`.
 
     Raises:
-        RequestError: the given class; `EncodingFailed` where memory ran out, whatever the step.
+        RequestError: of the given class, or `EncodingFailed` if memory ran out.
     """
     try:
         yield
@@ -176,5 +176,5 @@ def translated(error: type[RequestError], what: str) -> Iterator[None]:
         raise
     except Exception as exc:
         if is_out_of_memory(exc):
-            raise EncodingFailed(f"{what}: {OUT_OF_MEMORY}") from exc
-        raise error(f"{what}: {one_line(exc)}") from exc
+            raise EncodingFailed(f"{failed}: {OUT_OF_MEMORY}") from exc
+        raise error(f"{failed}: {one_line(exc)}") from exc

@@ -54,7 +54,8 @@ from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import STAGE_SECONDS
 from latent_encoder.telemetry.tracing import step as traced_step
 from latent_encoder.trial import try_nodes
-from latent_encoder.vae.cache import Encoding, LoadedVae, VaeCache
+from latent_encoder.vae.cache import VaeCache
+from latent_encoder.vae.loaded_vae import Encoding, LoadedVae
 from models import (
     EncodeRequest,
     EncoderKind,

@@ -25,7 +25,8 @@ from latent_encoder.access import ANYWHERE
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.outputs.files import OutputFiles, StagedFiles, open_output_folder, output_files, png_bytes
 from latent_encoder.outputs.latent_files import latent_bytes
-from latent_encoder.vae.cache import LoadedVae, VaeCache
+from latent_encoder.vae.cache import VaeCache
+from latent_encoder.vae.loaded_vae import LoadedVae
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""What a request may touch: the folders that its paths may lead to, and opening them with no gap between check and use.
+"""The folders that the paths of a request may lead to, and opening files there without a gap between check and use.
 
-A path is resolved first, symlinks and all, and what it leads to has to be in an allowed folder. That place is then opened
-name by name from `/`, each in the descriptor of the one before, and no symlink is followed any more: what somebody puts in
-the way after the check is refused, and what is open is what was checked.
+A path is resolved first, with all its symlinks, and the place that it leads to has to be in an allowed folder. That place is
+then opened name by name from `/`, each name relative to the descriptor of the folder before, without following symlinks. So a
+symlink that appears after the check is refused, and the open file is the one that was checked.
 
-`os.path.realpath` does not serve to resolve it: for a loop of symlinks it returns a path that is resolved in part, and
-other Pythons return other parts.
+`os.path.realpath` cannot resolve the path: for a loop of symlinks it returns a partly resolved path, which differs between
+versions of Python.
 """
 
 from __future__ import annotations
@@ -23,39 +23,43 @@ from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder")
 
-# A folder on the way has to be passed and not listed: systems have a flag for that, but for those that want more.
+# A folder on the way is only passed, so no right to list it is needed. Systems without a flag for that need O_RDONLY.
 PASS = getattr(os, "O_PATH", getattr(os, "O_SEARCH", os.O_RDONLY)) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-READ_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC  # non-blocking: a named pipe is not waited for
+# O_NONBLOCK: opening a named pipe must not wait for its writer.
+READ_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 READ_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
-MOST_SYMLINKS = 40  # that Linux follows for one path: path_resolution(7)
+MOST_SYMLINKS = 40
+"""The largest count of symlinks that Linux follows for one path: path_resolution(7)."""
 
 
 @dataclass(frozen=True)
 class AllowedFolders:
-    """Where the paths of requests may lead: into these folders, or anywhere where `folders` is None.
+    """The folders that the paths of requests may lead to; None allows every folder.
 
-    They need not exist, and may be symlinks: what they lead to is looked up at each use.
+    The folders need not exist and may be symlinks. They are resolved at each use.
     """
 
     setting: str
     folders: tuple[Path, ...] | None = None
 
     def check(self, path: str) -> None:
-        """Check where the path leads. Nothing is looked up where any folder is allowed.
+        """Check the place that a path leads to. Nothing is looked up if every folder is allowed.
 
         Raises:
-            AccessDenied: outside of the folders.
+            AccessDenied: the place is outside of the folders.
         """
         if self.folders is not None:
             self.resolve(path)
 
     def resolve(self, path: str) -> Path:
-        """Return where the path leads; nothing has to be there. It is made `absolute` first: no `..` probes what is outside.
+        """Return the place that a path leads to; it need not exist.
+
+        The path is made `absolute` first, so `..` in it cannot probe a place outside.
 
         Raises:
-            AccessDenied: outside of the folders, or nowhere. The text is the same whether something is there or not.
-            OSError: any folder is allowed, and the path leads nowhere: too many symlinks.
+            AccessDenied: the path leads out of the folders, or nowhere. The text does not depend on what exists there.
+            OSError: every folder is allowed, and the path has too many symlinks.
         """
         if self.folders is None:
             return resolved(path)
@@ -70,10 +74,10 @@ class AllowedFolders:
 
     @contextmanager
     def open_file(self, path: str) -> Iterator[int]:
-        """A descriptor to read what is there, which need not be a file, as long as the context lasts.
+        """Open a path for reading as long as the context lasts; yield the descriptor, which may not be that of a file.
 
         Raises:
-            AccessDenied: outside of the folders.
+            AccessDenied: the path leads out of the folders.
             OSError: it cannot be opened.
         """
         with _closing(self._opened(path, _open_file)) as descriptor:
@@ -81,11 +85,11 @@ class AllowedFolders:
 
     @contextmanager
     def open_folder(self, path: str, *, create: bool = False) -> Iterator[int]:
-        """A descriptor of the folder, made where it is missing if `create`, as long as the context lasts.
+        """Open a folder as long as the context lasts, and yield its descriptor; with `create`, make missing folders.
 
         Raises:
-            AccessDenied: outside of the folders.
-            OSError: it cannot be made or opened.
+            AccessDenied: the path leads out of the folders.
+            OSError: the folder cannot be made or opened.
         """
         with _closing(self._opened(path, _make_folder if create else _open_folder)) as descriptor:
             yield descriptor
@@ -95,7 +99,7 @@ class AllowedFolders:
         try:
             return open_place(place)
         except OSError:
-            self.resolve(path)  # where a symlink was put in the way, it may lead outside: then that is what to say
+            self.resolve(path)  # a symlink that was put in the way may lead outside, which is then the error to report
             raise
 
 
@@ -103,7 +107,7 @@ ANYWHERE = AllowedFolders("")
 
 
 def log_missing_limits(settings: Settings) -> None:
-    """Warn of what requests from others may do, unless the settings limit it, and of limits that allow nothing yet."""
+    """Warn if no setting limits the folders that requests may touch, and if a folder of such a setting does not exist."""
     limits = {"ALLOWED_INPUT_DIRS": settings.allowed_input_dirs, "ALLOWED_OUTPUT_DIRS": settings.allowed_output_dirs}
     if unset := [name for name, folders in limits.items() if folders is None]:
         log.warning("requests may touch any file that the service may: set the folders that they need", settings=unset)
@@ -113,19 +117,19 @@ def log_missing_limits(settings: Settings) -> None:
 
 
 def absolute(path: str) -> Path:
-    """The path from `/` on, without `..`, which goes back by name; nothing is looked up, and no symlink resolved."""
-    # Two slashes at the start may mean something else than one in POSIX; they do on no system that we run on.
+    """Return the path from `/` on, with each `..` removed together with the name before it; nothing is looked up."""
+    # POSIX allows two slashes at the start to mean something else than one; no system that we run on does that.
     return Path("/" + os.path.abspath(path).lstrip("/"))  # noqa: PTH100  # Path.resolve() looks symlinks up
 
 
 def resolved(path: str) -> Path:
-    """Return the path made `absolute`, with every symlink resolved. Nothing has to be there.
+    """Return the path made `absolute`, with every symlink resolved; it need not exist.
 
-    A name that cannot be looked up counts as no symlink, and `..` in a symlink's target goes back from it as from a folder: so
-    nothing tells whether it is there.
+    A name that cannot be looked up counts as no symlink, and `..` in a symlink's target goes back from it as from a folder. So
+    the result does not reveal whether that name exists.
 
     Raises:
-        OSError: more symlinks than the system follows, a loop for example.
+        OSError: there are more symlinks than the system follows, for example a loop.
     """
     place, names, followed = Path("/"), [*reversed(absolute(path).parts[1:])], 0
     while names:
@@ -135,7 +139,7 @@ def resolved(path: str) -> Path:
             continue
         try:
             target = (place / name).readlink()
-        except OSError:  # no symlink, or not to be looked up
+        except OSError:  # no symlink, or it cannot be looked up
             place /= name
             continue
         followed += 1
@@ -148,7 +152,7 @@ def resolved(path: str) -> Path:
 
 
 def _contains(folder: Path, place: Path) -> bool:
-    """Tell whether the resolved `place` is in the folder. A loop of symlinks contains nothing."""
+    """Return whether the folder contains the resolved `place`. A loop of symlinks contains nothing."""
     try:
         return place.is_relative_to(resolved(str(folder)))
     except OSError:
@@ -170,7 +174,7 @@ def _make_folder(place: Path) -> int:
 
 
 def _walk(place: Path, *, create: bool = False) -> int:
-    """A descriptor of that folder, which is good for reaching what is in it."""
+    """Open a folder name by name, without following symlinks; return a descriptor for opening names in it."""
     folder = os.open("/", PASS)
     for name in place.parts[1:]:
         with _closing(folder):

@@ -1,8 +1,8 @@
-"""Write docs/vae-families.md: which VAEs encode, with which ComfyUI, and what their latents are called.
+"""Write docs/vae-families.md: the VAE families, the ComfyUI releases that encode with each, and the names of their latents.
 
     python scripts/write_families.py
 
-All of it follows from vae/families.py; the words around the tables stand here.
+The tables follow from `latent_encoder/vae/families.py`; the text around them is here.
 """
 
 from __future__ import annotations
@@ -29,21 +29,25 @@ INTRODUCTION = """\
 
 <!-- Written by scripts/write_families.py. -->
 
-A VAE is recognised by the names and shapes of its tensors. Where families have the same tensors, the file's name decides: the
-column *by name* has the part of the name that tells it. *Latent space* is what `latent_space` in the metadata says, the name
-of ComfyUI's class in `comfy.latent_formats`. The columns *0.3.75* and *0.33* say whether these releases encode with it.
-*Fast path* marks the families that the [single-frame encoder](encoder.md) encodes; the others use ComfyUI's own. A VAE of no
-family in this table runs too, if ComfyUI encodes images with it; its `latent_space` is `null`.
+A VAE is recognised by the names and shapes of its tensors. If several families have the same tensors, the file's name decides.
+
+- **latent space**: the value of `latent_space` in the metadata, the name of ComfyUI's class in `comfy.latent_formats`.
+- **0.3.75**, **0.33**: whether this ComfyUI release encodes with the family.
+- **fast path**: whether the [single-frame encoder](encoder.md) encodes it. Other families use ComfyUI's own encoder.
+- **by name**: the part of the file's name that decides between families with the same tensors.
+
+A VAE of an unknown family also runs if ComfyUI encodes images with it. Its `latent_space` is then `null`.
 """
 
 OTHERS = """
 ## VAEs that encode no images
 
-A request that names one of these is answered with `VAE_MODEL_INVALID`, before the file is loaded.
+A request that names one of these gets the error `VAE_MODEL_INVALID`, before the file is loaded.
 """
 
 
 def main() -> None:
+    """Write the page."""
     PAGE.write_text(document(), encoding="utf-8")
     print(f"{PAGE.relative_to(PROJECT)} written")
 
@@ -53,7 +57,7 @@ def document() -> str:
     images = [family for family in FAMILIES if family.no_images is None]
     others = [family for family in FAMILIES if family.no_images is not None]
     header = ("family", "latent space", *(release.removesuffix(".0") for release in RELEASES), "fast path", "by name")
-    return INTRODUCTION + table(header, map(row, images)) + OTHERS + table(("VAE", "it is"), map(other_row, others))
+    return INTRODUCTION + table(header, map(row, images)) + OTHERS + table(("VAE", "kind"), map(other_row, others))
 
 
 def row(family: Family) -> Sequence[str]:
@@ -64,12 +68,12 @@ def row(family: Family) -> Sequence[str]:
 
 
 def other_row(family: Family) -> Sequence[str]:
-    """Return the cells of a family that does not."""
+    """Return the cells of a family that encodes no images."""
     return (family.name, str(family.no_images))
 
 
 def encodes(family: Family, release: str) -> bool:
-    """Return whether a release encodes with VAEs of a family."""
+    """Return whether a ComfyUI release encodes with VAEs of a family."""
     return family.since is not None and not is_older(release, family.since)
 
 

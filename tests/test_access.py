@@ -1,4 +1,4 @@
-"""What a request may touch: nothing but what the settings allow, whatever it names and whoever moves things meanwhile."""
+"""Access of requests to files: only in the allowed folders, whatever they name and whoever moves files meanwhile."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PHOTO = (IMAGES / "photo.jpg").read_bytes()
 
 @dataclass(frozen=True)
 class Site:
-    """A folder that is allowed, one that is not, with an image in each, and links between them."""
+    """Make an allowed folder and another one, with an image in each and symlinks between them."""
 
     base: Path
 
@@ -69,7 +69,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def denied(path: str | Path) -> str:
-    """All that a request outside is told."""
+    """Return the whole message for a path outside."""
     setting = "ALLOWED_INPUT_DIRS"
     return f"Access denied: {path} does not lead into a folder of {setting}; name one that does, or add its folder there."
 
@@ -105,13 +105,13 @@ OUTSIDE = (
 @pytest.mark.parametrize("root", ["inside", "link", "outside/../inside", "inside/deep"])
 @pytest.mark.parametrize("path", INSIDE)
 def test_path_that_leads_inside_is_read(path: str, root: str, site: Site) -> None:
-    """By itself, through `..`, through symlinks, and where the folder that is allowed is a symlink itself."""
+    """A file inside can be named directly, through `..` and through symlinks, also if the allowed folder is a symlink."""
     limits = ImageLimits(site.allowing(root), 1_000_000, 1_000_000)
     assert read_file(str(site.base / path), limits) == PHOTO
 
 
 def test_system_without_a_flag_for_passing_folders_will_do(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then those on the way are opened to be read."""
+    """Folders on the way are then opened for reading."""
     monkeypatch.setattr(access, "PASS", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     assert read_file(str(site.base / "inside/in.jpg"), ImageLimits(site.allowing(), 1_000_000, 1_000_000)) == PHOTO
     with open_output_folder(site.base / "inside" / "new", site.allowing()) as folder:
@@ -122,7 +122,7 @@ def test_system_without_a_flag_for_passing_folders_will_do(site: Site, monkeypat
 @pytest.mark.parametrize("root", ["inside", "link"])
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_path_that_leads_outside_is_refused(path: str, root: str, site: Site) -> None:
-    """Whatever is there; the message has the path as it was given, and nothing of where it leads."""
+    """The message has the path as it was given, and nothing about the place that it leads to."""
     given = f"{site.base}/{path}"
     with pytest.raises(AccessDenied) as caught:
         read_file(given, ImageLimits(site.allowing(root), 1_000_000, 1_000_000))
@@ -132,14 +132,14 @@ def test_path_that_leads_outside_is_refused(path: str, root: str, site: Site) ->
 
 
 def test_parent_of_a_link_outside_says_nothing_of_the_link(site: Site) -> None:
-    """`..` goes back by name: whether `up` is a symlink, and how deep it leads, makes no difference."""
+    """`..` goes back by name, so it makes no difference whether `up` is a symlink and how deep it leads."""
     for name in ("up", "deep", "missing"):
         path = f"{site.base}/outside/{name}/../../inside/deep/photo.jpg"
         assert read_file(path, ImageLimits(site.allowing(), 1_000_000, 1_000_000)) == PHOTO
 
 
 def test_folder_that_is_there_later_is_allowed_then(site: Site) -> None:
-    """A volume that is mounted after the start, or another one that a symlink leads to from now on."""
+    """A volume may be mounted after the start, and a symlink to a volume may be changed."""
     limits = ImageLimits(site.allowing("volume"), 1_000_000, 1_000_000)
     path = str(site.base / "volume" / "photo.jpg")
     with pytest.raises(ImageNotFound):
@@ -151,7 +151,7 @@ def test_folder_that_is_there_later_is_allowed_then(site: Site) -> None:
 
 
 def test_whole_system_can_be_allowed(site: Site) -> None:
-    """`/`, and two slashes are as good as one."""
+    """The folder `/` allows every path, and two slashes count as one."""
     limits = ImageLimits(AllowedFolders("X", (Path("/"),)), 1_000_000, 1_000_000)
     assert read_file(f"/{site.base}/outside/deep/photo.jpg", limits) == PHOTO
 
@@ -163,7 +163,7 @@ PATHS = st.lists(NAMES, min_size=1, max_size=6).map("/".join)
 @hypothesis_settings(max_examples=60)
 @given(st.lists(st.tuples(PATHS, PATHS | st.none()), max_size=8), st.lists(PATHS, min_size=1, max_size=5))
 def test_nothing_outside_is_ever_read(things: list[tuple[str, str | None]], wanted: list[str]) -> None:
-    """In a random tree of files and symlinks: what is read is inside, and all that is inside and has no `..` is read."""
+    """In a random tree of symlinks, every file that is read is inside, and every path inside without `..` is read."""
     with TemporaryDirectory() as name:
         root = Path(name).resolve() / "in"
         root.mkdir()
@@ -192,7 +192,7 @@ def test_nothing_outside_is_ever_read(things: list[tuple[str, str | None]], want
 
 @contextmanager
 def swapped(folder: Path, outside: Path) -> Iterator[None]:
-    """The folder becomes a symlink to the outside, and itself again, over and over; there is always one of the two."""
+    """Swap a folder and a symlink to the outside, over and over; one of the two always exists."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "renameat2"):
         pytest.skip("this system cannot exchange two names at once")
@@ -214,7 +214,7 @@ def swapped(folder: Path, outside: Path) -> Iterator[None]:
 
 
 def attempts(seconds: float, action: Callable[[], Any], refusals: tuple[type[Exception], ...]) -> list[Any]:
-    """What an action gave, of all that were not refused in that time."""
+    """Repeat an action for some time; return the results of the calls that were not refused."""
     results, deadline = [], time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -225,7 +225,7 @@ def attempts(seconds: float, action: Callable[[], Any], refusals: tuple[type[Exc
 
 
 def test_folder_that_is_swapped_while_it_is_opened_gives_nothing_from_outside(tmp_path: Path) -> None:
-    """Many opens against a thread that swaps a folder on the way: the file inside, or none."""
+    """Many opens against a thread that swaps a folder on the way give the file inside, or none."""
     for name in ("inside/a/b", "outside/b"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").write_text(name)
@@ -238,7 +238,7 @@ def test_folder_that_is_swapped_while_it_is_opened_gives_nothing_from_outside(tm
 
 
 def test_folder_that_is_swapped_while_it_is_written_gets_nothing_outside(tmp_path: Path) -> None:
-    """Likewise for files that are written: folders are made and files appear inside, or nowhere."""
+    """Against such a thread, written folders and files appear inside, or nowhere."""
     (tmp_path / "inside" / "a").mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     allowed = AllowedFolders("X", (tmp_path / "inside",))
@@ -263,7 +263,7 @@ def open_descriptors() -> int:
 
 @pytest.fixture
 def confined(encoder: LatentEncoder, settings: Settings, site: Site) -> LatentEncoder:
-    """The service with limits."""
+    """Return an encoder with both limits."""
     changes = {
         "allowed_input_dirs": (site.base / "inside",),
         "allowed_output_dirs": (site.base / "inside" / "deep",),
@@ -285,7 +285,7 @@ REFUSED: list[tuple[dict[str, Any], ErrorCode]] = [
 def test_what_is_not_allowed_is_said_before_all_work(
     fields: dict[str, Any], code: ErrorCode, confined: LatentEncoder, settings: Settings, site: Site
 ) -> None:
-    """After the request's own fields and before the VAE, when it comes again too; no folder is made outside."""
+    """Access is checked after the fields and before the VAE, also for a second delivery; no folder is made outside."""
     given = {"image_path": "inside/in.jpg", "output_dir": "inside/deep/new"} | fields
     given |= {name: str(site.base / given[name]) for name in ("image_path", "output_dir")}
     request = request_for(settings, site.base, "", given)
@@ -299,7 +299,7 @@ def test_what_is_not_allowed_is_said_before_all_work(
 
 
 def test_answer_that_is_stored_outside_is_not_looked_at(confined: LatentEncoder, settings: Settings, site: Site) -> None:
-    """Neither the files nor the image of a request that was served before it was refused."""
+    """A request that is refused now gets neither the stored files nor the image of an earlier success."""
     paths = {"image_path": str(site.base / "inside/in.jpg"), "output_dir": str(site.base / "inside/deep/new")}
     request = request_for(settings, site.base, "", paths)
     served = confined.answer(request)
@@ -320,7 +320,7 @@ def test_answer_that_is_stored_outside_is_not_looked_at(confined: LatentEncoder,
 def test_folder_that_leads_outside_after_the_encode_gets_no_files(
     confined: LatentEncoder, settings: Settings, site: Site
 ) -> None:
-    """It is judged again for the write."""
+    """The folder is checked again before the write."""
     inside, outside = site.base / "inside" / "deep" / "new", site.base / "outside" / "new"
     paths = {"image_path": str(site.base / "inside/in.jpg"), "output_dir": str(inside)}
     encoded = confined.encode_prepared(confined.prepare(request_for(settings, site.base, "", paths)))
@@ -332,7 +332,7 @@ def test_folder_that_leads_outside_after_the_encode_gets_no_files(
 
 
 def test_command_line_says_the_same_of_what_is_there_and_what_is_not(site: Site, run_main: RunMain) -> None:
-    """Every field but the time; the path is that of the request."""
+    """Every field except the time is the same; the path is that of the request."""
     path = site.base / "outside" / "x.jpg"
     told = []
     for there in (False, True):
@@ -347,7 +347,7 @@ def test_command_line_says_the_same_of_what_is_there_and_what_is_not(site: Site,
 
 
 def test_command_line_takes_folders_from_the_working_folder_on(tmp_path: Path, run_main: RunMain) -> None:
-    """Relative ones, of several."""
+    """Several relative folders are allowed, relative to the working folder."""
     (tmp_path / "photo.jpg").write_bytes(PHOTO)
     environment = {"ALLOWED_INPUT_DIRS": f"{IMAGES}, .", "ALLOWED_OUTPUT_DIRS": "out"}
     arguments = ("--image_path", "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02", "--output_dir", "out/a")
@@ -356,7 +356,7 @@ def test_command_line_takes_folders_from_the_working_folder_on(tmp_path: Path, r
 
 
 def test_kafka_mode_says_what_is_not_limited(tmp_path: Path, run_main: RunMain) -> None:
-    """At its start, with the settings to set; and which of the folders that are set are not there."""
+    """At its start the worker logs the settings that are not set, and the allowed folders that do not exist."""
 
     def warnings(**environment: str) -> list[dict[str, Any]]:
         done = run_main("--mode", "kafka", env={"COMFYUI_PATH": "/nowhere", "HTTP_PORT": "0", **environment})
@@ -375,7 +375,7 @@ def test_kafka_mode_says_what_is_not_limited(tmp_path: Path, run_main: RunMain) 
 def test_kafka_requests_outside_are_answered_and_no_dead_letters(
     bench: Bench, settings: Settings, confined: LatentEncoder, site: Site
 ) -> None:
-    """ACCESS_DENIED, and INVALID_REQUEST for too many megapixels, each at once among requests that are served."""
+    """A path outside and too many megapixels are errors without a retry, among requests that are served."""
     inside, output = str(site.base / "inside" / "in.jpg"), str(site.base / "inside" / "deep")
     responses, dead_letters = bench.responses, bench.dead_letters
     requests = [{"image_path": inside, "output_dir": output, **fields} for fields, _ in REFUSED[:3]]
@@ -396,7 +396,7 @@ def test_kafka_requests_outside_are_answered_and_no_dead_letters(
 
 
 def chain(folder: Path, length: int) -> Path:
-    """The last of so many symlinks, each to the one before, the first to a photo."""
+    """Return the last of a chain of symlinks, the first of which leads to a photo."""
     link = folder / "photo.jpg"
     link.write_bytes(PHOTO)
     for n in range(length):
@@ -406,7 +406,7 @@ def chain(folder: Path, length: int) -> Path:
 
 
 def system_error(path: Path) -> int:
-    """The number of the error that the system itself gives for opening the path; 0 where it opens it."""
+    """Return the errno of the system's own attempt to open the path, or 0."""
     try:
         os.close(os.open(path, os.O_RDONLY))
     except OSError as exc:
@@ -415,7 +415,7 @@ def system_error(path: Path) -> int:
 
 
 def test_as_many_symlinks_are_followed_as_the_system_follows(tmp_path: Path) -> None:
-    """The folders on the way count too: one symlink to the folder, and all but one behind it."""
+    """Symlinks on the way count too: one to the folder, and the others behind it."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "link").symlink_to(folder)
@@ -433,7 +433,7 @@ def test_as_many_symlinks_are_followed_as_the_system_follows(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("length", [MOST_SYMLINKS + 1, 2000])
 def test_longer_chain_of_symlinks_is_denied(length: int, site: Site) -> None:
-    """In the same words as what is outside, wherever it is and leads: they do not tell of symlinks outside."""
+    """The message is that of a path outside, so it reveals nothing about symlinks there."""
     for folder in ("inside", "outside"):
         link = chain(site.base / folder, length)
         with pytest.raises(AccessDenied) as caught:
@@ -454,7 +454,7 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_loop_of_symlinks_is_denied(name: str, site: Site) -> None:
-    """For what is read, below it, and for what is written; where any folder is allowed, the system's reason is given."""
+    """It is refused for reading, below it, and for writing; without limits, the system's reason is given."""
     for loop, target in LOOPS.items():
         (site.base / "inside" / loop).symlink_to(target)
     (site.base / "outside" / "round").symlink_to(site.base / "inside" / "into")
@@ -473,7 +473,7 @@ def test_loop_of_symlinks_is_denied(name: str, site: Site) -> None:
 
 @pytest.mark.parametrize("target", ["allowed", "allowed/../outside", "outside/allowed"])
 def test_allowed_folder_that_is_a_loop_of_symlinks_allows_nothing(target: str, site: Site) -> None:
-    """Neither what its unresolved rest names, nor its own name; the other folders of the setting stay allowed."""
+    """Neither its unresolved rest nor its own name is allowed, and the other folders of the setting stay allowed."""
     (site.base / "allowed").symlink_to(target)
     (site.base / "outside" / "allowed").symlink_to("../allowed")
     assert system_error(site.base / "allowed") == errno.ELOOP
@@ -485,7 +485,7 @@ def test_allowed_folder_that_is_a_loop_of_symlinks_allows_nothing(target: str, s
 
 
 def test_back_from_what_is_missing_tells_nothing(site: Site) -> None:
-    """A symlink's target with `..` leads to the same file whether what it goes back from is there, outside, or not."""
+    """A symlink's target with `..` leads to the same file, whether the name before the `..` exists, is outside, or not."""
     for name in ("deep", "missing", "deep/photo.jpg"):
         steps = "../" * (name.count("/") + 2)
         link = site.base / "inside" / name.replace("/", "-")
@@ -507,7 +507,7 @@ PLACES = st.lists(st.sampled_from(["a", "b", "c", ".."]), min_size=1, max_size=5
 
 @given(st.lists(st.tuples(PLACES, PLACES | st.none()), max_size=10), st.lists(PLACES, min_size=1, max_size=5))
 def test_what_is_resolved_is_where_the_system_goes(things: list[tuple[str, str | None]], wanted: list[str]) -> None:
-    """In a random tree of folders and symlinks, loops among them: the same place, or too many symlinks for both."""
+    """In a random tree of folders and symlinks with loops, both find the same place, or too many symlinks."""
     with TemporaryDirectory() as name:
         root = Path(name).resolve() / "1/2/3/4/5"
         root.mkdir(parents=True)

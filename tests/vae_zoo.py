@@ -2,10 +2,10 @@
 
     python tests/vae_zoo.py COMFYUI_DIR [SHAPES.json]
 
-A case names the few tensors by which ComfyUI chooses a class. The process gives ComfyUI just these, takes the tensors that the
-class then has, and gives ComfyUI a state with all of them, as a file would hold it. It prints a JSON object: for each case the
-class, its channels, the tensors of the file, and those that ComfyUI missed in the second state; or the error. Of SHAPES.json,
-`{name: {tensor: shape}}`, each state is loaded too. The process has no code of ours.
+A case has the few tensors by which ComfyUI chooses a class. The process gives ComfyUI only these, takes the tensors that the
+class then has, and gives ComfyUI a state with all of them, as a file would contain it. It prints a JSON object with an entry
+for each case: the class, its channels, the tensors of the file, and the tensors that ComfyUI missed in the second state; or
+the error. The states in SHAPES.json, `{name: {tensor: shape}}`, are loaded too. The process runs no code of ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WAN_21 = {"decoder.middle.0.residual.0.gamma": (384, 1, 1, 1), "decoder.head.0.g
 LTX_BLOCK = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
 SD_LEVEL = {"encoder.down.2.downsample.conv.weight": (512, 512, 3, 3)}
 
-# A small VAE in the form that LTX-2 states in its header: its decoder is not told the time step.
+# A small VAE in the form of LTX-2's header. Its decoder does not depend on the time step.
 LTX_2 = {
     "dims": 3,
     "latent_channels": 128,
@@ -59,29 +59,32 @@ LTX_2_AUDIO = {
 
 @dataclass(frozen=True)
 class Case:
-    """A VAE of a family, and the tensors by which ComfyUI recognises it."""
+    """A VAE of a family."""
 
     family: str
+    """The name of its row in `FAMILIES`."""
     file: str
-    """A name that such a file has."""
+    """The name of a published file, or the name under which VAELoader offers it."""
     model: str
-    """ComfyUI's class."""
+    """The name of ComfyUI's class."""
     channels: int
-    """Channels of its latents, according to ComfyUI."""
+    """The number of latent channels that ComfyUI states for it."""
     since: str
-    """The oldest tested release that encodes with it, or builds it where it is not for images."""
+    """The oldest tested release that encodes with it; the oldest that builds it if it is not for images."""
     marks: Mapping[str, Shape]
     """The tensors by which ComfyUI chooses the class."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The metadata in the file's header that the class is built from."""
     names: Sequence[tuple[str, str]] = (("", ""),)
-    """Beginnings of tensor names in the model and in the file; a tensor with another beginning is not in the file."""
+    """Beginnings of the tensors' names, in the model and in the file. Tensors that begin otherwise are not in the file."""
     images: bool = True
+    """True if it encodes images."""
     needs: str = "torch"
     """A package that ComfyUI needs for it."""
     older_untried: bool = False
-    """Older releases may build it, but none was seen to encode an image correctly with it."""
+    """True if older releases may build it although they do not encode images right with it."""
     on_cpu: bool = False
-    """Its construction reads values, which the meta device does not have."""
+    """True if building it reads values, which tensors on the meta device do not have."""
 
 
 CASES = (
@@ -369,7 +372,7 @@ CASES = (
         for family, file, channels, pixels, since in (
             ("TAEHV for HunyuanVideo", "taehv.safetensors", 16, 3, "0.3.75"),
             ("TAEHV for Wan 2.1", "lighttaew2_1.safetensors", 16, 3, "0.3.75"),
-            ("TAEHV of 16 channels (the file's name tells no model)", "tiny.safetensors", 16, 3, "0.3.75"),
+            ("TAEHV of 16 channels (the file's name names no model)", "tiny.safetensors", 16, 3, "0.3.75"),
             ("TAEHV for Wan 2.2", "lighttaew2_2.safetensors", 48, 12, "0.33.0"),
             ("TAEHV for HunyuanVideo 1.5", "lighttaehy1_5.safetensors", 32, 12, "0.33.0"),
             ("TAEHV for LTX-2", "taeltx_2.safetensors", 128, 48, "0.33.0"),
@@ -505,7 +508,7 @@ CASES = (
 
 
 class Missing(logging.Handler):
-    """The tensors that ComfyUI logs as missing while it loads."""
+    """A log handler that keeps ComfyUI's line about missing tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -523,13 +526,14 @@ def main() -> None:
     comfy = importlib.import_module("comfy.sd")
     built = {case.file: attempt(comfy, case) for case in CASES}
     for path in sys.argv[2:]:
-        with open(path) as file:  # noqa: PTH123  # as plain as the rest
+        with open(path) as file:  # noqa: PTH123  # a Path is needed nowhere else here
             shapes = json.load(file)
         built |= {name: loaded(comfy, state) for name, state in shapes.items()}
     sys.stdout.write(json.dumps(built))
 
 
 def attempt(comfy: Any, case: Case) -> dict[str, Any]:
+    """Build a case's class, then load a state with all of its tensors. Return the class, its tensors and the missing ones."""
     if importlib.util.find_spec(case.needs) is None:
         return {"needs": case.needs}
     result = loaded(comfy, case.marks, case)
@@ -548,7 +552,7 @@ def attempt(comfy: Any, case: Case) -> dict[str, Any]:
 
 
 def loaded(comfy: Any, shapes: Mapping[str, Shape], case: Case | None = None) -> dict[str, Any]:
-    """Return the facts of the model that ComfyUI builds from tensors of these shapes, or the error."""
+    """Return the VAE that ComfyUI builds for tensors of these shapes, or the error."""
     import torch
 
     device = "cpu" if case is not None and case.on_cpu else "meta"

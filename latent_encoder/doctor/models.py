@@ -17,8 +17,9 @@ from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
 from latent_encoder.installer.download_vae import CHUNK_BYTES, QWEN_IMAGE_VAE
 from latent_encoder.suggestions import FILE_NAMES, closest
-from latent_encoder.vae.cache import TRIAL_VAE
-from latent_encoder.vae.families import Family, family_of, read_shapes
+from latent_encoder.vae.families import Family, family_of
+from latent_encoder.vae.loading import TRIAL_VAE
+from latent_encoder.vae.weights_files import read_shapes
 from service import LatentEncoder
 
 KINDS = ("vae", "vae_approx")  # ComfyUI's; TAESD files are of the second

@@ -1,11 +1,14 @@
-"""`--mode inspect`: shows what latent files hold, and writes the picture of each and, where asked for, a page.
+"""`--mode inspect`: shows the contents of latent files, and writes a preview of each and, on request, a page.
 
-With `as_json`, one object a line for each file. `file` (as it was named), `ok` and `error` are always there; where `error` is
-not null, the file cannot be read as a latent, and nothing else is said. Else: `format`, `shape`, `dtype`, `finite`,
-`channels` (each `mean`, `deviation`, `minimum`, `maximum`, `finite`; over what is finite), `latent_space` and
-`latent_space_guessed`, `hashes` (`ok`, `differs` or `missing` for each of `latent`, `scaled_image`, `preview`, `roundtrip`
-that the metadata names), `metadata` or null, `metadata_note` (why there is none), and the paths `preview` and `page`, null
-where there is none.
+With `as_json`, each file is one line with an object. `file` (the name as given), `ok` and `error` are always there. If `error`
+is not null, the file cannot be read as a latent, and the object has nothing else. Otherwise it has:
+
+- `format`, `shape`, `dtype`, `finite`
+- `channels`: for each its `mean`, `deviation`, `minimum` and `maximum`, over the finite values, and `finite`
+- `latent_space` and `latent_space_guessed`
+- `hashes`: `ok`, `differs` or `missing` for each of `latent`, `scaled_image`, `preview`, `roundtrip` that the metadata names
+- `metadata`, or null with the reason in `metadata_note`
+- the paths `preview` and `page`, or null
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from errors import LatentUnreadable, RequestError
 from latent_encoder import colours
 from latent_encoder.access import AllowedFolders
 from latent_encoder.inspection.findings import Inspection, inspect_latent
-from latent_encoder.inspection.pictures import Painter
+from latent_encoder.inspection.images import Painter
 from latent_encoder.inspection.text import as_json as json_line
 from latent_encoder.inspection.text import as_text, drawing, printable, unreadable_as_json
 from latent_encoder.outputs.files import StagedFiles, open_output_folder
@@ -32,10 +35,11 @@ EXIT_USAGE = 2
 
 
 def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, echo: Callable[[str], None]) -> int:
-    """Inspect each file and show it by `echo`; what is wrong goes to standard error, a line each.
+    """Inspect each file and show it by `echo`; each problem is a line on standard error.
 
-    Returns the exit status: 0 where all is well; 1 where a file cannot be read as a latent, a hash differs, a file is missing,
-    a value is not finite, or a page cannot be written; 2 where no file is named, or two whose pictures would be one file.
+    Returns:
+        The exit status: 0 without problems; 1 if a file cannot be read as a latent, a checksum differs, a file is missing, a
+        value is not finite, or a page cannot be written; 2 if no file is named, or two whose previews would be one file.
     """
     output_dir = Path(settings.output_dir) if "output_dir" in settings.model_fields_set else None
     if reason := _wrong_usage(paths, output_dir):
@@ -51,12 +55,12 @@ def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:
         return "Inspect mode needs latent files: python main.py --mode inspect FILE"
     name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
     if output_dir is not None and count > 1:
-        return f"{count} files are named {name}, and what is written of one would replace the other's in {output_dir}."
+        return f"{count} files are named {name}, and the preview of one would replace the other's in {output_dir}."
     return None
 
 
 class Inspector:
-    """Shows one file after the other."""
+    """An inspection of one file after the other."""
 
     def __init__(
         self, settings: Settings, output_dir: Path | None, *, html: bool, as_json: bool, echo: Callable[[str], None]
@@ -70,7 +74,7 @@ class Inspector:
         self._painter = Painter(settings, warn=lambda text: _complain("Warning", text))
 
     def show(self, path: Path) -> bool:
-        """Show the file, and write its preview and its page; whether all is well with it."""
+        """Show the file, and write its preview and its page; return whether it has no problem."""
         try:
             inspection = inspect_latent(path)
         except LatentUnreadable as exc:
@@ -81,7 +85,7 @@ class Inspector:
         preview = self._preview(inspection)
         page, page_problem = self._page(inspection) if self._html else (None, None)
         shown = json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n"
-        # A name may have letters that a terminal of another encoding than UTF-8 lacks.
+        # A name may have letters that the terminal's encoding lacks.
         self._echo(shown.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
         if self._draws:
             self._draw(inspection)
@@ -91,7 +95,7 @@ class Inspector:
         return not problems
 
     def _preview(self, inspection: Inspection) -> Path | None:
-        """Where the preview is: it is written where it is not there, or not whole. None where that cannot be done."""
+        """Return the path of the preview, which is written if it is missing or damaged; None if it cannot be written."""
         place = self._place(inspection.files.preview)
         if self._output_dir is None and self._painter.whole(inspection, "preview") is not None:
             return place
@@ -108,8 +112,8 @@ class Inspector:
         return place
 
     def _page(self, inspection: Inspection) -> tuple[Path | None, str | None]:
-        """Where the page was written, or why it was not."""
-        from latent_encoder.inspection.page import as_page  # jinja2 is for pages alone
+        """Return the path of the page, or the reason why it was not written."""
+        from latent_encoder.inspection.page import as_page  # only pages need jinja2
 
         latent = inspection.files.latent
         place = self._place(latent.with_name(f"{latent.name}.html"))
@@ -120,16 +124,16 @@ class Inspector:
         return place, None
 
     def _draw(self, inspection: Inspection) -> None:
-        picture = self._painter.picture(inspection)
-        if picture is not None:
+        image = self._painter.image(inspection)
+        if image is not None:
             terminal = shutil.get_terminal_size()
-            self._echo(drawing(picture, terminal.columns, terminal.lines - 2) + "\n")
+            self._echo(drawing(image, terminal.columns, terminal.lines - 2) + "\n")
 
     def _place(self, beside: Path) -> Path:
         return beside if self._output_dir is None else self._output_dir / beside.name
 
     def _write(self, place: Path, data: bytes) -> None:
-        """Write a file so that it appears whole.
+        """Write a file so that it appears complete or not at all.
 
         Raises:
             AccessDenied, OutputDirNotWritable: it cannot be written there.
@@ -140,7 +144,7 @@ class Inspector:
 
 
 def _draws_in_colour() -> bool:
-    """Whether standard output takes colours, and the characters that the drawing is made of."""
+    """Return whether standard output takes colours, and the characters that a drawing consists of."""
     return colours.wanted(sys.stdout) and sys.stdout.encoding.lower().startswith("utf")
 
 

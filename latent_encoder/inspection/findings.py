@@ -1,4 +1,4 @@
-"""What can be found out about a latent file: its values, its metadata, and whether the files beside it are what they were."""
+"""The findings about a latent file: its values, its metadata, and the checksums of the files that belong to it."""
 
 from __future__ import annotations
 
@@ -16,61 +16,61 @@ from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.latent_files import read_latent_file
 from models import LatentFormat, Metadata
 
-HashState = Literal["ok", "differs", "missing"]
+FileState = Literal["ok", "differs", "missing"]
 
-# Of the families that have so many channels, the one that a latent without metadata most probably is of.
 LIKELY_SPACES = {4: "SD15", 16: "Wan21", 48: "Wan22"}
+"""The most probable latent space of a latent without metadata, by its count of channels."""
 
 
 @dataclass(frozen=True)
 class Channel:
-    """The values of one channel, over all that is finite in it; None where nothing is."""
+    """The statistics of one channel, over its finite values; None if there are none."""
 
     mean: float | None
     deviation: float | None
-    """Of the population: the root of the mean square of the differences from the mean."""
+    """The population standard deviation: the root of the mean squared difference from the mean."""
     minimum: float | None
     maximum: float | None
     finite: bool
-    """Whether every value is."""
+    """Every value is finite."""
 
 
 @dataclass(frozen=True)
-class HashCheck:
-    """Whether a file is the one that the metadata names by its SHA-256."""
+class FileCheck:
+    """The comparison of a file with the SHA-256 checksum in the metadata."""
 
     name: str
-    """Its kind: `latent`, `scaled_image`, `preview` or `roundtrip`."""
+    """`latent`, `scaled_image`, `preview` or `roundtrip`."""
     path: Path
-    state: HashState
-    """`missing` where it is not there as a file that can be read."""
+    state: FileState
+    """`missing` if there is no readable file."""
 
 
 @dataclass(frozen=True)
-class LatentSpace:
-    """ComfyUI's name of the latent's kind, or None where it is not known."""
+class NamedSpace:
+    """ComfyUI's name of a latent space, or None if it is unknown."""
 
     name: str | None
     guessed: bool
-    """Whether only the number of channels speaks for it."""
+    """The name follows from the count of channels alone."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """Everything that was found about one latent file."""
+    """The findings about one latent file."""
 
     files: OutputFiles
-    """The latent, and where the files that belong to it would be."""
+    """The paths of the latent and of the files that belong to it."""
     latent_format: LatentFormat
     latent: torch.Tensor
     """`[batch, channels, height, width]`."""
     channels: tuple[Channel, ...]
     metadata: Metadata | None
     metadata_note: str | None
-    """Why there is no metadata."""
-    checks: tuple[HashCheck, ...]
-    """Of the files that the metadata names."""
-    space: LatentSpace
+    """The reason why there is no metadata."""
+    checks: tuple[FileCheck, ...]
+    """One for each file that the metadata names."""
+    space: NamedSpace
 
     @property
     def dtype(self) -> str:
@@ -82,24 +82,24 @@ class Inspection:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with it, a sentence each; none where all is well."""
-        words = {"differs": "is not the file that the metadata names: its hash differs", "missing": "is missing"}
+        """The problems of the file, a sentence each."""
+        words = {"differs": "is not the file that the metadata names: its checksum differs", "missing": "is missing"}
         found = [f"{check.path.name} {words[check.state]}." for check in self.checks if check.state != "ok"]
         if not self.finite:
             broken = [str(number) for number, channel in enumerate(self.channels) if not channel.finite]
             found.append(f"It has values that are not finite, in channel {', '.join(broken)}.")
         return found
 
-    def state_of(self, name: str) -> HashState | None:
-        """What checking that kind of file gave; None where the metadata does not name it."""
+    def state_of(self, name: str) -> FileState | None:
+        """Return the state of that kind of file; None if the metadata does not name it."""
         return next((check.state for check in self.checks if check.name == name), None)
 
 
 def inspect_latent(path: Path) -> Inspection:
-    """Look at a latent file and at what is beside it.
+    """Inspect a latent file and the files that belong to it.
 
     Raises:
-        LatentUnreadable: it cannot be read as a latent.
+        LatentUnreadable: the file cannot be read as a latent.
     """
     latent, latent_format = read_latent_file(path)
     files = OutputFiles.of(path)
@@ -111,13 +111,13 @@ def inspect_latent(path: Path) -> Inspection:
         channels=tuple(channel_statistics(latent)),
         metadata=metadata,
         metadata_note=note,
-        checks=() if metadata is None else tuple(check_hashes(files, metadata)),
+        checks=() if metadata is None else tuple(check_files(files, metadata)),
         space=latent_space(metadata, latent.shape[1]),
     )
 
 
 def channel_statistics(latent: torch.Tensor) -> list[Channel]:
-    """Of each channel of a tensor `[batch, channels, …]`, computed in float64."""
+    """Return the statistics of each channel of a tensor `[batch, channels, …]`, computed in float64."""
     return [_statistics(values.flatten().double()) for values in latent.unbind(1)]
 
 
@@ -131,7 +131,7 @@ def _statistics(values: torch.Tensor) -> Channel:
 
 
 def read_metadata(path: Path) -> tuple[Metadata | None, str | None]:
-    """The metadata in that file, or why there is none."""
+    """Return the metadata in a file, or the reason why there is none."""
     try:
         return Metadata.model_validate_json(path.read_bytes()), None
     except FileNotFoundError:
@@ -145,22 +145,22 @@ def read_metadata(path: Path) -> tuple[Metadata | None, str | None]:
         return None, f"{path.name} does not hold this service's metadata ({reason})"
 
 
-def check_hashes(files: OutputFiles, metadata: Metadata) -> list[HashCheck]:
-    """Compare every file that the metadata names with its SHA-256."""
+def check_files(files: OutputFiles, metadata: Metadata) -> list[FileCheck]:
+    """Compare every file that the metadata names with its checksum."""
     paths: dict[str, Path] = {name: getattr(files, name) for name in metadata.sha256_by_file}
-    return [HashCheck(name, paths[name], _compare(paths[name], sha256)) for name, sha256 in metadata.sha256_by_file.items()]
+    return [FileCheck(name, paths[name], _compare(paths[name], sha256)) for name, sha256 in metadata.sha256_by_file.items()]
 
 
-def _compare(path: Path, sha256: str) -> HashState:
+def _compare(path: Path, sha256: str) -> FileState:
     if not path.is_file() or not os.access(path, os.R_OK):
         return "missing"
     with path.open("rb") as file:
         return "ok" if hashlib.file_digest(file, "sha256").hexdigest() == sha256.lower() else "differs"
 
 
-def latent_space(metadata: Metadata | None, channels: int) -> LatentSpace:
-    """What the metadata says, else what the number of channels makes likely."""
+def latent_space(metadata: Metadata | None, channels: int) -> NamedSpace:
+    """Return the latent space in the metadata, or else the one that the count of channels makes likely."""
     if metadata is not None and metadata.latent_space is not None:
-        return LatentSpace(metadata.latent_space, guessed=False)
+        return NamedSpace(metadata.latent_space, guessed=False)
     name = LIKELY_SPACES.get(channels)
-    return LatentSpace(name, guessed=name is not None)
+    return NamedSpace(name, guessed=name is not None)

@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs nothing else: pictures, histograms and styles are in it."""
+"""An inspection as one self-contained HTML page: images, histograms and styles are embedded."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from latent_encoder.inspection.text import metadata_rows, number_text, printable
 from latent_encoder.outputs.files import png_bytes
 
 if TYPE_CHECKING:
-    from latent_encoder.inspection.pictures import Painter
+    from latent_encoder.inspection.images import Painter
 
 BINS = 48
-HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 240, 60  # of the drawing's own units; the page scales it
+"""Bins of a histogram: 5 units wide each in the drawing, which is wide enough to be seen."""
+HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 240, 60  # units of the drawing, which the page scales
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture in the page."""
+    """An image in the page."""
 
     title: str
     alt: str
     data: str
     """The PNG as a data URI."""
     cells: bool = False
-    """Whether a pixel is a cell of the latent, to be shown as a square."""
+    """A pixel stands for a cell of the latent, and is shown as a square."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often which values are in a channel."""
+    """The frequencies of the values of a channel."""
 
     outline: str
-    """An SVG path, from the lowest bin to the highest, as high as the drawing where the most values are."""
+    """An SVG path from the lowest bin to the highest; the fullest bin is as high as the drawing."""
     alt: str
 
 
 def as_page(inspection: Inspection, painter: Painter) -> str:
-    """The page. Whatever the metadata and the names hold appears in it as text."""
+    """Return the page. Markup in metadata and names is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,9 +73,9 @@ def _figures(inspection: Inspection, painter: Painter) -> list[Figure]:
     figures = []
     if scaled := painter.whole(inspection, "scaled_image"):
         figures.append(Figure("Scaled image", "The image as it was scaled before it was encoded.", _data_uri(scaled)))
-    if (picture := painter.picture(inspection)) is not None:
+    if (image := painter.image(inspection)) is not None:
         alt = f"The latent in colours, {width} by {height} cells."
-        figures.append(Figure("Latent", alt, _data_uri(png_bytes(picture)), cells=True))
+        figures.append(Figure("Latent", alt, _data_uri(png_bytes(image)), cells=True))
     if roundtrip := painter.whole(inspection, "roundtrip"):
         figures.append(Figure("Round trip", "The image that the VAE decodes from the latent.", _data_uri(roundtrip)))
     return figures
@@ -85,7 +86,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def value_range(latent: torch.Tensor) -> tuple[float, float]:
-    """The least and the greatest finite value, widened where they are the same; 0 and 1 where there is none."""
+    """Return the least and the greatest finite value, widened if they are equal; 0 and 1 if there is none."""
     values = latent.double()
     kept = values[values.isfinite()]
     if not len(kept):
@@ -95,7 +96,7 @@ def value_range(latent: torch.Tensor) -> tuple[float, float]:
 
 
 def histogram(values: torch.Tensor, low: float, high: float) -> Histogram:
-    """That of a channel's finite values, over a range that is the same for all channels, so that they can be compared."""
+    """Return the histogram of a channel's finite values. All channels have the same range, so that they can be compared."""
     values = values.double()
     kept = values[values.isfinite()]
     counts = torch.histc(kept, BINS, low, high)
@@ -110,7 +111,7 @@ def histogram(values: torch.Tensor, low: float, high: float) -> Histogram:
 
 
 def _outline(heights: list[float]) -> str:
-    """Steps of those heights in [0, 1], as the `d` of an SVG path."""
+    """Return steps with these heights, in [0, 1], as the `d` of an SVG path."""
     step = HISTOGRAM_WIDTH / len(heights)
     tops = (f"V{HISTOGRAM_HEIGHT * (1 - height):.4g}H{step * (number + 1):.4g}" for number, height in enumerate(heights))
     return f"M0 {HISTOGRAM_HEIGHT}{''.join(tops)}V{HISTOGRAM_HEIGHT}Z"

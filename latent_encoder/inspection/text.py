@@ -1,4 +1,4 @@
-"""An inspection for a terminal, as text and as a drawing, and for scripts, as JSON."""
+"""An inspection as text and as a drawing for a terminal, and as JSON for scripts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from PIL import Image
 from latent_encoder.inspection.findings import Channel, Inspection
 from models import Metadata
 
-UPPER_HALF = "▀"  # the foreground colours the upper half of a cell, the background the lower: two pixels
-MOST_COLUMNS, MOST_LINES = 64, 32  # of a drawing
+UPPER_HALF = "▀"  # two pixels: the foreground colours the upper half of a character, the background the lower half
+MOST_COLUMNS, MOST_LINES = 64, 32  # the largest drawing, which leaves room for text on a usual terminal
 INDENT = "  "
-LARGE = 10_000  # from here on, decimals say little
+LARGE = 10_000  # from here on, decimals carry no information and need room
 
 
 def as_text(inspection: Inspection, preview: Path | None, page: Path | None) -> str:
-    """All that was found, for people. Nothing in it can steer a terminal, whatever names and metadata hold."""
+    """Return the findings for people. Control characters in names and metadata are escaped."""
     lines = [
         str(inspection.files.latent),
         *_indented(_pairs(_summary(inspection, preview, page))),
         "",
         *_indented(_channel_table(inspection.channels)),
         "",
-        *_indented(_pairs({f"hash of {check.path.name}": check.state for check in inspection.checks})),
+        *_indented(_pairs({f"checksum of {check.path.name}": check.state for check in inspection.checks})),
         *([""] if inspection.checks else []),
         *_indented(_pairs(metadata_rows(inspection.metadata) if inspection.metadata else {})),
     ]
@@ -36,7 +36,7 @@ def as_text(inspection: Inspection, preview: Path | None, page: Path | None) -> 
 
 
 def as_json(inspection: Inspection, preview: Path | None, page: Path | None) -> str:
-    """All that was found, on one line; numbers that are not there are null."""
+    """Return the findings on one line; a missing number is null."""
     metadata = inspection.metadata
     return json.dumps(
         {
@@ -61,12 +61,12 @@ def as_json(inspection: Inspection, preview: Path | None, page: Path | None) -> 
 
 
 def unreadable_as_json(path: Path, error: str) -> str:
-    """A file that cannot be read as a latent; what could not be found out is not there."""
+    """Return the line for a file that cannot be read as a latent."""
     return json.dumps({"file": str(path), "ok": False, "error": error})
 
 
 def metadata_rows(metadata: Metadata) -> dict[str, str]:
-    """Each field and its value, as text; those of an object inside as `outer.inner`."""
+    """Return each field and its value as text; a field of a nested object has the name `outer.inner`."""
     return dict(_flat(json.loads(metadata.model_dump_json())))
 
 
@@ -79,7 +79,7 @@ def _flat(fields: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, str
 
 
 def space_text(inspection: Inspection) -> str:
-    """The latent's kind in words."""
+    """Return the latent space in words."""
     space, channels = inspection.space, inspection.latent.shape[1]
     if space.name is None:
         return f"not known for {channels} channels"
@@ -118,7 +118,7 @@ def _channel_line(number: int, channel: Channel) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Four decimals, or four digits where the number is large; a dash where there is none."""
+    """Return a number with four decimals, or with four digits if it is large; a dash for None."""
     if value is None:
         return "-"
     return f"{value:.4f}" if abs(value) < LARGE else f"{value:.4g}"
@@ -129,17 +129,20 @@ def _indented(lines: list[str]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that is not shown as itself: control characters, and bytes that are no UTF-8."""
+    """Return the text with everything escaped that a terminal does not show: control characters, bytes that are no UTF-8."""
     return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
-def drawing(picture: torch.Tensor, columns: int, lines: int) -> str:
-    """The first image of a float tensor `[batch, height, width, 3]` in colours for a terminal of that size, never enlarged."""
-    image = Image.fromarray(picture[0].mul(255).round().clamp(0, 255).to(torch.uint8).numpy())
+def drawing(image: torch.Tensor, columns: int, lines: int) -> str:
+    """Return the first image of a float tensor `[batch, height, width, 3]` as coloured text.
+
+    It is at most as large as a terminal of that size, and never enlarged.
+    """
+    pixels = Image.fromarray(image[0].mul(255).round().clamp(0, 255).to(torch.uint8).numpy())
     widest, highest = min(columns - len(INDENT), MOST_COLUMNS), 2 * min(lines, MOST_LINES)
-    image.thumbnail((max(widest, 1), max(highest, 2)), Image.Resampling.BOX)
-    rows = [[image.getpixel((x, y)) for x in range(image.width)] for y in range(image.height)]
-    rows += [[None] * image.width] if image.height % 2 else []
+    pixels.thumbnail((max(widest, 1), max(highest, 2)), Image.Resampling.BOX)
+    rows = [[pixels.getpixel((x, y)) for x in range(pixels.width)] for y in range(pixels.height)]
+    rows += [[None] * pixels.width] if pixels.height % 2 else []
     return "\n".join(INDENT + _line(upper, lower) for upper, lower in zip(rows[::2], rows[1::2], strict=True))
 
 

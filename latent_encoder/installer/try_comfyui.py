@@ -18,7 +18,7 @@ if __name__ == "__main__":  # started as a script, it has to find the project's 
 from config import Settings
 from errors import SetupError
 from latent_encoder.releases import is_before
-from latent_encoder.vae.cache import TRIAL_VAE
+from latent_encoder.vae.loading import TRIAL_VAE
 from service import LatentEncoder
 
 EXIT_CANNOT_START = 3

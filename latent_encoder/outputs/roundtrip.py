@@ -13,7 +13,7 @@ from errors import EncodingFailed, translated
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.files import eight_bits, png_bytes
-from latent_encoder.vae.cache import LoadedVae
+from latent_encoder.vae.loaded_vae import LoadedVae
 from models import Roundtrip
 
 SSIM_WINDOW = 7  # pixels a side, scikit-image's default

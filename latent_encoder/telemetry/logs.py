@@ -1,6 +1,6 @@
-"""Logging: one stream, standard error, as JSON lines or as text, for our events and for what ComfyUI and others log.
+"""Logging to standard error, as JSON lines or as text, for our events and for those of ComfyUI and other libraries.
 
-Events go through the standard library's logging: whoever uses this code as a library configures that as ever.
+Events go through the standard library's logging, so a program that uses this code as a library configures them as usual.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from latent_encoder import colours
 
 ERASE_LINE = "\r\x1b[K"
 
-AT_THE_DESK = ("standalone", "inspect", "doctor")  # the modes that a person waits for
+AT_THE_DESK = ("standalone", "inspect", "doctor")
+"""The modes whose result a person waits for."""
 
 
 class LogStyle(NamedTuple):
-    """What is logged, and how."""
+    """The lowest level that is logged, and the form of the log."""
 
     level: str
     log_format: str
@@ -32,7 +33,7 @@ class LogStyle(NamedTuple):
 
 
 def log_style(settings: Settings, *, quiet: bool = False, verbose: bool = False, debug: bool = False) -> LogStyle:
-    """How to log in that mode. On a terminal, a person who set nothing sees warnings as text, not every event as JSON."""
+    """Return the style of a mode. On a terminal, a person who set nothing sees warnings as text, not every event as JSON."""
     bare = not settings.model_fields_set & {"log_level", "log_format"}
     watched = bare and settings.mode in AT_THE_DESK and sys.stderr.isatty()
     as_text = watched or ((verbose or debug) and "log_format" not in settings.model_fields_set)
@@ -43,7 +44,7 @@ def log_style(settings: Settings, *, quiet: bool = False, verbose: bool = False,
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
-    """A logger for events with fields: `log.info("request encoded", request_id=…)`."""
+    """Return a logger for events with fields: `log.info("request encoded", request_id=…)`."""
     logger: FilteringBoundLogger = structlog.wrap_logger(
         logging.getLogger(name),
         processors=[structlog.contextvars.merge_contextvars, structlog.stdlib.render_to_log_kwargs],
@@ -53,10 +54,10 @@ def get_logger(name: str) -> FilteringBoundLogger:
 
 
 def configure_logging(level: str, log_format: str, tracebacks: bool = True, *, beside_bar: bool = False) -> None:
-    """Send everything that is logged, and Python's warnings, to standard error.
+    """Send all log events, and Python's warnings, to standard error.
 
-    `log_format` is `json` or `text`; without `tracebacks`, of an exception no more is shown than what it says. `beside_bar`
-    says that another process draws a progress bar on the same terminal.
+    `log_format` is `json` or `text`. Without `tracebacks`, an exception is logged as one line. With `beside_bar`, another
+    process draws a progress bar on the same terminal.
     """
     as_json = log_format == "json"
     renderer: Processor = (
@@ -88,7 +89,7 @@ def configure_logging(level: str, log_format: str, tracebacks: bool = True, *, b
 
 
 def _without_traceback(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Keep an exception's class and text of it, on one line."""
+    """Replace an exception by its class and text on one line."""
     exc_info = event.pop("exc_info", None)
     event.pop("stack_info", None)
     exc = exc_info[1] if isinstance(exc_info, tuple) else exc_info
@@ -98,7 +99,7 @@ def _without_traceback(_logger: Any, _method: str, event: MutableMapping[str, An
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is at the time, above the progress bars that are drawn there."""
+    """A handler that writes to the current `sys.stderr`, above the progress bars that are drawn there."""
 
     def __init__(self, beside_bar: bool) -> None:
         super().__init__()
@@ -108,12 +109,12 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         self.stream = sys.stderr
         with _bars_cleared():
             if self._beside_bar and self.stream.isatty():
-                self.stream.write(ERASE_LINE)  # the other process draws the bar anew soon
+                self.stream.write(ERASE_LINE)  # the other process soon draws the bar again
             super().emit(record)
 
 
 def _bars_cleared() -> AbstractContextManager[None]:
-    """Take tqdm's bars off the terminal, and draw them again afterwards; nothing where there can be none."""
+    """Return a context that clears tqdm's bars off the terminal and draws them again at its end."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     if tqdm is None or not sys.stderr.isatty():
         return nullcontext()

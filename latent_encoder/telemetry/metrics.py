@@ -1,6 +1,6 @@
-"""What the service counts and measures, for Prometheus; one registry for the process, `prometheus_client`'s own.
+"""The metrics of the service for Prometheus, in `prometheus_client`'s registry of the process.
 
-Names follow https://prometheus.io/docs/practices/naming: seconds, and `_total` for what only grows.
+The names follow https://prometheus.io/docs/practices/naming: the unit is seconds, and a counter ends in `_total`.
 docs/operating.md lists them.
 """
 
@@ -11,15 +11,15 @@ from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_m
 from errors import ErrorCode
 from models import Timings
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of when it began
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, with its creation time
 
-# A GPU takes 50 ms for a megapixel, two CPU cores ten seconds to a minute, and ten minutes for sixteen of them.
+# Buckets of encodes: a megapixel takes a GPU 50 ms and two CPU cores up to a minute; sixteen take these ten minutes.
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900)
-# Requests may wait for hours.
+# Buckets of waiting in the topic, which may take hours.
 WAITING_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 14400)
 
-INFO = Info("latent_encoder", "What runs: version of the service, ComfyUI and torch, and the device.")
-READY = Gauge("latent_encoder_ready", "Whether this part is ready: model, group, broker.", ["part"])
+INFO = Info("latent_encoder", "Versions of the service, ComfyUI and torch, and the device.")
+READY = Gauge("latent_encoder_ready", "1 if this part is ready, else 0: model, group, broker.", ["part"])
 
 REQUESTS = Counter(
     "latent_encoder_requests",
@@ -28,7 +28,7 @@ REQUESTS = Counter(
 )
 STAGE_SECONDS = Histogram("latent_encoder_stage_seconds", "Time of each step of a request.", ["stage"], buckets=SECONDS)
 REQUEST_SECONDS = Histogram(
-    "latent_encoder_request_seconds", "From taking a request to the acknowledged answer.", buckets=SECONDS
+    "latent_encoder_request_seconds", "From taking a request to the acknowledged response.", buckets=SECONDS
 )
 QUEUE_SECONDS = Histogram(
     "latent_encoder_queue_seconds", "From the record's timestamp to taking it from the topic.", buckets=WAITING_SECONDS
@@ -36,17 +36,17 @@ QUEUE_SECONDS = Histogram(
 IN_FLIGHT = Gauge("latent_encoder_in_flight", "Requests that this worker holds.")
 RETRIES = Counter("latent_encoder_retries", "Attempts that failed and are made again.")
 DEAD_LETTERS = Counter("latent_encoder_dead_letters", "Acknowledged dead letters.", ["error_code"])
-REDELIVERIES = Counter("latent_encoder_redeliveries", "Requests answered from the files of an earlier answer, without work.")
+REDELIVERIES = Counter("latent_encoder_redeliveries", "Requests that got the stored response of an earlier delivery.")
 COMMITS = Counter("latent_encoder_commits", "Commits of an offset that the broker confirmed or refused.", ["result"])
 REBALANCES = Counter("latent_encoder_rebalances", "Partitions were assigned, revoked or lost.", ["event"])
 CONSUMER_LAG = Gauge(
     "latent_encoder_consumer_lag",
-    "Records that wait in this worker's partitions, those in hand included, as of the last fetch.",
+    "Records that wait in this worker's partitions, those in flight included, as of the last fetch.",
     ["topic", "partition"],
 )
 VAE_CACHE = Counter("latent_encoder_vae_cache", "Uses of a VAE that was loaded (hit) or had to be loaded (miss).", ["result"])
 
-# Known from the start, so that Prometheus sees them grow from zero.
+# Every label is known from the start, so that Prometheus sees its counter grow from zero.
 for _code in ("", *ErrorCode):
     REQUESTS.labels("error" if _code else "success", _code)
 for _code in ErrorCode:

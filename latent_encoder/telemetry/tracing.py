@@ -1,7 +1,7 @@
 """OpenTelemetry traces of Kafka mode: a span for each request, joined to the trace in its headers, with a child per step.
 
-Optional: without `opentelemetry-api` there is nothing, and without configuration its spans go nowhere. The configuration is
-OpenTelemetry's own: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
+They are optional: without `opentelemetry-api` there are no spans, and without configuration spans are not sent. The
+configuration is OpenTelemetry's own: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ log = get_logger("latent_encoder.tracing")
 NAME = "latent-encoder"
 CONFIGURED_BY = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 FLUSH_MS = 5000
+"""Longest wait for the collector at the end: the worker ends also if the collector does not respond."""
 
-# The names under which OpenTelemetry's packages offer their exporters, for OTEL_EXPORTER_OTLP_PROTOCOL.
+# The entry points of OpenTelemetry's exporters, by the value of OTEL_EXPORTER_OTLP_PROTOCOL.
 OTLP = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 
 
 @contextmanager
 def exported() -> Iterator[None]:
-    """Send spans where OpenTelemetry's environment variables say, and at the end of the context what was not sent yet.
+    """Send spans as OpenTelemetry's environment variables demand; the end of the context flushes the rest.
 
     Raises:
-        SettingsError: the exporter that they name is not installed.
+        SettingsError: the exporter that the variables name is not installed.
     """
     _set_up()
     try:
@@ -52,7 +53,7 @@ def exported() -> Iterator[None]:
 
 
 def _set_up() -> None:
-    """Configure the SDK, unless somebody did that already, `opentelemetry-instrument` for one."""
+    """Configure the SDK, unless it is configured already, for example by `opentelemetry-instrument`."""
     if not any(os.environ.get(name) for name in CONFIGURED_BY):
         return
     try:
@@ -87,7 +88,7 @@ def _exporters() -> Iterator[type]:
 
 
 def begin(name: str, headers: Iterable[tuple[str, bytes | None]], attributes: Mapping[str, str | int]) -> Span | None:
-    """The span of a request, a child of the one in its record's headers. None where OpenTelemetry is not installed."""
+    """Start the span of a request, a child of the one in the headers; return None if OpenTelemetry is not installed."""
     if not INSTALLED:
         return None
     parent = propagate.extract({key: value.decode("utf-8", "replace") for key, value in headers if value is not None})
@@ -96,7 +97,7 @@ def begin(name: str, headers: Iterable[tuple[str, bytes | None]], attributes: Ma
 
 @contextmanager
 def within(span: Span | None) -> Iterator[None]:
-    """Make the spans that begin in this thread children of that one."""
+    """Make the spans that start in this thread children of that one."""
     if span is None:
         yield
         return
@@ -106,7 +107,7 @@ def within(span: Span | None) -> Iterator[None]:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """A step of the request at hand; it fails with whatever is raised."""
+    """Start a child span for a step of the current request; an exception marks it as failed."""
     if not INSTALLED or not trace.get_current_span().get_span_context().is_valid:
         yield
         return
@@ -115,7 +116,7 @@ def step(name: str) -> Iterator[None]:
 
 
 def end(span: Span | None, error: RequestError | None) -> None:
-    """The request ended, with an error where there is one."""
+    """End the span of a request, with its error if it failed."""
     if span is None:
         return
     if error is not None:

@@ -1,4 +1,4 @@
-"""Which encoder a VAE gets, and what is done to a VAE that is only ever asked to encode one image at a time."""
+"""The choice of a VAE's encoder, and the memory that a VAE frees because it encodes one image at a time and nothing else."""
 
 from __future__ import annotations
 
@@ -13,23 +13,32 @@ from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitect
 
 log = get_logger("latent_encoder")
 
-# Parts of ComfyUI's VAE classes that only decoding uses: SD-style and Wan decoders, SD's and Wan's convolution in front of
-# them, TAESD's decoder, Stable Cascade's previewer (its encoder is published in a file of its own), Mage's decoder. Any other
-# tensor counts as needed.
+# Beginnings of the tensors' names: SD-style and Wan decoders, the convolution in front of them in SD and in Wan, TAESD's
+# decoder, Stable Cascade's previewer (its encoder is published in a file of its own), Mage's decoder.
 DECODER_PARTS = ("decoder.", "post_quant_conv.", "conv2.", "taesd_decoder.", "previewer.", "decoder_model.")
-ENCODER_PARTS = ("encoder.", "conv1.")  # those that the single-frame encoder stands in for
-WITHOUT_DECODER = ("WanVAE", "AutoencoderKL", "AutoencodingEngine", "TAESD")
+"""Parts of ComfyUI's VAE classes that only decoding uses. Any other tensor counts as needed."""
 
-# How far the latents of the test picture may be apart, as a part of the largest value. An encoder that does not fit is off by
-# about that value itself.
+ENCODER_PARTS = ("encoder.", "conv1.")
+"""Parts of ComfyUI's `WanVAE` that the single-frame encoder replaces."""
+
+WITHOUT_DECODER = ("WanVAE", "AutoencoderKL", "AutoencodingEngine", "TAESD")
+"""ComfyUI's classes whose decoder's weights are dropped: their `encode` was read, and uses none of `DECODER_PARTS`."""
+
+TEST_SIZE = (48, 80)
+"""Height and width in pixels of the image for the check: not square, 6 x 10 cells of Wan 2.1 and 3 x 5 of Wan 2.2."""
+
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""The largest allowed difference between the latents of both encoders, relative to the latent's largest value.
+
+It allows another order of additions in each dtype. An encoder that does not fit is off by about the largest value itself.
+"""
 
 
 def prepare_for_encoding(model: nn.Module, name: str, *, compiled: bool, decodes: bool) -> SingleFrameEncoder | None:
-    """Make a VAE's `first_stage_model` as small and fast as is known for its kind; it can decode after that if it `decodes`.
+    """Return the single-frame encoder of a VAE's `first_stage_model`; None if its own `encode` has to be used.
 
-    Returns its single-frame encoder, which is a part of the model from now on, so that it moves with it to another device, and
-    stands in for weights that are dropped; None where the model's own `encode` has to be used.
+    Weights that are then not needed are dropped, except the decoder's if the VAE `decodes` later. The single-frame encoder
+    becomes a part of the model, so that ComfyUI moves it to another device together with the model.
     """
     if type(model).__name__ in WITHOUT_DECODER and not decodes:
         drop_weights(model, DECODER_PARTS)
@@ -42,6 +51,7 @@ def prepare_for_encoding(model: nn.Module, name: str, *, compiled: bool, decodes
 
 
 def _single_frame_encoder(model: nn.Module, name: str, compiled: bool) -> SingleFrameEncoder | None:
+    """Return a single-frame encoder that passed the check; None, with the reason in the log, if there is none."""
     try:
         encoder = SingleFrameEncoder(model, compiled=compiled)
     except UnknownArchitecture as exc:
@@ -55,14 +65,17 @@ def _single_frame_encoder(model: nn.Module, name: str, compiled: bool) -> Single
 
 
 def difference(model: Any, encoder: SingleFrameEncoder) -> str | None:
-    """Why `encoder` must not stand in for the model's own `encode`; None where both give the same of a small picture."""
+    """Return the reason why `encoder` must not replace the model's own `encode`; None if both give the same latent.
+
+    They are compared on a small image of fixed noise in [-1, 1], within `TOLERANCE`.
+    """
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     try:
         colours = model.encoder.conv1.weight.shape[1] // encoder.patch**2
-        pixels = torch.rand(1, colours, 1, 48, 80, generator=generator).to(parameter) * 2 - 1
+        pixels = torch.rand(1, colours, 1, *TEST_SIZE, generator=generator).to(parameter) * 2 - 1
         expected, given = model.encode(pixels), encoder(pixels)
-    except Exception as exc:  # whatever it is, the model's own `encode` is the way out
+    except Exception as exc:  # any failure has the same consequence: the model keeps its own `encode`
         return f"{type(exc).__name__}: {exc}"
     if expected.shape != given.shape:
         return f"a latent of shape {list(given.shape)} instead of {list(expected.shape)}"
@@ -71,13 +84,13 @@ def difference(model: Any, encoder: SingleFrameEncoder) -> str | None:
 
 
 def drop_weights(model: nn.Module, prefixes: tuple[str, ...]) -> None:
-    """Free the memory of the weights whose names begin so. The modules themselves stay, for ComfyUI walks through them."""
+    """Free the memory of the weights whose names begin with a prefix. The modules stay, because ComfyUI walks through them."""
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
             parameter.data = parameter.new_empty(0)
 
 
 def give_back_freed_memory() -> None:
-    """Let the C library return what was freed to the system: half of what loading took, which would stay otherwise."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it
+    """Let the C library return freed memory to the system: half of the memory that loading a VAE took, which it would keep."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
         trim(0)

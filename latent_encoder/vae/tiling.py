@@ -1,8 +1,8 @@
-"""ComfyUI's way out where a picture does not fit into memory, noticed and, if wanted, allowed.
+"""ComfyUI's tiling when memory runs out: noticed, and refused or allowed by the policy.
 
-When `VAEEncode` runs out of a GPU's memory, ComfyUI logs a line, encodes the picture in overlapping tiles and blends them,
-which gives a slightly different latent. So for the length of a `VAEEncode`, the model's `encode` is one that knows how large
-the picture is: whatever is smaller is a tile.
+When `VAEEncode` runs out of a GPU's memory, ComfyUI logs a line, encodes the image in overlapping tiles and blends them. That
+gives a slightly different latent. So during a `VAEEncode` the model's `encode` is replaced by one that knows the size of the
+image: anything smaller is a tile.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from errors import OUT_OF_MEMORY, EncodingFailed, is_out_of_memory
 from latent_encoder.geometry import Size
 
 OomPolicy = Literal["fail", "tile"]
+"""The setting OOM_POLICY: refuse an image that memory does not suffice for, or let ComfyUI encode it in tiles."""
 
-WAY_OUT = "; or set OOM_POLICY=tile to have it encoded in tiles, which gives a slightly different latent"
+ADVICE = "; or set OOM_POLICY=tile to have it encoded in tiles, which gives a slightly different latent"
 
 
 class WatchedEncode:
-    """Encodes pictures of one size, `[…, height, width]`, and notices or refuses tiles of them."""
+    """A model's `encode` for images of one size, `[…, height, width]`, that notices or refuses tiles of them."""
 
     def __init__(self, encode: Callable[..., Tensor], whole: Size, policy: OomPolicy) -> None:
         self._encode = encode
@@ -31,17 +32,18 @@ class WatchedEncode:
         self._policy = policy
         self._inside = False
         self.tiled = False
+        """Whether ComfyUI encoded in tiles."""
         self.seen: Size | None = None
-        """The size of the picture that was encoded as a whole; None before that."""
+        """The size of the image that was encoded as a whole; None before that."""
 
     def __call__(self, pixels: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The latent. Further arguments are the model's own.
+        """Return the latent of an image or a tile. Further arguments are the model's own.
 
         Raises:
-            EncodingFailed: memory ran out, here or before, and the policy is `fail`.
-            torch.OutOfMemoryError: memory ran out, the CPU's too, and the policy is `tile`: what ComfyUI waits for.
+            EncodingFailed: memory ran out, or ComfyUI passes a tile because it did; and the policy is `fail`.
+            torch.OutOfMemoryError: memory ran out, a GPU's or the CPU's, and the policy is `tile`. ComfyUI then uses tiles.
         """
-        if self._inside:  # a model that encodes parts of a picture by itself does so for any picture
+        if self._inside:  # a model that splits any image and calls its own `encode` for the parts: these are no tiles
             return self._encode(pixels, *args, **options)
         size = Size(width=pixels.shape[-1], height=pixels.shape[-2])
         if size.width < self._whole.width or size.height < self._whole.height:
@@ -61,7 +63,7 @@ class WatchedEncode:
             self._inside = False
 
     def note_tiles(self) -> None:
-        """Note that ComfyUI encodes in tiles.
+        """Record that ComfyUI encodes in tiles.
 
         Raises:
             EncodingFailed: the policy is `fail`.
@@ -71,14 +73,14 @@ class WatchedEncode:
         self.tiled = True
 
     def _failure(self) -> EncodingFailed:
-        return EncodingFailed(f"Cannot encode a {self._whole} image: {OUT_OF_MEMORY}{WAY_OUT}")
+        return EncodingFailed(f"Cannot encode a {self._whole} image: {OUT_OF_MEMORY}{ADVICE}")
 
 
 @contextmanager
 def watched(model: Any, encode: Callable[..., Tensor], whole: Size, policy: OomPolicy) -> Iterator[WatchedEncode]:
-    """Let the model's `encode` be that function inside, watched; `whole` is the size of the picture that it will get.
+    """Replace the model's `encode` inside by `encode`, watched. `whole` is the size of the image that it will get.
 
-    A model that tiles by itself has an `encode_tiled`, to which ComfyUI turns when memory runs out. It is watched too.
+    Some models have an `encode_tiled`, which ComfyUI calls when memory runs out. It is watched too.
     """
     watch = WatchedEncode(encode, whole, policy)
     replaced: dict[str, Any] = {"encode": watch}
@@ -95,5 +97,5 @@ def watched(model: Any, encode: Callable[..., Tensor], whole: Size, policy: OomP
         yield watch
     finally:
         for name in replaced:
-            del vars(model)[name]  # the class' own is back
+            del vars(model)[name]  # uncovers the method of the class
         vars(model).update(before)

@@ -1,13 +1,16 @@
 """A 3 x 3 convolution in half the multiplications: Winograd's F(4, 3) along the width.
 
-Four neighbouring outputs of a three-tap filter take 12 multiplications one by one, and 6 by way of polynomials:
-y = A' [(G g) * (B' d)] in the notation of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016),
-where d are the six inputs that the four outputs y see, g is the filter, and * multiplies element by element. Over all channels
-and the three rows of the kernel, those products are matrix products, and they take nearly all of the time; B' and A' are a
-few additions for each number. Rows stay as they are, so that pictures can be convolved in strips of any height.
+Four neighbouring outputs of a filter with three taps take 12 multiplications one by one, and 6 as a product of polynomials:
 
-The additions cost accuracy: the rounding error is a few times that of a direct convolution, some 1e-6 of the result's standard
-deviation in float32. Half precision could not spare that.
+    y = A' [(G g) * (B' d)]
+
+The notation is that of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016): d are the six inputs
+on which the four outputs y depend, g is the filter, * multiplies element by element, and ' transposes. Over all channels and
+the three rows of the kernel, those products are matrix products, and they take nearly all of the time. B' and A' are a few
+additions for each number. Rows stay as they are, so images can be convolved in strips of any height.
+
+The additions cost accuracy: in float32 the rounding error is about 1e-6 of the result's standard deviation, a few times that
+of a direct convolution. In half precision, which has 2 or 3 digits, the loss would be too large.
 """
 
 from __future__ import annotations
@@ -15,8 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TILE = 4  # outputs that are computed together
+TILE = 4  # outputs that are computed together: the 4 of F(4, 3)
 
+POINTS = 6  # products for one tile: TILE + 3 taps - 1
+
+# The factors of a kernel's three taps in each product, from the paper's section on F(4x4, 3x3). Row k is the filter as a
+# polynomial at the point 0, 1, -1, 2, -2 or infinity, divided so that B' and A' have whole numbers.
 G = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -27,21 +34,26 @@ G = (
 )
 
 WORTH_IT = 64
+"""The least in * out / (in + out), in channels, for which this is faster. Measured on a CPU: kernels
+of 192 x 96 channels, which have 64, are worth it; those of 96 x 96, which have 48, are not."""
 
 
 def is_worth_it(weight: Tensor) -> bool:
-    """Whether a float32 kernel `[out, in, 3, 3]` on a CPU is faster this way than directly.
+    """Return whether a kernel `[out, in, 3, 3]` is float32 and faster this way than directly on a CPU.
 
-    The additions grow with in + out, the products that are saved with in * out; where they balance was measured.
+    The additions grow with in + out and the saved multiplications with in * out, so the ratio of these decides.
     """
     outputs, inputs, *_ = weight.shape
     return weight.dtype == torch.float32 and inputs * outputs >= WORTH_IT * (inputs + outputs)
 
 
 def transformed_kernel(weight: Tensor) -> Tensor:
-    """The kernel `[out, in, 3, 3]` as `[3, 6, in, out]`: for each of its rows G g, ready for the matrix products."""
+    """Return the kernel `[out, in, 3, 3]` as `[3, 6, in, out]`: G g of each of its rows, ready for the matrix products.
+
+    It is computed in float64 and rounded once, to the kernel's dtype.
+    """
     outputs, inputs, rows, _ = weight.shape
-    kernel = weight.new_empty(rows, len(G), inputs, outputs)
+    kernel = weight.new_empty(rows, POINTS, inputs, outputs)
     taps = weight.permute(3, 2, 1, 0).double()
     for point, factors in enumerate(G):
         kernel[:, point] = sum(factor * tap for factor, tap in zip(factors, taps, strict=True))
@@ -49,20 +61,28 @@ def transformed_kernel(weight: Tensor) -> Tensor:
 
 
 def convolve(window: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """The convolution of `[height + 2, 4 n + 2, in]`, zeros around the picture included: `[height, 4 n, out]`."""
+    """Return the convolution of a window `[height + 2, 4 n + 2, in]`, `[height, 4 n, out]`.
+
+    `kernel` is a `transformed_kernel`, `bias` is `[out]`. The window has a border of one row or column on each side: zeros, or
+    the neighbouring rows of the image.
+    """
     height, tiles = window.shape[0] - 2, (window.shape[1] - 2) // TILE
     points = _transformed_input(window, tiles)
     rows = [points[:, row : row + height].flatten(1, 2) for row in range(3)]
     products = torch.bmm(rows[0], kernel[0])
     products.baddbmm_(rows[1], kernel[1]).baddbmm_(rows[2], kernel[2])
     products[1] += bias  # A' [0, b, 0, 0, 0, 0] = [b, b, b, b]
-    return _outputs(products.view(6, height, tiles, -1))
+    return _outputs(products.view(POINTS, height, tiles, -1))
 
 
 def _transformed_input(window: Tensor, tiles: int) -> Tensor:
-    """B' d: `[6, height, tiles, channels]`."""
-    d = [window[:, tap : tap + TILE * tiles - 3 : TILE] for tap in range(6)]
-    points = window.new_empty(6, window.shape[0], tiles, window.shape[2])
+    """Return B' d of each tile, `[6, height, tiles, channels]`. Tile t has the inputs 4 t to 4 t + 5 of its row.
+
+    B' = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0],
+    [0, 4, 0, -5, 0, 1]]. Its rows 1 and 2, and 3 and 4, differ in the signs of the odd inputs alone and share their halves.
+    """
+    d = [window[:, tap : tap + TILE * tiles - 3 : TILE] for tap in range(POINTS)]
+    points = window.new_empty(POINTS, window.shape[0], tiles, window.shape[2])
     torch.sub(d[4], d[2], alpha=5, out=points[0]).add_(d[0], alpha=4)
     torch.sub(d[5], d[3], alpha=5, out=points[5]).add_(d[1], alpha=4)
     even, odd = torch.sub(d[4], d[2], alpha=4), torch.sub(d[3], d[1], alpha=4)
@@ -76,7 +96,10 @@ def _transformed_input(window: Tensor, tiles: int) -> Tensor:
 
 
 def _outputs(m: Tensor) -> Tensor:
-    """A' m: of `[6, height, tiles, channels]`, which is overwritten, the outputs side by side."""
+    """Return A' m, `[height, 4 tiles, channels]`, of the products `[6, height, tiles, channels]`, which are overwritten.
+
+    A' = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]].
+    """
     _, height, tiles, channels = m.shape
     outputs = m.new_empty(height, TILE * tiles, channels)
     y = [outputs[:, place::TILE] for place in range(TILE)]

@@ -1,4 +1,4 @@
-"""`--mode inspect`: what it finds of real latents, how it shows that, and what it writes."""
+"""`--mode inspect`: its findings about real latents, how it shows them, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from PIL import Image
 from config import Settings
 from latent_encoder import inspection
 from latent_encoder.geometry import Size, latent_crop
-from latent_encoder.inspection.findings import Inspection, LatentSpace, channel_statistics
+from latent_encoder.inspection.findings import Inspection, NamedSpace, channel_statistics
+from latent_encoder.inspection.images import fitting_crop
 from latent_encoder.inspection.page import HISTOGRAM_WIDTH, histogram
-from latent_encoder.inspection.pictures import fitting_crop
 from latent_encoder.inspection.text import drawing, printable
 from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.latent_files import SUFFIXES, latent_bytes
@@ -61,19 +61,19 @@ def inspect(encoder: LatentEncoder, settings: Settings, capsys: pytest.CaptureFi
 
 @pytest.fixture(scope="module")
 def encoded(encoder: LatentEncoder, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> SuccessResponse:
-    """One latent of a photo, to be copied."""
+    """Encode one photo, whose latent is copied by the tests."""
     return encoder.encode(request_for(settings, tmp_path_factory.mktemp("encoded"), "photo.jpg", {}))
 
 
 @pytest.fixture
 def latent(encoded: SuccessResponse, tmp_path: Path) -> Path:
-    """A latent of the test's own, with its scaled image and its metadata beside it."""
+    """Return a latent of the test's own, with its scaled image and its metadata beside it."""
     shutil.copytree(Path(encoded.latent_file_path).parent, tmp_path, dirs_exist_ok=True)
     return tmp_path / Path(encoded.latent_file_path).name
 
 
 def edit_metadata(latent: Path, **fields: Any) -> None:
-    """Change what stands in the metadata beside a latent."""
+    """Change fields of the metadata beside a latent."""
     path = Path(f"{latent}.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
@@ -83,14 +83,14 @@ def no_constant(name: str) -> NoReturn:
 
 
 def test_a_sound_latent(latent: Path, encoded: SuccessResponse, run_main: RunMain) -> None:
-    """As a process: shape, dtype, each channel, the metadata and the hashes on standard output, and the picture beside it."""
+    """The process prints shape, dtype, each channel, metadata and checksums, and writes the preview beside the latent."""
     done = run_main("--mode", "inspect", latent)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"shape +" + re.escape(str(list(encoded.latent_shape))), done.stdout)
     assert re.search(r"dtype +float32\n", done.stdout)
     assert len(re.findall(r"^ +\d+( +-?\d+\.\d{4}){4}$", done.stdout, re.MULTILINE)) == 16
     assert re.search(r"image_sha256 +" + encoded.metadata.image_sha256, done.stdout)
-    assert re.findall(r"hash of (\S+) +ok", done.stdout) == [
+    assert re.findall(r"checksum of (\S+) +ok", done.stdout) == [
         "latent_photo_test.pt",
         "scaled_image_photo_test.png",
     ]
@@ -100,7 +100,7 @@ def test_a_sound_latent(latent: Path, encoded: SuccessResponse, run_main: RunMai
 
 
 def test_documented_output_is_that_of_a_run(encode: Encode, inspect: Inspect) -> None:
-    """The example in the documentation has the lines that are printed, but for the values in them."""
+    """The example in the documentation has the printed lines, except for their values."""
     page = (PROJECT / "docs" / "command-line.md").read_text(encoding="utf-8")
     shown = re.findall(r"```text\n(.*?)```", page.split("\n## Look into a latent file\n")[1], re.DOTALL)[0]
     printed = inspect(encode("astronaut_masked.png", request_id="123").latent_file_path).out
@@ -112,7 +112,7 @@ def test_documented_output_is_that_of_a_run(encode: Encode, inspect: Inspect) ->
 
 
 def test_wrong_usage_is_status_2(inspect: Inspect, run_main: RunMain, tmp_path: Path) -> None:
-    """No file at all, or two whose pictures would have one name."""
+    """No file, or two whose previews would have one name, is wrong usage."""
     done = run_main("--mode", "inspect")
     assert (done.returncode, done.stdout) == (2, "")
     assert "Inspect mode needs latent files" in done.stderr
@@ -124,7 +124,7 @@ def test_wrong_usage_is_status_2(inspect: Inspect, run_main: RunMain, tmp_path: 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
 def test_statistics_are_those_of_the_standard_library(values: list[float]) -> None:
-    """Mean and population deviation, with another implementation to compare."""
+    """Mean and population deviation are those of another implementation."""
     (channel,) = channel_statistics(torch.tensor(values).view(1, 1, 1, -1))
     assert channel.mean == pytest.approx(statistics.fmean(values), rel=1e-9, abs=1e-6)
     assert channel.deviation == pytest.approx(statistics.pstdev(values), rel=1e-6, abs=1e-4)
@@ -134,7 +134,7 @@ def test_statistics_are_those_of_the_standard_library(values: list[float]) -> No
 @pytest.mark.parametrize("latent_format", SUFFIXES)
 @pytest.mark.parametrize("frames", [False, True])
 def test_formats_without_metadata(latent_format: LatentFormat, frames: bool, tmp_path: Path, inspect: Inspect) -> None:
-    """Each is read for what it is; that the metadata is not there is said, and is no error."""
+    """Each format is recognised; missing metadata is noted, and is no error."""
     latent = torch.arange(4 * 5 * 6).view(1, 4, 5, 6) / 10
     path = tmp_path / f"latent_x{SUFFIXES[latent_format]}"
     path.write_bytes(latent_bytes(latent, latent_format, frames=frames, header={}))
@@ -163,14 +163,14 @@ def test_formats_without_metadata(latent_format: LatentFormat, frames: bool, tmp
 
 
 def test_precision_is_that_of_the_file(tmp_path: Path, inspect: Inspect) -> None:
-    """What others saved in half of it is shown so."""
+    """The dtype of a latent that another program saved in half precision is shown."""
     torch.save(torch.full((1, 4, 2, 2), 0.1, dtype=torch.bfloat16), tmp_path / "half.pt")
     found = json.loads(inspect(tmp_path / "half.pt", html=True, as_json=True).out)
     assert (found["dtype"], found["channels"][0]["mean"]) == ("bfloat16", pytest.approx(0.1, rel=1e-2))
 
 
 def test_json_has_the_metadata_and_one_line_a_file(encode: Encode, inspect: Inspect) -> None:
-    """Each line stands for itself."""
+    """Each file is one line of JSON."""
     responses = [encode("photo.jpg", request_id=name) for name in ("a", "b")]
     done = inspect(*(response.latent_file_path for response in responses), as_json=True)
     found = [json.loads(line) for line in done.out.splitlines()]
@@ -180,7 +180,7 @@ def test_json_has_the_metadata_and_one_line_a_file(encode: Encode, inspect: Insp
 
 
 def test_latent_space_of_the_metadata_is_no_guess(latent: Path, inspect: Inspect) -> None:
-    """What was recorded counts, not the number of channels."""
+    """The recorded latent space counts, not the one of the count of channels."""
     edit_metadata(latent, latent_space="Flux")
     found = json.loads(inspect(latent, as_json=True).out)
     assert (found["latent_space"], found["latent_space_guessed"]) == ("Flux", False)
@@ -195,7 +195,7 @@ def test_latent_space_of_the_metadata_is_no_guess(latent: Path, inspect: Inspect
     ],
 )
 def test_unusable_metadata_is_said_and_no_error(text: str, words: str, latent: Path, inspect: Inspect) -> None:
-    """The latent is shown all the same."""
+    """The latent is shown nevertheless."""
     Path(f"{latent}.json").write_text(text)
     done = inspect(latent, as_json=True)
     assert (done.status, json.loads(done.out)["ok"]) == (0, True)
@@ -203,7 +203,7 @@ def test_unusable_metadata_is_said_and_no_error(text: str, words: str, latent: P
 
 
 def test_what_differs_or_is_missing_is_status_1(encode: Encode, inspect: Inspect) -> None:
-    """A line on standard error for each, and the sound one is shown too."""
+    """Each changed or missing file is a line on standard error, and the intact latent is shown too."""
     changed, gone, sound = (Path(encode("photo.jpg", request_id=name).latent_file_path) for name in ("a", "b", "c"))
     Image.new("RGB", (9, 9)).save(OutputFiles.of(changed).scaled_image)
     OutputFiles.of(gone).scaled_image.unlink()
@@ -213,20 +213,20 @@ def test_what_differs_or_is_missing_is_status_1(encode: Encode, inspect: Inspect
     assert [line["hashes"]["scaled_image"] for line in found] == ["differs", "missing", "ok"]
     assert [line["ok"] for line in found] == [False, False, True]
     assert done.err.splitlines() == [
-        f"Error: {changed}: scaled_image_photo_a.png is not the file that the metadata names: its hash differs.",
+        f"Error: {changed}: scaled_image_photo_a.png is not the file that the metadata names: its checksum differs.",
         f"Error: {gone}: scaled_image_photo_b.png is missing.",
     ]
 
 
 def test_altered_latent_is_found(latent: Path, inspect: Inspect) -> None:
-    """Another tensor under the same name."""
+    """Another tensor under the same name has another checksum."""
     torch.save(load_latent(latent) + 1, latent)
     done = inspect(latent, as_json=True)
     assert (done.status, json.loads(done.out)["hashes"]["latent"]) == (1, "differs")
 
 
 def test_values_that_are_not_finite_are_status_1(tmp_path: Path, inspect: Inspect) -> None:
-    """Said, left out of the statistics, and null in JSON where nothing is left; page and picture are made all the same."""
+    """They are reported and left out of the statistics, which are null without values; page and preview are made."""
     latent = torch.ones(1, 3, 4, 4)
     latent[0, 1, 0, 0], latent[0, 2] = float("inf"), float("nan")
     torch.save(latent, tmp_path / "latent_x.pt")
@@ -241,7 +241,7 @@ def test_values_that_are_not_finite_are_status_1(tmp_path: Path, inspect: Inspec
 
 
 def test_files_that_are_no_latents(tmp_path: Path, latent: Path, inspect: Inspect) -> None:
-    """One line each that names the file, and the others are shown."""
+    """Each is one line that names the file, and the other files are shown."""
     (tmp_path / "text.pt").write_text("no tensor")
     torch.save({"weight": torch.ones(1, 4, 2, 2)}, tmp_path / "dictionary.pt")
     torch.save(torch.ones(4, 2, 2), tmp_path / "three_dimensions.pt")
@@ -259,7 +259,7 @@ def test_files_that_are_no_latents(tmp_path: Path, latent: Path, inspect: Inspec
 
 
 def test_preview_has_the_covered_part_of_the_image_at_its_left(encode: Encode, inspect: Inspect) -> None:
-    """Without metadata too: what the latent covers follows from the sizes."""
+    """Without metadata too, the part that the latent covers follows from the sizes."""
     response = encode("astronaut_masked.png", megapixels=0.021)
     files = OutputFiles.of(Path(response.latent_file_path))
     files.metadata.unlink()
@@ -273,7 +273,7 @@ def test_preview_has_the_covered_part_of_the_image_at_its_left(encode: Encode, i
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 4, 8, 16, 32]))
 def test_crop_follows_from_the_sizes(width: int, height: int, factor: int) -> None:
-    """Whatever the VAE's factor is; an image of another latent does not fit."""
+    """The part is right for every factor of a VAE; an image of another latent does not fit."""
     size = Size(max(width, factor), max(height, factor))
     found = inspection_of(torch.zeros(1, 1, size.height // factor, size.width // factor))
     assert fitting_crop(found, size) == latent_crop(size, factor)
@@ -281,12 +281,12 @@ def test_crop_follows_from_the_sizes(width: int, height: int, factor: int) -> No
 
 
 def inspection_of(latent: torch.Tensor) -> Inspection:
-    files, space = OutputFiles.of(Path("latent_x.pt")), LatentSpace(None, guessed=False)
+    files, space = OutputFiles.of(Path("latent_x.pt")), NamedSpace(None, guessed=False)
     return Inspection(files, "pt", latent, (), metadata=None, metadata_note=None, checks=(), space=space)
 
 
 def test_image_of_another_latent_is_left_out(latent: Path, inspect: Inspect) -> None:
-    """The latent's picture stands alone then."""
+    """The preview then shows the latent alone."""
     files = OutputFiles.of(latent)
     files.metadata.unlink()
     Image.new("RGB", (40, 300)).save(files.scaled_image)
@@ -297,7 +297,7 @@ def test_image_of_another_latent_is_left_out(latent: Path, inspect: Inspect) -> 
 
 
 def test_whole_preview_is_left_and_a_damaged_one_written_anew(latent: Path, inspect: Inspect) -> None:
-    """No more than its file is judged, where the metadata does not name it."""
+    """A damaged preview that the metadata does not name is replaced."""
     files = OutputFiles.of(latent)
     Image.new("RGB", (5, 5)).save(files.preview)
     whole = files.preview.read_bytes()
@@ -311,7 +311,7 @@ def test_whole_preview_is_left_and_a_damaged_one_written_anew(latent: Path, insp
 
 
 def test_output_dir_takes_what_is_written(tmp_path: Path, latent: Path, inspect: Inspect) -> None:
-    """It is made, and nothing appears beside the latent."""
+    """The folder is made, and nothing appears beside the latent."""
     before = sorted(tmp_path.iterdir())
     found = json.loads(inspect(latent, html=True, as_json=True, output_dir=str(tmp_path / "looked" / "at")).out)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "looked"])
@@ -320,7 +320,7 @@ def test_output_dir_takes_what_is_written(tmp_path: Path, latent: Path, inspect:
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, latent: Path, inspect: Inspect) -> None:
-    """A preview that is not written is a warning, a page that was asked for is an error; all else is shown."""
+    """An unwritten preview is a warning, an unwritten page an error; the findings are shown."""
     (tmp_path / "file").touch()
     done = inspect(latent, output_dir=str(tmp_path / "file"))
     assert (done.status, "mean" in done.out) == (0, True)
@@ -330,22 +330,22 @@ def test_folder_that_cannot_be_written(tmp_path: Path, latent: Path, inspect: In
     assert "no page was written. Cannot write to output directory" in done.err.splitlines()[-1]
 
 
-def test_without_comfyui_all_but_the_pictures_is_there(tmp_path: Path, encode: Encode, inspect: Inspect) -> None:
-    """One warning that says why, however many files there are; the page has the other pictures."""
+def test_without_comfyui_only_the_images_are_missing(tmp_path: Path, encode: Encode, inspect: Inspect) -> None:
+    """There is one warning with the reason for all files; the page has the other images."""
     latents = [Path(encode("photo.jpg", request_id=name).latent_file_path) for name in ("a", "b")]
     done = inspect(*latents, html=True, as_json=True, comfyui_path=tmp_path / "nowhere")
     found = [json.loads(line) for line in done.out.splitlines()]
     assert (done.status, [line["preview"] for line in found]) == (0, [None, None])
     assert len(found[0]["channels"]) == 16
     (warning,) = done.err.splitlines()
-    assert warning.startswith("Warning: No pictures of latents")
+    assert warning.startswith("Warning: No images of latents")
     assert "No ComfyUI in" in warning
     assert len(parsed(found[0]["page"]).sources) == 1
     assert not OutputFiles.of(latents[0]).preview.exists()
 
 
 class Page(HTMLParser):
-    """What a page has, and whether every element is closed where it should be."""
+    """The contents of a page; every element has to be closed in order."""
 
     VOID = ("meta", "img", "path")
 
@@ -359,7 +359,7 @@ class Page(HTMLParser):
 
     @property
     def sources(self) -> list[str]:
-        """Everything that a browser would fetch or go to."""
+        """The URLs that a browser would fetch or go to."""
         names = ("src", "href", "srcset", "action", "data", "poster", "background", "xlink:href")
         return [value for name, value in self.attributes if name in names]
 
@@ -392,7 +392,7 @@ def parsed(path: str | Path) -> Page:
 
 
 def test_page_needs_nothing_from_outside(latent: Path, inspect: Inspect) -> None:
-    """Pictures are in it; nothing is fetched, linked or run; each picture, table and histogram can be read out."""
+    """Images are embedded; nothing is fetched, linked or run; each image, table and histogram has a text alternative."""
     done = inspect(latent, html=True)
     assert (done.status, done.err) == (0, "")
     page = parsed(f"{latent}.html")
@@ -410,7 +410,7 @@ def test_page_needs_nothing_from_outside(latent: Path, inspect: Inspect) -> None
 def test_pictures_of_the_encoder_are_checked_shown_and_made_again(
     encoder: LatentEncoder, settings: Settings, tmp_path: Path, inspect: Inspect
 ) -> None:
-    """A preview that the metadata names and that is gone is an error once: what is written anew has the same bytes."""
+    """A missing preview that the metadata names is an error once, because it is written anew with the same bytes."""
     with_pictures = LatentEncoder(settings.model_copy(update={"preview": True, "roundtrip": True}), encoder.runtime)
     response = with_pictures.encode(request_for(settings, tmp_path, "astronaut_masked.png", {"megapixels": 0.021}))
     latent = Path(response.latent_file_path)
@@ -423,7 +423,7 @@ def test_pictures_of_the_encoder_are_checked_shown_and_made_again(
 
 
 def test_what_metadata_holds_is_text(latent: Path, inspect: Inspect) -> None:
-    """No markup in the page, and nothing that steers the terminal."""
+    """Names and metadata are neither markup in the page nor control characters on the terminal."""
     hostile = "<script>alert(1)</script><img src=http://example.com/x> \" onload='x' \x1b[2J\x9b \r"
     edit_metadata(latent, vae_model_name=hostile, latent_space=hostile)
     done = inspect(latent, html=True)
@@ -437,13 +437,13 @@ def test_what_metadata_holds_is_text(latent: Path, inspect: Inspect) -> None:
 
 @given(st.text())
 def test_printable_text_has_no_controls(text: str) -> None:
-    """And what is printable already stays as it is."""
+    """Printable text stays unchanged."""
     assert printable(text).isprintable()
     assert printable(printable(text)) == printable(text)
 
 
 def test_histogram_is_highest_where_most_values_are() -> None:
-    """48 steps over the range; a single value fills one of them."""
+    """It has 48 steps over the range; a single value fills one of them."""
     shown = histogram(torch.tensor([0.5] * 9 + [47.5]), 0.0, 48.0)
     tops = [float(height) for height in re.findall(r"V([\d.]+)H", shown.outline)]
     assert len(tops) == 48
@@ -455,7 +455,7 @@ def test_histogram_is_highest_where_most_values_are() -> None:
 
 @pytest.mark.parametrize(("columns", "lines"), [(20, 50), (200, 10), (1, 1)])
 def test_drawing_fits_the_terminal(columns: int, lines: int) -> None:
-    """It is made smaller, keeps its shape, and is never wider than the window but for a single cell."""
+    """It is shrunk in proportion, and is wider than the window only if that has no room for one cell."""
     rows = drawing(torch.rand(1, 60, 90, 3), columns, lines).split("\n")
     widths = {row.count("▀") for row in rows}
     assert len(widths) == 1
@@ -464,7 +464,7 @@ def test_drawing_fits_the_terminal(columns: int, lines: int) -> None:
 
 
 def test_terminal_gets_the_picture_in_colours(latent: Path, encoded: SuccessResponse) -> None:
-    """As a process in a pseudo-terminal: the upper half of a character is one cell, the lower half the next."""
+    """In a terminal, the upper half of a character is one cell, the lower half the next."""
     environment = {**os.environ, "TERM": "xterm-256color"}
     environment.pop("NO_COLOR", None)
     command = [str(PROJECT / "main.py"), "--mode", "inspect", str(latent)]
@@ -492,7 +492,7 @@ def test_terminal_gets_the_picture_in_colours(latent: Path, encoded: SuccessResp
 def test_colours_only_where_they_are_wanted(
     variables: dict[str, str], drawn: bool, latent: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a terminal, but for NO_COLOR and for terminals that have none; never with --json."""
+    """It is drawn on a terminal with colours, and neither with NO_COLOR nor with --json."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

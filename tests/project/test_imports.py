@@ -21,6 +21,7 @@ PACKAGE = "latent_encoder"
 
 LAYERS = """
 main
+modes
 cli : standalone : kafka_handler : doctor : inspection
 stages : kafka : installer
 service
@@ -29,6 +30,7 @@ vae
 images
 trial
 comfy_runtime
+comfy_import
 images.features
 images.input_folder : images.jpeg_markers
 access
@@ -51,7 +53,7 @@ NEVER_REACHED = {"kafka": {"torch", "service"}}
 
 BESIDE_THE_PRODUCT = {"tests", "fuzz", "benchmarks", "scripts"}
 
-MAY_IMPORT_COMFYUI = {"utils", "comfy_runtime"}
+MAY_IMPORT_COMFYUI = {"utils", "comfy_import", "comfy_runtime"}
 
 KNOWN = {
     ("latent_encoder.standalone.run", "latent_encoder.cli.parsing"),
@@ -172,7 +174,7 @@ def wrong_name(found: Import) -> Iterator[Wrong]:
     if top in BESIDE_THE_PRODUCT:
         yield found.wrong("the product imports nothing from there")
     if top in comfyui_names() and part_of(found.importer) not in MAY_IMPORT_COMFYUI:
-        yield found.wrong(f"only {' and '.join(sorted(MAY_IMPORT_COMFYUI))} import ComfyUI")
+        yield found.wrong(f"only {', '.join(sorted(MAY_IMPORT_COMFYUI))} import ComfyUI")
 
 
 def reached(found: list[Import]) -> Iterator[Wrong]:

@@ -1,4 +1,4 @@
-"""What is counted is what happened."""
+"""The metrics of Kafka mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Value = Callable[..., float]
 
 @pytest.fixture
 def grown() -> Value:
-    """By how much a metric grew since the test began."""
+    """Return the growth of a metric since the test began."""
 
     def samples() -> dict[tuple[str, ...], float]:
         families = REGISTRY.collect()
@@ -40,7 +40,7 @@ def no_lag() -> Iterator[None]:
 def test_every_way_that_a_request_can_end_is_counted(
     bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value, events: Events
 ) -> None:
-    """Success, error, retries and dead letter, a request that comes again, a message that is none; each of them once."""
+    """A success, an error, retries with a dead letter, a redelivery and an unusable message each count once."""
     (bench.folder / "file").touch()
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings, kafka_max_retries=2, kafka_retry_backoff_s=0.05)):
@@ -80,7 +80,7 @@ def test_every_way_that_a_request_can_end_is_counted(
 
 
 def test_dropped_requests_are_counted(bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value) -> None:
-    """Taken and not begun when the worker is stopped: another one gets it."""
+    """A request that was taken and not begun when the worker stops counts as dropped."""
     with bench.worker(encoder, bench.settings(settings)) as worker:
         bench.send({"request_id": "first", **SECONDS_LONG})
         bench.send({"request_id": "second", **SECONDS_LONG})
@@ -91,7 +91,7 @@ def test_dropped_requests_are_counted(bench: Bench, encoder: LatentEncoder, sett
 
 
 def test_lag_is_what_waits(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """While one request is encoded, those behind it; nothing when all is answered."""
+    """The lag counts the requests in flight and those behind them, and is zero once all have a response."""
 
     def lag() -> float | None:
         return REGISTRY.get_sample_value("latent_encoder_consumer_lag", {"topic": bench.request_topic, "partition": "0"})

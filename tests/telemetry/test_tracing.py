@@ -22,7 +22,7 @@ TRACEPARENT = f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01".encode()
 
 @pytest.fixture(scope="module")
 def exporter() -> InMemorySpanExporter:
-    """What is exported in this process, which can have one provider only."""
+    """Collect the spans that this process exports; a process can have one provider only."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
@@ -36,7 +36,7 @@ def spans(exporter: InMemorySpanExporter) -> InMemorySpanExporter:
 
 
 def children(spans: InMemorySpanExporter, of: ReadableSpan) -> list[str]:
-    """The names of a span's children, in the order in which they ended."""
+    """Return the names of a span's children, in the order of their ends."""
     context = of.get_span_context()
     assert context is not None
     return [
@@ -47,7 +47,7 @@ def children(spans: InMemorySpanExporter, of: ReadableSpan) -> list[str]:
 def test_request_is_a_span_of_the_trace_in_its_headers(
     bench: Bench, encoder: LatentEncoder, settings: Settings, spans: InMemorySpanExporter
 ) -> None:
-    """With a child for each step that it came to, and its error; one without a trace in its headers begins its own."""
+    """The span has a child for each step that the request reached, and its error; without a trace it begins one."""
     with bench.worker(encoder, bench.settings(settings)):
         bench.send({"request_id": "good"}, headers=(("traceparent", TRACEPARENT), ("odd", b"\xff"), ("none", None)))
         bench.send({"request_id": "bad", "image_path": "/no"})
@@ -74,7 +74,7 @@ def test_request_is_a_span_of_the_trace_in_its_headers(
 
 
 def test_worker_exports_as_the_environment_says(bench: Bench) -> None:
-    """OpenTelemetry's own variables; spans on the console do not end up on standard output."""
+    """OpenTelemetry's own variables configure it; spans for the console do not go to standard output."""
     with bench.process(OTEL_TRACES_EXPORTER="console", OTEL_RESOURCE_ATTRIBUTES="service.name=mine") as process:
         bench.send({"request_id": "r"}, headers=(("traceparent", TRACEPARENT),))
         answers(bench.responses, 1)
@@ -88,14 +88,14 @@ def test_worker_exports_as_the_environment_says(bench: Bench) -> None:
 
 
 def test_exporter_that_is_not_installed_is_wrong_usage(bench: Bench) -> None:
-    """With what to install."""
+    """The error names the package to install."""
     with bench.process(OTEL_EXPORTER_OTLP_ENDPOINT="http://localhost:4317", OTEL_TRACES_EXPORTER="zipkin_json") as process:
         assert process.end() == 2
         assert "pip install opentelemetry-exporter-zipkin-json" in process.log_file.read_text()
 
 
 def test_worker_without_opentelemetry(bench: Bench) -> None:
-    """It is optional: a worker that has none answers all the same, and says so only where tracing is configured."""
+    """A worker without it serves requests, and logs the lack only if tracing is configured."""
     (bench.folder / "opentelemetry.py").write_text("raise ImportError('not installed')")
     environment = {"PYTHONPATH": str(bench.folder), "OTEL_TRACES_EXPORTER": "console"}
     with bench.process(**environment) as process:

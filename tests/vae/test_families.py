@@ -1,4 +1,4 @@
-"""Families by tensors' names and shapes: of files, of the models that ComfyUI and diffusers make, and of what is none."""
+"""Families by the names and shapes of tensors: of files, of models that ComfyUI and diffusers make, and of other content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from latent_encoder.vae.families import FAMILIES, family_of, read_shapes
+from latent_encoder.vae.families import FAMILIES, family_of
+from latent_encoder.vae.weights_files import read_shapes
 from service import LatentEncoder
 from tests.helpers import PROJECT, TINY_VAE
 
@@ -27,7 +28,7 @@ def latent_space(shapes: Any, file_name: str) -> str | None:
 
 
 def shapes_of(make: Callable[[], torch.nn.Module]) -> dict[str, tuple[int, ...]]:
-    """The shapes in a model's state, without the memory and the time that its weights would take."""
+    """Return the shapes in a model's state, without the memory and the time that its weights would take."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
 
@@ -114,19 +115,19 @@ def test_the_naming_of_diffusers(model: str, arguments: dict[str, Any], expected
     assert latent_space(shapes_of(lambda: make(**arguments)), "diffusion_pytorch_model.safetensors") == expected
 
 
-def test_a_checkpoints_vae_is_none_for_vae_loader(kl_shapes: dict[str, tuple[int, ...]]) -> None:
-    """VAELoader takes no such file either: a checkpoint is loaded by another node."""
+def test_the_vae_in_a_checkpoint_is_of_no_family(kl_shapes: dict[str, tuple[int, ...]]) -> None:
+    """A checkpoint has a prefix in front of its VAE's names. VAELoader does not load it either: another node does."""
     assert family_of({f"first_stage_model.{name}": shape for name, shape in kl_shapes.items()}, "sd15.safetensors") is None
 
 
 def test_every_latent_space_is_one_of_comfyui(encoder: LatentEncoder) -> None:
-    """Where the release is one that knows the family."""
+    """The latent space of each family that this release encodes with is a class of this release."""
     known = [family for family in FAMILIES if family.latent_space and family.fault(encoder.runtime.version) is None]
     assert len(known) > 20
     assert [family.name for family in known if encoder.runtime.latent_format(str(family.latent_space)) is None] == []
 
 
-def test_a_family_that_a_release_does_not_have_is_told_with_the_first_that_has_it() -> None:
+def test_a_family_that_a_release_lacks_is_reported_with_the_first_that_has_it() -> None:
     seedvr2 = next(family for family in FAMILIES if family.name == "SeedVR2")
     assert seedvr2.fault("0.3.75") == "it is SeedVR2, which needs a newer ComfyUI than 0.3.75; 0.33.0 is tested with it"
     assert seedvr2.fault("0.33.0") is None
@@ -155,7 +156,7 @@ def test_reading_shapes_runs_no_pickle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vae.safetensors", "vae.pt"])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04no archive", b"neither of them"])
-def test_what_holds_no_weights_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+def test_file_without_weights_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises((SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile)):
         read_shapes(tmp_path / name)

@@ -1,4 +1,4 @@
-"""VAE files: found, checked, kept loaded, and never trusted to be whole."""
+"""VAE files: finding them, refusing damaged and incomplete ones, and keeping VAEs loaded."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TINY = PROJECT / "tiny_vae" / TINY_VAE
 
 
 def whole(beside: Path) -> Path:
-    """A sound VAE file of the Wan family that this tree loads; `beside` is any file of VAEs in the model folder."""
+    """Return a sound VAE file of the Wan family that this tree loads; `beside` is any path in the VAEs' folder."""
     return TINY if VAE == TINY_VAE else beside.with_name(VAE)
 
 
 class Called:
-    """A pickle that calls something when it is loaded."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, call: Callable[..., object], *arguments: object) -> None:
         self.call, self.arguments = call, arguments
@@ -44,7 +44,7 @@ class Called:
 
 
 def malicious(path: Path) -> Called:
-    """What makes a folder when it is loaded."""
+    """Return an object whose pickle creates a folder when it is loaded."""
     return Called(os.mkdir, str(path.with_suffix(".executed")))
 
 
@@ -98,7 +98,7 @@ def malicious_torch_file(path: Path) -> None:
 
 
 def asks_for_memory(path: Path) -> None:
-    """Some bytes that are 100 gigabytes when they are unpickled."""
+    """Write a few bytes that allocate 100 gigabytes when they are unpickled."""
     path.write_bytes(pickle.dumps({"encoder": Called(bytearray, 10**11)}, protocol=2))
 
 
@@ -125,7 +125,7 @@ def for_objects(path: Path) -> None:
 
 
 def named_by_diffusers(path: Path) -> None:
-    """The beginning of AutoencoderKLWan."""
+    """Write the first tensors of diffusers' AutoencoderKLWan."""
     weights = {"decoder.conv_in.weight": torch.zeros(384, 16, 3, 3, 3)}
     save_file({**weights, "decoder.mid_block.resnets.0.norm1.gamma": torch.zeros(384, 1, 1, 1)}, path)
 
@@ -154,7 +154,7 @@ INVALID = {
 
 @pytest.mark.parametrize("name", INVALID)
 def test_file_that_cannot_encode_is_refused(name: str, model_dir: Path, answer: Encode, tmp_path: Path) -> None:
-    """VAE_MODEL_INVALID with the file and what is wrong with it; nothing in it is run and nothing is written."""
+    """The response is VAE_MODEL_INVALID with the file and the reason; no code in the file runs and nothing is written."""
     make, words = INVALID[name]
     path = model_dir / "vae" / name
     make(path)
@@ -169,7 +169,7 @@ def test_file_that_cannot_encode_is_refused(name: str, model_dir: Path, answer: 
 
 
 def test_decoder_is_not_needed(model_dir: Path, encode: Encode) -> None:
-    """A file without the tensors that only decoding uses encodes as the whole one does."""
+    """A file without tensors that only decoding uses gives the latent of the whole file."""
     weights = load_file(whole(model_dir / "vae" / VAE))
     for key in [key for key in weights if key.startswith(("decoder.upsamples", "conv2."))]:
         del weights[key]
@@ -186,20 +186,20 @@ def test_torch_file_of_plain_weights_is_fine(model_dir: Path, encode: Encode) ->
 
 
 @pytest.mark.parametrize("name", ["nowhere.safetensors", "sub/nowhere.safetensors", "taesd3"])
-def test_missing_model_is_answered_with_the_way_out(
+def test_error_for_a_missing_model_says_how_to_get_one(
     name: str, model_dir: Path, encoder: LatentEncoder, answer: Encode
 ) -> None:
-    """The message says where was looked, what is there, and both ways to get a model."""
-    there = encoder.runtime.vae_names()[0]  # other tests leave more files here than a message names
+    """The message has the folders that were searched, the files in them, and both ways to get a model."""
+    existing = encoder.runtime.vae_names()[0]  # the first, because other tests leave more files here than a message names
     response = answer("photo.jpg", vae_model_name=name)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.VAE_MODEL_NOT_FOUND
-    for words in (name, str(model_dir), str(PROJECT / "comfyui/models/vae"), there, "--download-vae", "MODEL_DIR"):
+    for words in (name, str(model_dir), str(PROJECT / "comfyui/models/vae"), existing, "--download-vae", "MODEL_DIR"):
         assert words in response.error_message
 
 
 def test_folders_are_searched_in_order(encoder: LatentEncoder, model_dir: Path) -> None:
-    """MODEL_DIR itself, its `vae/`, then ComfyUI's own, then that of `comfyui/` if another tree is used."""
+    """The order is MODEL_DIR itself, its `vae/`, ComfyUI's own folder, then that of `comfyui/` if another tree is used."""
     trees = dict.fromkeys([COMFYUI / "models/vae", PROJECT / "comfyui/models/vae"])
     assert [folder for folder in encoder.runtime.vae_folders() if folder in [model_dir, model_dir / "vae", *trees]] == [
         model_dir,
@@ -216,7 +216,7 @@ def test_name_in_a_sub_folder_is_found(model_dir: Path, answer: Encode) -> None:
 
 
 def test_vae_sha256_is_that_of_the_file(encode: Encode, model_dir: Path) -> None:
-    """Of the file's bytes, as `sha256sum` gives it."""
+    """`vae_sha256` equals the output of `sha256sum` for the file."""
     file = whole(model_dir / "vae" / VAE)
     expected = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True).stdout.split()[0]
     assert encode("photo.jpg").metadata.vae_sha256 == expected
@@ -224,7 +224,7 @@ def test_vae_sha256_is_that_of_the_file(encode: Encode, model_dir: Path) -> None
 
 @needs_pixel_space
 def test_vae_without_a_file_has_no_sha256(encode: Encode) -> None:
-    """The one that ComfyUI has built in."""
+    """`pixel_space` is built into ComfyUI."""
     assert encode("photo.jpg", vae_model_name="pixel_space").metadata.vae_sha256 is None
 
 
@@ -238,8 +238,8 @@ def test_vae_stays_loaded(encoder: LatentEncoder, settings: Settings) -> None:
     assert vae_of(cache, VAE) is vae_of(cache, VAE)
 
 
-def test_least_recently_used_vae_goes_first(encoder: LatentEncoder, settings: Settings) -> None:
-    """With room for two, a third one pushes out the one that was used longest ago."""
+def test_least_recently_used_vae_is_evicted_first(encoder: LatentEncoder, settings: Settings) -> None:
+    """With room for two, a third VAE evicts the one that was used longest ago."""
     cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 2}))
     wan, taesd = vae_of(cache, VAE), vae_of(cache, "taesd")
     assert vae_of(cache, VAE) is wan
@@ -249,10 +249,10 @@ def test_least_recently_used_vae_goes_first(encoder: LatentEncoder, settings: Se
 
 
 @pytest.mark.parametrize("make", [empty, text, truncated, asks_for_memory])
-def test_damaged_file_pushes_out_no_vae(
+def test_damaged_file_evicts_no_vae(
     make: Callable[[Path], None], encoder: LatentEncoder, settings: Settings, model_dir: Path
 ) -> None:
-    """With room for one, that one stays loaded when a request names a file that is damaged on its face."""
+    """With room for one, that VAE stays loaded when a request names a damaged file."""
     cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 1}))
     taesd = vae_of(cache, "taesd")
     name = f"{make.__name__}.{'pt' if make is asks_for_memory else 'safetensors'}"
@@ -262,8 +262,8 @@ def test_damaged_file_pushes_out_no_vae(
     assert vae_of(cache, "taesd") is taesd
 
 
-def test_replaced_file_is_loaded_anew(model_dir: Path, encode: Encode) -> None:
-    """After the file was replaced by other weights under its name, requests get the latents of the new ones."""
+def test_replaced_file_is_loaded_again(model_dir: Path, encode: Encode) -> None:
+    """After other weights have replaced a file under the same name, requests get the latents of the new weights."""
     path = model_dir / "vae" / "replaced.safetensors"
     shutil.copy(whole(path), path)
     before = encode("photo.jpg", vae_model_name=path.name)
@@ -278,10 +278,10 @@ def test_replaced_file_is_loaded_anew(model_dir: Path, encode: Encode) -> None:
 
 
 @needs_tiny_vae
-def test_trial_vae_says_that_it_is_one(
+def test_trial_vae_is_logged_as_one(
     encoder: LatentEncoder, settings: Settings, model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who forgets to name the real one reads it in the log; another VAE says nothing of the kind."""
+    """Loading the trial VAE logs a warning; loading another VAE does not."""
     vaes = VaeCache(encoder.runtime, settings)
     vaes.get(TINY_VAE)
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]

@@ -1,4 +1,4 @@
-"""The single-frame encoder against the `encode` of the models that it is made from, ComfyUI's own."""
+"""The single-frame encoder against ComfyUI's own `encode` of the models that it is made from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_encoder.vae import single_frame
+from latent_encoder.vae import row_strips
 from latent_encoder.vae.encoders import difference
 from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitecture
 from service import LatentEncoder
@@ -21,15 +21,16 @@ from tests.helpers import VAE
 
 pytestmark = pytest.mark.core
 
-ATOL = 2e-5
+ATOL = 2e-5  # five times the largest difference that was measured at full size, 4e-6; a wrong layer is off by 1 or so
 
 SHAPE = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
 
 Pair = tuple[Any, SingleFrameEncoder, int]
+"""A model, its single-frame encoder, and the pixels along one side of its cells."""
 
 
 def random_model(module: str, **shape: Any) -> Any:
-    """A WanVAE of ComfyUI's with random weights of a fixed seed, under which activations neither vanish nor explode."""
+    """Return a WanVAE of ComfyUI with random weights of a fixed seed, under which activations neither vanish nor explode."""
     model = importlib.import_module(module).WanVAE(**shape, **SHAPE).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -43,7 +44,7 @@ def random_model(module: str, **shape: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def models(encoder: LatentEncoder) -> dict[str, Pair]:
-    """Small models of both generations, and one wide enough for the convolutions in half the multiplications."""
+    """Small models of both generations, one with enough channels for Winograd's convolution, and one that takes RGBA."""
     assert encoder.runtime.version  # ComfyUI can be imported once it is loaded
     made = {
         "2.1": (random_model("comfy.ldm.wan.vae", dim=8, z_dim=16), 8),
@@ -55,7 +56,7 @@ def models(encoder: LatentEncoder) -> dict[str, Pair]:
 
 
 def with_alpha(model: Any) -> Any:
-    """The model with a first convolution of four channels, as Qwen-Image-Layered's VAE has it."""
+    """Give the model a first convolution of four channels, as Qwen-Image-Layered's VAE has it."""
     first = model.encoder.conv1
     model.encoder.conv1 = type(first)(4, first.out_channels, 3, padding=1).requires_grad_(False)
     weights = torch.cat((first.weight, first.weight[:, :1].flip(-1)), dim=1)
@@ -65,15 +66,17 @@ def with_alpha(model: Any) -> Any:
 
 @pytest.fixture
 def strip_pixels(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets how many pixels a strip has."""
-    return lambda pixels: monkeypatch.setitem(single_frame.STRIP_PIXELS, "cpu", pixels)
+    """A function that sets the number of pixels in a strip."""
+    return lambda pixels: monkeypatch.setitem(row_strips.STRIP_PIXELS, "cpu", pixels)
 
 
-def picture(height: int, width: int, colours: int = 3) -> torch.Tensor:
+def image_of(height: int, width: int, colours: int = 3) -> torch.Tensor:
+    """Return noise in [-1, 1], `[1, colours, 1, height, width]`, the same for the same size."""
     return torch.rand(1, colours, 1, height, width, generator=torch.Generator().manual_seed(height * 1000 + width)) * 2 - 1
 
 
 def assert_same(pair: Pair, pixels: torch.Tensor) -> None:
+    """Assert that model and encoder give latents of the same shape that differ by `ATOL` at most."""
     model, encoder, _ = pair
     with torch.inference_mode():
         expected, given = model.encode(pixels), encoder(pixels)
@@ -85,18 +88,18 @@ def assert_same(pair: Pair, pixels: torch.Tensor) -> None:
 @settings(max_examples=15)
 @given(rows=st.integers(1, 12), columns=st.integers(1, 6), pixels=st.integers(200, 3000))
 def test_latent_of_any_size_in_any_strips(name: str, models: dict[str, Pair], rows: int, columns: int, pixels: int) -> None:
-    """Down to one latent cell, and in strips down to one row."""
+    """The latents are equal down to one cell, and in strips down to one row."""
     factor = models[name][2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(single_frame.STRIP_PIXELS, "cpu", pixels)
-        assert_same(models[name], picture(rows * factor, columns * factor))
+        patch.setitem(row_strips.STRIP_PIXELS, "cpu", pixels)
+        assert_same(models[name], image_of(rows * factor, columns * factor))
 
 
 def test_alpha_is_a_fourth_channel(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
-    """It is not lost on the way into the strips, and the check of a new encoder tries it."""
+    """Alpha reaches the latent through the strips, and the check of a new encoder includes it."""
     strip_pixels(300)
     model, encoder, _ = models["2.1 RGBA"]
-    pixels = picture(40, 24, colours=4)
+    pixels = image_of(40, 24, colours=4)
     assert_same(models["2.1 RGBA"], pixels)
     with torch.inference_mode():
         assert difference(model, encoder) is None
@@ -104,37 +107,47 @@ def test_alpha_is_a_fourth_channel(models: dict[str, Pair], strip_pixels: Callab
 
 
 def test_options_of_a_models_encode_are_taken(models: dict[str, Pair]) -> None:
-    """Newer releases give some models a device."""
+    """The encoder ignores the `device` that newer releases give to some models."""
     _, encoder, _ = models["2.1"]
     with torch.inference_mode():
-        assert torch.equal(encoder(picture(16, 16), device=torch.device("cpu")), encoder(picture(16, 16)))
+        assert torch.equal(encoder(image_of(16, 16), device=torch.device("cpu")), encoder(image_of(16, 16)))
 
 
 def test_strip_borders_at_every_offset(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
-    """Strips of 1 to 25 rows of a picture of 48."""
+    """The latent of an image of 48 rows is the same in strips of 1 to 25 rows."""
     for rows in range(1, 26):
         strip_pixels(rows * 16)
-        assert_same(models["2.1"], picture(48, 16))
+        assert_same(models["2.1"], image_of(48, 16))
 
 
 @pytest.mark.parametrize(("height", "width"), [(2048, 8), (8, 2048), (8, 8)])
-def test_very_long_pictures(models: dict[str, Pair], height: int, width: int) -> None:
-    """Wider than a strip has pixels is one row at a time."""
-    assert_same(models["2.1"], picture(height, width))
+def test_very_long_images(models: dict[str, Pair], height: int, width: int) -> None:
+    """A column and a row of 256 cells, and a single cell, are encoded as the model encodes them."""
+    assert_same(models["2.1"], image_of(height, width))
 
 
-def test_picture_wider_than_a_strip(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
-    """A strip has at least one row of latent patches, however wide they are."""
+def test_image_wider_than_a_strip(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
+    """Each strip then has one row, of pixels or of Wan 2.2's patches, and the latent is the same."""
     strip_pixels(1)
     for name in ("2.1", "2.2"):
-        assert_same(models[name], picture(32, 64))
+        pixels = image_of(32, 64)
+        patch = models[name][1].patch
+        assert [rows.shape[0] for rows, _ in row_strips.strips(pixels[0, :, 0], patch)] == [1] * (32 // patch)
+        assert_same(models[name], pixels)
+
+
+def test_image_wider_than_a_strip_of_the_default_size(models: dict[str, Pair]) -> None:
+    """An image with more pixels in a row than a strip has is encoded one row at a time, as the model encodes it."""
+    pixels = image_of(8, row_strips.STRIP_PIXELS["cpu"] + 8)
+    assert [rows.shape[0] for rows, _ in row_strips.strips(pixels[0, :, 0], 1)] == [1] * 8
+    assert_same(models["2.1"], pixels)
 
 
 def test_bfloat16_is_no_further_from_float32_than_the_models_own(models: dict[str, Pair]) -> None:
-    """The distance to the model's own float32 latent, on average over the latent."""
+    """The mean distance to the model's float32 latent is at most that of the model's own bfloat16 latent."""
     model, _, _ = models["2.1 wide"]
     half = copy.deepcopy(model).bfloat16()
-    pixels = picture(96, 96)
+    pixels = image_of(96, 96)
     with torch.inference_mode():
         exact = model.encode(pixels)
         own = half.encode(pixels.bfloat16()).float()
@@ -145,12 +158,12 @@ def test_bfloat16_is_no_further_from_float32_than_the_models_own(models: dict[st
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_on_a_gpu(models: dict[str, Pair], dtype: torch.dtype) -> None:
-    """As far from the float32 latent as the model's own encode on that device; it moves with the model."""
+    """The encoder moves to the GPU with the model, and is at most 1.1 times as far from float32 as the model's own encode."""
     model, _, _ = models["2.1 wide"]
     half = copy.deepcopy(model).to(dtype)
     half.single_frame = SingleFrameEncoder(half)
     half.cuda()
-    pixels = picture(96, 96)
+    pixels = image_of(96, 96)
     with torch.inference_mode():
         exact = model.encode(pixels)
         own = half.encode(pixels.to("cuda", dtype)).float().cpu()
@@ -160,12 +173,12 @@ def test_half_precision_on_a_gpu(models: dict[str, Pair], dtype: torch.dtype) ->
 
 @pytest.mark.usefixtures("encoder")
 def test_other_models_are_not_taken_over() -> None:
-    """An image VAE, and a Wan VAE with a layer or a number of channels that is not known."""
+    """An image VAE, and a Wan VAE with an unknown layer or number of channels, are refused with the reason."""
     with pytest.raises(UnknownArchitecture, match="is not built like a Wan VAE"):
         SingleFrameEncoder(importlib.import_module("comfy.taesd.taesd").TAESD(latent_channels=4))
     model = random_model("comfy.ldm.wan.vae", dim=8, z_dim=16)
     model.encoder.middle[1] = torch.nn.Identity()
-    with pytest.raises(UnknownArchitecture, match="it has a Identity"):
+    with pytest.raises(UnknownArchitecture, match="it has an unknown layer, Identity"):
         SingleFrameEncoder(model)
     model = random_model("comfy.ldm.wan.vae", dim=8, z_dim=16)
     model.encoder.conv1.weight = torch.nn.Parameter(model.encoder.conv1.weight[:, :2])
@@ -175,7 +188,7 @@ def test_other_models_are_not_taken_over() -> None:
 
 @pytest.mark.usefixtures("encoder")
 def test_model_that_computes_otherwise_is_found_out() -> None:
-    """A tree may have a class of the same parts that does something else with them."""
+    """A model with the known parts that computes something else with them fails the check, with the reason."""
     model = random_model("comfy.ldm.wan.vae", dim=8, z_dim=16)
     encoder = SingleFrameEncoder(model)
     with torch.inference_mode():
@@ -189,7 +202,7 @@ def test_model_that_computes_otherwise_is_found_out() -> None:
 
 
 def test_only_the_weights_that_are_needed_stay_in_memory(encoder: LatentEncoder) -> None:
-    """Those of the single-frame encoder; of another VAE, those of its encoder."""
+    """A Wan VAE keeps the weights of its single-frame encoder; another VAE keeps those of its encoder."""
     with torch.inference_mode():
         wan, kl = (encoder.vaes.get(name) for name in (VAE, "random_kl.safetensors"))
     assert wan.single_frame is not None
@@ -201,15 +214,15 @@ def test_only_the_weights_that_are_needed_stay_in_memory(encoder: LatentEncoder)
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 def test_compiled_encoder_gives_the_same(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
-    """In strips of several heights too, without compiling anew for each."""
+    """A compiled encoder gives the model's latent for images of different sizes, in strips of different heights."""
     model, _, factor = models["2.1"]
     strip_pixels(300)
     for rows, columns in ((6, 3), (9, 2)):
-        assert_same((model, SingleFrameEncoder(model, compiled=True), factor), picture(rows * factor, columns * factor))
+        assert_same((model, SingleFrameEncoder(model, compiled=True), factor), image_of(rows * factor, columns * factor))
 
 
 def test_several_frames_are_left_to_the_models_own_encode(encoder: LatentEncoder) -> None:
-    """They give the latent of a video, as ComfyUI's own nodes do; a single image after them is encoded as before."""
+    """Several frames give the latent of a video, as ComfyUI's nodes do; a single image after them is encoded as before."""
     frames = torch.rand(5, 24, 16, 3, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         vae = encoder.vaes.get(VAE)

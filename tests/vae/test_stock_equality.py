@@ -1,4 +1,4 @@
-"""The numbers are ComfyUI's: our files against the four stock nodes, run by hand in a process without our code."""
+"""Our files against the four stock nodes of ComfyUI, which run by hand in a process without our code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ODD_FILES = (
     "two_frames_mpo.jpg",
 )
 
-# Megapixels, such that the full-size VAE, which takes the place of the tiny one on older trees, is not much slower.
+# Megapixels. On older trees the full-size VAE replaces the tiny one; with smaller images the tests take about as long.
 SIZE = 0.07 if VAE == TINY_VAE else 0.02
 SIZES = (0.01, 0.123, 0.25) if VAE == TINY_VAE else (0.01, 0.03, 0.05)
 
@@ -57,11 +57,12 @@ CROPPED = [("astronaut.png", VAE, "lanczos", SIZE), *[case for case in CASES if 
 
 
 EXACT: list[Case] = [("photo.jpg", family, "lanczos", 0.02) for family in (VAE, "random_kl.safetensors")]
-STEPS = 8  # pixels that a cell of those families covers
+STEPS = 8  # pixels along one side of a cell of those families
 
 
 @pytest.fixture(scope="module")
 def stock_results(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Scaled images and latents of the stock nodes for `CASES`, then `EXACT`: `{number}.scaled` and `{number}.latent`."""
     folder = tmp_path_factory.mktemp("stock")
     cases = [[str(IMAGES / name), vae, COMFYUI_METHODS.get(method, method), size] for name, vae, method, size in CASES]
     cases += [
@@ -74,7 +75,7 @@ def stock_results(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def encoders(encoder: LatentEncoder, settings: Settings) -> dict[str, LatentEncoder]:
-    """By the value of ENCODER."""
+    """A `LatentEncoder` for each value of ENCODER."""
     stock_settings = settings.model_copy(update={"encoder": "stock"})
     return {"auto": encoder, "stock": LatentEncoder(stock_settings, encoder.runtime)}
 
@@ -89,7 +90,7 @@ def test_files_hold_what_the_stock_nodes_give(
     settings: Settings,
     tmp_path: Path,
 ) -> None:
-    """The latent is equal, to the last bit without the single-frame encoder; the PNG is the scaled image in 8 bits."""
+    """The latent is equal to the last bit, by the single-frame encoder within 2e-5; the PNG is the scaled image in 8 bits."""
     name, vae, method, megapixels = CASES[number]
     fields = {"vae_model_name": vae, "upscale_method": method, "megapixels": megapixels}
     response = encoders[kind].encode(request_for(settings, tmp_path, name, fields))
@@ -115,7 +116,7 @@ def test_files_hold_what_the_stock_nodes_give(
 def test_exact_fit_is_the_nodes_own_where_they_can(
     number: int, stock_results: dict[str, torch.Tensor], answer: Encode, tmp_path: Path
 ) -> None:
-    """The numbers of `resolution_steps`, with nothing cropped. Without that input, the request is refused."""
+    """`fit=exact` gives the numbers of `resolution_steps`, with nothing cropped. Without that input the request is refused."""
     name, vae, method, megapixels = EXACT[number]
     response = answer(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels, fit="exact")
     if not FACTS.has_resolution_steps:
@@ -133,7 +134,7 @@ def test_exact_fit_is_the_nodes_own_where_they_can(
 
 @pytest.mark.parametrize("family", [TINY_VAE, "pixel_space"])
 def test_family_that_the_tree_cannot_load_is_refused(family: str, answer: Encode) -> None:
-    """Where plain ComfyUI of this tree fails on a VAE, or does not have it, the response says so; else it is a success."""
+    """If plain ComfyUI of this tree fails on a VAE or does not have it, the response is that error; else it is a success."""
     response = answer("photo.jpg", vae_model_name=family)
     if family not in LACKING:
         assert response.status == "success"
@@ -145,7 +146,7 @@ def test_family_that_the_tree_cannot_load_is_refused(family: str, answer: Encode
 
 
 def test_metadata_name_the_release(encode: Encode) -> None:
-    """As that tree's own `comfyui_version.py` states it."""
+    """`comfyui_version` is the version in the tree's own `comfyui_version.py`."""
     assert encode("photo.jpg").metadata.comfyui_version == FACTS.version
 
 
@@ -153,14 +154,14 @@ def test_metadata_name_the_release(encode: Encode) -> None:
 def test_crop_says_what_the_latent_covers(
     number: int, stock_results: dict[str, torch.Tensor], encoder: LatentEncoder, encode: Encode
 ) -> None:
-    """That box of the scaled image alone, encoded with nothing left to crop, gives the same latent."""
+    """Encoding only the box in `crop` of the scaled image, with nothing left to crop, gives the same latent."""
     name, vae, method, megapixels = CASES[number]
     response = encode(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels)
     height, width, _ = response.metadata.scaled_image_shape
     left, upper, right, lower = response.metadata.crop
     assert 0 <= left < right <= width
     assert 0 <= upper < lower <= height
-    # In memory as the scaling node leaves it, channel by channel: the last bits of SD's latents depend on that.
+    # Laid out in memory as the scaling node leaves it, channel by channel: the last bits of SD's latents depend on that.
     scaled = stock_results[f"{number}.scaled"].movedim(-1, 1).contiguous().movedim(1, -1)
     cropped = scaled[:, upper:lower, left:right]
     with torch.inference_mode():
@@ -169,13 +170,13 @@ def test_crop_says_what_the_latent_covers(
 
 
 def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1]: -10 log10 of their mean squared difference."""
+    """Return the peak signal-to-noise ratio in dB of images in [0, 1]: -10 log10 of their mean squared difference."""
     return float(-10 * torch.log10(((first - second) ** 2).mean()))
 
 
 @needs_tiny_vae
 def test_latent_decodes_to_the_photo(encode: Encode, tmp_path: Path) -> None:
-    """ComfyUI's VAEDecode gives the portrait back with the PSNR that the tiny VAE's README states."""
+    """ComfyUI's VAEDecode gives the portrait back with the PSNR in the tiny VAE's README."""
     stated = {0.0625: 23.95, 0.25: 27.19}
     responses = [encode("astronaut.png", megapixels=megapixels, request_id=str(megapixels)) for megapixels in stated]
     stock("decode", tmp_path, tmp_path / "decoded.safetensors", *[response.latent_file_path for response in responses])

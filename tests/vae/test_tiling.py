@@ -1,4 +1,4 @@
-"""What becomes of a picture that memory does not suffice for."""
+"""Images that memory does not suffice for: refused, or encoded in tiles and reported."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from tests.helpers import VAE, Encode, load_latent, request_for
 
 pytestmark = pytest.mark.core
 
-LARGEST = 260  # pixels a side that memory suffices for in these tests; ComfyUI's tiles have 256
+LARGEST = 260  # pixels per side that memory suffices for in these tests: more than the 256 of ComfyUI's tiles
 
 Shortage = Callable[[], None]
+"""A function that runs out of memory."""
 
 
 def of_a_gpu() -> None:
-    """What torch raises when a GPU's memory runs out."""
+    """Raise torch's exception for a GPU's memory that runs out."""
     raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
 
 def of_a_gpu_by_code() -> None:
-    """What torch raises when a GPU's memory runs out in a call other than its own allocator's."""
+    """Raise torch's exception for a GPU's memory that runs out in a call other than its own allocator's."""
     exc = torch.AcceleratorError("CUDA error: a text of another release")
     exc.error_code = 2  # type: ignore[attr-defined]  # torch sets it where it raises the error
     raise exc
 
 
 def of_a_cpu() -> None:
-    """A real allocation that fails."""
+    """Allocate more memory than any machine has."""
     torch.empty(2**60, dtype=torch.uint8)
 
 
 @pytest.fixture
 def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> Callable[[Shortage, str], None]:
-    """Makes the VAE run out of memory as given where a picture is larger than `LARGEST`."""
+    """A function that makes a VAE run out of memory, in the given way, for images larger than `LARGEST`."""
 
     def short_of_memory(shortage: Shortage, name: str) -> None:
         vae = encoder.vaes.get(name)
@@ -64,10 +65,10 @@ def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("shortage", [of_a_gpu, of_a_gpu_by_code, of_a_cpu])
 @pytest.mark.parametrize("vae_name", [VAE, "taesd"])
-def test_error_says_what_to_do(
+def test_error_has_the_remedy(
     vae_name: str, shortage: Shortage, short_of_memory: Callable[[Shortage, str], None], answer: Encode
 ) -> None:
-    """By default, nothing is encoded in tiles."""
+    """By default nothing is encoded in tiles: the error names both remedies, and a smaller image is encoded afterwards."""
     short_of_memory(shortage, vae_name)
     response = answer("photo.jpg", vae_model_name=vae_name, megapixels=0.1)
     assert isinstance(response, ErrorResponse)
@@ -78,7 +79,7 @@ def test_error_says_what_to_do(
 
 
 @pytest.mark.parametrize("shortage", [of_a_gpu, of_a_gpu_by_code, of_a_cpu])
-def test_tiles_are_taken_where_wanted_and_told_of(
+def test_tiles_are_used_if_allowed_and_reported(
     shortage: Shortage,
     encoder: LatentEncoder,
     settings: Settings,
@@ -86,7 +87,7 @@ def test_tiles_are_taken_where_wanted_and_told_of(
     encode: Encode,
     tmp_path: Path,
 ) -> None:
-    """The latent is about that of the whole picture; response and metadata say that it was made in tiles."""
+    """The latent is close to that of the whole image but not equal, and response and metadata have `tiled`."""
     whole = encode("photo.jpg", megapixels=0.1, request_id="whole")
     assert whole.metadata.tiled is False
     short_of_memory(shortage, VAE)
@@ -103,7 +104,7 @@ def test_tiles_are_taken_where_wanted_and_told_of(
 
 
 class TilingModel:
-    """A model that ComfyUI asks to encode in tiles by itself, as it does with some since 2026."""
+    """A model with an `encode_tiled`, which ComfyUI calls for some models in releases since 2026."""
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels * 2
@@ -113,7 +114,7 @@ class TilingModel:
 
 
 def test_tiles_of_a_model_that_makes_them_itself_are_noticed() -> None:
-    """They are refused or told of, like ComfyUI's own; afterwards the model is as it was."""
+    """They are refused or reported like ComfyUI's own; afterwards the model is unchanged."""
     model, pixels = TilingModel(), torch.rand(1, 3, 8, 32)
     with watched(model, model.encode, Size(32, 8), "fail") as watch, pytest.raises(EncodingFailed, match="OOM_POLICY=tile"):
         model.encode_tiled(pixels, tile_x=16)
@@ -125,7 +126,7 @@ def test_tiles_of_a_model_that_makes_them_itself_are_noticed() -> None:
 
 
 def test_parts_that_a_model_makes_of_any_picture_are_no_tiles() -> None:
-    """Calls of `encode` within an `encode` are the model's own affair, whatever arguments they have."""
+    """Calls of `encode` within an `encode`, with any arguments, do not count as tiles."""
 
     class Recursive:
         def encode(self, pixels: torch.Tensor, device: str | None = None) -> torch.Tensor:
@@ -152,14 +153,14 @@ def test_parts_that_a_model_makes_of_any_picture_are_no_tiles() -> None:
         "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory",
     ],
 )
-def test_shortage_is_told_by_torchs_text(text: str) -> None:
-    """In a plain RuntimeError; the same text in an error of another kind is something else."""
+def test_shortage_is_recognised_by_torchs_text(text: str) -> None:
+    """The text in a plain RuntimeError means that memory ran out; in a ValueError it does not."""
     assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(ValueError(text))
 
 
 def test_other_faults_of_a_gpu_are_no_shortage() -> None:
-    """Neither by their code nor by their text."""
+    """A GPU's fault with another code or another text does not count as memory that ran out."""
     fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     assert not is_out_of_memory(fault)
     fault.error_code = 700  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The small VAEs of every family, end to end: our service against the stock nodes, each in a process of its own."""
+"""The small VAEs of several families, end to end: our service against the stock nodes, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ NAMES = (
 
 FAMILY = {case.file: next(family for family in FAMILIES if family.name == case.family) for case in CASES}
 
-CROPPED_TO = {"effnet_encoder.safetensors": 32, "taeltx_2.safetensors": 32, "taef2": 16}
-"""Pixels to a cell; 8 or 16 for the others."""
+PIXELS_PER_CELL = {"effnet_encoder.safetensors": 32, "taeltx_2.safetensors": 32, "taef2": 16}
+"""Pixels along one side of a cell; for other VAEs, 8 with 16 channels and 16 with more."""
 
 Responses = Mapping[str, Mapping[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the VAEs in `models/`."""
     folder = tmp_path_factory.mktemp("tiny")
     stock("make-vaes", folder / "models", "tiny")
     return folder
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def responses(folder: Path) -> Responses:
-    """What our service answers for a square picture, of 256 x 256 pixels when it is scaled."""
+    """The responses of our service for a square image, scaled to 256 x 256 pixels, by the VAE's name."""
     cases = [[str(IMAGES / "astronaut.png"), name, "lanczos", 0.0625] for name in NAMES]
     (folder / "ours.json").write_text(json.dumps(cases))
     script = PROJECT / "tests" / "encode_cases.py"
@@ -59,12 +60,13 @@ def responses(folder: Path) -> Responses:
 
 
 def encodes(name: str) -> bool:
+    """Return whether the tree encodes with that VAE."""
     return FAMILY[name].fault(release_of(COMFYUI)) is None
 
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The latents of the stock nodes."""
+    """The latents of the stock nodes, by the VAE's name."""
     names = [name for name in NAMES if encodes(name)]
     cases = [[str(IMAGES / "astronaut.png"), name, "lanczos", 0.0625] for name in names]
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -75,7 +77,7 @@ def expected(folder: Path) -> Mapping[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if encodes(name)])
 def test_latent_is_that_of_the_stock_nodes(name: str, responses: Responses, expected: Mapping[str, torch.Tensor]) -> None:
-    """To the last bit, and named by its family."""
+    """The latent is equal to the last bit, and the metadata have the family's latent space."""
     response, latent = responses[name], expected[name]
     assert response["status"] == "success", response
     latent = latent.squeeze(2) if latent.ndim == 5 else latent
@@ -84,10 +86,10 @@ def test_latent_is_that_of_the_stock_nodes(name: str, responses: Responses, expe
     assert response["metadata"]["latent_space"] == FAMILY[name].latent_space
     assert response["metadata"]["encoder"] == "stock"
     assert response["metadata"]["crop"] == [0, 0, 256, 256]
-    assert latent.shape[-1] == 256 // CROPPED_TO.get(name, 8 if latent.shape[1] == 16 else 16)
+    assert latent.shape[-1] == 256 // PIXELS_PER_CELL.get(name, 8 if latent.shape[1] == 16 else 16)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not encodes(name)])
-def test_a_release_without_the_family_answers_so(name: str, responses: Responses) -> None:
+def test_a_release_without_the_family_refuses_it(name: str, responses: Responses) -> None:
     assert responses[name]["status"] == "error"
     assert responses[name]["error_code"] in ("VAE_MODEL_INVALID", "VAE_MODEL_NOT_FOUND")

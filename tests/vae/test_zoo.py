@@ -1,4 +1,4 @@
-"""The families against the VAEs that ComfyUI itself builds, on the pinned release and on an older one."""
+"""The families against the VAEs that ComfyUI itself builds, on the tested tree and on an older release."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TREES = (COMFYUI, PROJECT / "tests" / ".comfyui-0.3.52")
 
 Built = Mapping[str, Mapping[str, Any]]
 
-# As diffusers 0.42 names their tensors, with sizes of the published models.
+# Class, arguments and latent space of VAEs that diffusers 0.42 builds, with the sizes of the published models.
 SD = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 SD_CHANNELS = {**SD, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 DIFFUSERS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -60,7 +60,7 @@ def release_of(tree: Path) -> str:
 
 @pytest.fixture(scope="module")
 def in_diffusers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shapes of VAEs that diffusers builds; of none where it is not installed."""
+    """A JSON file with the shapes of VAEs that diffusers builds; an empty object if diffusers is not installed."""
     path = tmp_path_factory.mktemp("diffusers") / "shapes.json"
     if importlib.util.find_spec("diffusers") is None:
         path.write_text("{}")
@@ -83,7 +83,7 @@ def tree(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tree: Path, in_diffusers: Path) -> Built:
-    """What ComfyUI in that tree makes of each case, and of the VAEs that diffusers builds."""
+    """The VAEs that ComfyUI in that tree builds for each case, and for the VAEs of diffusers: see `tests/vae_zoo.py`."""
     command = [sys.executable, str(PROJECT / "tests" / "vae_zoo.py"), str(tree), str(in_diffusers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -101,11 +101,12 @@ def test_the_table_in_the_documentation_is_current() -> None:
 
 def test_every_family_has_a_case() -> None:
     without = {family.name for family in FAMILIES} - {case.family for case in CASES}
-    assert without == {"Wan 2.1 / Qwen-Image, as diffusers names it", "Wan 2.2, as diffusers names it"}
+    diffusers_only = {"Wan 2.1 / Qwen-Image, as diffusers names it", "Wan 2.2, as diffusers names it"}
+    assert without == diffusers_only, "add a Case to CASES in tests/vae_zoo.py"
 
 
 def test_a_release_builds_what_its_families_say(tree: Path, built: Built) -> None:
-    """No family is skipped, and none is promised to an older release than the first that has it."""
+    """A family is built by the first release in its case and by later ones; by earlier ones only if the case allows it."""
     release = Version(release_of(tree))
     runnable = [case for case in CASES if "needs" not in built[case.file]]
     assert all(case.needs != "torch" for case in CASES if "needs" in built[case.file])
@@ -128,36 +129,37 @@ def test_a_family_says_what_its_cases_say() -> None:
 
 
 def test_vaes_that_comfyui_builds_are_recognised(tree: Path, built: Built) -> None:
-    """Each by all the tensors of its file, on every release that builds it."""
+    """Each VAE is recognised by all the tensors of its file, on every release that encodes with it."""
     buildable = [case for case in CASES if "shapes" in built[case.file] and not is_older(release_of(tree), case.since)]
     assert len(buildable) > len(CASES) / 3
     found = {case.file: getattr(family_of(built[case.file]["shapes"], case.file), "name", None) for case in buildable}
     assert found == {case.file: case.family for case in buildable}
 
 
-def test_what_comfyui_finds_missing_in_whole_files_is_not_needed(built: Built) -> None:
-    """ComfyUI reports such tensors of encoders that are published alone."""
+def test_tensors_that_comfyui_misses_in_whole_files_are_not_needed(built: Built) -> None:
+    """ComfyUI reports tensors as missing in encoders that are published alone."""
     whole = [case.file for case in CASES if case.images and "missing" in built[case.file]]
     needed = {file: lacking(built[file]["missing"]) for file in whole}
     assert {file: names for file, names in needed.items() if names} == {}
 
 
 def lacking(missing: str) -> list[str]:
+    """Return the tensors in ComfyUI's log line about missing ones that our service counts as needed."""
     keys = missing.removeprefix("Missing VAE keys ").strip("[]").split(", ")
     return [key for key in keys if key and not key.strip("'").startswith((*DECODER_PARTS, *TAEF2_DEFAULTS))]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.images], ids=lambda case: case.file)
-def test_what_encodes_no_images_is_recognised_by_the_tensors_that_tell_comfyui(case: Case) -> None:
-    """On every release, also where it does not build them."""
+def test_vaes_for_other_things_are_recognised_by_the_tensors_that_comfyui_goes_by(case: Case) -> None:
+    """A VAE that encodes no images is recognised by its case's few tensors, also on releases that do not build it."""
     found = family_of(case.marks, case.file)
     assert found is not None
     assert found.name == case.family
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)
-def test_comfyuis_own_attributes_tell_what_encodes_no_images(case: Case, encoder: LatentEncoder) -> None:
-    """For a VAE of no known family. A decoder without an encoder is told by its missing tensors instead."""
+def test_comfyuis_own_attributes_show_which_vaes_encode_no_images(case: Case, encoder: LatentEncoder) -> None:
+    """This finds VAEs of unknown families. A decoder without an encoder is found by its missing tensors instead."""
     decoder = family(case.family).no_images == DECODER
     if is_older(encoder.runtime.version, case.since) or importlib.util.find_spec(case.needs) is None or decoder:
         return
@@ -173,7 +175,7 @@ def test_comfyuis_own_attributes_tell_what_encodes_no_images(case: Case, encoder
 def test_the_naming_of_diffusers_is_recognised_and_read_by_comfyui(
     name: str, tree: Path, built: Built, in_diffusers: Path
 ) -> None:
-    """Where a family has a release, ComfyUI finds all that encoding needs in such a file."""
+    """Releases with the family find every tensor that encoding needs in such a file; if none has it, loading fails."""
     shapes = json.loads(in_diffusers.read_text()).get(name)
     if shapes is None:
         pytest.skip("diffusers is not installed")

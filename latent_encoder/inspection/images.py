@@ -1,4 +1,4 @@
-"""The pictures of a latent: those beside it, and the one that ComfyUI's factors make of it."""
+"""The images of a latent: those beside it, and the one that ComfyUI's colour factors make of it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from latent_encoder.inspection.findings import Inspection
 from latent_encoder.outputs.files import png_bytes
 from latent_encoder.outputs.preview import latent_picture, preview_image
 
-PictureName = Literal["scaled_image", "preview", "roundtrip"]
+ImageName = Literal["scaled_image", "preview", "roundtrip"]
 
-USUAL_FACTOR = 8  # pixels to a cell, where nothing says how many
+USUAL_FACTOR = 8
+"""Pixels of a side for each cell of the latent, if neither metadata nor an image shows it; most VAEs have this factor."""
 
 
 class Painter:
-    """Pictures of latents. ComfyUI is loaded for the first one that needs it; where it cannot be, there are none."""
+    """The maker of images of latents. The first image loads ComfyUI; if that fails, there are no images."""
 
     def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
         self._settings = settings
-        # A preview has two pictures beside each other.
+        # A preview has two images beside each other.
         self._limits = ImageLimits(ANYWHERE, 2 * settings.max_image_bytes, 2 * settings.max_image_pixels)
         self._warn = warn
-        # Of the file in hand, it is needed for up to three things.
-        self.picture = lru_cache(maxsize=1)(self._picture)
+        # The image of the current file is needed up to three times: for the preview, the page and the drawing.
+        self.image = lru_cache(maxsize=1)(self._image)
 
-    def whole(self, inspection: Inspection, name: PictureName) -> bytes | None:
-        """The bytes of that picture; None where it is not there, damaged, or not the one that the metadata names."""
+    def whole(self, inspection: Inspection, name: ImageName) -> bytes | None:
+        """Return the bytes of an image file; None if it is missing, damaged, or not the one that the metadata names."""
         if inspection.state_of(name) == "differs":
             return None
         try:
@@ -47,16 +48,16 @@ class Painter:
             return None
 
     def preview(self, inspection: Inspection) -> bytes | None:
-        """The preview as a PNG: the scaled image at the left, where that is there and fits, the latent at the right."""
-        picture = self.picture(inspection)
-        if picture is None:
+        """Return the preview as a PNG: the latent at the right, and the scaled image at the left if there is one that fits."""
+        image = self.image(inspection)
+        if image is None:
             return None
         scaled = self._scaled_image(inspection)
         crop = fitting_crop(inspection, Size(scaled.shape[2], scaled.shape[1])) if scaled is not None else None
-        return png_bytes(preview_image(picture, scaled if crop else None, crop, USUAL_FACTOR))
+        return png_bytes(preview_image(image, scaled if crop else None, crop, USUAL_FACTOR))
 
-    def _picture(self, inspection: Inspection) -> torch.Tensor | None:
-        """The first latent of the file as a picture, `[1, height, width, 3]`, a pixel a cell; None without ComfyUI."""
+    def _image(self, inspection: Inspection) -> torch.Tensor | None:
+        """Return the first latent as an image `[1, height, width, 3]`, a pixel for each cell; None without ComfyUI."""
         if self._runtime is None:
             return None
         return latent_picture(self._runtime, inspection.latent[:1].float(), inspection.space.name)
@@ -66,7 +67,7 @@ class Painter:
         try:
             return load_runtime(self._settings.comfyui_path, self._settings.device, self._settings.vae_precision)
         except SetupError as exc:
-            self._warn(f"No pictures of latents, which take ComfyUI's colours. {exc}")
+            self._warn(f"No images of latents, which need ComfyUI's colours. {exc}")
             return None
 
     def _scaled_image(self, inspection: Inspection) -> torch.Tensor | None:
@@ -79,7 +80,7 @@ class Painter:
 
 
 def fitting_crop(inspection: Inspection, scaled: Size) -> Box | None:
-    """The part of a scaled image that the latent covers; None where the image is of another latent."""
+    """Return the part of a scaled image that the latent covers; None if the image belongs to another latent."""
     metadata = inspection.metadata
     if metadata is not None and metadata.latent_shape == tuple(inspection.latent.shape):
         fits = metadata.scaled_image_shape[:2] == (scaled.height, scaled.width)
@@ -91,5 +92,5 @@ def fitting_crop(inspection: Inspection, scaled: Size) -> Box | None:
 
 
 def _factor(pixels: int, cells: int) -> int:
-    """The power of two that VAEs have: the largest with which so many cells do not exceed so many pixels."""
+    """Return the VAE's factor: the largest power of two with which the cells of a side do not exceed its pixels."""
     return 1 << max(pixels // cells, 1).bit_length() - 1

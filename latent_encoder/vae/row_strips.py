@@ -1,0 +1,103 @@
+"""An image as a stream of strips of rows, and the buffer in which rows wait for their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Rows = tuple[Tensor, bool]
+"""A strip, `[height, width, channels]`: consecutive rows of an image, and whether they are the image's last."""
+
+Stream = Iterator[Rows]
+"""An image, strip after strip from the top. Every strip has at least one row; the heights may differ."""
+
+STRIP_PIXELS = {"cpu": 16 * 1024}
+"""Pixels of a strip at the image's full size, by the kind of device. With the 96 float32 channels of Wan 2.1's first level
+this is 6 MB, which stays in a CPU's cache from one layer to the next."""
+
+STRIP_PIXELS_ELSEWHERE = 1024 * 1024
+"""Pixels of a strip on other devices: a GPU is faster with fewer and larger operations. A megapixel is one strip there."""
+
+CHANNELS_GAINED = 4
+"""The factor between the channels at the lowest level and at full size (96 to 384 in Wan 2.1). Strips there have fewer
+pixels by that factor, so that they take the same memory."""
+
+
+def strips(pixels: Tensor, patch: int) -> Stream:
+    """Yield an image `[colours, height, width]` in strips of whole rows of patches, `[rows, width / patch, channels]`.
+
+    The `patch` x `patch` pixels of a patch (2 x 2 for Wan 2.2, else 1 x 1) become `colours` * `patch` * `patch` channels.
+    `height` and `width` are multiples of `patch`.
+    """
+    colours, height, width = pixels.shape
+    rows = max(1, _strip_pixels(pixels.device) // width // patch) * patch
+    for start in range(0, height, rows):
+        strip = pixels[:, start : start + rows]
+        # ComfyUI's order of a patch's numbers: the colour varies slowest, then the column, then the row.
+        patches = strip.view(colours, -1, patch, width // patch, patch).permute(1, 3, 0, 4, 2)
+        yield patches.flatten(2), start + rows >= height
+
+
+def joined(stream: Stream) -> Tensor:
+    """Return all rows of a stream as one tensor."""
+    return torch.cat([rows for rows, _ in stream])
+
+
+def regrouped(stream: Stream) -> Stream:
+    """Yield the same rows in strips of a good height: strips that come out of the down-sampling have very few rows."""
+    waiting: list[Tensor] = []
+    for rows, last in stream:
+        waiting.append(rows)
+        height = sum(strip.shape[0] for strip in waiting)
+        wanted = max(1, _strip_pixels(rows.device) // CHANNELS_GAINED // rows.shape[1])
+        if last or height >= wanted:
+            together = torch.cat(waiting) if len(waiting) > 1 else rows
+            waiting.clear()
+            pieces = torch.split(together, wanted)
+            for number, piece in enumerate(pieces, 1):
+                yield piece, last and number == len(pieces)
+
+
+def _strip_pixels(device: torch.device) -> int:
+    return STRIP_PIXELS.get(device.type, STRIP_PIXELS_ELSEWHERE)
+
+
+class RowBuffer:
+    """Rows of an image that wait to be used, in one piece of memory that is used again for later rows.
+
+    `left` and `right` columns of zeros stand beside them.
+    """
+
+    def __init__(self, first: Tensor, left: int = 0, right: int = 0) -> None:
+        """Make an empty buffer for rows like `first`: with its width, channels, dtype and device."""
+        self._like, self._left, self._right = first.new_empty(0, *first.shape[1:]), left, right
+        self._memory = self._zeros(first.shape[0])
+        self._count = 0
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that wait, `[height, left + width + right, channels]`: a view, valid until the next `add` or `discard`."""
+        return self._memory[: self._count]
+
+    def add(self, height: int) -> Tensor:
+        """Add `height` rows and return them, `[height, width, channels]`, with undefined values for the caller to replace."""
+        start, self._count = self._count, self._count + height
+        if self._count > self._memory.shape[0]:
+            memory = self._zeros(self._count)
+            memory[:start] = self._memory[:start]
+            self._memory = memory
+        return self._memory[start : self._count, self._left : self._left + self._like.shape[1]]
+
+    def discard(self, height: int) -> None:
+        """Remove the first `height` rows. If no row is left, give the memory back."""
+        rest = self.rows[height:].clone()
+        self._count -= height
+        if self._count == 0:
+            self._memory = rest
+        self._memory[: self._count] = rest
+
+    def _zeros(self, height: int) -> Tensor:
+        _, width, channels = self._like.shape
+        return self._like.new_zeros(height, self._left + width + self._right, channels)

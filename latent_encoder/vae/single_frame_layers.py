@@ -1,0 +1,210 @@
+"""The layers of the single-frame encoder: `nn.Module`s that take a stream of strips and return one, or work on pixels.
+
+Each takes its weights from a layer of ComfyUI's model, in that layer's dtype and on its device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latent_encoder.vae import winograd
+from latent_encoder.vae.row_strips import RowBuffer, Stream, joined, regrouped
+
+Activation = Callable[[Tensor, Tensor, Tensor], None]
+"""`norm_silu` or a compiled version of it."""
+
+EPSILON = 1e-12
+"""The smallest length that is divided by, as in `torch.nn.functional.normalize`, which ComfyUI's Wan VAE uses."""
+
+
+def norm_silu(rows: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """Write SiLU of the RMS norm of `rows` over their channels to `out`, computed in float32. SiLU is x * sigmoid(x)."""
+    wide = rows.float()
+    result = out if out.dtype == wide.dtype else torch.empty_like(wide)
+    functional.silu(rms_norm(wide, gamma, result), inplace=True)
+    if result is not out:
+        out.copy_(result)
+
+
+def rms_norm(rows: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    """Write the RMS norm of float32 `rows` `[…, channels]` over their channels to `out`, and return it.
+
+    It is x / |x| * sqrt(channels) * gamma (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019). `gamma` is a
+    `scaled_gamma`, which contains the square root.
+    """
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(EPSILON)
+    return torch.div(rows, length, out=out).mul_(gamma)
+
+
+def scaled_gamma(norm: Any) -> Tensor:
+    """Return a norm's `gamma` times the square root of its channels, `[channels]`, in float32 whatever the model's dtype."""
+    gamma: Tensor = norm.gamma.flatten().float()
+    return gamma * math.sqrt(gamma.numel())
+
+
+class Convolution(nn.Module):
+    """A 3 x 3 convolution, with RMS norm and SiLU before it if there is a norm.
+
+    With stride 1 a border of zeros surrounds the image; with stride 2 zeros are only below and to the right of it. Of a kernel
+    over time, `[out, in, 3, 3, 3]`, the last time slice is taken: see `vae/single_frame.py`.
+    """
+
+    def __init__(self, convolution: Any, norm: Any = None, activate: Activation = norm_silu, stride: int = 1) -> None:
+        super().__init__()
+        kernel = convolution.weight if convolution.weight.ndim == 4 else convolution.weight[:, :, -1]
+        self.stride = stride
+        self.winograd = stride == 1 and winograd.is_worth_it(kernel)
+        self.kernel = nn.Parameter(
+            winograd.transformed_kernel(kernel) if self.winograd else kernel.contiguous(memory_format=torch.channels_last)
+        )
+        self.bias = nn.Parameter(convolution.bias)
+        self.gamma = nn.Parameter(scaled_gamma(norm)) if norm is not None else None
+        self.activate = activate
+
+    def forward(self, stream: Stream) -> Stream:
+        """Yield rows of the result, `[rows / stride, width / stride, out]`, as soon as their input is complete."""
+        seen: RowBuffer | None = None
+        for rows, last in stream:
+            if seen is None:
+                seen = self._empty_buffer(rows)
+            self._take(rows, seen.add(rows.shape[0]))
+            if last:
+                seen.add(1).zero_()
+            width = rows.shape[1] // self.stride
+            del rows  # frees its memory while the next layers work on the result
+            if seen.rows.shape[0] >= 3:
+                yield self._result(seen, last)[:, :width], last
+
+    def _empty_buffer(self, rows: Tensor) -> RowBuffer:
+        """Return a buffer with the zeros around the image, and with columns that fill the width up to whole Winograd tiles."""
+        border = 1 if self.stride == 1 else 0
+        tile = winograd.TILE if self.winograd else 1
+        seen = RowBuffer(rows, left=border, right=1 + -rows.shape[1] % tile)
+        seen.add(border).zero_()
+        return seen
+
+    def _take(self, rows: Tensor, out: Tensor) -> None:
+        """Write the rows to the buffer, normalised and activated."""
+        if self.gamma is None:
+            out.copy_(rows)
+        else:
+            self.activate(rows, self.gamma, out)
+
+    def _result(self, seen: RowBuffer, last: bool) -> Tensor:
+        """Convolve the rows in the buffer, and remove those that no later row depends on."""
+        window = seen.rows
+        if self.winograd:
+            result = winograd.convolve(window, self.kernel, self.bias)
+        else:
+            result = functional.conv2d(window.permute(2, 0, 1)[None], self.kernel, self.bias, self.stride)[0].permute(1, 2, 0)
+        seen.discard(window.shape[0] if last else result.shape[0] * self.stride)
+        return result
+
+
+class Residual(nn.Module):
+    """Layers with a shortcut around them, whose result is added to theirs. `shrink` is the stride of the layers together."""
+
+    def __init__(self, path: Iterable[nn.Module], shortcut: nn.Module, shrink: int = 1) -> None:
+        super().__init__()
+        self.path = nn.ModuleList(path)
+        self.shortcut = shortcut
+        self.shrink = shrink
+
+    def forward(self, stream: Stream) -> Stream:
+        """Yield the sum of both. The input's rows wait in a buffer for the layers' result, which comes some rows later."""
+        waiting: list[RowBuffer] = []
+
+        def remembered() -> Stream:
+            for rows, last in stream:
+                if not waiting:
+                    waiting.append(RowBuffer(rows))
+                waiting[0].add(rows.shape[0]).copy_(rows)
+                yield rows, last
+
+        results: Stream = remembered()
+        for layer in self.path:
+            results = layer(results)
+        for result, last in results:
+            taken = result.shape[0] * self.shrink
+            result.add_(self.shortcut(waiting[0].rows[:taken]))
+            waiting[0].discard(taken)
+            yield result, last
+
+
+class Pointwise(nn.Module):
+    """A 1 x 1 convolution of `[…, in]` to `[…, out]`; with `outputs`, only its first `outputs` channels are computed."""
+
+    def __init__(self, convolution: Any, outputs: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(convolution.weight[:outputs].flatten(1))
+        self.bias = nn.Parameter(convolution.bias[:outputs])
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return functional.linear(rows, self.weight, self.bias)
+
+
+class MeanOfPatches(nn.Module):
+    """Wan 2.2's shortcut around a down-sampling: means within patches, by ComfyUI's own module.
+
+    Each patch depends on itself alone, so that strips of whole patches need no neighbours.
+    """
+
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return the means of rows `[height, width, in]`, for example `[height / 2, width / 2, out]`."""
+        mean: Tensor = self.shortcut(rows.permute(2, 0, 1)[None, :, None])
+        return mean[0, :, 0].permute(1, 2, 0)
+
+
+class Attention(nn.Module):
+    """Attention of every pixel to every pixel, with one head, added to the pixels.
+
+    It needs all rows at once, and is torch's fused attention: without a matrix of scores, which would have pixels^2 numbers.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(scaled_gamma(block.norm))
+        self.to_qkv = Pointwise(block.to_qkv)
+        self.proj = Pointwise(block.proj)
+
+    def forward(self, stream: Stream) -> Stream:
+        """Yield the sum in strips. Tensors are deleted as early as possible: here is the peak of memory for large images."""
+        image = joined(stream)
+        pixels = image.flatten(0, 1).float()
+        normed = rms_norm(pixels, self.gamma, torch.empty_like(pixels)).to(image.dtype)
+        q, k, v = self.to_qkv(normed)[None, None].chunk(3, dim=-1)
+        del pixels, normed
+        attended = functional.scaled_dot_product_attention(q, k, v)[0, 0]
+        del q, k, v
+        image += self.proj(attended).view_as(image)
+        del attended
+        yield from regrouped(iter([(image, True)]))
+
+
+class Regroup(nn.Module):
+    """The same rows in strips of another height: see `regrouped`."""
+
+    def forward(self, stream: Stream) -> Stream:
+        return regrouped(stream)
+
+
+class Each(nn.Module):
+    """A function of each pixel on its own."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, stream: Stream) -> Stream:
+        for rows, last in stream:
+            yield self.function(rows), last
