@@ -30,7 +30,7 @@ Request = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedResponse:
     """A response, and the time at which its worker produced it, in seconds of Unix time, to the millisecond."""
 
     at: float
@@ -70,7 +70,9 @@ def requests_for(image: Path, count: int, **fields: Any) -> list[Request]:
     return [{"request_id": str(uuid4()), "image_path": str(image), **fields} for _ in range(count)]
 
 
-def answered(bench: Bench, responses: Topic, requests: Sequence[Request], patience: float = PATIENCE_S) -> list[Answer]:
+def responses_to(
+    bench: Bench, responses: Topic, requests: Sequence[Request], patience: float = PATIENCE_S
+) -> list[TimedResponse]:
     """Send all requests at once, evenly over the partitions, and wait for their responses."""
     producer = Producer({**QUIET, "bootstrap.servers": bench.servers})
     for n, request in enumerate(requests):
@@ -79,7 +81,7 @@ def answered(bench: Bench, responses: Topic, requests: Sequence[Request], patien
     return collect(responses, {str(request["request_id"]) for request in requests}, patience)
 
 
-def collect(responses: Topic, ids: Collection[str], patience: float) -> list[Answer]:
+def collect(responses: Topic, ids: Collection[str], patience: float) -> list[TimedResponse]:
     """Return the responses to these requests, when each has one or none came for `patience` seconds."""
     missing, answers = set(ids), []
     deadline = time.monotonic() + patience
@@ -88,7 +90,7 @@ def collect(responses: Topic, ids: Collection[str], patience: float) -> list[Ans
         if message is None or message.error() is not None:
             continue
         record = Incoming.of(message)
-        answer = Answer((record.timestamp or 0) / 1000, json.loads(record.value or b""))
+        answer = TimedResponse((record.timestamp or 0) / 1000, json.loads(record.value or b""))
         if answer.request_id in ids:
             answers.append(answer)
             missing.discard(answer.request_id)
@@ -96,15 +98,15 @@ def collect(responses: Topic, ids: Collection[str], patience: float) -> list[Ans
     return answers
 
 
-def duplicates(responses: Topic, ids: Collection[str], seconds: float) -> list[Answer]:
+def duplicates(responses: Topic, ids: Collection[str], seconds: float) -> list[TimedResponse]:
     """Return additional responses to requests that have one already, until none comes for `seconds`."""
-    found: list[Answer] = []
+    found: list[TimedResponse] = []
     while more := collect(responses, ids, seconds):
         found += more
     return found
 
 
-def per_second(answers: Sequence[Answer]) -> float:
+def per_second(answers: Sequence[TimedResponse]) -> float:
     """Return requests per second from the first response to the last."""
     times = [answer.at for answer in answers]
     return (len(times) - 1) / (max(times) - min(times))

@@ -17,7 +17,16 @@ import click
 import numpy as np
 from PIL import Image
 
-from benchmarks.kafka_bench import Answer, BareLoop, answered, machine, per_second, requests_for, running_workers, table
+from benchmarks.kafka_bench import (
+    BareLoop,
+    TimedResponse,
+    machine,
+    per_second,
+    requests_for,
+    responses_to,
+    running_workers,
+    table,
+)
 from models import Timings
 from tests.broker import Broker, choose
 from tests.helpers import IMAGES
@@ -64,10 +73,10 @@ class Kafka:
     bench: Bench
     responses: Topic
 
-    def run(self, case: Case, count: int) -> list[Answer]:
+    def run(self, case: Case, count: int) -> list[TimedResponse]:
         """Let the worker encode the case's image `count` times."""
         folder = self.bench.folder / "kafka"
-        answers = answered(
+        answers = responses_to(
             self.bench,
             self.responses,
             requests_for(case.image, count, megapixels=case.megapixels, output_dir=str(folder)),
@@ -146,7 +155,7 @@ def measure(case: Case, plan: Plan) -> Result:
         for side in sides:
             side.run(case, WARM_UP)
         bare: list[Result] = []
-        kafka: dict[int, list[list[Answer]]] = {side.prefetch: [] for side in sides}
+        kafka: dict[int, list[list[TimedResponse]]] = {side.prefetch: [] for side in sides}
         for _ in range(plan.pairs):
             bare.append(loop.run(case.image, case.megapixels, plan.count))
             for side in sides:
@@ -170,7 +179,7 @@ def start(case: Case, plan: Plan, prefetch: int, stack: ExitStack) -> Kafka:
     return Kafka(prefetch, bench, bench.responses)
 
 
-def side_result(prefetch: int, rounds: Sequence[Sequence[Answer]], bare: Sequence[Result]) -> Result:
+def side_result(prefetch: int, rounds: Sequence[Sequence[TimedResponse]], bare: Sequence[Result]) -> Result:
     """Return rates, ratios and step times of one worker; its latents must be those of the bare loop."""
     metadata = [answer.response["metadata"] for answers in rounds for answer in answers]
     latents = {entry["latent_sha256"] for entry in metadata} | {entry["latent_sha256"] for entry in bare}

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from benchmarks.kafka_bench import answered, duplicates, machine, per_second, requests_for, running_workers, table
+from benchmarks.kafka_bench import duplicates, machine, per_second, requests_for, responses_to, running_workers, table
 from tests.broker import Broker, choose
 from tests.helpers import IMAGES
 from tests.kafka_tools import Bench
@@ -54,9 +54,9 @@ def measure(broker: Broker, folder: Path, workers: int, count: int, megapixels: 
     responses = bench.responses
     try:
         with running_workers(bench, workers, OMP_NUM_THREADS="1"):
-            answered(bench, responses, requests_for(IMAGE, WARM_UP * PARTITIONS, megapixels=megapixels))
+            responses_to(bench, responses, requests_for(IMAGE, WARM_UP * PARTITIONS, megapixels=megapixels))
             requests = requests_for(IMAGE, count, megapixels=megapixels)
-            answers = answered(bench, responses, requests)
+            answers = responses_to(bench, responses, requests)
             ids = {str(request["request_id"]) for request in requests}
             further = duplicates(responses, ids, DUPLICATES_S)
     finally:

@@ -20,7 +20,7 @@ apache_kafka = pytest.mark.usefixtures("apache_kafka")
 
 @pytest.fixture
 def own(broker: Broker) -> Iterator[ApacheKafka]:
-    """A broker for one test, which may stop it, kill it, and start it again with its log."""
+    """Provide a broker for one test, which may stop it, kill it, and start it again with its log."""
     if not isinstance(broker, ApacheKafka):
         pytest.skip(f"{broker.name} cannot be stopped and started again with its log")
     with ApacheKafka() as own:
