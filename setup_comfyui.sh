@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up everything that this service needs: a Python environment, ComfyUI's runtime in comfyui/, and the tiny VAE.
-# Run it again whenever you like: what is there is left alone. ./setup_comfyui.sh --help
+# Set up everything that this service needs: a Python environment, ComfyUI's runtime in comfyui/, and the tiny VAE.
+# It can be run again: parts that are in place stay as they are. See ./setup_comfyui.sh --help.
 set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,9 +13,9 @@ usage() {
     cat <<'HELP'
 Usage: ./setup_comfyui.sh [OPTIONS]
 
-Makes .venv (or uses the active environment, or the one that VENV names), installs what is needed there, fills comfyui/
-with ComfyUI's runtime, puts the tiny VAE where it is found, installs the packages that this ComfyUI's four nodes need
-beyond that, and encodes a test picture with them.
+Makes .venv (or uses the active environment, or the one that VENV names), installs the packages of this service there,
+fills comfyui/ with ComfyUI's runtime, copies the tiny VAE into it, installs further packages that this ComfyUI's four
+nodes need, and encodes a test image with them.
 
 Options:
   --from DIR      fill comfyui/ from your own ComfyUI checkout instead of the pinned release
@@ -23,17 +23,17 @@ Options:
   --link          with --from: symlinks instead of copies
   --release TAG   fill comfyui/ with another release, e.g. v0.33.0, from ComfyUI's git repository; TAG may be a commit
   --pinned        go back to the pinned release after --from or --release
-  --full          install all of ComfyUI's requirements, not only those that encoding needs
+  --full          install all of ComfyUI's requirements, also those that encoding does not need
   --dev           install the test tools too
   --download-vae  download the real qwen_image_vae.safetensors (254 MB) into comfyui/models/vae/
-  --no-trial      neither look for packages that this ComfyUI lacks nor try it; for building container images
+  --no-trial      neither install further packages for this ComfyUI nor try it; for building container images
   -h, --help      this text
 
-Exit status: 0 if all is set up, 1 if something failed, 2 for wrong usage, 3 if this ComfyUI cannot encode.
+Exit status: 0 if everything is set up, 1 if a step failed, 2 for wrong usage, 3 if this ComfyUI cannot encode.
 
 Environment:
-  COMFYUI_GIT      the git repository for --release and the pinned release, a URL or a directory; upstream's by default
-  VENV             the virtual environment to use, made where it is missing
+  COMFYUI_GIT      the git repository for --release and the pinned release, a URL or a folder; upstream's by default
+  VENV             the virtual environment to use, made if it is missing
   PYTHON           the Python (3.11 or newer) that makes it; python3 by default
   TORCH_INDEX_URL  the wheel index for torch and torchvision, for a CPU-only, ROCm or other CUDA build,
                    e.g. https://download.pytorch.org/whl/cpu
@@ -64,7 +64,7 @@ parse_arguments() {
     choose_tree
 }
 
-# The service runs the tree that COMFYUI_PATH names, so a release in comfyui/ would be fetched for nothing.
+# The service runs the tree that COMFYUI_PATH names. A release that is fetched into comfyui/ would not be used.
 choose_tree() {
     local chosen=${release:+--release}${pinned:+--pinned}
     [[ -z $release || -z $pinned ]] || wrong_usage '--release and --pinned exclude each other'
@@ -91,16 +91,16 @@ choose_environment() {
     say "Python: $("$python" --version | cut -d' ' -f2) in $venv"
 }
 
-pip_install() { "$python" -m pip install --disable-pip-version-check "$@" || fail "pip could not install what is needed; see above."; }
+pip_install() { "$python" -m pip install --disable-pip-version-check "$@" || fail "pip could not install the packages; see above."; }
 
-# A torch that is there and works with its torchvision is the user's choice and stays.
+# Keep an installed torch that works with its torchvision: it is the user's choice.
 torch_works() {
     "$python" -c 'from importlib.metadata import version as v; import sys
 sys.exit([v(p).split("+")[0] for p in ("torch", "torchvision")] != sys.argv[1:])' "${torch_packages[@]#*==}" 2>/dev/null ||
         "$python" -c 'import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)' 2>/dev/null
 }
 
-# Exactly what locks name: every file must have one of their SHA-256 sums, and nothing is installed that they lack.
+# Install exactly the files of the locks: every file must have one of their SHA-256 checksums.
 install_locked() { pip_install --require-hashes "$@"; }
 
 install_packages() {
@@ -109,15 +109,15 @@ install_packages() {
     "$python" "$installer/satisfied.py" "${wanted[@]/#/--lock=}" "${lists[@]}" || status=$?
     ((status < 2)) || exit 1
     if ((status == 1)); then
-        say 'Packages: all but torch and torchvision'
-        install_locked --quiet --no-deps "${wanted[@]/#/-r}"  # torchsde asks for torch, which is not theirs
+        say 'Packages: all except torch and torchvision'
+        install_locked --quiet --no-deps "${wanted[@]/#/-r}"  # torchsde asks for torch, which these locks lack
     fi
     torch_works || install_torch
 }
 
-# Wheels of another index than PyPI are other files, of which the lock has no sums.
+# Wheels of another index than PyPI are other files, of which the lock has no checksums.
 install_torch() {
-    say "Packages: torch and torchvision${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL, without checked sums} (several GB with CUDA)"
+    say "Packages: torch and torchvision${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL, without verified checksums} (several GB with CUDA)"
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
         pip_install --index-url "$TORCH_INDEX_URL" "${torch_packages[@]}"
     else
@@ -132,7 +132,7 @@ fill_comfyui() {
     [[ -z $dev ]] || "$python" "$installer/fill_comfyui.py" "$project/tests/.comfyui-0.3.52" --release 0.3.52 --keep
 }
 
-# The locks do not have what a ComfyUI may ask for, so no sums are checked; what they do have stays as it is installed.
+# A ComfyUI may ask for packages that the locks lack: no checksums are verified. Packages of the locks stay as installed.
 install_unlocked() {
     "$python" "$installer/constraints.py" "$1" "$locks/runtime.txt" >"$scratch/constraints" || exit
     pip_install --quiet -r "$1" -c "$scratch/constraints" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"}
@@ -141,10 +141,10 @@ install_unlocked() {
 install_tree_packages() {
     find_lacking
     [[ -s $scratch/lacking ]] || return 0
-    say "Packages: $(one_line "$scratch/lacking") for this ComfyUI, without checked sums"
+    say "Packages: $(one_line "$scratch/lacking") for this ComfyUI, without verified checksums"
     install_unlocked "$scratch/lacking"
     find_lacking
-    [[ ! -s $scratch/lacking ]] || fail "pip ended well, but this ComfyUI still lacks $(one_line "$scratch/lacking")."
+    [[ ! -s $scratch/lacking ]] || fail "pip succeeded, but this ComfyUI still lacks $(one_line "$scratch/lacking")."
 }
 
 find_lacking() { "$python" "$installer/comfy_packages.py" "$tree" >"$scratch/lacking" || exit; }
@@ -152,7 +152,7 @@ one_line() { sed -e ':all' -e 'N;$!b all' -e 's/\n/, /g' "$1"; }
 
 install_all_requirements() {
     [[ -f $tree/requirements.txt ]] || fail "$tree has no requirements.txt, which --full needs."
-    say 'Packages: all of this ComfyUI'"'"'s requirements, without checked sums'
+    say 'Packages: all of this ComfyUI'"'"'s requirements, without verified checksums'
     grep -viE '^(torch|torchvision)([^[:alnum:]_.-]|$)' "$tree/requirements.txt" >"$scratch/requirements" || true
     install_unlocked "$scratch/requirements"
 }

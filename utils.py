@@ -1,7 +1,6 @@
-"""The shared utilities that connect this service to a ComfyUI tree.
+"""The shared utilities that find a ComfyUI tree and import its nodes.
 
-Importing this module does nothing. Its name is also that of a package in ComfyUI: `add_comfyui_directory_to_sys_path`
-makes the two live together.
+ComfyUI has a package of the same name. After `add_comfyui_directory_to_sys_path`, both can be imported.
 """
 
 from __future__ import annotations
@@ -14,26 +13,28 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from errors import SetupError, one_line
+from latent_encoder.isolation import isolated
 from latent_encoder.releases import TESTED
 
 
 def get_value_at_index(output: Any, index: int) -> Any:
-    """The `index`th value of what a node returned: a tuple, a V3 `NodeOutput`, or a mapping that holds it as `result`.
+    """Return the `index`th value of a node's output: a tuple, a V3 `NodeOutput`, or a mapping with the values as `result`.
 
     Raises:
-        IndexError: the node returned fewer values.
+        IndexError: the output has fewer values.
     """
     return output["result"][index] if isinstance(output, Mapping) else output[index]
 
 
 def find_path(comfyui_path: Path) -> Path:
-    """The absolute path of the ComfyUI tree at `comfyui_path`.
+    """Return the absolute path of the ComfyUI tree at `comfyui_path`.
 
     Raises:
-        SetupError: there is no ComfyUI tree; the text says how to get one.
+        SetupError: there is no ComfyUI tree; the message has the commands that get one.
     """
     path = comfyui_path.expanduser().absolute()
     missing = [name for name in ("nodes.py", "folder_paths.py", "comfy") if not (path / name).exists()]
@@ -48,8 +49,8 @@ def find_path(comfyui_path: Path) -> Path:
 def add_comfyui_directory_to_sys_path(comfyui: Path) -> None:
     """Make ComfyUI's modules importable without hiding ours.
 
-    The tree goes to the end of `sys.path`, so that `import main` still finds our `main.py`. Both of us have a `utils`: ours
-    is imported already, and ComfyUI's sub-modules (`utils.extra_config`, …) are found through it from now on.
+    The tree goes to the end of `sys.path`, so that `import main` still finds our `main.py`. `utils` stays ours, and becomes a
+    package with ComfyUI's submodules, such as `utils.extra_config`.
     """
     if str(comfyui) not in sys.path:
         sys.path.append(str(comfyui))
@@ -58,10 +59,10 @@ def add_comfyui_directory_to_sys_path(comfyui: Path) -> None:
 
 
 def add_extra_model_paths(comfyui: Path) -> None:
-    """Add the model folders that the tree's `extra_model_paths.yaml` names, where there is one, by ComfyUI's own reader.
+    """Add the model folders in the tree's `extra_model_paths.yaml` by ComfyUI's own reader; a tree may have no such file.
 
     Raises:
-        SetupError: the file cannot be read as what ComfyUI expects.
+        SetupError: ComfyUI cannot read the file.
     """
     config = comfyui / "extra_model_paths.yaml"
     if not config.is_file():
@@ -73,13 +74,13 @@ def add_extra_model_paths(comfyui: Path) -> None:
 
 
 def import_custom_nodes_minimal(comfyui: Path, node_ids: Iterable[str], packages: Iterable[str] = ()) -> dict[str, type]:
-    """ComfyUI's node classes by node id: its core nodes, those of `node_ids` that live elsewhere, and named packages.
+    """Return ComfyUI's node classes by node id: the core nodes, others of `node_ids`, and all nodes of `packages`.
 
-    A node that the core does not have is looked for by its id in `comfy_extras/`, wherever this release keeps it.
+    A node that the core does not have is searched by its id in `comfy_extras/`, because releases keep it in different modules.
     `packages` are folders or modules in `custom_nodes/`. No server and no prompt queue is started.
 
     Raises:
-        SetupError: a node is not in the tree, or a module that should have it cannot be imported.
+        SetupError: a node or a package is not in the tree, or its module cannot be imported.
     """
     classes: dict[str, type] = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
     for node_id in node_ids:
@@ -92,7 +93,7 @@ def import_custom_nodes_minimal(comfyui: Path, node_ids: Iterable[str], packages
 
 
 def _find_extra_node(comfyui: Path, node_id: str) -> type:
-    """The class of a node in `comfy_extras/`; only modules whose text has the node's id are imported."""
+    """Return the class of a node in `comfy_extras/`. Only modules whose text has the node's id are imported."""
     reason, failure = "no module in comfy_extras/ has it", None
     for file in sorted((comfyui / "comfy_extras").glob("*.py")):
         if f'"{node_id}"' not in file.read_text(encoding="utf-8"):
@@ -108,12 +109,21 @@ def _find_extra_node(comfyui: Path, node_id: str) -> type:
 
 
 def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:
+    """Return the node classes of a package in `custom_nodes/`, by node id."""
     folder = comfyui / "custom_nodes"
     path = next((path for path in (folder / package, folder / f"{package}.py") if path.exists()), None)
     if path is None:
         raise SetupError(f"No custom node package {package!r} in {folder}; CUSTOM_NODES names it.")
+    try:
+        with isolated(path, comfyui):
+            return _node_classes(_import_node_package(package, path))
+    except Exception as exc:
+        raise SetupError(f"The custom node package {path} cannot be loaded: {one_line(exc)}") from exc
+
+
+def _import_node_package(package: str, path: Path) -> ModuleType:
+    """Import a node package under a unique name: its folder's name may have dashes, or be that of another module."""
     init = path / "__init__.py" if path.is_dir() else path
-    # Not imported by its own name: that may have dashes, or be the name of a module of ours.
     spec = importlib.util.spec_from_file_location("custom_nodes_" + re.sub(r"\W", "_", package), init)
     assert spec is not None
     assert spec.loader is not None
@@ -121,13 +131,14 @@ def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        return _node_classes(module)
-    except Exception as exc:
-        raise SetupError(f"The custom node package {path} cannot be loaded: {one_line(exc)}") from exc
+    except BaseException:
+        sys.modules.pop(spec.name, None)
+        raise
+    return module
 
 
 def _node_classes(module: Any) -> dict[str, type]:
-    """The nodes that a module declares: V1 by `NODE_CLASS_MAPPINGS`, V3 by the extension that `comfy_entrypoint` returns."""
+    """Return the nodes of a module by node id: V1 from `NODE_CLASS_MAPPINGS`, V3 from the extension of `comfy_entrypoint`."""
     classes: dict[str, type] = dict(getattr(module, "NODE_CLASS_MAPPINGS", None) or {})
     if hasattr(module, "comfy_entrypoint"):
         for node in asyncio.run(_extension_nodes(module.comfy_entrypoint)):

@@ -1,20 +1,19 @@
-"""Imports that wait until what they import is used.
+"""Imports that wait until the imported module is used.
 
-An import statement does two things: it finds a module, and it runs the module's code, which imports further modules. Finding
-costs little, running may cost seconds. Inside `with lazy_imports("name"):` a module of that name is found as always, so that
-one which is not installed fails as always, but who imports it gets a stand-in. As soon as anything of the stand-in is used, it
-imports the module in the regular way and passes on to it that use and all later ones. So whatever comes out of a stand-in
-is the module's own, and locks, errors and the order in which packages run are those of the import system.
+An import statement finds a module and runs its code, which imports further modules. Finding costs little; running may cost
+seconds. Inside `with lazy_imports("name"):`, a module of that name is still found, so a module that is not installed fails as
+usual. The import statement then gets a stand-in. The first use of the stand-in imports the module in the regular way; this use
+and all later ones are passed on to it. So every object taken from a stand-in is the module's own. Locks, errors and the order
+of packages are those of the import system.
 
-When the block ends, `sys.meta_path` is as before, and `sys.modules` holds only modules that have run: an import statement that
-comes later runs the module as if nothing had been. The stand-ins that were handed out stay lazy.
+After the block, `sys.meta_path` is as before, and `sys.modules` holds only modules that have run. A later import runs
+the module as usual. Stand-ins that were handed out stay lazy.
 
-`from package import thing` uses the package at once. To have it wait, give the name of the module that says so.
+`from package import thing` uses the package at once. To delay it, name the module that contains this statement.
 """
 
-# The standard library's `importlib.util.LazyLoader` makes the module itself wait. With Python 3.11's, a second thread sees a
-# module of which half has run, a submodule runs twice if its package imports it too, and a second import statement ends the
-# waiting.
+# `importlib.util.LazyLoader` of the standard library delays the module itself. In Python 3.11, a second thread may then see a
+# module that has half run, a submodule runs twice if its package imports it too, and a second import statement ends the delay.
 
 from __future__ import annotations
 
@@ -29,20 +28,20 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-# What the import system sets on a module before its code runs, and reads when it is imported once more.
+# Attributes that the import system sets on a module before its code runs, and reads when the module is imported again.
 _SET_BY_IMPORT = frozenset({"__file__", "__name__", "__path__", "__spec__"})
 
 
 @contextmanager
 def lazy_imports(*patterns: str) -> Iterator[None]:
-    """Let imports of modules with these names wait for the first use; `*` stands for anything, dots too.
+    """Delay imports of modules with these names until their first use; `*` stands for any characters, dots too.
 
-    What is below a package that waits, waits with it. A package in a package that has run does not wait: once it has run too,
-    nothing would tell that one of its modules is used. What was imported before stays as it is.
+    Modules below a delayed package are delayed with it. Modules that were imported before stay as they are. A package inside a
+    package that has run is not delayed: after it has run, nothing would notice the first use of one of its modules.
 
-    One such package waits all the same: it is given by its full name, and the package around it has a `__getattr__`, which
-    has to import it on demand. For example, torch imports `torch._dynamo` on demand. When the block ends, its stand-in leaves
-    the package around it, as if it had never been imported. Modules in it do not wait: an import of one runs both at once.
+    One such package is delayed: its full name is given, and the package around it has a `__getattr__` that imports it on
+    demand. For example, torch imports `torch._dynamo` on demand. When the block ends, its stand-in is removed from the package
+    around it, as if it had never been imported. Modules in it are not delayed: an import of one runs both at once.
     """
     finder = _Finder(patterns)
     sys.meta_path.insert(0, finder)
@@ -54,7 +53,7 @@ def lazy_imports(*patterns: str) -> Iterator[None]:
 
 
 class _StandIn(ModuleType):
-    """What an import statement gets for a module that waits."""
+    """The object that an import statement gets for a delayed module."""
 
     def __getattribute__(self, name: str) -> Any:
         finder, own_name = _origin(self)
@@ -64,7 +63,7 @@ class _StandIn(ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         finder, own_name = _origin(self)
-        # A submodule's stand-in comes from the import system, which will set the submodule itself when that has run.
+        # The import system sets a submodule's stand-in here; it will set the submodule itself after that has run.
         if not (type(value) is _StandIn and _origin(value) == (finder, f"{own_name}.{name}")):
             setattr(finder.run(own_name, name), name, value)
 
@@ -74,18 +73,19 @@ class _StandIn(ModuleType):
 
 
 def _origin(stand_in: _StandIn) -> tuple[_Finder, str]:
+    """Return the finder that made the stand-in, and its module's name."""
     own = object.__getattribute__
     return own(stand_in, "__loader__"), own(stand_in, "__name__")
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules that are to wait, and loads stand-ins for them."""
+    """The finder and loader of stand-ins for the modules to delay."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self.is_open = True
         self._patterns = patterns
-        self._names: list[str] = []  # of all stand-ins; what is imported once more is not to wait any longer
-        self._on_demand: set[str] = set()  # packages that the package around them imports when it is asked for them
+        self._names: list[str] = []  # of all stand-ins; a module that is imported again is not delayed again
+        self._on_demand: set[str] = set()  # packages that the package around them imports on demand
         self._lock = threading.RLock()
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -111,12 +111,12 @@ class _Finder(MetaPathFinder, Loader):
         if parent in self._on_demand:
             self._withdraw([parent])
             del sys.modules[name]
-            importlib.import_module(name)  # the import system goes on with what is under that name now
+            importlib.import_module(name)  # the import system continues with the module that is under that name now
         else:
             module.__class__ = _StandIn
 
     def run(self, name: str, attribute: str) -> ModuleType:
-        """The module, and what was imported under that attribute of it, run now if they have not."""
+        """Run the module, and submodules imported under that attribute of it, unless they have run; return the module."""
         if type(sys.modules.get(name)) is _StandIn:
             package = name.partition(".")[0]
             self._withdraw(self._at_or_below(package if package in self._names else name))
@@ -126,18 +126,19 @@ class _Finder(MetaPathFinder, Loader):
         return module
 
     def _at_or_below(self, top: str) -> list[str]:
-        """The stand-ins of that name and below it, in the order of their imports."""
+        """Return the names of stand-ins at that name and below it, in the order of their imports."""
         with self._lock:
             return [name for name in self._names if f"{name}.".startswith(f"{top}.")]
 
     def _withdraw(self, names: Iterable[str]) -> None:
+        """Remove the stand-ins of these names from `sys.modules`."""
         with self._lock:
             for name in names:
                 if type(sys.modules.get(name)) is _StandIn:
                     del sys.modules[name]
 
     def close(self) -> None:
-        """From now on, nothing waits that is imported anew."""
+        """Stop delaying imports, and remove the stand-ins that have not run."""
         self.is_open = False
         self._withdraw(self._names)
         for name in self._on_demand:

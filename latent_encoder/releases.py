@@ -1,4 +1,4 @@
-"""The ComfyUI releases that the test suite has run on. Only the standard library is needed to import this."""
+"""The ComfyUI releases that the test suite has run on, and comparisons with them. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -9,16 +9,6 @@ TESTED_RELEASES = ("0.3.52", "0.3.64", "0.3.75", "0.33.0")
 
 TESTED = f"tested releases: {', '.join(TESTED_RELEASES[:-1])} and {TESTED_RELEASES[-1]}"
 """`TESTED_RELEASES` for an error message."""
-
-
-def is_before(version: str, other: str) -> bool:
-    """Return whether a release is older than another; one whose version cannot be read is not."""
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        return Version(version) < Version(other)
-    except InvalidVersion:
-        return False
 
 
 def is_tested(version: str) -> bool:
@@ -32,7 +22,7 @@ def is_tested(version: str) -> bool:
 
 
 def is_older(version: str, other: str) -> bool:
-    """Return whether a release is older than `other`; False where `version` is not a version."""
+    """Return whether a release is older than `other`; False if `version` is not a version, such as `unknown`."""
     from packaging.version import InvalidVersion, Version
 
     try:

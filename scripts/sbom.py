@@ -20,8 +20,9 @@ from cyclonedx.validation.json import JsonStrictValidator
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from latent_encoder.installer.fill_comfyui import RELEASES, origin, sha256, version_of, wrong_files
+from latent_encoder.installer.checksums import sha256, wrong_files
 from latent_encoder.installer.satisfied import requirements
+from latent_encoder.installer.sources import RELEASES, origin, version_of
 from latent_encoder.releases import PINNED_RELEASE
 
 COMFYUI = PROJECT / "comfyui"
@@ -88,7 +89,7 @@ def comfyui() -> Document:
         "version": version_of(COMFYUI) or "unknown",
         "licenses": licence("GPL-3.0"),
     }
-    if wrong_files(COMFYUI, pinned.sums):
+    if wrong_files(COMFYUI, pinned.checksums):
         return component | {"description": f"Not the pinned release: filled from {source}."}
     return component | {
         "description": f"Runtime files, filled from {source.source}; its Python files have the sums of the pinned release.",

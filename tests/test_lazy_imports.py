@@ -1,4 +1,4 @@
-"""Imports that wait: who imports cannot tell, except by what has not run yet."""
+"""Tests of delayed imports: importing code sees no difference, except that a module has not run yet."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
-from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.installer.placing import copy as copy_entry
+from latent_encoder.installer.placing import place_runtime
 from latent_encoder.lazy_imports import lazy_imports
 from tests.helpers import COMFYUI, PROJECT, VAE, clean_environment
 
 RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"
 
-# A package that tells when it runs, and runs one of its modules itself, as most do.
+# A package that prints when it runs, and runs one of its modules itself, as most packages do.
 PARCEL = {
     "parcel/__init__.py": 'print("parcel runs"); from parcel import inner\nclass Thing: pass',
     "parcel/inner.py": 'print("inner runs"); number = 1',
@@ -33,7 +33,7 @@ PARCEL = {
     "parcel/deep/down.py": 'print("down runs"); from parcel import extra; number = 3',
 }
 
-# A package that imports one of its own packages when it is asked for it, as torch does with `torch._dynamo`.
+# A package that imports one of its own packages on demand, as torch does with `torch._dynamo`.
 HOLDER = {
     "holder/__init__.py": (
         "import importlib\n"
@@ -52,7 +52,7 @@ Import = Callable[..., Any]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Write a module that can be imported while the test runs."""
+    """Give a function that writes a module, which can be imported until the test ends."""
     written = set()
 
     def write(file: str, code: str) -> None:
@@ -71,7 +71,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 
 @pytest.fixture
 def import_lazily(write: Write) -> Import:
-    """Run code that imports, with what has one of these names (or else `parcel`) waiting; gives what the code defined."""
+    """Give a function that runs code while modules of these names (default: `parcel`) are delayed, and returns its module."""
 
     def import_lazily(code: str, *names: str) -> Any:
         write("importing.py", code)
@@ -88,12 +88,12 @@ def forget(*packages: str) -> None:
 
 
 def ran(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Which modules have run since the last call."""
+    """Return the modules that have run since the last call."""
     return [line.removesuffix(" runs") for line in capsys.readouterr().out.splitlines()]
 
 
 def test_module_runs_when_it_is_used(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once, however often it is imported and used; before, `sys.modules` does not have it."""
+    """A delayed module runs once, however often it is imported and used; before that, `sys.modules` does not have it."""
     user = import_lazily("import parcel\nimport parcel as again\nimport parcel.inner, parcel.deep.down")
     assert ran(capsys) == []
     assert not any(name.startswith("parcel") for name in sys.modules)
@@ -103,7 +103,7 @@ def test_module_runs_when_it_is_used(import_lazily: Import, capsys: pytest.Captu
 
 
 def test_submodules_run_one_by_one(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each after the packages around it, and once, even where its package runs it too."""
+    """Each submodule runs after the packages around it, and once, even if its package runs it too."""
     user = import_lazily("import parcel.inner, parcel.extra, parcel.deep.down")
     assert user.parcel.inner.number == 1
     assert ran(capsys) == ["parcel", "inner"]
@@ -115,7 +115,7 @@ def test_submodules_run_one_by_one(import_lazily: Import, capsys: pytest.Capture
 
 
 def test_what_comes_out_is_the_modules_own(import_lazily: Import) -> None:
-    """Instances, subclasses, pickles, what is set and deleted, and what `dir`, `vars` and `repr` say."""
+    """Objects, pickles, assignments and deletions are the module's own, and so are the results of `dir`, `vars` and `repr`."""
     stand_in = import_lazily("import parcel").parcel
     thing = stand_in.Thing()
     real = sys.modules["parcel"]
@@ -144,7 +144,7 @@ def test_what_comes_out_is_the_modules_own(import_lazily: Import) -> None:
 def test_use_while_importing_is_an_import_as_always(
     code: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The package runs at once, with all that it needs of itself."""
+    """A package that is used while it is imported runs at once, with its own modules."""
     thing = import_lazily(code).Thing
     assert ran(capsys)[:2] == ["parcel", "inner"]
     assert thing is importlib.import_module("parcel").Thing
@@ -154,7 +154,7 @@ def test_use_while_importing_is_an_import_as_always(
 
 
 def test_names_can_mean_what_is_in_a_package(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
-    """With `package.*` its modules wait, each for itself; the package, and packages in it, do not."""
+    """With `package.*`, each module of the package is delayed on its own; the package, and packages in it, are not."""
     user = import_lazily("from parcel.extra import number\nimport parcel.deep.down\nfrom parcel import deep", "parcel.*")
     assert ran(capsys) == ["parcel", "extra", "deep"]
     assert importlib.import_module("parcel.deep.other").number == 6
@@ -169,7 +169,7 @@ def test_names_can_mean_what_is_in_a_package(import_lazily: Import, capsys: pyte
 def test_package_that_its_package_fetches_waits(
     statement: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where its full name is given; afterwards, whoever asks the package around it gets the real one."""
+    """A package that is given by its full name is delayed; afterwards, the package around it gives the real one."""
     user = import_lazily(f"import holder\n{statement}", "holder.late")
     assert ran(capsys) == []
     assert "holder.late" not in sys.modules
@@ -181,7 +181,7 @@ def test_package_that_its_package_fetches_waits(
 
 
 def test_fetched_package_can_be_imported_in_every_way(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
-    """After the block, an import statement gives the real one, which stays."""
+    """After the block, every kind of import statement gives the real package, which stays."""
     user = import_lazily("import holder.late", "holder.late")
     from holder import late  # type: ignore[import-not-found]
 
@@ -196,7 +196,7 @@ def test_fetched_package_can_be_imported_in_every_way(import_lazily: Import, cap
 def test_module_of_a_fetched_package_does_not_wait(
     module: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It runs at once after its package, and once, even where its package runs it too."""
+    """A module of such a package runs at once after its package, and once, even if its package runs it too."""
     user = import_lazily(f"import holder.late.{module}\nimport holder.late.{module}", "holder.late")
     assert ran(capsys) == {"inner": ["late", "inner"], "extra": ["late", "inner", "extra"]}[module]
     real = sys.modules[f"holder.late.{module}"]
@@ -211,7 +211,7 @@ def test_module_of_a_fetched_package_does_not_wait(
 def test_other_package_in_a_package_runs_at_once(
     statement: str, pattern: str, import_lazily: Import, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that is not named in full, or that the package around it does not fetch."""
+    """A package in a package runs at once unless it is named in full and imported on demand."""
     import_lazily(statement, pattern)
     assert set(ran(capsys)) & {"late", "deep"}
 
@@ -219,7 +219,7 @@ def test_other_package_in_a_package_runs_at_once(
 def test_missing_module_of_a_fetched_package_is_missed_at_the_import(
     import_lazily: Import, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the package itself is there afterwards."""
+    """A missing module fails at its import statement, and its package is there afterwards."""
     code = "try:\n    import holder.late.nowhere\nexcept ModuleNotFoundError as exc:\n    print(exc.name)"
     assert import_lazily(code, "holder.late").__name__ == "importing"
     assert "holder.late.nowhere" in capsys.readouterr().out.split()
@@ -229,7 +229,7 @@ def test_missing_module_of_a_fetched_package_is_missed_at_the_import(
 @pytest.mark.usefixtures("write")
 @pytest.mark.parametrize("still_open", [True, False])
 def test_threads_fetch_a_package_once(still_open: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the block and after it; by attribute, by import statements and by a module of it at once."""
+    """Threads that fetch a package at once, by attribute, import statement or a module of it, run it once."""
     ways = (
         "import holder; number = holder.late.number",
         "import holder.late; number = holder.late.number",
@@ -256,14 +256,14 @@ def test_threads_fetch_a_package_once(still_open: bool, capsys: pytest.CaptureFi
 
 
 def test_missing_module_is_missed_at_the_import(import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where `except ImportError` expects it, for a submodule too."""
+    """A missing module or submodule fails at its import statement, so that `except ImportError` catches it."""
     guarded = "try:\n    import {0}\nexcept ModuleNotFoundError as exc:\n    print(exc.name)\n"
     import_lazily(guarded.format("nowhere") + guarded.format("parcel.nowhere"), "nowhere", "parcel")
     assert capsys.readouterr().out.split() == ["nowhere", "parcel.nowhere"]
 
 
 def test_failing_module_fails_at_each_use(write: Write, import_lazily: Import) -> None:
-    """With its own error, until it can be imported."""
+    """A failing module raises its own error at each use, until it can be imported."""
     write("broken.py", "raise ImportError('libbroken.so is missing')")
     user = import_lazily("import broken", "broken")
     for _ in range(2):
@@ -274,7 +274,7 @@ def test_failing_module_fails_at_each_use(write: Write, import_lazily: Import) -
 
 
 def test_module_may_put_another_object_in_its_place(write: Write, import_lazily: Import) -> None:
-    """As packages with lazy modules of their own do."""
+    """A delayed module may replace itself in `sys.modules`, as packages with their own lazy modules do."""
     write("swapped.py", "import sys, types\nsys.modules[__name__] = types.SimpleNamespace(number=4)")
     assert import_lazily("import swapped", "swapped").swapped.number == 4
 
@@ -282,7 +282,7 @@ def test_module_may_put_another_object_in_its_place(write: Write, import_lazily:
 def test_threads_see_only_modules_that_have_run(
     write: Write, import_lazily: Import, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of several that use a module at once, one runs it and the others wait."""
+    """If several threads use a module at once, one runs it and the others wait."""
     write("slow.py", "import time\nprint('slow runs')\ntime.sleep(0.1)\nnumber = 5")
     stand_in, together = import_lazily("import slow", "slow").slow, Barrier(4)
 
@@ -297,7 +297,7 @@ def test_threads_see_only_modules_that_have_run(
 
 
 def test_afterwards_all_is_as_before(write: Write, import_lazily: Import, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also if an import fails: no finder is left, an import runs the module, and its stand-in knows."""
+    """After the block, also if an import in it failed, no finder is left, and an import runs the module and its stand-in's."""
     write("early.py", "import parcel\nfrom parcel.deep import no_such_name")
     finders = sys.meta_path[:]
     with pytest.raises(ImportError, match="no_such_name"), lazy_imports("parcel"):
@@ -317,7 +317,7 @@ def test_afterwards_all_is_as_before(write: Write, import_lazily: Import, capsys
 
 
 def run_python(code: str, *arguments: object) -> None:
-    """Run code in a process of its own, after `encoder` was set up on the tree that the first argument names."""
+    """Run code in another process, with `encoder` set up on the tree in the first argument."""
     set_up = (
         "import importlib, sys; from pathlib import Path; from config import Settings; from service import LatentEncoder\n"
         "meta_path = sys.meta_path[:]\n"
@@ -333,7 +333,7 @@ def run_python(code: str, *arguments: object) -> None:
 
 @pytest.mark.core
 def test_encoding_uses_none_of_it_and_others_get_all_of_it(tmp_path: Path) -> None:
-    """The packages that take most of ComfyUI's start stay away; what its other parts take from them is the real thing."""
+    """Encoding loads none of the slow packages; ComfyUI's other parts get the real modules of them."""
     run_python(
         "from latent_encoder.requests import parse_request\n"
         "fields = {'image_path': sys.argv[2], 'vae_model_name': sys.argv[3], 'output_dir': sys.argv[4]}\n"
@@ -358,7 +358,7 @@ def test_encoding_uses_none_of_it_and_others_get_all_of_it(tmp_path: Path) -> No
 
 @pytest.mark.core
 def test_compiler_of_torch_waits_and_works(tmp_path: Path) -> None:
-    """Where a module imports it by name, as comfy_kitchen does: that module, torch and everybody else get the real one."""
+    """A module that imports torch's compiler by name, as comfy_kitchen does, gets the real one, and so do torch and others."""
     place_runtime(COMFYUI, tmp_path, copy_entry)
     with (tmp_path / "nodes.py").open("a") as file:
         file.write("\nimport torch._dynamo\ndef compiler(): return torch._dynamo\n")
@@ -377,13 +377,13 @@ def test_compiler_of_torch_waits_and_works(tmp_path: Path) -> None:
 
 
 def test_it_stays_away_on_an_older_release() -> None:
-    """And nothing of ours is left in `sys.meta_path`."""
+    """On an older release the slow packages stay unloaded too, and no finder of ours is left in `sys.meta_path`."""
     run_python("assert not heavy & sys.modules.keys(); assert sys.meta_path == meta_path", RELEASE_0_3_52)
 
 
 @pytest.mark.core
 def test_tree_that_uses_it_while_it_is_imported_works(tmp_path: Path) -> None:
-    """As a later release may: then it is imported as always."""
+    """A tree that uses a delayed module while it is imported, as a later release may, gets it imported at once."""
     place_runtime(COMFYUI, tmp_path, copy_entry)
     with (tmp_path / "nodes.py").open("a") as file:
         file.write(

@@ -1,4 +1,4 @@
-"""ComfyUI as it is since 2026, by a changed copy of the pinned release: other decoders, other limits, other inputs."""
+"""Tests on a changed copy of the pinned release with the decoders, limits and inputs that ComfyUI has since 2026."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from latent_encoder.images.features import FurtherImages, Orientation, SixteenBits
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
-from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.installer.placing import copy as copy_entry
+from latent_encoder.installer.placing import place_runtime
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
 from tests.newer_tree import make_newer
 
@@ -25,7 +25,7 @@ KL, TAESD = "random_kl.safetensors", "taesd"
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The changed copy."""
+    """Return the changed copy."""
     tree = tmp_path_factory.mktemp("newer")
     place_runtime(COMFYUI, tree, copy_entry)
     make_newer(tree)
@@ -34,7 +34,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What our service answered, and what the tree's own nodes gave."""
+    """Our service's response, and the tensors of the tree's own nodes."""
 
     response: dict[str, Any]
     scaled: torch.Tensor
@@ -49,14 +49,14 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of kinds of which there is no file among the test images."""
+    """Return image files of kinds that the test images lack."""
     folder = tmp_path_factory.mktemp("pictures")
     with Image.open(IMAGES / "photo.jpg") as photo:
         for value in (2, 3, 5, 8):
             exif = Image.Exif()
             exif[274] = value
             photo.save(folder / f"orientation_{value}.jpg", exif=exif, quality=95)
-        # The gain map of a phone: behind the photo, smaller, grey.
+        # As phones write a gain map: after the photo, smaller, and grey.
         photo.save(folder / "phone.jpg", "MPO", save_all=True, append_images=[ImageOps.grayscale(photo).resize((24, 16))])
     (folder / "rgb_16_bit.png").write_bytes(SixteenBits(2).sample())
     (folder / "turned_by_xmp.jpg").write_bytes(Orientation("JPEG", 6, "xmp").sample())
@@ -81,7 +81,7 @@ CASES: dict[str, tuple[str, str, str, float, str]] = {
 
 @pytest.fixture(scope="module")
 def outcomes(newer: Path, model_dir: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """Every case, through our service and through the tree's own nodes, each in a process of its own."""
+    """Run every case through our service and through the tree's own nodes, each in its own process."""
     folder = tmp_path_factory.mktemp("outcomes")
     ours, theirs = [], []
     for name, *rest, fit in CASES.values():
@@ -104,7 +104,7 @@ def outcomes(newer: Path, model_dir: Path, pictures: Path, tmp_path_factory: pyt
 
 @pytest.mark.parametrize("name", CASES)
 def test_latents_are_those_of_the_tree(name: str, outcomes: dict[str, Outcome]) -> None:
-    """Within 2e-5 with the single-frame encoder, to the last bit without."""
+    """Latents are the tree's own within 2e-5 with the single-frame encoder, and to the last bit without it."""
     outcome = outcomes[name]
     latent = outcome.latent.squeeze(2) if outcome.latent.ndim == 5 else outcome.latent
     single_frame = CASES[name][1] == TINY_VAE
@@ -131,18 +131,18 @@ NOTES = {
 
 @pytest.mark.parametrize("name", NOTES)
 def test_notes_say_what_this_tree_did(name: str, outcomes: dict[str, Outcome]) -> None:
-    """Not what the pinned release does to such a file."""
+    """Image notes describe this tree's treatment of a file, not the pinned release's."""
     assert outcomes[name].metadata["image_notes"] == NOTES[name]
 
 
 def test_metadata_names_the_decoder(outcomes: dict[str, Outcome]) -> None:
-    """With its version and that of ffmpeg."""
+    """Metadata name the decoder with its version and that of ffmpeg."""
     av = pytest.importorskip("av")
     assert outcomes["photo"].metadata["image_decoder"] == f"PyAV {av.__version__}, ffmpeg {av.ffmpeg_version_info}"
 
 
 def test_exact_fit_leaves_nothing_to_crop(outcomes: dict[str, Outcome]) -> None:
-    """Both sides are multiples of the factor, and the crop is the whole scaled image; other fits of the image are cropped."""
+    """With the exact fit, both sides are multiples of the factor and nothing is cropped; other fits crop."""
     for name in ("exact", "exact KL"):
         metadata = outcomes[name].metadata
         height, width, _ = metadata["scaled_image_shape"]
@@ -154,7 +154,7 @@ def test_exact_fit_leaves_nothing_to_crop(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_crop_is_what_the_model_was_given(outcomes: dict[str, Outcome]) -> None:
-    """All of the image where ComfyUI crops nothing; multiples of the factor that is stated where that is wrong."""
+    """The crop is the whole image if ComfyUI crops nothing, and multiples of the stated factor if that is wrong."""
     assert outcomes["no crop"].metadata["scaled_image_shape"] == [118, 177, 3]
     assert outcomes["no crop"].metadata["crop"] == [0, 0, 177, 118]
     assert outcomes["no crop"].metadata["latent_shape"] == [1, 4, 14, 22]
@@ -163,14 +163,14 @@ def test_crop_is_what_the_model_was_given(outcomes: dict[str, Outcome]) -> None:
 
 
 def test_model_that_tiles_by_itself_is_not_short_of_memory(outcomes: dict[str, Outcome]) -> None:
-    """Parts that a model makes of any picture are not ComfyUI's way out of a full memory."""
+    """A model that always tiles is not reported as tiled for lack of memory."""
     assert outcomes["wrong factor"].metadata["tiled"] is False
 
 
 def test_stock_encoder_gives_the_same_bits(
     newer: Path, model_dir: Path, tmp_path: Path, outcomes: dict[str, Outcome], run_main: RunMain
 ) -> None:
-    """With ENCODER=stock, over the command line."""
+    """With ENCODER=stock, the command line gives the same bits as the tree's own nodes."""
     done = run_main(
         *("--image_path", IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02", "--device", "cpu"),
         env={"COMFYUI_PATH": str(newer), "MODEL_DIR": str(model_dir), "ENCODER": "stock"},
@@ -183,7 +183,7 @@ def test_stock_encoder_gives_the_same_bits(
 
 
 def test_pictures_of_an_image_that_is_not_cropped(newer: Path, model_dir: Path, run_main: RunMain) -> None:
-    """Preview and round trip show all of it; inspecting the latent afterwards draws the same preview."""
+    """Preview and round trip show the whole image; inspecting the latent afterwards draws the same preview."""
     env = {"COMFYUI_PATH": str(newer), "MODEL_DIR": str(model_dir), "DEVICE": "cpu"}
     options = ("--vae_model_name", KL, "--megapixels", "0.02", "--preview", "--roundtrip")
     done = run_main("--image_path", IMAGES / "photo.jpg", *options, env=env)
@@ -201,7 +201,7 @@ def test_pictures_of_an_image_that_is_not_cropped(newer: Path, model_dir: Path, 
 
 
 def test_further_pictures_are_a_feature_of_phone_photos(pictures: Path) -> None:
-    """The photo of this test is one of those that phones make: Pillow finds two pictures in it."""
+    """The photo of this test is like those of phones: Pillow finds two images in it."""
     with Image.open(pictures / "phone.jpg") as image:
         assert getattr(image, "n_frames", 1) == 2
     assert FurtherImages().format == "JPEG"

@@ -1,4 +1,4 @@
-"""Other ComfyUI trees than the pinned one: an older release, a newer node, and trees that cannot work."""
+"""Tests on other ComfyUI trees than the pinned one: an older release, a newer node, and trees that cannot work."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
-from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.installer.placing import copy as copy_entry
+from latent_encoder.installer.placing import place_runtime
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, RunMain, load_latent, stock
 from tests.newer_tree import INPUT_FOLDER_ENFORCED, require_resolution_steps
 
 RELEASE_0_3_52 = PROJECT / "tests" / ".comfyui-0.3.52"
 EXTRAS = "comfy_extras/nodes_post_processing.py"
 
-# Loads small files, and fails for good as soon as it was given a file larger than the limit, if that is what `FOR_GOOD` says.
+# Loads small files only. With `FOR_GOOD`, it loads nothing more after it was given a file larger than the limit.
 CHOOSY = """
 class LoadImageOfSmallFiles(LoadImage):
     broken = False
@@ -43,7 +43,7 @@ NODE_CLASS_MAPPINGS["LoadImage"] = LoadImageOfSmallFiles
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the pinned release that a test may change."""
+    """Return a copy of the pinned release that a test may change."""
     copy = tmp_path / "tree"
     copy.mkdir()
     place_runtime(COMFYUI, copy, copy_entry)
@@ -51,7 +51,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def encode_cases(comfyui: Path, model_dir: Path, cases: list[list[object]], folder: Path) -> list[dict[str, Any]]:
-    """The responses of our service, in a process of its own on that tree."""
+    """Return the responses of our service, run in another process on that tree."""
     (folder / "ours.json").write_text(json.dumps(cases))
     arguments = (PROJECT / "tests" / "encode_cases.py", comfyui, model_dir, folder / "ours.json", folder)
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
@@ -86,7 +86,7 @@ def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) ->
 
 
 def test_input_of_a_newer_node_takes_its_default(tree: Path, tmp_path: Path, run_main: RunMain) -> None:
-    """And what a custom node package, or a process that it starts, prints does not reach standard output."""
+    """A new input takes its default; the output of node packages and of their processes does not reach standard output."""
     require_resolution_steps(tree)
     (tree / "custom_nodes" / "my-nodes").mkdir()
     (tree / "custom_nodes" / "my-nodes" / "__init__.py").write_text(
@@ -133,7 +133,7 @@ def with_broken_yaml(tree: Path) -> None:
 
 
 def without_input_folder(tree: Path) -> None:
-    """As ComfyUI is since 0.28.0, with an input folder that nobody can set."""
+    """Refuse paths outside the input folder, as ComfyUI does since 0.28.0, and let nobody set that folder."""
     with (tree / "folder_paths.py").open("a") as file:
         file.write(f"{INPUT_FOLDER_ENFORCED}\n\ndef set_input_directory(path):\n    pass\n")
 
@@ -171,7 +171,7 @@ SPOILED: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """How the command line ends on each spoiled tree; two at a time, since loading ComfyUI takes its while."""
+    """Run the command line on each spoiled tree, two at a time, because loading ComfyUI takes seconds."""
 
     def run(words: str) -> subprocess.CompletedProcess[str]:
         folder = tmp_path_factory.mktemp("spoiled")
@@ -187,7 +187,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Co
 
 @pytest.mark.parametrize("words", SPOILED)
 def test_tree_that_cannot_work_ends_set_up(words: str, endings: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    """Exit status 3 and one line that says what is missing; nothing on standard output, no traceback."""
+    """A tree that cannot work gives exit status 3 and one line with the reason, without standard output or a traceback."""
     done = endings[words]
     assert (done.returncode, done.stdout) == (3, "")
     assert words in done.stderr
@@ -197,7 +197,7 @@ def test_tree_that_cannot_work_ends_set_up(words: str, endings: dict[str, subpro
 
 @pytest.mark.parametrize(("for_good", "code"), [(False, "IMAGE_INVALID"), (True, "ENCODING_FAILED")])
 def test_fault_of_the_tree_is_not_the_images(for_good: bool, code: str, tree: Path, model_dir: Path, tmp_path: Path) -> None:
-    """A sound image that this tree alone cannot decode is refused. If no image can be decoded any more, it is not to blame."""
+    """An intact image that the tree cannot decode is refused as invalid, unless the tree cannot decode any image any more."""
     with (tree / "nodes.py").open("a") as file:
         file.write(CHOOSY.replace("FOR_GOOD", str(for_good)))
     cases: list[list[object]] = [

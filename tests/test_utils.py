@@ -1,4 +1,4 @@
-"""The shared utilities, and living with ComfyUI in one process."""
+"""Tests of the shared utilities, and of ComfyUI and our code in one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from errors import SetupError
-from latent_encoder.comfy_runtime import Node, load_runtime
+from latent_encoder.comfy_node import Node
+from latent_encoder.comfy_runtime import load_runtime
 from service import LatentEncoder
 from tests.helpers import COMFYUI, OUR_FILES, PROJECT
 from tests.trees import FACTS
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.core
 
 
 class Required:
-    """A node of the older style that asks for more than an image."""
+    """A node of the older style that requires more than an image."""
 
     FUNCTION = "run"
 
@@ -35,7 +36,7 @@ class Required:
 
 
 def test_value_is_taken_from_every_kind_of_output(encoder: LatentEncoder) -> None:
-    """A tuple, a mapping with `result`, and the V3 NodeOutput of the real runtime."""
+    """`get_value_at_index` takes a tuple, a mapping with `result`, and the V3 NodeOutput of the real runtime."""
     node_output = importlib.import_module("comfy_api.latest").io.NodeOutput("a", "b")
     for output in (("a", "b"), {"ui": {}, "result": ("a", "b")}, node_output):
         assert get_value_at_index(output, 1) == "b"
@@ -45,14 +46,14 @@ def test_value_is_taken_from_every_kind_of_output(encoder: LatentEncoder) -> Non
 
 
 def test_path_of_comfyui_is_absolute_or_refused(tmp_path: Path) -> None:
-    """A folder without ComfyUI is refused with what is missing and the two ways out."""
+    """A folder without ComfyUI is refused with the missing entries and the two ways to get a tree."""
     assert find_path(COMFYUI) == COMFYUI
     with pytest.raises(SetupError, match=r"nodes\.py, folder_paths\.py, comfy missing.*setup_comfyui\.sh.*COMFYUI_PATH"):
         find_path(tmp_path)
 
 
 def test_inputs_that_a_newer_node_adds_take_their_declared_defaults() -> None:
-    """One that we do not supply and that has no default is refused by its name."""
+    """An input that we do not supply and that has no default is refused by its name."""
     assert Node("Required", Required, ("image", "choice"))(image=1, choice="b") == {"steps": 3, "image": 1, "choice": "b"}
     with pytest.raises(SetupError, match=r"node Required requires choice, which has no default \(tested releases: "):
         Node("Required", Required, ("image",))
@@ -67,7 +68,7 @@ def test_second_tree_in_one_process_is_refused(encoder: LatentEncoder, tmp_path:
 
 
 def test_device_that_is_not_there_is_refused() -> None:
-    """DEVICE=cuda on a machine without one says so and does not fall back silently."""
+    """DEVICE=cuda on a machine without a CUDA device is an error, not a silent fallback."""
     import torch
 
     if torch.cuda.is_available():
@@ -87,13 +88,13 @@ def test_names_that_both_have_lead_to_each_its_own(encoder: LatentEncoder) -> No
 
 
 def test_entering_the_tree_twice_changes_nothing(encoder: LatentEncoder) -> None:
-    """`sys.path` has it once, at the end."""
+    """`sys.path` has the tree once, at the end."""
     add_comfyui_directory_to_sys_path(encoder.runtime.path)
     assert sys.path.count(str(COMFYUI)) == 1
 
 
 def test_set_up_leaves_logging_and_warnings_alone(encoder: LatentEncoder) -> None:
-    """No handler, level or filter of ComfyUI's is left behind."""
+    """Loading ComfyUI leaves no log handler, log level or warning filter behind."""
     root = logging.getLogger()
     before = (root.handlers[:], root.level, warnings.filters[:])
     load_runtime(encoder.runtime.path, "cpu", "auto")
@@ -101,7 +102,7 @@ def test_set_up_leaves_logging_and_warnings_alone(encoder: LatentEncoder) -> Non
 
 
 def test_importing_our_modules_does_nothing() -> None:
-    """No ComfyUI, no handler, no thread, no change of `sys.path`, no output."""
+    """Importing all our modules loads no ComfyUI, adds no handler or thread, changes no `sys.path`, and prints nothing."""
     ours = ", ".join(".".join(file.relative_to(PROJECT).with_suffix("").parts) for file in OUR_FILES)
     code = (
         f"import sys, logging, threading; before = sys.path[:]; import {ours}\n"
@@ -113,7 +114,7 @@ def test_importing_our_modules_does_nothing() -> None:
 
 
 def test_custom_node_packages_are_loaded_by_name(encoder: LatentEncoder) -> None:
-    """A package in `custom_nodes/` adds its nodes; one that is not there is named in the error."""
+    """A package in `custom_nodes/` adds its nodes; a missing package is named in the error."""
     classes = import_custom_nodes_minimal(encoder.runtime.path, (), ["websocket_image_save"])
     assert "SaveImageWebsocket" in classes
     with pytest.raises(SetupError, match=r"No custom node package 'nowhere' in .*custom_nodes; CUSTOM_NODES names it"):
@@ -121,6 +122,6 @@ def test_custom_node_packages_are_loaded_by_name(encoder: LatentEncoder) -> None
 
 
 def test_node_that_no_module_has_is_named(encoder: LatentEncoder) -> None:
-    """With the releases that are known to have it."""
+    """The error names the node and the releases that have it."""
     with pytest.raises(SetupError, match=r"has no node NoSuchNode: no module in comfy_extras/ has it \(tested releases: "):
         import_custom_nodes_minimal(encoder.runtime.path, ["NoSuchNode"])

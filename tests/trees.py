@@ -33,6 +33,7 @@ CORE = {
     "telemetry/test_health.py": 3,
     "images/test_source.py": 60,
     "kafka/test_handler.py": 14,
+    "test_isolation.py": 14,
     "test_lazy_imports.py": 3,
     "test_other_trees.py": 1,
     "test_service.py": 17,

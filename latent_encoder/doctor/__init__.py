@@ -1,4 +1,4 @@
-"""Doctor mode: what of the installation works, and what to do where it does not. Nothing is changed."""
+"""Doctor mode: checks of the installation, with advice for each fault. It changes nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from config import Settings
 from latent_encoder.doctor import report
 from latent_encoder.doctor.check import Check, Installation, State, guarded
 
-# What is examined: the name of the check that it becomes where that fails in itself, and the function. Each is imported when
-# its turn comes, so that what cannot be imported is one more thing that was found.
 GROUPS = {
     "Settings": {
         "setting": "latent_encoder.doctor.settings.check_faults",
@@ -40,6 +38,10 @@ GROUPS = {
         "http port": "latent_encoder.doctor.network.check_http_port",
     },
 }
+"""The functions that examine, by group. Each key is the name of the check that reports an error of the function itself.
+
+A function's module is imported when its turn comes, so that a module that cannot be imported becomes a check too.
+"""
 
 
 def run(
@@ -50,9 +52,10 @@ def run(
     as_json: bool,
     echo: Callable[[str], None],
 ) -> int:
-    """Examine the installation and tell what was found; the exit status: 1 where there is a cross, else 0.
+    """Examine the installation and report each check with `echo`; return the exit status: 1 if there is a cross, else 0.
 
-    `faults` are the settings that cannot be used, which `settings` has the defaults of. Text is told check by check.
+    `faults` describe the settings that cannot be used; `settings` has their defaults. Text is written check by check, JSON as
+    one document at the end.
     """
     installation = Installation(settings, origins, faults)
     groups: dict[str, list[Check]] = {}

@@ -1,6 +1,6 @@
-"""What a check of the installation is: what it looks at, and what it says.
+"""A check of the installation: the objects that it examines, and its result.
 
-Nothing that may be missing or broken is imported here: torch is among what is examined.
+Nothing that may be missing or broken is imported here: torch itself is examined.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class State(StrEnum):
-    """How a check ended, from the best to the worst."""
+    """The result of a check, from the best to the worst."""
 
     TICK = "tick"
     WARNING = "warning"
@@ -34,7 +34,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One line of what was found and, unless it is a tick, what to do about it. `name` is the same in every run."""
+    """One finding in `found` and, unless it is a tick, the next step in `advice`. `name` is the same in every run."""
 
     name: str
     state: State
@@ -55,26 +55,28 @@ def cross(name: str, found: str, advice: str) -> Check:
 
 
 def cross_of(name: str, error: LatentEncoderError, advice: str) -> Check:
-    """For an error of ours, which tells in its first sentence what is wrong and in the rest, if any, what to do."""
+    """Return a cross for an error of ours: its first sentence is the finding; the rest, or else `advice`, is the next step."""
     found, _, rest = str(error).partition(". ")
     return cross(name, found.removesuffix("."), rest or advice)
 
 
 @dataclass
 class Installation:
-    """What is examined: the settings, where each came from, what is wrong with them; and ComfyUI, once it is asked for."""
+    """The installation that is examined: its settings, and ComfyUI, which is loaded on first use."""
 
     settings: Settings
     origins: Mapping[str, str]
+    """The source of each setting by field: `default`, `.env`, `environment` or `command line`."""
     faults: Sequence[str] = ()
+    """The settings that cannot be used, each with its error."""
 
     def is_set(self, field: str) -> bool:
-        """Whether somebody set it, rather than leaving it at its default."""
+        """Return whether a setting has another source than its default."""
         return self.origins[field] != "default"
 
     @property
     def missing_device(self) -> str | None:
-        """Why the device that is asked for cannot be had; None where it can."""
+        """The reason why DEVICE cannot be used; None if it can."""
         import torch
 
         if self.settings.device == "cuda" and not torch.cuda.is_available():
@@ -83,15 +85,15 @@ class Installation:
 
     @property
     def comfyui(self) -> ComfyRuntime | SetupError:
-        """ComfyUI as the service loads it, or why it cannot be used."""
+        """ComfyUI as the service loads it, or the error that keeps it from loading."""
         encoder = self.encoder
         return encoder if isinstance(encoder, SetupError) else encoder.runtime
 
     @cached_property
     def encoder(self) -> LatentEncoder | SetupError:
-        """The service as it is before its first request, or why it cannot be used.
+        """The service as it is before its first request, or the error that keeps it from starting.
 
-        On any device where the one that is asked for is missing: that is another check's to say, and not to keep this one.
+        If the device of DEVICE is missing, another one is used: the missing device has its own check.
         """
         from service import LatentEncoder
 
@@ -106,14 +108,14 @@ Examine = Callable[[Installation], Iterator[Check]]
 
 
 def guarded(name: str, place: str, installation: Installation) -> Iterator[Check]:
-    """The checks that the function at `place`, its module and name, makes.
+    """Yield the checks of the function at `place`, given as module and name.
 
-    Whatever it raises is a cross of that name, imports included, and keeps no other check from running.
+    An error that it raises, also during its import, becomes a cross called `name`. The next function runs in any case.
     """
     module, _, function = place.rpartition(".")
     try:
         examine: Examine = getattr(importlib.import_module(module), function)
         yield from examine(installation)
     except (Exception, SystemExit) as exc:  # custom nodes have been seen to exit
-        advice = "Run ./setup_comfyui.sh, which installs what is missing; where that does not help, report it with this line."
+        advice = "Run ./setup_comfyui.sh, which installs what is missing; if that does not help, report it with this line."
         yield cross(name, f"it cannot be examined: {type(exc).__name__}: {one_line(exc)}", advice)

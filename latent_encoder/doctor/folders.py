@@ -1,4 +1,4 @@
-"""Checks of the folders that are written to, and of those that requests are limited to."""
+"""Checks of the folders that the service writes to, and of those that requests are limited to."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from latent_encoder.doctor.check import Check, Installation, cross, cross_of, ti
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.files import space_needed
 
-PLENTY = 100  # requests
-FACTOR, CHANNELS = 8, 16  # of the VAEs that most use, for what a request writes
+PLENTY = 100
+"""Requests that must fit on the disk; with room for fewer, a batch may fill it soon."""
+FACTOR, CHANNELS = 8, 16
+"""Pixels of one latent's pixel along a side, and channels, of the Qwen-Image VAE: the sizes of the files depend on both."""
 
 
 def check_output_dir(installation: Installation) -> Iterator[Check]:
-    """Whether files can be written to OUTPUT_DIR, or where it would be made. Nothing is left there."""
+    """Check that files can be written to OUTPUT_DIR, or that it can be made, and the room on its disk. Leave nothing there."""
     settings = installation.settings
     folder = absolute(settings.output_dir)
     advice = "Set OUTPUT_DIR to a folder that this user may write to and that has room."
@@ -40,37 +42,38 @@ def check_output_dir(installation: Installation) -> Iterator[Check]:
 
 
 def check_model_disk(installation: Installation) -> Iterator[Check]:
-    """What is free where VAE files are kept."""
+    """Report the free space on the disk of the VAE files."""
     settings = installation.settings
     folder = _existing(absolute(str(settings.model_dir or settings.comfyui_path)))
     yield tick("model disk", f"{_size(_free_bytes(folder))} free for models in {folder}")
 
 
 def check_allowed_folders(installation: Installation) -> Iterator[Check]:
-    """Whether the folders are there that requests are limited to."""
+    """Check that the folders exist that requests are limited to."""
     for field in ("allowed_input_dirs", "allowed_output_dirs"):
         folders: tuple[Path, ...] | None = getattr(installation.settings, field)
         missing = [str(folder) for folder in folders or () if not folder.is_dir()]
         if folders is None:
             yield tick(field, "not set: any folder is allowed")
         elif missing:
-            yield warning(field, f"not there: {', '.join(missing)}", f"Make them, or take them out of {field.upper()}.")
+            yield warning(field, f"missing: {', '.join(missing)}", f"Make them, or remove them from {field.upper()}.")
         else:
             yield tick(field, ", ".join(map(str, folders)))
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """Return the folder, or the nearest one above it that exists."""
     return next(place for place in (folder, *folder.parents) if os.path.exists(place))  # noqa: PTH110  # Path's may raise
 
 
 def _free_bytes(folder: Path) -> float:
-    """Infinite where the file system does not say, as some in user space do not."""
+    """Return the free space on the folder's disk; infinity if the file system, such as one in user space, reports no size."""
     state = os.statvfs(folder)
     return state.f_bavail * state.f_frsize if state.f_blocks else math.inf
 
 
 def _room(folder: Path, megapixels: float) -> Check:
+    """Compare the free space with the files of one request, and of `PLENTY`."""
     side = round(1024 * math.sqrt(megapixels))
     needed = space_needed(Size(side, side), FACTOR, CHANNELS)
     free = _free_bytes(folder)

@@ -15,14 +15,15 @@ from latent_encoder.doctor.check import Check, Installation, cross, tick, warnin
 
 OLDEST_PYTHON, TESTED_PYTHONS = (3, 11), ("3.11", "3.12", "3.13")
 
-# What an encode takes at its peak with the full-size VAE in float32 on a CPU: docs/encode_benchmark.png has the curve.
 PEAK_AT_MEGAPIXELS, PEAK_GB = (1.0, 4.0, 16.0), (1.4, 1.9, 4.4)
+"""Peak memory of an encode with the full-size VAE in float32 on a CPU, measured: docs/encode_benchmark.png has the curve."""
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of control groups, version 2: docs.kernel.org/admin-guide/cgroup-v2.html
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""The container's memory limit in bytes, or `max`: docs.kernel.org/admin-guide/cgroup-v2.html."""
 
 
 def check_python(_: Installation) -> Iterator[Check]:
-    """The version that runs this."""
+    """Check the version of the Python that runs this."""
     version = platform.python_version()
     found = f"{version}, {sys.executable}"
     if sys.version_info < OLDEST_PYTHON:
@@ -33,7 +34,7 @@ def check_python(_: Installation) -> Iterator[Check]:
 
 
 def check_memory(installation: Installation) -> Iterator[Check]:
-    """What is available, against what an encode of MEGAPIXELS needs on a CPU."""
+    """Compare the available memory with the need of an encode of MEGAPIXELS on a CPU."""
     megapixels = installation.settings.megapixels
     needed = float(np.interp(megapixels, PEAK_AT_MEGAPIXELS, PEAK_GB))
     available = min(psutil.virtual_memory().available, _container_limit()) / 1e9
@@ -45,6 +46,6 @@ def check_memory(installation: Installation) -> Iterator[Check]:
 
 
 def _container_limit() -> float:
-    """What the container's control group allows, in bytes; infinite where it says nothing."""
+    """Return the memory limit of the container's control group in bytes; infinity if there is none."""
     text = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
     return math.inf if text == "max" else float(text)

@@ -22,34 +22,36 @@ from latent_encoder.vae.loading import TRIAL_VAE
 from latent_encoder.vae.weights_files import read_shapes
 from service import LatentEncoder
 
-KINDS = ("vae", "vae_approx")  # ComfyUI's; TAESD files are of the second
-SLOW_S = 2.0  # a file that takes longer to read gets a progress bar
+KINDS = ("vae", "vae_approx")
+"""ComfyUI's kinds of model folders; TAESD files are in the second."""
+SLOW_S = 2.0
+"""A file that takes longer to read gets a progress bar, so that nobody takes the doctor for hung."""
 MAX_NAMES_SHOWN = 5
 
 
 def check_models(installation: Installation) -> Iterator[Check]:
-    """Each folder that is searched, the VAE files in them, and whether the VAE of requests that name none is one of them."""
+    """Check each folder that is searched, the VAE files in it, and the default VAE."""
     encoder = installation.encoder
     if isinstance(encoder, SetupError):
-        yield warning("model folder", "not looked for, since ComfyUI does not load", "Mend what is marked there first.")
+        yield warning("model folder", "not searched, because ComfyUI does not load", "Fix the marked checks of ComfyUI first.")
         return
     runtime, model_dir = encoder.runtime, installation.settings.model_dir
     if model_dir is not None and not model_dir.is_dir():
-        yield warning("model folder", f"{model_dir} is not there", "Make it, or set MODEL_DIR to the folder of your models.")
+        yield warning("model folder", f"{model_dir} does not exist", "Make it, or set MODEL_DIR to the folder of your models.")
     for folder in _folders(runtime):
-        yield tick("model folder", f"{folder} is searched{'' if folder.is_dir() else ', and not there'}")
+        yield tick("model folder", f"{folder} is searched{'' if folder.is_dir() else ', but does not exist'}")
     yield from _check_files(runtime)
     yield _default_vae(encoder, installation.settings.vae_model_name)
 
 
 def _check_files(runtime: ComfyRuntime) -> Iterator[Check]:
-    """The files that are VAEs or damaged; the others, which a folder of models of all kinds has many of, as their number."""
+    """Yield a check for each VAE or damaged file; other files, of which a shared model folder has many, are one check."""
     others = []
     for file in _files(runtime):
         try:
             family = family_of(read_shapes(file), file.name)
         except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as exc:
-            found = f"{file} is damaged, or holds no plain weights: {one_line(exc)}"
+            found = f"{file} is damaged, or has no plain weights: {one_line(exc)}"
             yield cross("vae file", found, _download(file.name) + "Get the file again, or remove it.")
             continue
         if family is None:
@@ -58,11 +60,11 @@ def _check_files(runtime: ComfyRuntime) -> Iterator[Check]:
             yield _vae_file(file, family)
     if others:
         names = ", ".join(others[:MAX_NAMES_SHOWN]) + (", …" if len(others) > MAX_NAMES_SHOWN else "")
-        yield tick("other files", f"{len(others)} of no VAE family that is known here: {names}")
+        yield tick("other files", f"{len(others)} of no known VAE family: {names}")
 
 
 def _folders(runtime: ComfyRuntime) -> list[Path]:
-    """The folders that are searched, once each: MODEL_DIR is one of both kinds, and one may be a symlink to another."""
+    """Return each searched folder once: MODEL_DIR is searched for both kinds, and a folder may be a symlink to another."""
     folders: dict[str, Path] = {}
     for folder in (folder for kind in KINDS for folder in runtime.vae_folders(kind)):
         folders.setdefault(os.path.realpath(folder), folder)  # no Path.resolve(): a loop of symlinks raises before Python 3.13
@@ -70,38 +72,39 @@ def _folders(runtime: ComfyRuntime) -> list[Path]:
 
 
 def _files(runtime: ComfyRuntime) -> list[Path]:
-    """Every file of weights in the folders, once, though folders may lie in each other."""
+    """Return each file of weights once, also if one searched folder lies in another."""
     found = (runtime.vae_file(name, kind) for kind in KINDS for name in runtime.vae_names(kind))
     return sorted({file.resolve(): file for file in found if file is not None}.values())
 
 
 def _vae_file(file: Path, family: Family) -> Check:
-    digest = _sha256(file)
-    found = f"{file}: {family.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}"
-    if digest == QWEN_IMAGE_VAE.sha256:
+    """Report a VAE file, and compare it with the published one if it has that name."""
+    checksum = _sha256(file)
+    found = f"{file}: {family.name}, {file.stat().st_size / 1e6:.1f} MB, SHA-256 {checksum}"
+    if checksum == QWEN_IMAGE_VAE.sha256:
         return tick("vae file", f"{found}, the VAE of Qwen-Image as published")
     if file.name == QWEN_IMAGE_VAE.name:
-        advice = f"{_download(file.name)}Leave it where it is of your own making."
+        advice = f"{_download(file.name)}Ignore this if you made the file yourself."
         return warning("vae file", f"{found}, not the file that is published under this name", advice)
     return tick("vae file", f"{found}, for trying the service only" if file.name == TRIAL_VAE else found)
 
 
 def _default_vae(encoder: LatentEncoder, name: str) -> Check:
-    """Whether VAE_MODEL_NAME is there, and encodes a test picture on this ComfyUI."""
+    """Check that VAE_MODEL_NAME exists, and encodes a test image on this ComfyUI."""
     runtime = encoder.runtime
     if runtime.vae_files(name) is None:
         similar = closest(name, runtime.vae_choices(), FILE_NAMES)
         suggestion = f"Did you mean {similar}? " if similar else ""
-        advice = f"{suggestion}{_download(name)}VAE_MODEL_NAME names another one, MODEL_DIR a folder to look in."
+        advice = f"{suggestion}{_download(name)}Set VAE_MODEL_NAME to another one, or MODEL_DIR to the folder that has it."
         return cross("default vae", f"{name} (VAE_MODEL_NAME) is in none of the folders", advice)
     try:
         vae = encoder.vaes.get(name)
     except RequestError as exc:
-        return cross("default vae", str(exc).removesuffix("."), "VAE_MODEL_NAME names another one.")
+        return cross("default vae", str(exc).removesuffix("."), "Set VAE_MODEL_NAME to another one.")
     if name == TRIAL_VAE:
-        advice = f"Run ./setup_comfyui.sh --download-vae and set VAE_MODEL_NAME={QWEN_IMAGE_VAE.name} for ones that do."
+        advice = f"Run ./setup_comfyui.sh --download-vae and set VAE_MODEL_NAME={QWEN_IMAGE_VAE.name}."
         return warning("default vae", f"{name}: its latents mean nothing to a diffusion model", advice)
-    return tick("default vae", f"{name} (VAE_MODEL_NAME) encodes a test picture with the {vae.encoder} encoder")
+    return tick("default vae", f"{name} (VAE_MODEL_NAME) encodes a test image with the {vae.encoder} encoder")
 
 
 def _download(name: str) -> str:
@@ -109,12 +112,12 @@ def _download(name: str) -> str:
 
 
 def _sha256(file: Path) -> str:
-    """The file's sum; with a progress bar on a terminal where it takes a while."""
-    digest = hashlib.sha256()
+    """Return the file's checksum, with a progress bar on a terminal after `SLOW_S`."""
+    checksum = hashlib.sha256()
     size = file.stat().st_size
     bar = tqdm(total=size, desc=file.name, unit="B", unit_scale=True, delay=SLOW_S, leave=False, disable=None)
     with file.open("rb") as stream, bar:
         while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
+            checksum.update(chunk)
             bar.update(len(chunk))
-    return digest.hexdigest()
+    return checksum.hexdigest()

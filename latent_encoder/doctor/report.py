@@ -1,4 +1,4 @@
-"""What the doctor found, as text for people or as JSON."""
+"""The doctor's report, as text for people or as JSON."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def worst(checks: Sequence[Check]) -> State:
 
 
 def as_json(groups: Mapping[str, Sequence[Check]]) -> str:
-    """One document: `worst`, and `checks` with their `group`, in order."""
+    """Return one document: `worst`, and `checks` with their `group`, in order."""
     checks = [{"group": group, **asdict(check)} for group, found in groups.items() for check in found]
     return json.dumps({"worst": worst([check for found in groups.values() for check in found]), "checks": checks}, indent=2)
 
 
 def as_text(check: Check) -> str:
-    """A check as lines that fit the terminal: mark, name and what was found, then what to do."""
+    """Return a check as lines that fit the terminal: mark, name and finding, then the advice."""
     mark = MARKS[check.state]
     lines = _wrapped(f"{mark} {check.name}: {check.found}", first_indent="  ")
     if check.advice:
@@ -42,18 +42,18 @@ def heading(group: str) -> str:
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """The last line: how many of each."""
+    """Return the last line: a verdict, and the count of each state."""
     counts = {state: sum(check.state is state for check in checks) for state in reversed(State)}
     verdict = {
         State.TICK: "All is well.",
-        State.WARNING: "It works; look at what is marked with !.",
-        State.CROSS: f"Something does not work; do what is said under each {MARKS[State.CROSS]}.",
+        State.WARNING: "It works; read the checks marked with !.",
+        State.CROSS: f"Something does not work; follow the advice under each {MARKS[State.CROSS]}.",
     }[worst(checks)]
     return f"{verdict} ({', '.join(f'{count} {MARKS[state]}' for state, count in counts.items())})"
 
 
 def encodable(text: str, encoding: str) -> str:
-    """The text with what that encoding lacks written in ASCII."""
+    """Return the text with characters that the encoding lacks written in ASCII."""
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -62,7 +62,7 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def _wrapped(text: str, first_indent: str) -> str:
-    """Lines that are broken between words alone, so that paths and sums can be copied."""
+    """Return lines that break only between words, so that paths and checksums can be copied."""
     width = shutil.get_terminal_size().columns
     return textwrap.fill(
         text, width, initial_indent=first_indent, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False

@@ -1,4 +1,4 @@
-"""Checks of the settings: which cannot be used, which are in force and why, and which are perhaps misspelt."""
+"""Checks of the settings: those that cannot be used, the values in force with their sources, and misspelt names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from config import Settings, env_file_variables
 from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
 from latent_encoder.suggestions import closest
 
-TYPING_ERROR = 0.8  # a likeness: a letter too many, too few or another
+TYPING_ERROR = 0.8
+"""The least likeness (0 to 1) of a misspelt name: one letter wrong. `MEGAPIXEL` is 0.95 like its setting, `VAE_MODEL` 0.78."""
 
 
 def check_faults(installation: Installation) -> Iterator[Check]:
-    """Those that cannot be used."""
+    """Yield a cross for each setting that cannot be used."""
     for fault in installation.faults:
-        yield cross("setting", fault, "Mend or remove it; the other checks go on without it.")
+        yield cross("setting", fault, "Fix or remove it; the other checks use its default.")
 
 
 def check_set(installation: Installation) -> Iterator[Check]:
-    """Each that is not the default's, with where it came from, and then the others."""
+    """Yield each setting that is set, with its source, and one check with all defaults."""
     settings = installation.settings
     unusable = {fault.partition(":")[0].lower() for fault in installation.faults}
     defaults = []
@@ -35,14 +36,14 @@ def check_set(installation: Installation) -> Iterator[Check]:
 
 
 def check_env_file(_: Installation) -> Iterator[Check]:
-    """Variables in `.env` that are no settings, and look as if they were meant to be."""
+    """Yield a warning for each variable in `.env` that is no setting but resembles one."""
     if not Path(".env").is_file():
         yield tick(".env", f"none in {Path.cwd()}")
         return
     try:
         variables = env_file_variables()
     except (OSError, UnicodeDecodeError):
-        return  # one of the settings' faults
+        return  # `check_faults` reports it
     unknown = variables.keys() - Settings.model_fields.keys()
     for name in sorted(unknown):
         if similar := closest(name, Settings.model_fields, TYPING_ERROR):
@@ -51,7 +52,7 @@ def check_env_file(_: Installation) -> Iterator[Check]:
 
 
 def _shown(settings: Settings, field: str) -> str:
-    """The value as one would set it; SecretStr shows stars of its own."""
+    """Return the value in the form in which it is set; a `SecretStr` shows as stars."""
     value = getattr(settings, field)
     if value is None:
         return ""

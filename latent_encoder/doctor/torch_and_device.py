@@ -1,4 +1,4 @@
-"""Checks of torch, and of where the encode runs."""
+"""Checks of torch, and of the device that encodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service import usable_cpus
 
 
 def check_torch(_: Installation) -> Iterator[Check]:
-    """The version of torch, and whether torchvision's compiled operators fit it."""
+    """Report the version of torch, and check that torchvision's compiled operators fit it."""
     yield tick("torch", torch.__version__)
     try:
         import torchvision
@@ -22,13 +22,15 @@ def check_torch(_: Installation) -> Iterator[Check]:
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (ImportError, RuntimeError, AttributeError, OSError) as exc:
         found = f"it does not work with torch {torch.__version__}: {one_line(exc)}"
-        yield cross("torchvision", found, "Run ./setup_comfyui.sh, which installs two that fit.")
+        yield cross(
+            "torchvision", found, "Run ./setup_comfyui.sh, which installs a torch and a torchvision that fit each other."
+        )
     else:
         yield tick("torchvision", f"{torchvision.__version__}, fits torch")
 
 
 def check_device(installation: Installation) -> Iterator[Check]:
-    """Where DEVICE lets the encode run, and on how many threads."""
+    """Check that the device of DEVICE can be used, and report the number of threads."""
     settings = installation.settings
     if reason := installation.missing_device:
         yield cross("device", reason, "Check the driver (nvidia-smi), install a torch with CUDA, or set DEVICE=auto.")
@@ -36,7 +38,7 @@ def check_device(installation: Installation) -> Iterator[Check]:
         yield tick("device", f"cpu (DEVICE={settings.device}), {_processor()}")
     else:
         yield tick("device", f"{_accelerator()} (DEVICE={settings.device})")
-    origin = "TORCH_NUM_THREADS" if settings.torch_num_threads else "what this process may use"
+    origin = "TORCH_NUM_THREADS" if settings.torch_num_threads else "CPUs of this process"
     yield tick("threads", f"{settings.torch_num_threads or usable_cpus()} ({origin}) of {os.cpu_count()} CPUs")
 
 

@@ -1,44 +1,38 @@
-"""Python packages that a ComfyUI tree needs for the four nodes, and which of them are missing or too old.
+"""The Python packages that a ComfyUI tree needs for the four nodes, and that are missing or too old here.
 
-    python installer/comfy_packages.py TREE
+    python latent_encoder/installer/comfy_packages.py TREE
 
-prints a requirement a line, as TREE's `requirements.txt` states it, for each package that has to be installed. It prints
-nothing if all are installed. torch and torchvision are never printed, because `setup_comfyui.sh` installs them; standard error
-tells if they do not fit. Exit status: 0, or 1 if there is no ComfyUI in TREE.
+This command prints one requirement a line, as TREE's `requirements.txt` states it, for each package to install, and nothing if
+all are installed. torch and torchvision are never printed, because `setup_comfyui.sh` installs them; if they do not fit, a
+message on standard error names them. Exit status: 0, or 1 if there is no ComfyUI in TREE.
 
-The packages are found by a trial: a process of its own loads the nodes as the service does. If that ends with a missing
-module, another trial has an inert module in its place, and so on. So an import that the tree guards with `except ImportError`
-is no need, and a package whose import the service puts off has to be installed but is not loaded. No network is used.
+The packages are found by trials: see `import_trial.py`. An import that the tree guards with `except ImportError` counts as no
+need. A package whose import the service delays has to be installed, but is not loaded. No network is used.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # started as a script, it has to find the project's modules
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from errors import SetupError, one_line
+from errors import SetupError
+from latent_encoder.installer.import_trial import try_nodes
 from utils import find_path
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 BY_SETUP = ("torch", "torchvision")
-"""What `setup_comfyui.sh` installs in a build that fits the machine."""
+"""Distributions that `setup_comfyui.sh` installs in a build that fits the machine."""
 
 DISTRIBUTIONS = {
     "attr": "attrs",
@@ -52,43 +46,28 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-"""Names of distributions that are not those of their modules."""
-
-TRIAL_TIMEOUT_S = 300
-"""Far more than an import takes on a slow disk."""
+"""Modules whose distributions have other names."""
 
 
 @dataclass(frozen=True)
 class Packages:
-    """Requirements that an environment does not satisfy."""
+    """The requirements of a tree that this environment does not satisfy."""
 
     wanted: Sequence[str]
-    """Each as pip takes it."""
+    """Requirements to install, each in pip's notation; none of `BY_SETUP`."""
     by_setup: Sequence[str]
-    """Those of torch and torchvision."""
+    """Requirements of torch and torchvision."""
     stopped_by: str | None
-    """The error that ended the last trial, after which more might be wanted; None if all modules were loaded."""
+    """The error that ended the last trial, after which more packages may be needed; None if all modules were loaded."""
 
     @property
     def command(self) -> str:
-        """The shell command that installs what is wanted into this environment."""
+        """The shell command that installs `wanted` into this environment."""
         return shlex.join([sys.executable, "-m", "pip", "install", *self.wanted])
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One attempt at loading the nodes."""
-
-    imported: Sequence[str]
-    """Top-level modules that were loaded."""
-    missing: str | None
-    """The top-level module for want of which it failed."""
-    error: str | None
-    """Why it failed."""
-
-
 def unsatisfied_packages(tree: Path) -> Packages:
-    """Return the packages that the four nodes of the tree need and this environment lacks or has too old.
+    """Return the packages that the tree's four nodes need and that this environment lacks, or has in a version too old.
 
     Raises:
         SetupError: there is no ComfyUI tree.
@@ -96,7 +75,7 @@ def unsatisfied_packages(tree: Path) -> Packages:
     path = find_path(tree)
     missing: list[str] = []
     while True:
-        trial = _try(path, missing)
+        trial = try_nodes(path, missing)
         if trial.missing is None or trial.missing in missing:
             break
         missing.append(trial.missing)
@@ -111,7 +90,7 @@ def unsatisfied_packages(tree: Path) -> Packages:
 
 
 def _canonical(name: str) -> str:
-    """The form of a distribution's name that names are compared by."""
+    """Return the form of a distribution's name in which names are compared."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -120,14 +99,14 @@ def _distribution(module: str) -> str:
 
 
 def _too_old(requirements: Mapping[str, str], imported: Sequence[str]) -> set[str]:
-    """The distributions of imported top-level modules that are installed in a version which does not fit."""
+    """Return the distributions of imported top-level modules that are installed in a version that does not fit."""
     candidates = {name for name, line in requirements.items() if not _is_satisfied(name, line)}
-    distributions = packages_distributions() if candidates else {}  # it reads the metadata of all that is installed
+    distributions = packages_distributions() if candidates else {}  # slow: it reads the metadata of every installed package
     return candidates & {_canonical(name) for module in imported for name in distributions.get(module, ())}
 
 
 def _requirements(tree: Path) -> dict[str, str]:
-    """The lines of the tree's `requirements.txt` that hold on this machine, by distribution."""
+    """Return the lines of the tree's `requirements.txt` whose markers hold on this machine, by distribution."""
     file = tree / "requirements.txt"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     stated = [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
@@ -140,7 +119,7 @@ def _requirements(tree: Path) -> dict[str, str]:
 
 
 def _parsed(line: str) -> Requirement | None:
-    """The requirement, or None for a line that is none, such as a path."""
+    """Return the requirement of a line; None if it is none, such as a path."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     try:
@@ -158,103 +137,10 @@ def _is_satisfied(distribution: str, line: str | None) -> bool:
     return requirement is None or requirement.specifier.contains(installed, prereleases=True)
 
 
-# The trial
-
-
-def _try(tree: Path, replaced: Sequence[str]) -> Trial:
-    """Load the nodes in another process, with inert modules in place of those named."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--trial", str(tree), *replaced]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return Trial((), None, f"it took more than {TRIAL_TIMEOUT_S} seconds")
-    if done.returncode != 0:
-        last = done.stderr.strip().rpartition("\n")[2]
-        return Trial((), None, last or f"the process ended with status {done.returncode}")
-    return Trial(**json.loads(done.stdout))
-
-
-def _load_nodes(tree: Path, replaced: Sequence[str]) -> Trial:
-    """Load the nodes in this process."""
-    from latent_encoder import comfy_runtime  # imports torch
-
-    finder = _Missing(replaced)
-    sys.meta_path.append(finder)
-    error = missing = None
-    try:
-        comfy_runtime.import_nodes(tree, "cpu", "auto")
-    except (Exception, SystemExit) as exc:
-        error = one_line(exc)
-        missing = next((name for name in _missing_modules(exc) if name in finder.missed), None)
-    return Trial(sorted({name.partition(".")[0] for name in sys.modules} - {*replaced}), missing, error)
-
-
-def _missing_modules(exc: BaseException | None) -> Iterator[str]:
-    """The top-level modules that an error and the errors behind it name, the last one first."""
-    while exc is not None:
-        if isinstance(exc, ModuleNotFoundError) and exc.name:
-            yield exc.name.partition(".")[0]
-        exc = exc.__cause__ or exc.__context__
-
-
-class _Missing(MetaPathFinder, Loader):
-    """Comes last and so is asked only for missing modules; gives inert ones in place of those that it knows."""
-
-    def __init__(self, replaced: Sequence[str]) -> None:
-        self.missed: set[str] = set()
-        self._replaced = replaced
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
-        top = fullname.partition(".")[0]
-        if top in self._replaced:
-            return ModuleSpec(fullname, self, is_package=True)
-        if fullname == top:
-            self.missed.add(top)
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__getattr__ = _inert_attribute  # type: ignore[method-assign]
-
-
-class _Inert:
-    """Takes whatever module-level code does with what it imports: base class, decorator, annotation, table of things."""
-
-    def __getattr__(self, name: str) -> _Inert:
-        return _inert_attribute(name)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """What is decorated, or else something inert."""
-        only_one = len(arguments) == 1 and not named
-        return arguments[0] if only_one and callable(arguments[0]) else self
-
-    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        return ()
-
-    def __getitem__(self, key: object) -> _Inert:
-        return self
-
-    def __iter__(self) -> Iterator[_Inert]:
-        return iter(())
-
-    def __or__(self, other: object) -> _Inert:
-        return self
-
-    __ror__ = __or__
-
-
-def _inert_attribute(name: str) -> _Inert:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return _Inert()
-
-
-# The command line
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Print what is to be installed for a tree; return the exit status."""
+    """Print the requirements to install for a tree; return the exit status."""
     if len(arguments) != 1:
-        sys.stderr.write("Usage: python installer/comfy_packages.py TREE\n")
+        sys.stderr.write("Usage: python latent_encoder/installer/comfy_packages.py TREE\n")
         return 2
     try:
         packages = unsatisfied_packages(Path(arguments[0]))
@@ -271,15 +157,5 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _trial_process(tree: str, *replaced: str) -> None:
-    """Write a trial's outcome to standard output, and what the tree prints to standard error."""
-    with os.fdopen(os.dup(1), "w") as outcome:
-        os.dup2(2, 1)
-        json.dump(vars(_load_nodes(Path(tree), replaced)), outcome)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--trial"]:
-        _trial_process(*sys.argv[2:])
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -3,8 +3,9 @@
     python latent_encoder/installer/constraints.py REQUIREMENTS LOCK
 
 Every package of the lock stays at its installed version, except those for which REQUIREMENTS asks for another one. torch and
-torchvision are never replaced: exit 1, with the requirement, if it asks for another one of them. Packages that torch needs are
-not named, because an environment that was not set up here may have some that do not fit, and pip would refuse everything.
+torchvision are never replaced: if REQUIREMENTS asks for another one of them, the exit status is 1, with the requirement in the
+error. Packages that torch needs are left out: an environment that was not set up here may have some that do not fit, and pip
+would refuse everything.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if __name__ == "__main__":  # started as a script, it has to find the project's 
 from latent_encoder.installer.satisfied import requirements
 
 NEVER_REPLACED = ("torch", "torchvision")
-# The first torchaudio that does not ask for one torch. Each before fits the torch of its number only.
 TORCHAUDIO_FREE = (2, 11)
+"""The first torchaudio that requires no certain torch. Each earlier one fits only the torch of its own number."""
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def installed(name: str) -> str | None:
-    """Return the version of a package that is installed, or None."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -53,7 +54,7 @@ def installed(name: str) -> str | None:
 
 
 def permits(line: str | None, found: str) -> bool:
-    """Return whether a requirement permits a version; a line that is none of a version permits all, and pip judges it."""
+    """Return whether a requirement permits a version. A line such as a URL, which pip will judge, permits all."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     try:
@@ -63,7 +64,7 @@ def permits(line: str | None, found: str) -> bool:
 
 
 def torchaudio(torch: str | None) -> list[str]:
-    """Return the constraint that fits torchaudio to an older torch: pip would take the newest, which asks for no torch."""
+    """Return the constraint that fits torchaudio to an older torch; pip would choose the newest, which requires none."""
     from packaging.version import Version
 
     number = Version(torch).release[:2] if torch else TORCHAUDIO_FREE

@@ -2,8 +2,8 @@
 
     python latent_encoder/installer/download_vae.py DEST_FOLDER
 
-Goes on where an earlier run stopped. The file gets its name only when its size and SHA-256 are right. HF_ENDPOINT names
-a mirror, as it does for Hugging Face's own tools.
+A run continues the partial file of an earlier one. The file gets its name only if its size and SHA-256 are right. HF_ENDPOINT
+names a mirror, as for Hugging Face's own tools.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20
 STALLED_SECONDS = 30
+"""Seconds without any data, after which the download fails instead of hanging."""
 
 
 class DownloadError(Exception):
-    """The file is not there; the text says why and what to do."""
+    """A file that cannot be downloaded; the message has the reason and the next step."""
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file on Hugging Face, with what its content must be."""
+    """One file on Hugging Face, with the size in bytes and the checksum that it must have."""
 
     repository: str
     path: str
@@ -55,10 +56,10 @@ QWEN_IMAGE_VAE = HubFile(
 
 
 def download(wanted: HubFile, folder: Path) -> Path:
-    """The file in `folder`, downloaded unless it is there already.
+    """Return the file in `folder`, downloaded unless it is there already.
 
     Raises:
-        DownloadError: no connection, or the content is not the one that is pinned.
+        DownloadError: the connection failed, or the content is not the pinned one.
     """
     final, partial = folder / wanted.name, folder / f"{wanted.name}.part"
     if is_whole(final, wanted):
@@ -69,23 +70,23 @@ def download(wanted: HubFile, folder: Path) -> Path:
     except (OSError, HTTPException) as exc:
         reason = getattr(exc, "reason", exc)
         raise DownloadError(
-            f"cannot download {wanted.name} from {wanted.url} ({reason}). Check the connection and run this again: it goes "
-            f"on where it stopped. Or put the file into {folder} by hand."
+            f"cannot download {wanted.name} from {wanted.url} ({reason}). Check the connection and run this again: it "
+            f"continues the partial file. Or put the file into {folder} by hand."
         ) from exc
     if not is_whole(partial, wanted):
         partial.unlink()
-        raise DownloadError(f"what was downloaded is not {wanted.name}: its size or SHA-256 is wrong. Run this again.")
+        raise DownloadError(f"the downloaded file is not {wanted.name}: its size or SHA-256 is wrong. Run this again.")
     partial.replace(final)
     return final
 
 
 def fetch(wanted: HubFile, partial: Path) -> None:
-    """Append to `partial` what it lacks, with a progress bar on standard error."""
+    """Append the missing bytes to `partial`, with a progress bar on standard error."""
     start = partial.stat().st_size if partial.exists() else 0
     request = Request(wanted.url, headers={"Range": f"bytes={start}-"})  # noqa: S310, HF_ENDPOINT is the user's own choice
     with urlopen(request, timeout=STALLED_SECONDS) as response:  # noqa: S310, as above
         if response.status != HTTPStatus.PARTIAL_CONTENT:
-            start = 0  # a server that knows no ranges sends all of it
+            start = 0  # a server that ignores ranges sends the whole file
         bar = tqdm(total=wanted.size, initial=start, unit="B", unit_scale=True, desc=wanted.name)
         with partial.open("ab" if start else "wb") as file, bar:
             while chunk := response.read(CHUNK_BYTES):
@@ -96,7 +97,7 @@ def fetch(wanted: HubFile, partial: Path) -> None:
 
 
 def is_whole(file: Path, wanted: HubFile) -> bool:
-    """Whether the file is there with the size and the SHA-256 that it must have."""
+    """Return whether the file exists with the size and the checksum that it must have."""
     if not file.is_file() or file.stat().st_size != wanted.size:
         return False
     with file.open("rb") as stream:
@@ -108,7 +109,7 @@ def main() -> None:
         file = download(QWEN_IMAGE_VAE, Path(sys.argv[1]))
     except DownloadError as exc:
         sys.exit(f"Error: {exc}")
-    print(f"VAE: {file} is whole.")
+    print(f"VAE: {file} is complete.")
 
 
 if __name__ == "__main__":

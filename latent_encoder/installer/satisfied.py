@@ -1,8 +1,8 @@
-"""Is every package installed as it is locked? Much quicker than asking pip.
+"""Find out whether every package is installed as it is locked, much faster than pip does.
 
-python latent_encoder/installer/satisfied.py --lock LOCK… LIST…
+    python latent_encoder/installer/satisfied.py --lock LOCK… LIST…
 
-Exit 0 where it is, 1 where something is to be installed, 2 where a list of requirements has a package that no lock has.
+Exit status: 0 if so, 1 if something has to be installed, 2 if a list of requirements has a package that no lock has.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 
 def requirements(file: Path) -> dict[str, str]:
-    """The requirements in a list or a lock, without their sums, by the names that packages are compared by."""
+    """Return the requirements in a list or a lock, without their checksums, by the package's name in comparable form."""
     lines = re.findall(r"^[A-Za-z0-9][^#\\\n]*", file.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", line)[0]).lower(): line.strip() for line in lines}
 
 
 def installed_as_locked(line: str) -> bool:
-    """Whether the version of a lock's line is there, or its condition says that this system and Python need none."""
+    """Return whether the version in a lock's line is installed, or its marker excludes this system and Python."""
     from packaging.requirements import Requirement
 
     locked = Requirement(line)
@@ -44,7 +44,7 @@ def main() -> None:
             parser.exit(2, f"Error: {', '.join(sorted(unknown))} of {file} not locked; run scripts/supply_chain.sh lock.\n")
     try:
         sys.exit(not all(installed_as_locked(line) for lock in locks for line in lock.values()))
-    except ImportError:  # of packaging, which is one of them
+    except ImportError:  # packaging is not installed yet, and it is locked
         sys.exit(1)
 
 

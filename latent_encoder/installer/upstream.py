@@ -1,7 +1,7 @@
-"""The tree of one commit of a git repository, fetched in bounded time and without questions; used by fill_comfyui.py.
+"""The tree of one commit of a git repository, fetched in bounded time and without questions to the user.
 
-Only the standard library is needed. The repository is a URL, or a git directory on this machine. Of a directory the objects
-are read in place: it may be a partial mirror, which lacks some files. Of a URL, the one commit is fetched.
+Only the standard library is needed. The repository is a URL, of which the one commit is fetched, or a git folder on this
+machine, whose objects are read in place. Such a folder may be a partial mirror, which lacks some files.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-PROBE_SECONDS = 20  # a network that drops packets must not hold a newcomer for git's own minutes
-FETCH_SECONDS = 900  # 60 MB at 70 KB/s
+PROBE_SECONDS = 20
+"""Timeout of short git commands. On a network that drops packets, git itself would wait for minutes."""
+FETCH_SECONDS = 900
+"""Timeout of a fetch: ComfyUI's 60 MB at 70 KB/s."""
 
-STALLED_BYTES_PER_SECOND = 1000  # git gives up on a transfer that is slower than this
-STALLED_SECONDS = 30  # for that long
+STALLED_BYTES_PER_SECOND = 1000
+STALLED_SECONDS = 30
+"""Git ends a transfer that stays slower than this for this time: 60 MB would take more than 16 hours."""
 
-# Values of the user's environment that would make git work on another repository than the one that is named.
 OTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE")
+"""Variables of the user's environment that would make git work on another repository than the named one."""
 
-# Only what is there already is read, nothing is replaced by large-file storage, and messages are in English.
 PLAIN = {"GIT_NO_LAZY_FETCH": "1", "GIT_LFS_SKIP_SMUDGE": "1", "GIT_DEFAULT_HASH": "sha1", "LC_ALL": "C"}
+"""Settings for git: no fetching of single objects, no large-file storage, SHA-1 repositories, messages in English."""
 
 REFERENCE = re.compile(r"[A-Za-z0-9][\w.+/-]*", re.ASCII)
 SHORTEST_COMMIT = 7
@@ -36,7 +39,7 @@ COMMIT_DIGITS = 40
 
 
 class GitError(Exception):
-    """Git cannot deliver the tree; the text says why, in one line without a full stop."""
+    """A tree that git cannot deliver; the message has the reason in one line without a full stop."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Tree:
 def fetch(repository: str, reference: str, space: Path) -> Tree:
     """Return the tree of a tag or commit of `repository`, written to a new folder in `space`.
 
-    Raises `GitError` where git is not installed, cannot reach the repository, finds no such tag or commit, or takes too long.
+    Raises:
+        GitError: git is not installed, cannot reach the repository, finds no such tag or commit, or takes too long.
     """
     if not REFERENCE.fullmatch(reference) or ".." in reference:
         raise GitError(f"{reference!r} is no name of a tag or commit")
@@ -69,7 +73,7 @@ def fetch(repository: str, reference: str, space: Path) -> Tree:
 
 
 def shown(repository: str) -> str:
-    """Return the repository's name without the user and password that a URL may have."""
+    """Return the repository's name without the user and password that a URL may have, for messages."""
     return re.sub(r"(?<=://)[^/@]*@", "", repository)
 
 
@@ -100,12 +104,12 @@ def download(repository: str, reference: str, folder: Path) -> str:
 def listed(repository: str, *patterns: str) -> dict[str, str]:
     """Return the references of a repository with the objects that they name; `refs/tags/v1^{}` names the tag's commit."""
     lines = git("ls-remote", "--", repository, *patterns).splitlines()
-    return {name: digest for digest, name in (line.split("\t", 1) for line in lines)}
+    return {name: object_id for object_id, name in (line.split("\t", 1) for line in lines)}
 
 
 def tagged(repository: str, digits: str) -> str:
-    """Return the tag whose commit begins with `digits`: a server tells no other commit by its first digits."""
-    names = sorted(name for name, digest in listed(repository, "refs/tags/*").items() if digest.startswith(digits))
+    """Return the tag whose commit begins with `digits`; a server resolves no other abbreviated commit."""
+    names = sorted(name for name, commit in listed(repository, "refs/tags/*").items() if commit.startswith(digits))
     if not names:
         raise GitError(f"no tag of {repository} is at a commit {digits}; name the commit by all of its {COMMIT_DIGITS} digits")
     return names[0].removesuffix("^{}")
@@ -126,11 +130,11 @@ def check_out(folder: Path, commit: str) -> list[str]:
 
 
 def absent(folder: Path, commit: str) -> list[str]:
-    """Return the files of a commit whose content the repository does not have; another repository in it counts as none."""
+    """Return the files of a commit whose content the repository lacks; git submodules are not counted."""
     entries = git("-C", str(folder), "ls-tree", "-r", "-z", commit).rstrip("\0").split("\0")
     blobs = [(name, word.split()[2]) for word, name in (entry.split("\t", 1) for entry in entries) if " blob " in word]
-    digests = "".join(f"{digest}\n" for _, digest in blobs)
-    states = git("-C", str(folder), "cat-file", "--batch-check", given=digests).splitlines()
+    object_ids = "".join(f"{object_id}\n" for _, object_id in blobs)
+    states = git("-C", str(folder), "cat-file", "--batch-check", given=object_ids).splitlines()
     return [name for (name, _), state in zip(blobs, states, strict=True) if state.endswith(" missing")]
 
 
@@ -139,12 +143,14 @@ def git(
 ) -> str:
     """Run git with `given` as its input, and return its output.
 
-    Git is ended with all that it started after `seconds`, by default `PROBE_SECONDS`. `within` is a folder that has to be a
-    git repository itself: git does not look for one in the folders above. With `quiet`, status 1 gives an empty output.
-    Raises `GitError` where git cannot be run, takes too long or fails.
+    After `seconds`, by default `PROBE_SECONDS`, git and the processes that it started are killed. `within` is a folder that
+    must be a git repository itself: git does not search the folders above. With `quiet`, status 1 gives an empty output.
+
+    Raises:
+        GitError: git cannot be run, takes too long or fails.
     """
     stalled = ("-c", f"http.lowSpeedLimit={STALLED_BYTES_PER_SECOND}", "-c", f"http.lowSpeedTime={STALLED_SECONDS}")
-    # Files, not pipes: what git leaves running in the background could keep a pipe open.
+    # Files, not pipes: a process that git leaves running in the background could keep a pipe open.
     with scratch_file(given) as source, scratch_file() as output, scratch_file() as errors:
         try:
             process = subprocess.Popen(
@@ -153,7 +159,7 @@ def git(
                 stdout=output,
                 stderr=errors,
                 env=environment(within),
-                start_new_session=True,  # without a terminal to ask on, and as a group that can be ended
+                start_new_session=True,  # without a terminal to ask on, and as a group that can be killed
             )
         except FileNotFoundError:
             raise GitError("git is not installed") from None
@@ -162,7 +168,9 @@ def git(
         except subprocess.TimeoutExpired as exc:
             raise GitError(f"git {command_of(arguments)} did not end within {exc.timeout:.0f} s") from None
         finally:
-            with suppress(ProcessLookupError, PermissionError):  # all have ended; macOS refuses for those not yet waited for
+            with suppress(
+                ProcessLookupError, PermissionError
+            ):  # all have ended; for processes not yet waited for, macOS raises the latter
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
@@ -182,7 +190,7 @@ def scratch_file(text: str = "") -> Iterator[IO[str]]:
 
 
 def environment(within: Path | None) -> dict[str, str]:
-    """Return the environment for git: it asks nobody, and works on the repository that it is told to."""
+    """Return the environment in which git asks no questions and works on the named repository."""
     kept = {name: value for name, value in os.environ.items() if name not in OTHER_REPOSITORY}
     never_ask = {"GIT_TERMINAL_PROMPT": "0", "SSH_ASKPASS_REQUIRE": "never", "GCM_INTERACTIVE": "never"}
     ceiling = {"GIT_CEILING_DIRECTORIES": str(within.parent)} if within else {}
@@ -190,7 +198,7 @@ def environment(within: Path | None) -> dict[str, str]:
 
 
 def command_of(arguments: tuple[str, ...]) -> str:
-    """Return which of git's commands they run: the first word that is no option and no option's value."""
+    """Return the git command in the arguments: the first word that is no option and no option's value."""
     words = iter(arguments)
     for word in words:
         if word in ("-c", "-C"):
@@ -201,7 +209,7 @@ def command_of(arguments: tuple[str, ...]) -> str:
 
 
 def reason(text: str) -> str:
-    """Return the line of git's messages that says most: the first that is an error, else the last."""
+    """Return the most useful line of git's messages: the first error, else the last line."""
     lines = [line.strip().rstrip(".") for line in text.splitlines() if line.strip()]
     failures = [line for line in lines if line.startswith(("fatal:", "error:"))]
     return next(iter([*failures[:1], *lines[-1:]]), "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latent_encoder.comfy_runtime import ComfyRuntime, LatentFormat
+from latent_encoder.comfy_runtime import ComfyRuntime, LatentSpace
 from latent_encoder.geometry import Box, cropped
 from latent_encoder.telemetry.logs import get_logger
 
@@ -34,7 +34,7 @@ def latent_image(runtime: ComfyRuntime, latent: Tensor, latent_space: str | None
     return _in_colours(latent, known)
 
 
-def _in_colours(latent: Tensor, known: LatentFormat) -> Tensor:
+def _in_colours(latent: Tensor, known: LatentSpace) -> Tensor:
     """Return the image by ComfyUI's own factors, as its `Latent2RGBPreviewer` makes it from a sampler's latents."""
     seen = known.process_in(latent.unsqueeze(2) if known.latent_dimensions == 3 else latent)
     if reshape := getattr(known, "latent_rgb_factors_reshape", None):  # older releases lack it

@@ -1,4 +1,4 @@
-"""Doctor mode: that it finds what is wrong and says what to do, that no check stops another, and that it changes nothing."""
+"""Tests of doctor mode: each fault is found with its next step, no check stops another, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from latent_encoder.doctor.network import check_http_port, check_kafka
 from latent_encoder.doctor.report import as_text, encodable, worst
 from latent_encoder.doctor.settings import check_env_file, check_faults, check_set
 from latent_encoder.doctor.torch_and_device import check_device, check_torch
+from latent_encoder.installer.checksums import record_checksums
 from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
-from latent_encoder.installer.fill_comfyui import record_sums
 from latent_encoder.releases import TESTED, is_tested
 from latent_encoder.telemetry.health import Health
 from latent_encoder.telemetry.http_server import http_server
@@ -47,7 +47,7 @@ TICK, WARNING, CROSS = State
 def examined(
     examine: Examine, settings: Settings, given: tuple[str, ...] = (), encoder: LatentEncoder | SetupError | None = None
 ) -> list[Check]:
-    """What a check finds with these settings, those in `given` set by somebody, and the service as the test has it."""
+    """Return the checks of one function with these settings, of which those in `given` count as set."""
     origins = {field: "environment" if field in given else "default" for field in Settings.model_fields}
     installation = Installation(settings, origins)
     if encoder is not None:
@@ -69,7 +69,7 @@ def named(checks: list[Check], name: str) -> Check:
 
 @pytest.fixture
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder without `.env`, and an environment without settings."""
+    """Make a working folder without `.env`, and an environment without settings."""
     monkeypatch.chdir(tmp_path)
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
@@ -78,7 +78,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.core
 def test_good_installation_is_status_0(tmp_path: Path, run_main: RunMain) -> None:
-    """One JSON document on standard output; nothing is made or left. That there is no broker is a warning."""
+    """A good installation gives status 0 and one JSON document, leaves no file, and its missing broker is a warning."""
     done = run_main("--mode", "doctor", "--json", "--vae_model_name", VAE, env={"HTTP_PORT": "0"})
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
@@ -92,7 +92,7 @@ def test_good_installation_is_status_0(tmp_path: Path, run_main: RunMain) -> Non
 
 @pytest.mark.core
 def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, run_main: RunMain) -> None:
-    """Text for people, as wide as the terminal and in its encoding, without a traceback, whatever is wrong."""
+    """Every fault is reported as text in the terminal's width and encoding, without a traceback, and the status is 1."""
     (tmp_path / "read_only").mkdir(mode=0o555)
     (tmp_path / ".env").write_text("MEGAPIXEL=2\nDEVICE=cpu\nOTHERS=1\n")
     environment = {
@@ -127,7 +127,7 @@ def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, ru
 
 
 def test_other_modes_still_refuse_such_settings(run_main: RunMain) -> None:
-    """What the doctor goes on with is wrong usage for all others."""
+    """Settings with which the doctor goes on are wrong usage in other modes."""
     done = run_main("--mode", "health", env={"MEGAPIXELS": "17", "DEVICE": "tpu"})
     assert done.returncode == 2
     assert "MEGAPIXELS: Input should be" in done.stderr
@@ -135,7 +135,7 @@ def test_other_modes_still_refuse_such_settings(run_main: RunMain) -> None:
 
 
 def test_full_disk_is_a_cross(tmp_path: Path) -> None:
-    """Where the files of one request do not fit; the disk has room for no more than 16 kilobytes."""
+    """A disk of 16 kilobytes, on which the files of one request do not fit, is a cross."""
     disk = tmp_path / "disk"
     disk.mkdir()
     code = (
@@ -159,7 +159,7 @@ def node_package_that_exits(_: Installation) -> Iterator[Check]:
 
 
 def test_check_that_fails_itself_is_a_cross(settings: Settings) -> None:
-    """What it found before stands; foreign code that exits is no exception to that."""
+    """A function that fails, even by exiting, becomes a cross, and its earlier checks are kept."""
     place = f"{__name__}.{node_package_that_exits.__name__}"
     first, second = examined(lambda installation: guarded("nodes", place, installation), settings)
     assert (first.name, first.state) == ("first", TICK)
@@ -169,7 +169,7 @@ def test_check_that_fails_itself_is_a_cross(settings: Settings) -> None:
 
 @pytest.mark.core
 def test_torch_that_cannot_be_imported_stops_no_other_check(tmp_path: Path, run_main: RunMain) -> None:
-    """Half of an installation, as an interrupted pip leaves it."""
+    """A torch that cannot be imported, as an interrupted pip leaves it, stops no other check."""
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
     done = run_main("--mode", "doctor", "--json", env={"PYTHONPATH": str(tmp_path), "HTTP_PORT": "0"})
     assert (done.returncode, done.stderr) == (1, "")
@@ -180,7 +180,7 @@ def test_torch_that_cannot_be_imported_stops_no_other_check(tmp_path: Path, run_
 
 
 def test_python_and_torch_of_this_machine_are_fine(settings: Settings) -> None:
-    """Since the tests run on them: this Python is one of those that are tested."""
+    """Python and torch of the tests are ticks, and this Python is among the tested ones."""
     for check in (*examined(check_python, settings), *examined(check_torch, settings)):
         assert check.state is TICK
     assert "tested" not in named(examined(check_python, settings), "python").found
@@ -190,7 +190,7 @@ def test_python_and_torch_of_this_machine_are_fine(settings: Settings) -> None:
 @pytest.mark.core
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Settings, encoder: LatentEncoder) -> None:
-    """DEVICE=cuda where there is none: said once, by the check whose matter it is."""
+    """A missing device is reported once, by its own check, and ComfyUI loads on another device."""
     wrong = changed(settings, device="cuda", comfyui_path=encoder.runtime.path)
     device, threads = examined(check_device, wrong)
     assert (device.state, threads.state) == (CROSS, TICK)
@@ -200,7 +200,7 @@ def test_missing_device_is_a_cross_and_comfyui_loads_all_the_same(settings: Sett
 
 
 def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit below what the encode needs is a warning; more megapixels need more."""
+    """A container's limit below the need of an encode is a warning; more megapixels need more."""
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
     limit.write_text("1000000000\n")
@@ -211,7 +211,7 @@ def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path,
 
 
 def test_output_folder_that_is_not_there_is_not_made(settings: Settings, tmp_path: Path) -> None:
-    """It is enough that it can be."""
+    """An output folder that can be made is a tick, and is not made."""
     folder = tmp_path / "a" / "b"
     checks = examined(check_output_dir, changed(settings, output_dir=str(folder)))
     assert [check.state for check in checks] == [TICK, TICK]
@@ -220,7 +220,7 @@ def test_output_folder_that_is_not_there_is_not_made(settings: Settings, tmp_pat
 
 
 def test_output_folder_has_to_be_a_folder_that_is_allowed(settings: Settings, tmp_path: Path) -> None:
-    """A file in its place, or a list of folders without it, is a cross."""
+    """A file in place of the output folder, or a list of allowed folders without it, is a cross."""
     (tmp_path / "file").touch()
     (check,) = examined(check_output_dir, changed(settings, output_dir=str(tmp_path / "file")))
     assert (check.state, check.found) == (CROSS, f"{tmp_path}/file cannot be written to (Not a directory)")
@@ -229,12 +229,12 @@ def test_output_folder_has_to_be_a_folder_that_is_allowed(settings: Settings, tm
     assert check.state is CROSS
     assert "does not lead into a folder of ALLOWED_OUTPUT_DIRS" in check.found
     inputs, outputs = examined(check_allowed_folders, limited)
-    assert (inputs.state, outputs.state, outputs.found) == (TICK, WARNING, f"not there: {tmp_path}/only")
+    assert (inputs.state, outputs.state, outputs.found) == (TICK, WARNING, f"missing: {tmp_path}/only")
 
 
 @pytest.mark.core
 def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
-    """A folder that setup filled names its source, a git checkout its commit; other files than the release's are a warning."""
+    """A tree that setup filled is shown with its source, a git checkout with its commit; changed files are a warning."""
     (tmp_path / "comfy").mkdir()
     for name in ("nodes.py", "folder_paths.py"):
         (tmp_path / name).write_text("# changed\n")
@@ -263,20 +263,20 @@ def test_tree_says_where_it_is_from(settings: Settings, tmp_path: Path) -> None:
 def test_fetched_release_is_known_by_its_recorded_sums(
     settings: Settings, tmp_path: Path, version: str | None, state: State, words: str
 ) -> None:
-    """A tick where the release is tested, else a warning; files that have changed since are counted and named."""
+    """A fetched release is a tick if it is tested, else a warning; changed files are counted and named."""
     (tmp_path / "comfy").mkdir()
     for name in ("nodes.py", "folder_paths.py"):
         (tmp_path / name).write_text("# theirs\n")
     if version:
         (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
-    record_sums(tmp_path)
+    record_checksums(tmp_path)
     source = {"source": "v0.33.0", "repository": "https://example.org/ComfyUI.git", "commit": "783545f6" + "0" * 32}
     (tmp_path / ".source.json").write_text(json.dumps(source))
     broken = SetupError("it does not load")
     tree, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
     release = "release v0.33.0 (commit 783545f6)"
     assert tree.found == f"{tmp_path}, {release} as setup_comfyui.sh fetched it from https://example.org/ComfyUI.git"
-    assert (files.state, files.found) == (state, f"those of {release}, by the sums recorded when it was fetched; {words}")
+    assert (files.state, files.found) == (state, f"those of {release}, by the checksums recorded when it was fetched; {words}")
     (tmp_path / "nodes.py").write_text("# changed\n")
     _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=broken)
     assert (files.state, files.found) == (WARNING, f"1 are missing or have changed since {release} was fetched: nodes.py")
@@ -285,33 +285,33 @@ def test_fetched_release_is_known_by_its_recorded_sums(
 
 @pytest.mark.parametrize(("version", "state"), [("0.33.0", TICK), ("9.9.9", WARNING)])
 def test_checkout_is_tested_by_its_own_word(settings: Settings, tmp_path: Path, version: str, state: State) -> None:
-    """A tree whose sums nobody recorded states its version; one that is not tested is a warning that names those that are."""
+    """A tree without recorded checksums counts by the version that it states; an untested one is a warning."""
     (tmp_path / "comfy").mkdir()
     for name in ("nodes.py", "folder_paths.py"):
         (tmp_path / name).write_text("# theirs\n")
     (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
     _, files = examined(check_tree, changed(settings, comfyui_path=tmp_path), encoder=SetupError("it does not load"))
     assert files.state is state
-    assert files.found.startswith(f"release {version} by its own word; {version} is ")
+    assert files.found.startswith(f"states version {version}; {version} is ")
     assert (TESTED in files.advice) is (state is WARNING)
 
 
 @pytest.mark.core
 @pytest.mark.pinned_release(reason="its sums")
 def test_tree_of_the_tests_is_the_pinned_release(settings: Settings, encoder: LatentEncoder) -> None:
-    """By its sums."""
+    """The pinned release is recognised by its checksums."""
     tree, files = examined(check_tree, settings, encoder=encoder)
-    assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 sums")
+    assert (tree.state, files.found) == (TICK, "those of release 0.3.75, by their SHA-256 checksums")
 
 
 @pytest.mark.core
 def test_tick_for_the_nodes_means_that_they_ran(settings: Settings, encoder: LatentEncoder) -> None:
-    """Those of a VAE too, where this release has one built in; else they are a warning."""
+    """Nodes that need a VAE are tried too if this release has a built-in VAE; else they are a warning."""
     nodes, decoder, *rest = examined(check_nodes, settings, encoder=encoder)
     ran = "LoadImage, ImageScaleToTotalPixels"
     ran = f"VAELoader, {ran}, VAEEncode" if FACTS.has_pixel_space else ran
     assert (nodes.state, decoder.state) == (TICK, TICK)
-    assert nodes.found.startswith(f"ComfyUI {FACTS.version} ran {ran} on a test picture, on ")
+    assert nodes.found.startswith(f"ComfyUI {FACTS.version} ran {ran} on a test image, on ")
     assert decoder.found.startswith(("Pillow ", "PyAV "))
     not_tried = f"ComfyUI {FACTS.version} loads VAELoader, VAEEncode, which were not tried"
     assert [(check.state, check.found) for check in rest] == ([] if FACTS.has_pixel_space else [(WARNING, not_tried)])
@@ -319,7 +319,7 @@ def test_tick_for_the_nodes_means_that_they_ran(settings: Settings, encoder: Lat
 
 @pytest.mark.core
 def test_tested_release_is_a_tick(settings: Settings, encoder: LatentEncoder) -> None:
-    """And a release that is not tested is a warning; the report names the version of this tree."""
+    """A tested release is a tick, an untested one a warning; the report names the tree's version."""
     tree, files = examined(check_tree, settings, encoder=encoder)
     assert (tree.state, files.state) == (TICK, TICK if is_tested(FACTS.version) else WARNING)
     assert FACTS.version in files.found or files.state is WARNING
@@ -327,7 +327,7 @@ def test_tested_release_is_a_tick(settings: Settings, encoder: LatentEncoder) ->
 
 @pytest.mark.core
 def test_comfyui_that_does_not_load_is_a_cross(settings: Settings) -> None:
-    """With what is missing; its models are not looked for."""
+    """A ComfyUI that does not load is a cross with the reason, and its models are not searched."""
     broken = SetupError("ComfyUI in /x cannot be loaded: No module named 'einops'. Install what it needs.")
     (nodes,) = examined(check_nodes, settings, encoder=broken)
     assert (nodes.state, nodes.advice) == (CROSS, "Install what it needs.")
@@ -338,7 +338,7 @@ def test_comfyui_that_does_not_load_is_a_cross(settings: Settings) -> None:
 
 @pytest.mark.core
 def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
-    """The tiny one is for trials, a damaged one is a cross, and one that only has the real one's name is a warning."""
+    """Each VAE file is named with its family; a damaged one is a cross, another file with the real VAE's name a warning."""
     damaged, impostor = model_dir / "damaged.safetensors", model_dir / QWEN_IMAGE_VAE.name
     damaged.write_bytes((PROJECT / "tiny_vae" / TINY_VAE).read_bytes()[:5000])
     shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, impostor)
@@ -374,7 +374,7 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     ],
 )
 def test_default_vae_has_to_be_there(name: str, state: State, advice: str, settings: Settings, encoder: LatentEncoder) -> None:
-    """A cross says how to get it, or which one may be meant; the trial one is a warning where the release can load it."""
+    """A missing default VAE is a cross with the next step or a similar name; the tiny VAE is a warning."""
     check = named(examined(check_models, changed(settings, vae_model_name=name), encoder=encoder), "default vae")
     assert check.state is state
     assert advice in check.advice
@@ -382,22 +382,22 @@ def test_default_vae_has_to_be_there(name: str, state: State, advice: str, setti
 
 @pytest.mark.core
 def test_default_vae_has_to_encode(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
-    """A whole file that holds no VAE is a cross with ComfyUI's reason; a tick names the encoder that ran."""
+    """An intact file without a VAE is a cross with ComfyUI's reason; a tick names the encoder that ran."""
     save_file({"weight": torch.zeros(3, 3)}, model_dir / "no_vae.safetensors")
     try:
         checks = examined(check_models, changed(settings, vae_model_name="no_vae.safetensors"), encoder=encoder)
     finally:
         (model_dir / "no_vae.safetensors").unlink()
     check = named(checks, "default vae")
-    assert (check.state, check.advice) == (CROSS, "VAE_MODEL_NAME names another one.")
+    assert (check.state, check.advice) == (CROSS, "Set VAE_MODEL_NAME to another one.")
     assert "ComfyUI recognises no VAE in it" in check.found
     check = named(examined(check_models, changed(settings, vae_model_name="taesd"), encoder=encoder), "default vae")
-    assert check.found == "taesd (VAE_MODEL_NAME) encodes a test picture with the stock encoder"
+    assert check.found == "taesd (VAE_MODEL_NAME) encodes a test image with the stock encoder"
 
 
 @pytest.mark.core
 def test_model_folder_that_is_not_there_is_a_warning(settings: Settings, encoder: LatentEncoder, tmp_path: Path) -> None:
-    """MODEL_DIR that names none; the folders that are searched are listed."""
+    """A MODEL_DIR that does not exist is a warning, and the searched folders are listed."""
     checks = examined(check_models, changed(settings, model_dir=tmp_path / "none"), encoder=encoder)
     folders = [check for check in checks if check.name == "model folder"]
     assert [check.state for check in folders][:2] == [WARNING, TICK]
@@ -405,7 +405,7 @@ def test_model_folder_that_is_not_there_is_a_warning(settings: Settings, encoder
 
 
 def test_model_folder_that_is_a_loop_of_symlinks_is_a_warning(tmp_path: Path, run_main: RunMain) -> None:
-    """As one that is not there, on every Python; no check fails by itself."""
+    """A MODEL_DIR that is a loop of symlinks is a warning on every Python, and no check fails."""
     (tmp_path / "loop").symlink_to("loop")
     done = run_main("--mode", "doctor", "--json", env={"MODEL_DIR": "loop", "VAE_MODEL_NAME": TINY_VAE, "HTTP_PORT": "0"})
     states = [(check["name"], check["state"]) for check in json.loads(done.stdout)["checks"]]
@@ -415,7 +415,7 @@ def test_model_folder_that_is_a_loop_of_symlinks_is_a_warning(tmp_path: Path, ru
 
 @pytest.mark.core
 def test_broker_and_topics_are_looked_for(bench: Bench, settings: Settings) -> None:
-    """With the number of partitions; a topic that is missing is a cross where it will not be created."""
+    """A topic is shown with its partitions; a missing one is a cross unless it will be created."""
     there = bench.settings(settings)
     broker, *topics = examined(check_kafka, there, given=("kafka_bootstrap_servers",))
     assert (broker.state, [check.state for check in topics]) == (TICK, [TICK] * 3)
@@ -427,14 +427,14 @@ def test_broker_and_topics_are_looked_for(bench: Bench, settings: Settings) -> N
 
 
 def test_kafka_settings_that_cannot_be_used_are_a_cross(settings: Settings, tmp_path: Path) -> None:
-    """A file of properties that is not there."""
+    """A missing file of Kafka properties is a cross."""
     (check,) = examined(check_kafka, changed(settings, kafka_client_config=tmp_path / "none.properties"))
     assert check.state is CROSS
     assert "none.properties cannot be read" in check.found
 
 
 def test_http_port_is_free_taken_or_a_workers(settings: Settings) -> None:
-    """Taken is a cross where Kafka mode is meant, else a warning."""
+    """A taken port is a cross if Kafka is configured, else a warning; a worker's port is a tick."""
     ours = changed(settings, http_host="127.0.0.1", http_port=free_ports(1)[0])
     (free,) = examined(check_http_port, ours)
     assert (free.state, free.found) == (TICK, f"HTTP_PORT={ours.http_port} of HTTP_HOST=127.0.0.1 is free")
@@ -452,7 +452,7 @@ def test_http_port_is_free_taken_or_a_workers(settings: Settings) -> None:
 
 
 def test_settings_tell_where_they_are_from(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File, environment and option; an empty one is not set, and a secret is stars."""
+    """Each setting is shown with its source; an empty one counts as not set, and a secret shows as stars."""
     (in_empty_folder / ".env").write_text("MEGAPIXELS=2\nDEVICE=cpu\nKAFKA_SASL_PASSWORD=geheim\nMODEL_DIR=\n")
     monkeypatch.setenv("DEVICE", "auto")
     monkeypatch.setenv("HTTP_PORT", "")
@@ -469,7 +469,7 @@ def test_settings_tell_where_they_are_from(in_empty_folder: Path, monkeypatch: p
 
 
 def test_variable_that_looks_misspelt_is_a_warning(in_empty_folder: Path, settings: Settings) -> None:
-    """One that resembles no setting is none of ours; no file at all is fine too."""
+    """A variable that resembles a setting is a warning; other variables, or no file, are fine."""
     assert [check.state for check in examined(check_env_file, settings)] == [TICK]
     (in_empty_folder / ".env").write_text("MEGAPIXEL=2\nVAE_MODEL=x\nCOMPOSE_PROJECT_NAME=mine\nDEVICE=cpu\n")
     *warnings, file = examined(check_env_file, settings)
@@ -478,7 +478,7 @@ def test_variable_that_looks_misspelt_is_a_warning(in_empty_folder: Path, settin
 
 
 def test_env_file_that_cannot_be_read_is_a_fault(in_empty_folder: Path) -> None:
-    """All else goes on without it."""
+    """A `.env` that cannot be read is a cross, and the other checks go on without it."""
     (in_empty_folder / ".env").write_bytes(b"MEGAPIXELS=2\nOUTPUT_DIR=\xff\n")
     settings, faults = usable_settings({})
     installation = Installation(settings, origins_of({}), faults)
@@ -490,7 +490,7 @@ def test_env_file_that_cannot_be_read_is_a_fault(in_empty_folder: Path) -> None:
 
 
 def test_lines_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a hanging indent and the mark in colour; a path is not broken, and what an encoding lacks is in ASCII."""
+    """Lines wrap with a hanging indent and a coloured mark; paths are not broken, and missing characters are in ASCII."""
     monkeypatch.setenv("COLUMNS", "30")
     path = "/a/very-long-path/" + "x" * 30
     text = as_text(Check("vae file", CROSS, f"{path} is damaged in its header", "Get it again … or remove it from there."))

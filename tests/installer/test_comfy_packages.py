@@ -1,4 +1,4 @@
-"""Packages that a tree needs: all at once, with the versions that it asks for, and no others."""
+"""Tests of the packages that a tree needs: all at once, with the versions that it asks for, and no others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from config import Settings
 from latent_encoder.doctor.check import Check, Installation, State
 from latent_encoder.doctor.comfyui import check_packages
 from latent_encoder.installer.comfy_packages import unsatisfied_packages
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
-from latent_encoder.installer.fill_comfyui import place_runtime
+from latent_encoder.installer.placing import copy as copy_entry
+from latent_encoder.installer.placing import place_runtime
 from tests.helpers import COMFYUI, PROJECT
 
 NODES = """
@@ -48,7 +48,7 @@ torch>=999
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the pinned release that a test may change."""
+    """Return a copy of the pinned release that a test may change."""
     place_runtime(COMFYUI, tmp_path, copy_entry)
     return tmp_path
 
@@ -69,14 +69,14 @@ def check(tree: Path) -> list[Check]:
 
 
 def test_pinned_release_has_all() -> None:
-    """In the environment of the tests; the doctor ticks."""
+    """The environment of the tests has all packages of the pinned release, and the doctor's check is a tick."""
     done = run(COMFYUI)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [found.state for found in check(COMFYUI)] == [State.TICK]
 
 
 def test_all_that_is_needed_is_listed_at_once(tree: Path) -> None:
-    """As the tree states it: missing and too old, but not what the tree can do without, what waits, or torch."""
+    """Missing and outdated packages are listed as the tree states them, without optional and delayed ones and torch."""
     append(tree / "nodes.py", NODES)
     append(tree / "comfy_extras" / "nodes_post_processing.py", EXTRAS)
     append(tree / "requirements.txt", REQUIREMENTS)
@@ -87,7 +87,7 @@ def test_all_that_is_needed_is_listed_at_once(tree: Path) -> None:
 
 
 def test_what_was_found_is_listed_where_loading_cannot_go_on(tree: Path) -> None:
-    """Standard error says that there may be more."""
+    """If loading cannot go on, the packages found so far are listed, and standard error warns that more may be needed."""
     append(tree / "nodes.py", "\nimport no_such_first\nnumber = int(no_such_first.number)\nimport no_such_second\n")
     done = run(tree)
     assert done.stdout == "no-such-first\n"
@@ -95,7 +95,7 @@ def test_what_was_found_is_listed_where_loading_cannot_go_on(tree: Path) -> None
 
 
 def test_fault_of_the_tree_is_no_package(tree: Path) -> None:
-    """A module of its own that is missing, and what it prints, are not listed; the doctor leaves it to the next check."""
+    """A missing module of the tree's own, and the tree's output, are not listed; the doctor's next check reports the fault."""
     append(tree / "nodes.py", "\nprint('printed')\nimport comfy.no_such_module\n")
     packages = unsatisfied_packages(tree)
     assert (packages.wanted, packages.by_setup) == ([], [])
@@ -104,7 +104,7 @@ def test_fault_of_the_tree_is_no_package(tree: Path) -> None:
 
 
 def test_doctor_says_how_to_install_what_is_missing(tree: Path) -> None:
-    """With one command for all."""
+    """The doctor names one command that installs all missing packages."""
     append(tree / "nodes.py", "\nimport no_such_first\n")
     append(tree / "requirements.txt", "\neinops>=999\nno-such-first>=1.5\n")
     (found,) = check(tree)
@@ -114,7 +114,7 @@ def test_doctor_says_how_to_install_what_is_missing(tree: Path) -> None:
 
 
 def test_folder_without_comfyui_is_an_error(tmp_path: Path) -> None:
-    """On standard error, with exit status 1."""
+    """A folder without ComfyUI is an error on standard error, with exit status 1."""
     done = run(tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"Error: No ComfyUI in {tmp_path}: ")

