@@ -102,7 +102,7 @@ def test_a_sound_latent(latent: Path, encoded: SuccessResponse, run_main: RunMai
 def test_documented_output_is_that_of_a_run(encode: Encode, inspect: Inspect) -> None:
     """The example in the documentation has the printed lines, except for their values."""
     page = (PROJECT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    shown = re.findall(r"```text\n(.*?)```", page.split("\n## Look into a latent file\n")[1], re.DOTALL)[0]
+    shown = re.findall(r"```text\n(.*?)```", page.split("\n## Inspecting a latent file\n")[1], re.DOTALL)[0]
     printed = inspect(encode("astronaut_masked.png", request_id="123").latent_file_path).out
 
     def names(text: str) -> list[str]:

@@ -1,9 +1,9 @@
-"""What the documents show is run here as it stands there.
+"""Tests that the documents are true: their commands are run, and their tables are compared with the code.
 
-Each page is one shell in a copy of the project's folder: its blocks of `bash` and `python` are run from top to bottom, and one
-finds what those before it wrote. A block has to exit with status 0, or with the one that the text below it names ("exits with
-status 1."), or the one above it ("exits with status 1:"). A block of `json` or `text` that follows directly is what it prints,
-but for times, versions, folders and fractions, and `...` for anything.
+Each page is one shell in a copy of the project's folder. Its blocks of `bash` and `python` are run from top to bottom, and
+each finds the files that those before it wrote. A block must exit with status 0, or with the one that the text below it names
+("exits with status 1."), or the one above it ("exits with status 1:"). A `json` or `text` block that follows directly is its
+output, except times, versions, folders and fractions; `...` stands for any text.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from urllib.parse import urlsplit
 
 import pytest
 from click.testing import CliRunner
+from prometheus_client import REGISTRY
 
 from config import Settings
-from errors import ErrorCode
+from errors import ErrorCode, RequestError
 from latent_encoder.images.features import ImageNote
 from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
 from latent_encoder.kafka.records import DLQ_HEADERS
 from latent_encoder.requests import parse_request
+from latent_encoder.telemetry.health import Health
 from main import main
 from models import EncodeRequest, Metadata, ResponseMessage, SuccessResponse
 from tests import pages
@@ -44,25 +46,29 @@ from tests.pages import Step, section, steps_of
 
 PAGES = {page.name: page for page in pages.all_pages()}
 README, API = PAGES["README.md"].text, PAGES["API.md"].text
-TROUBLESHOOTING = section(PAGES["docs/getting-started.md"].text, "Troubleshooting")
+TROUBLESHOOTING, OPERATING = PAGES["docs/troubleshooting.md"].text, PAGES["docs/operating.md"].text
+GETTING_STARTED, COMMAND_LINE = PAGES["docs/getting-started.md"].text, PAGES["docs/command-line.md"].text
 
-# Whose blocks have a test of their own, since they want packages and models beside ours.
+README_WORDS = 700
+"""Most words that the README may have, code and table cells included: two screens."""
+
+# Pages whose blocks have a test of their own, because they need packages and models beside ours.
 TESTED_ELSEWHERE = {"docs/latents.md": "tests/project/test_latent_docs.py"}
 
-# Whose commands need what those of another page have started.
+# Pages whose commands need the servers that another page has started.
 FOLLOWS = {"docs/operating.md": "docs/kafka.md"}
 
-# What runs until it is stopped: by what its command contains, what it writes when it is ready.
+# Servers: a part of the command, and the text that it writes when it is ready.
 SERVERS = {"tests.broker": " at ", "--mode kafka --vae": '"event": "ready"'}
 
-# What takes minutes, or another broker: it is only seen to that the options are known.
-ONLY_PARSED = ("-m benchmarks.", "-m fuzz", "-m pip", "--mode kafka --kafka-bootstrap-servers")
+# Commands that take minutes, or need another broker: only their options are checked.
+ONLY_PARSED = ("-m benchmarks.", "-m fuzz", "-m pip", "-m pytest", "--mode kafka --kafka-bootstrap-servers")
 
-# What is not run, and why.
+# Commands that are not run, each with the reason.
 NOT_RUN = {
-    "./setup_comfyui.sh --dev && scripts/check.sh": "it runs these tests; CI runs it, see below",
+    "./setup_comfyui.sh --dev && scripts/check.sh": "it runs these tests; CI runs it: test_ci_runs_the_test_command",
     "scripts/supply_chain.sh": "it asks PyPI and OSV, and changes the locks; test_setup.py checks those",
-    "docker ": "there is no container engine here; see below for the arguments",
+    "docker ": "it needs a container engine; test_arguments_of_containers_are_understood checks the arguments",
 }
 
 SHELL_COMMANDS = re.compile(
@@ -102,7 +108,7 @@ def link_all_but(source: Path, target: Path, own: str) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The project's folder as a reader has it, but with an `output/` and VAE files of its own."""
+    """Return a folder of links to the project's files, with an `output/` and VAE files of its own."""
     for entry in PROJECT.iterdir():
         if entry.name not in ("output", ".env", ".venv", "comfyui", "latent_encoder"):
             (tmp_path / entry.name).symlink_to(entry)
@@ -121,7 +127,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(project: Path) -> Iterator[str]:
-    """A stand-in for Hugging Face with the tiny VAE in the place of the real one, and a project that expects just that."""
+    """Yield the address of a server that has the tiny VAE in the place of the real one, which `project` then expects."""
     tiny, url = PROJECT / "tiny_vae" / TINY_VAE, Path(urlsplit(QWEN_IMAGE_VAE.url).path)
     script = (PROJECT / DOWNLOAD).read_text(encoding="utf-8")
     content = tiny.read_bytes()
@@ -139,16 +145,17 @@ def hub(project: Path) -> Iterator[str]:
 
 
 def not_run(text: str) -> bool:
+    """Return whether a command is one of `NOT_RUN`."""
     return any(text.startswith(start) for start in NOT_RUN)
 
 
 def sign_of(step: Step) -> str | None:
-    """What a server writes when it is ready; None for what is none."""
+    """Return the text that a server writes when it is ready, or None if the step is not a server."""
     return next((sign for part, sign in SERVERS.items() if part in step.text), None)
 
 
 def command_of(step: Step, broker_port: int) -> str:
-    """The shell code for a step: in the background where it serves, `:` where it is not run."""
+    """Return the shell code for a step: in the background for a server, `:` for a step that is not run."""
     text = step.text.strip()
     if step.language == "python":
         return pages.run(step)
@@ -162,7 +169,7 @@ def command_of(step: Step, broker_port: int) -> str:
 
 
 def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str]]:
-    """Run the commands of those pages in one shell; each of them with what it printed."""
+    """Run the commands of those pages in one shell, and return each with its output."""
     steps = [step for name in names for step in steps_of(PAGES[name])]
     broker_port, http_port = free_ports(2)
     environment = clean_environment() | {
@@ -170,7 +177,7 @@ def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
         "HF_ENDPOINT": hub,
     }
-    if any("--download-vae" in step.text for step in steps):  # or it would be searched in the folder that is linked to
+    if any("--download-vae" in step.text for step in steps):  # or the file would be searched in the project's own folder
         environment["MODEL_DIR"] = str(project / "comfyui" / "models")
     if any(map(sign_of, steps)):
         environment |= {"KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{broker_port}", "HTTP_PORT": f"{http_port}"}
@@ -179,7 +186,7 @@ def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str
     with subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes) as shell:
         try:
             stdout, stderr = shell.communicate(timeout=PAGE_TIMEOUT_S)
-        finally:  # what it started ends with it
+        finally:  # its servers end with it
             with suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGTERM)
     assert shell.returncode == 0, f"{names}: the last one of these failed:\n{stdout}\n{stderr[-5000:]}"
@@ -187,7 +194,7 @@ def run_pages(names: list[str], project: Path, hub: str) -> list[tuple[Step, str
 
 
 def stable(document: dict[str, Any]) -> dict[str, Any]:
-    """The document without what another machine or moment changes, and with file names for paths."""
+    """Return the document without values that another machine or moment changes, and with file names for paths."""
     kept: dict[str, Any] = {}
     for key, value in document.items():
         if isinstance(value, dict) and key != "timings_ms":
@@ -202,7 +209,7 @@ def stable(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_shown(step: Step, printed: str) -> None:
-    """What it printed is what the page shows."""
+    """Assert that the output is the block that the page shows."""
     assert step.shown is not None
     if step.shown.language == "json":
         assert stable(json.loads(printed)) == stable(json.loads(step.shown.text))
@@ -217,7 +224,7 @@ ALONE = [name for name in PAGES if steps_of(PAGES[name]) and name not in ("READM
 
 @pytest.mark.parametrize("name", ALONE)
 def test_commands_of_a_page_do_what_it_says(name: str, project: Path, hub: str) -> None:
-    """Every block of every page, but for those in `NOT_RUN`."""
+    """Every block runs with the stated status and output, except those in `NOT_RUN`."""
     names = [name, *(later for later, earlier in FOLLOWS.items() if earlier == name)]
     for step, printed in run_pages(names, project, hub):
         if step.shown is not None:
@@ -225,17 +232,17 @@ def test_commands_of_a_page_do_what_it_says(name: str, project: Path, hub: str) 
 
 
 def test_readmes_first_command_encodes_the_portrait(project: Path, hub: str) -> None:
-    """It ends with a success response, and the files are those of the table below it."""
+    """It ends with a success response, and its files are those of the table in the page on getting started."""
     (first, printed), *_ = run_pages(["README.md"], project, hub)
     assert first.text.startswith("./setup_comfyui.sh &&")
     response = SuccessResponse.model_validate_json(printed[printed.index("{") :])
     assert response.latent_shape == (1, 16, 128, 128)
-    shown = re.findall(r"^\| `(.*_astronaut_<request id>.*?)` \|", README, re.MULTILINE)
+    shown = re.findall(r"^\| `(.*_astronaut_<request id>.*?)` \|", section(GETTING_STARTED, "The first latent"), re.MULTILINE)
     expected = {name.replace("<request id>", response.request_id) for name in shown}
     assert {path.name for path in (project / "output").iterdir()} == expected
 
 
-def test_what_is_not_run_is_there_and_looks_it() -> None:
+def test_blocks_that_are_not_run_hold_no_other_commands() -> None:
     """Each entry of `NOT_RUN` is on a page, blocks of `console` are in it, and other blocks hold no commands."""
     shown = [text for page in PAGES.values() for text in page.of("bash", "console")]
     assert [start for start in NOT_RUN if not any(text.startswith(start) for text in shown)] == []
@@ -251,59 +258,157 @@ def test_what_is_not_run_is_there_and_looks_it() -> None:
 
 
 @pytest.mark.parametrize(("name", "test"), TESTED_ELSEWHERE.items())
-def test_what_is_tested_elsewhere_is(name: str, test: str) -> None:
-    """The test reads the page."""
+def test_page_that_is_tested_elsewhere_is_read_there(name: str, test: str) -> None:
+    """The test names the page."""
     assert Path(name).name in (PROJECT / test).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("file", "quoted"), [quote for page in PAGES.values() for quote in pages.quotes_of(page)])
-def test_code_that_is_quoted_is_there(file: str, quoted: str) -> None:
-    """Word for word, in the file that the first line names."""
+def test_quoted_code_is_in_its_file(file: str, quoted: str) -> None:
+    """A block whose first line names a file is in that file, word for word."""
     assert quoted in (PROJECT / file).read_text(encoding="utf-8")
 
 
 def test_ci_runs_the_test_command() -> None:
-    """The README's, which its own tests cannot run."""
+    """CI runs the README's test command, which these tests cannot run."""
     (command,) = [text.strip() for text in PAGES["README.md"].of("bash") if not_run(text)]
     assert command in (PROJECT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("arguments", re.findall(r"latent-encoder( --.*)$", PAGES["docs/operating.md"].text, re.MULTILINE))
+@pytest.mark.parametrize("arguments", re.findall(r"latent-encoder( --.*)$", OPERATING, re.MULTILINE))
 def test_arguments_of_containers_are_understood(arguments: str) -> None:
-    """The image's entry point is `main.py`."""
+    """`main.py`, the image's entry point, takes them."""
     assert CliRunner().invoke(main, [*shlex.split(arguments), "--help"]).exit_code == 0
 
 
 def test_variables_of_containers_are_settings() -> None:
-    """Those that `docker run -e` sets."""
-    names = re.findall(r" -e (\w+)=", PAGES["docs/operating.md"].text)
+    """Each variable that `docker run -e` sets is a setting's name."""
+    names = re.findall(r" -e (\w+)=", OPERATING)
     assert names
     assert {name.lower() for name in names} <= Settings.model_fields.keys()
 
 
-def test_every_code_is_documented_in_both() -> None:
-    """Each error code has a row in API.md and one in the troubleshooting."""
-    for document in (TROUBLESHOOTING, API):
-        assert set(re.findall(r"^\| `([A-Z_]+)` \|", document, re.MULTILINE)) >= set(ErrorCode)
+def first_cells(document: str, heading: str) -> list[list[str]]:
+    """Return the names in backquotes in the first cell of each row of the table with that heading in its first cell.
+
+    Raises:
+        ValueError: no table of the document has that heading, or several have it.
+    """
+    (table,) = re.findall(rf"^\| {re.escape(heading)} \|.*\n\|[-:| ]+\n((?:\|.*\n)+)", document, re.MULTILINE)
+    cells = [row.split(" | ")[0] for row in table.splitlines()]
+    return [re.findall(r"`([^`]+)`", cell) for cell in cells]
 
 
-def test_every_metadata_field_is_documented() -> None:
-    """API.md names each field and each note."""
-    for name in [*Metadata.model_fields, *get_args(ImageNote)]:
-        assert f"`{name}`" in API or f'"{name}"' in API
+def names_in(document: str, heading: str) -> list[str]:
+    """Return the names of all rows of a table, in order."""
+    return [name for names in first_cells(document, heading) for name in names]
+
+
+def test_every_error_code_has_its_row() -> None:
+    """API.md and the troubleshooting have one row for each code, and no other rows."""
+    for document in (section(API, "Error codes"), TROUBLESHOOTING):
+        assert first_cells(document, "code") == [[code] for code in names_in(document, "code")]
+        assert sorted(names_in(document, "code")) == sorted(ErrorCode)
+
+
+def test_retries_of_the_api_are_the_codes() -> None:
+    """The last cell of an error code is `yes` if its class is retryable."""
+    stated = dict(re.findall(r"^\| `([A-Z_]+)` \|.*\| (yes|no) \|$", section(API, "Error codes"), re.MULTILINE))
+    retryable = {error.code: error.retryable for error in RequestError.__subclasses__()}
+    assert stated == {code: "yes" if retryable[code] else "no" for code in ErrorCode}
+
+
+def test_every_input_has_its_row_with_its_default() -> None:
+    """API.md has a row for each field of a request, except the two that only Kafka's records have, with its default."""
+    rows = re.findall(r"^\| `(\w+)` \| \w+ \| (.*?) \|", section(API, "Inputs"), re.MULTILINE)
+    assert [name for name, _ in rows] == names_in(section(API, "Inputs"), "field")
+    assert {name for name, _ in rows} == EncodeRequest.model_fields.keys() - {"correlation_id", "timestamp"}
+    defaults = EncodeRequest.model_validate({"image_path": "-"}).model_dump()
+    stated = {name: default.strip("`") for name, default in rows if default.startswith("`")}
+    assert stated == {name: str(defaults[name]) for name in stated}
+    assert {name for name, _ in rows} - stated.keys() == {"image_path", "request_id"}
+
+
+@pytest.mark.parametrize("field", ["upscale_method", "fit", "latent_format"])
+def test_every_choice_of_an_input_is_in_its_row(field: str) -> None:
+    """The meaning of a field with a few values has each of them."""
+    (meaning,) = re.findall(rf"^\| `{field}` \|.*\| (.*) \|$", section(API, "Inputs"), re.MULTILINE)
+    assert set(re.findall(r"`([\w-]+)`", meaning)) == set(get_args(EncodeRequest.model_fields[field].annotation))
+
+
+def test_every_metadata_field_has_its_row() -> None:
+    """The table of metadata in API.md has each field once, and the table of notes each note once."""
+    outputs = section(API, "Outputs")
+    assert sorted(names_in(outputs, "field")) == sorted(Metadata.model_fields)
+    assert sorted(names_in(outputs, "note")) == sorted(get_args(ImageNote))
+
+
+def test_fields_that_the_specification_lacks_are_marked() -> None:
+    """API.md says how many metadata fields are the specification's, and these come first."""
+    specified = [
+        "original_image_shape",
+        "scaled_image_shape",
+        "latent_shape",
+        "vae_model_name",
+        "processing_time_ms",
+        "timestamp",
+    ]
+    assert names_in(section(API, "Outputs"), "field")[: len(specified)] == specified
+    assert "All but the first six are **added**" in section(API, "Outputs")
+
+
+def test_every_latent_format_has_its_row() -> None:
+    """Each format is in the table of the latents' page; those that are not the default are in that of API.md."""
+    formats = list(get_args(EncodeRequest.model_fields["latent_format"].annotation))
+    assert [names[0] for names in first_cells(PAGES["docs/latents.md"].text, "`latent_format`")] == formats
+    assert [names[0] for names in first_cells(section(API, "Output format"), "`latent_format`")] == formats[1:]
+
+
+def test_every_metric_has_its_row() -> None:
+    """The table of metrics has each metric of ours, with the suffix that Prometheus sees, and no other."""
+    shown = [name.partition("{")[0] for name in names_in(section(OPERATING, "Metrics"), "metric")]
+    ours = [family for family in REGISTRY.collect() if family.name.startswith("latent_encoder")]
+    suffixes = {"counter": "_total", "info": "_info"}
+    assert sorted(name for name in shown if name.startswith("latent_encoder")) == sorted(
+        f"{family.name}{suffixes.get(family.type, '')}" for family in ours
+    )
+
+
+def test_every_mode_has_its_row() -> None:
+    """The table of modes has each mode."""
+    modes = get_args(Settings.model_fields["mode"].annotation)
+    assert sorted(names_in(COMMAND_LINE, "mode")) == sorted(modes)
+
+
+def test_paths_of_the_contributors_page_exist() -> None:
+    """Each file or folder that CONTRIBUTING.md names is in the project, those of its test command too."""
+    page = PAGES["CONTRIBUTING.md"]
+    named = re.findall(r"`([\w.]+(?:/[\w.]+)*\.(?:py|md))`|`([\w./]+/)`", page.prose)
+    named += re.findall(r"(tests/\S+)()", "".join(page.of("bash")))
+    assert named
+    assert [path for pair in named for path in pair if path and not (PROJECT / path).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    """The README has fewer words than `README_WORDS`."""
+    assert len(re.findall(r"\S+", README)) < README_WORDS
 
 
 def test_file_structure_is_the_projects() -> None:
-    """API.md lists each module and folder of the top level, and nothing that is not there."""
-    listed = re.findall(r"^([\w./]+) {2,}\S", PAGES["API.md"].of("text")[-1], re.MULTILINE)
-    assert all((PROJECT / name).exists() for name in listed)
-    tracked = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split()
+    """API.md lists each module and folder of the top level, and only files that exist."""
+    structure = section(API, "Implementation file structure")
+    listed = re.findall(r"^([\w./]+)(?: {2,}\S.*)?$", PAGES["API.md"].of("text")[-1], re.MULTILINE)
+    listed += re.findall(r"`(\w+/)`", structure)
+    assert [name for name in listed if not (PROJECT / name).exists()] == []
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    tracked = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split()
     folders = {f"{name.partition('/')[0]}/" for name in tracked if "/" in name and not name.startswith(".")}
-    assert {path.name for path in OUR_FILES if path.parent == PROJECT} | folders <= set(listed)
+    tops = {name if name.partition("/")[2] == "" else f"{name.partition('/')[0]}/" for name in listed}
+    assert {path.name for path in OUR_FILES if path.parent == PROJECT} | folders <= tops
 
 
 def test_map_of_the_code_has_every_module() -> None:
-    """And nothing that is not there."""
+    """The table of modules names each module or its folder, and only files that exist."""
     table = section(PAGES["docs/code-map.md"].text, "Modules")
     cells = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
     listed = [name for cell in cells for name in re.findall(r"`(\S+)`", cell)]
@@ -324,14 +429,16 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
-    """Its table of pages has each, and each begins with the way back."""
+    """The README links to each page of docs/ and of the top level, and each page of docs/ begins with the way back."""
     below = [name for name in PAGES if name.startswith("docs/")]
-    assert [name for name in below if f"]({name})" not in README] == []
+    beside = [name for name in PAGES if "/" not in name and name != "README.md"]
+    links = re.findall(r"\]\(([^)#]+)", README)
+    assert [name for name in below + beside if name not in links] == []
     assert [name for name in below if not PAGES[name].text.startswith("[Latent Encoder](../README.md)\n\n# ")] == []
 
 
 def test_messages_of_the_api_are_the_models() -> None:
-    """The request, and a response of each kind, have the fields that the service reads and writes, in its order."""
+    """The request and a response of each kind have the fields that the service reads and writes, in its order."""
     request, *responses = map(json.loads, re.findall(r"```json\n(.*?)```", section(API, "Kafka integration"), re.DOTALL))
     assert parse_request(request, {}).model_dump() == request
     assert request.keys() == EncodeRequest.model_fields.keys()
@@ -342,5 +449,19 @@ def test_messages_of_the_api_are_the_models() -> None:
 
 
 def test_headers_of_dead_letters_are_documented() -> None:
-    """In the order in which they are added."""
+    """The table of API.md has each header, in the order in which they are added."""
+    assert tuple(names_in(section(API, "Kafka integration"), "header")) == DLQ_HEADERS
     assert tuple(re.findall(r"^\| `(dlq\.[\w.]+)` \|", API, re.MULTILINE)) == DLQ_HEADERS
+
+
+def test_parts_of_health_are_documented() -> None:
+    """API.md names each part that `/healthz` and `/readyz` report."""
+    health = Health(encode_timeout_s=1.0)
+    rows = dict(re.findall(r"^\| `(/\w+)` \| 200 or 503 \| (.*) \|$", section(API, "Kafka integration"), re.MULTILINE))
+    for path, report in (("/healthz", health.alive()), ("/readyz", health.ready())):
+        assert re.findall(r"for (.*) either", rows[path]) == [listing([f"`{part}`" for part in report.parts])]
+
+
+def listing(names: list[str]) -> str:
+    """Return names as a sentence lists them: `a, b and c`."""
+    return f"{', '.join(names[:-1])} and {names[-1]}"
