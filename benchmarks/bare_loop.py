@@ -1,9 +1,8 @@
-"""What the service is measured against: the four nodes in a plain loop, and the same writes, in a process of its own.
+"""The baseline of the Kafka benchmarks: the four nodes in a plain loop, and the same writes, in a process of its own.
 
-With the service's encoder, for it is not the encode that is compared.
-
-Without the service's pipeline: no checks of the image, no checksums, no Kafka, one step after the other. Started by
-`BareLoop` in `kafka_bench.py`: a round as a line of JSON on standard input, what it took as a line on standard output.
+It has the service's encoder, because these benchmarks do not compare the encode, and nothing of its pipeline: no checks of the
+image, no checksums, no Kafka, one step after the other. `BareLoop` in `kafka_bench.py` starts it. A round is a line of JSON on
+standard input, its result a line on standard output.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from latent_encoder.vae.loaded_vae import LoadedVae
 
 @dataclass(frozen=True)
 class Round:
-    """One image, encoded `count` times, with the files in a `folder` that is made and removed again."""
+    """One image, encoded `count` times, with the files in a `folder` that the round makes and removes."""
 
     image: str
     megapixels: float
@@ -57,7 +56,7 @@ def load_image(runtime: ComfyRuntime, image: Path) -> torch.Tensor:
 
 
 def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
-    """Requests per second, the median seconds of the encode and of the rest of a request, the latent's SHA-256."""
+    """Run a round; return requests per second, median seconds of encode and rest, and the SHA-256 of the latent."""
     folder = Path(wanted.folder)
     folder.mkdir()
     encodes, rests, ends = [], [], []
@@ -82,7 +81,7 @@ def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
 
 
 def write(scaled: torch.Tensor, latent: torch.Tensor, files: OutputFiles) -> bytes:
-    """Write three files, as the service does; the bytes of the latent's."""
+    """Write three files as the service does, and return the bytes of the latent file."""
     frame = latent.squeeze(2).to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
     data, png = latent_bytes(frame, "pt", frames=False, header={}), png_bytes(scaled)
     metadata = {"latent_shape": list(frame.shape), "scaled_image_shape": list(scaled.shape[1:])}

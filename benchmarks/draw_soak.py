@@ -1,4 +1,4 @@
-"""The picture of a soak, of what its worker said on `/metrics`: `python -m benchmarks.draw_soak soak.json docs/soak.png`."""
+"""The plot of a soak, from its worker's `/metrics`: `python -m benchmarks.draw_soak soak.json docs/soak.png`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models import Timings
 
 SIZE_INCHES = (11, 7.4)
 DPI = 110
-POINTS = 60  # at most, in a line: each is the mean of the time since the one before
+POINTS = 60  # most points of a line, so that it stays readable; each is the mean of the time since the point before
 STAGES = tuple(Timings.model_fields)
 BLUE, GREEN, RED, GREY, ORANGE, PURPLE = "#1f5f8b", "#3a7d44", "#b0413e", "#8a8a8a", "#d08c2e", "#6d4c8f"
 STAGE_COLOURS = dict(zip(STAGES, (PURPLE, GREEN, ORANGE, BLUE, GREY, RED), strict=True))
@@ -24,21 +24,21 @@ STAGE_COLOURS = dict(zip(STAGES, (PURPLE, GREEN, ORANGE, BLUE, GREY, RED), stric
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("json_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("picture", type=click.Path(dir_okay=False, path_type=Path))
-def main(json_file: Path, picture: Path) -> None:
-    """Draw what `python -m benchmarks.kafka_soak --json JSON_FILE` wrote, as a PNG."""
-    draw(json.loads(json_file.read_text(encoding="utf-8")), picture)
+@click.argument("plot_file", type=click.Path(dir_okay=False, path_type=Path))
+def main(json_file: Path, plot_file: Path) -> None:
+    """Draw the result of `python -m benchmarks.kafka_soak --json JSON_FILE` as a PNG."""
+    draw(json.loads(json_file.read_text(encoding="utf-8")), plot_file)
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Four panels over the time: answers, stages, what waits, and what the process needs."""
+    """Draw four panels over the time: responses, stages, waiting requests, and the resources of the process."""
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     pyplot.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 13})
     end = result["warm_after_s"] + result["measured_s"]
     samples = [sample for each in result["samples"] if (sample := Sample(**each)).at <= end]
     figure, panels = pyplot.subplots(2, 2, figsize=SIZE_INCHES, layout="constrained", sharex=True)
-    for axes, panel in zip(panels.flat, (_answers, _stages, _waiting, _process), strict=True):
+    for axes, panel in zip(panels.flat, (_responses, _stages, _waiting, _process), strict=True):
         panel(axes, samples)
         axes.axvspan(0, result["warm_after_s"] / 60, color=GREY, alpha=0.12, linewidth=0)
         axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # room for the legend
@@ -56,8 +56,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
     pyplot.close(figure)
 
 
-def _answers(axes: Any, samples: Sequence[Sample]) -> None:
-    axes.set(title="Answers", ylabel="per second")
+def _responses(axes: Any, samples: Sequence[Sample]) -> None:
+    axes.set(title="Responses", ylabel="per second")
     outcomes = {
         "success": (GREEN, {"outcome": "success"}),
         "error": (RED, {"outcome": "error"}),
@@ -76,7 +76,7 @@ def _answers(axes: Any, samples: Sequence[Sample]) -> None:
 def _stages(axes: Any, samples: Sequence[Sample]) -> None:
     axes.set(title="Time of the stages, mean", ylabel="seconds")
     for stage in STAGES:
-        if points := means(samples, stage):  # there is no round trip, for example, unless the worker is told to make them
+        if points := means(samples, stage):  # a stage may not run; for example, there is no round trip by default
             axes.plot(*zip(*points, strict=True), color=STAGE_COLOURS[stage], label=stage, linewidth=2)
 
 
@@ -104,13 +104,13 @@ def _process(axes: Any, samples: Sequence[Sample]) -> None:
 
 
 def steps(samples: Sequence[Sample]) -> Iterator[tuple[Sample, Sample]]:
-    """Samples and the ones after them, as many as are drawn."""
+    """Yield pairs of successive samples, at most POINTS or a few more."""
     stride = max(len(samples) // POINTS, 1)
     return pairwise(samples[::stride])
 
 
 def rates(samples: Sequence[Sample], name: str, **labels: str) -> list[tuple[float, float]]:
-    """Minutes, and how much the counter grew in a second until then."""
+    """Return minutes, and the growth of the counter per second since the sample before."""
     return [
         (
             after.at / 60,
@@ -121,7 +121,7 @@ def rates(samples: Sequence[Sample], name: str, **labels: str) -> list[tuple[flo
 
 
 def means(samples: Sequence[Sample], stage: str) -> list[tuple[float, float]]:
-    """Minutes, and the mean time of the stage until then; where it ran at all."""
+    """Return minutes, and the mean seconds of the stage since the sample before, if it ran."""
     name = "latent_encoder_stage_seconds"
     points = []
     for before, after in steps(samples):

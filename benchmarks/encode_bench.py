@@ -1,4 +1,4 @@
-"""The encode against ComfyUI's own and diffusers': `python -m benchmarks.encode_bench`."""
+"""The benchmark of the encode, ours against ComfyUI's own and diffusers': `python -m benchmarks.encode_bench`."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ MEGAPIXELS, QUICK_MEGAPIXELS = (0.25, 1.0, 4.0, 16.0), (0.25,)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and with what."""
+    """The measurements to make, with their trees, sizes and limits."""
 
     comfyui_path: Path
     further_paths: tuple[Path, ...]
-    """Trees of --comfyui."""
+    """The trees of --comfyui."""
     sizes: tuple[float, ...]
-    """Megapixels, ascending."""
+    """Sizes in megapixels, ascending."""
     stock_up_to: float
     pairs: int
     timeout_s: float
 
     @property
     def stock_sizes(self) -> list[float]:
-        """Those at which ComfyUI's own encode and diffusers' run too."""
+        """The sizes at which ComfyUI's own encode and diffusers' run too."""
         return [size for size in self.sizes if size <= self.stock_up_to]
 
     @cached_property
     def trees(self) -> list[Tree]:
-        """That of --comfyui-path, then those of --comfyui."""
+        """The tree of --comfyui-path, then the trees of --comfyui."""
         return trees_of([self.comfyui_path, *self.further_paths])
 
     @cached_property
@@ -78,13 +78,13 @@ class Plan:
     def model_dir(self) -> Path:
         progress("making VAEs of the real architectures with random weights")
         folder = self.folder / "models"
-        stock("make-vaes", folder, *FAMILIES)  # by the pinned release, whichever is measured: the same weights then
+        stock("make-vaes", folder, *FAMILIES)  # always by the pinned release, so that all trees have the same weights
         return folder
 
     @cached_property
     def bench(self) -> Workbench:
         bench = Workbench(self.comfyui_path, self.model_dir)
-        # After ComfyUI is loaded, which sets it too. An empty folder: or what compiling takes would not be seen.
+        # Set after ComfyUI is loaded, which sets it too. The folder is empty, so that the time of compiling is measured.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "compiled")
         return bench
 
@@ -94,7 +94,7 @@ class Plan:
 
 
 class Sizes(click.ParamType[tuple[float, ...]]):
-    """Megapixels, separated by commas."""
+    """A list of megapixels, separated by commas."""
 
     name = "sizes"
 
@@ -109,8 +109,8 @@ class Sizes(click.ParamType[tuple[float, ...]]):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="This section, and others named so; all if absent.")
-@click.option("--pairs", type=click.IntRange(min=1), help=f"Rounds, of each side once; {PAIRS} if absent.")
+@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="Only this section; may be given several times.")
+@click.option("--pairs", type=click.IntRange(min=1), help=f"Rounds, each with every side once; {PAIRS} if absent.")
 @click.option("--sizes", type=Sizes(), metavar="N,N,…", help="Megapixels, 1 being 1024 x 1024; 0.25,1,4,16 if absent.")
 @click.option(
     "--stock-up-to",
@@ -120,7 +120,7 @@ class Sizes(click.ParamType[tuple[float, ...]]):
     metavar="N",
     help="Megapixels up to which the other sides run too; ComfyUI's own takes 7 GB for one.",
 )
-@click.option("--quick", is_flag=True, help="One round and 0.25 megapixels, where not said otherwise.")
+@click.option("--quick", is_flag=True, help="One round and 0.25 megapixels, unless --pairs or --sizes is given.")
 @click.option(
     "--timeout", "timeout_s", type=float, default=3600, show_default=True, metavar="S", help="Seconds for a process."
 )
@@ -129,7 +129,7 @@ class Sizes(click.ParamType[tuple[float, ...]]):
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
     default=COMFYUI,
     envvar="COMFYUI_PATH",
-    help="ComfyUI tree to measure instead of ./comfyui; so does the variable COMFYUI_PATH.",
+    help="ComfyUI tree to measure instead of ./comfyui; the variable COMFYUI_PATH names one, too.",
 )
 @click.option(
     "--comfyui",
@@ -137,7 +137,7 @@ class Sizes(click.ParamType[tuple[float, ...]]):
     type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
     multiple=True,
     metavar="DIR",
-    help="A further ComfyUI tree, side by side with the first: its own encode, and ours on it; may be given several times.",
+    help="Another ComfyUI tree, side by side with the first: its own encode, and ours on it; may be given several times.",
 )
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the section memory there.")
@@ -153,14 +153,14 @@ def main(
 
     \b
     time        one VAEEncode with the full-size Qwen/Wan VAE, in turns, and against the convolutions' floor
-    difference  of the latents, in float32 and in bfloat16
+    difference  between the latents, in float32 and in bfloat16
     releases    the trees of --comfyui-path and --comfyui, each one's own VAEEncode against ours on it, in turns
     memory      peak of a process that does the whole job
     start       until the nodes can be called, on each tree
-    files       what a request takes beside the nodes
+    files       the time of a request beside the nodes
     others      SD-style VAE and TAESD
 
-    Results go to standard output as Markdown, section by section, what is done meanwhile to standard error.
+    Results go to standard output as Markdown, section by section, and progress to standard error.
     OMP_NUM_THREADS sets the threads of all sides.
     """  # noqa: D301  # click needs the character that \b stands for
     wanted = wanted_sections(only, several_trees=bool(options["further_paths"]))
@@ -182,7 +182,7 @@ def main(
         click.echo("\n".join(f"- {name}: {value}" for name, value in {**results.machine, "rounds": plan.pairs}.items()))
         for name, text in run(plan, results, wanted):
             click.echo(f"\n### {name}\n\n{text}")
-            if json_file is not None:  # after each section, so that a failure costs no more than its own
+            if json_file is not None:  # after each section, so that a failure loses only its own
                 json_file.write_text(json.dumps(asdict(results), indent=2) + "\n", encoding="utf-8")
     click.echo(f"\n### results\n\n{markdown(HEADER, goal_rows(results))}")
     if plot_file is not None:
@@ -207,7 +207,7 @@ def try_trees(plan: Plan) -> None:
 
 
 def refuse(wanted: Sequence[str], plan: Plan, plot_file: Path | None) -> None:
-    """Tell of what cannot work before an hour has gone by.
+    """Refuse options that cannot work before an hour is lost.
 
     Raises:
         click.UsageError: the options do not fit each other, or something is not installed.
@@ -224,7 +224,7 @@ def refuse(wanted: Sequence[str], plan: Plan, plot_file: Path | None) -> None:
 
 
 def run(plan: Plan, results: Results, wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Measure, section by section; the name of each and its tables."""
+    """Measure section by section, and yield the name of each and its tables."""
     sections: dict[str, Callable[[Plan, Results], str]] = {
         "time": run_time,
         "difference": run_difference,
@@ -276,7 +276,7 @@ def run_others(plan: Plan, results: Results) -> str:
 
 
 def machine(plan: Plan) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """Return the facts beside the code that the figures depend on."""
     return {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
@@ -292,7 +292,7 @@ def machine(plan: Plan) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """What the processor calls itself."""
+    """Return the model name of the processor."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:

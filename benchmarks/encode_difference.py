@@ -1,4 +1,4 @@
-"""How far latents are from ComfyUI's own: in float32, and what bfloat16 changes, ComfyUI's own and ours."""
+"""Distances of latents from ComfyUI's own: ours in float32, and ComfyUI's and ours in bfloat16."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def measure_differences(bench: Workbench, sizes: Sequence[float]) -> Differences
 
 
 def distance(given: Tensor, expected: Tensor) -> tuple[float, float, float]:
-    """Largest and mean absolute difference, and the standard deviation of what was expected."""
+    """Return the largest and the mean absolute difference, and the standard deviation of the expected latent."""
     apart = (given.float() - expected).abs()
     return float(apart.max()), float(apart.mean()), float(expected.std())
 
 
 def _bfloat16(bench: Workbench, megapixels: float) -> list[tuple[str, str, Tensor]]:
-    """Side, encoder and latent of ComfyUI's model in bfloat16, and of the single-frame encoder made from that."""
+    """Return side, encoder and latent of ComfyUI's model in bfloat16, and of the single-frame encoder made from it."""
     progress(f"bfloat16 at {megapixels_text(megapixels)}")
     model: Any = copy.deepcopy(bench.side(COMFYUI).model).to(torch.bfloat16)
     frame = as_frame(bench.pixels(megapixels), torch.bfloat16)

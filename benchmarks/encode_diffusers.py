@@ -1,4 +1,4 @@
-"""The same weights in diffusers' AutoencoderKLQwenImage; as a process, the whole job with nothing else.
+"""The same weights in diffusers' AutoencoderKLQwenImage; as a process, the whole job and nothing else.
 
 python -m benchmarks.encode_diffusers VAE.safetensors IMAGE MEGAPIXELS OUT.pt
 """
@@ -22,7 +22,7 @@ HOW_TO_INSTALL = (
     "install it with .venv/bin/python -m pip install --require-hashes --no-deps -r requirements/lock/benchmark.txt"
 )
 
-# From the names that the VAE's file has to diffusers', in this order.
+# From the names in the VAE's file to the names of diffusers, replaced in this order.
 RENAMED = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -39,15 +39,15 @@ RENAMED = (
     (r"\.residual\.6\.", ".conv2."),
     (r"\.shortcut\.", ".conv_shortcut."),
 )
-RESNETS_IN_UP_BLOCK = 3  # and one layer that scales up, all numbered through in the file
+RESNETS_IN_UP_BLOCK = 3  # and one layer that scales up; the file numbers all of them through
 
 
 class Unavailable(Exception):
-    """Something that is to be measured cannot run here; the text says why, and what to do."""
+    """A side cannot run here; the text has the reason and the remedy."""
 
 
 def diffusers_key(key: str) -> str:
-    """What diffusers calls a tensor of the Wan 2.1 VAE."""
+    """Return the name that diffusers has for a tensor of the Wan 2.1 VAE."""
     for pattern, replacement in RENAMED:
         key = re.sub(pattern, replacement, key)
     return re.sub(r"\.upsamples\.(\d+)\.", _up_block, key)
@@ -67,7 +67,7 @@ def diffusers_version() -> str:
 
 
 def load_diffusers(file: Path) -> Any:
-    """Its model with the weights of a full-size Wan 2.1 or Qwen-Image VAE, in float32.
+    """Return diffusers' model with the weights of a full-size Wan 2.1 or Qwen-Image VAE, in float32.
 
     Raises:
         Unavailable: diffusers is not installed, or its model does not have the same tensors.
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def scaled(image: Image.Image, megapixels: float) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """`[height, width, 3]` in [0, 1], sides that are multiples of eight."""
+    """Return an image as `[height, width, 3]`, float32 in [0, 1], scaled to sides that are multiples of 8 pixels."""
     factor = math.sqrt(megapixels * 1024 * 1024 / (image.width * image.height))
     size = (round(image.width * factor) // 8 * 8, round(image.height * factor) // 8 * 8)
     return np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / np.float32(255)

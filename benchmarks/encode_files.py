@@ -1,4 +1,4 @@
-"""What a request takes beside ComfyUI's nodes: reading, hashing and checking the image, PNG, latent, JSON, checksums."""
+"""The time of a request beside ComfyUI's nodes: reading and checking the image, its checksum, PNG, latent, JSON, checksums."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ NODE_METHODS = ("load_vae", "load_image", "scale", "encode")
 
 @dataclass(frozen=True)
 class FileWork:
-    """Seconds of requests, each of which reads a PNG of that size and writes its three files."""
+    """Seconds of requests that each read a PNG of that size and write three files."""
 
     megapixels: float
     encoder: str
     total: Spread
     beside_nodes: Spread
     checking: Spread
-    """Of which: reading the image, its hash, and decoding it once more, strictly, as LoadImage does not."""
+    """The part for reading the image, its checksum, and decoding it once more, more strictly than LoadImage does."""
     writing: Spread
-    """Of which: latent, PNG, JSON and their checksums, flushed to disk."""
+    """The part for latent, PNG, JSON and their checksums, flushed to disk."""
 
 
 class TimedRuntime:
@@ -61,7 +61,7 @@ class TimedRuntime:
 
 
 def measure_files(bench: Workbench, folder: Path, megapixels: float) -> FileWork:
-    """Requests with the tiny VAE; the first of them, which loads it, does not count."""
+    """Measure requests with the tiny VAE; the first one, which loads it, does not count."""
     progress(f"file work at {megapixels_text(megapixels)}")
     image = folder / "photo.png"
     Image.fromarray(np.asarray((bench.pixels(megapixels)[0] * 255).round().byte())).save(image)
@@ -83,7 +83,7 @@ def _request(image: Path, folder: Path, megapixels: float, number: int) -> Encod
 
 
 def _one_request(encoder: LatentEncoder, runtime: TimedRuntime, request: EncodeRequest) -> tuple[float, float, float, float]:
-    """Seconds in all, beside the nodes, of checking the image once more, and of writing."""
+    """Return the seconds in all, beside the nodes, of checking the image once more, and of writing."""
     runtime.seconds = 0.0
     start = time.perf_counter()
     encoded = encoder.encode_prepared(encoder.prepare(request))

@@ -1,7 +1,7 @@
-"""The least work that an encode can be, counted from the model by shape, and how fast this machine does such work.
+"""The least work of an encode, counted from the model by shape, and the rate at which this machine does such work.
 
-Floating-point operations, a multiplication and an addition as two. Counted are those that one frame needs: of a kernel with
-three slices in time only the last, for the others meet nothing but the zeros in front of the first frame.
+Work is counted in floating-point operations, a multiplication and an addition as two, that one frame needs. Of a kernel with
+three slices in time, only the last one counts: the others meet only the zeros in front of the first frame.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ GEMM_REPEATS = 5
 
 @dataclass(frozen=True)
 class Flops:
-    """What the encode of one image takes."""
+    """The floating-point operations of the encode of one image, by kind."""
 
     convolutions: int
-    """With kernels of more than one pixel: what the floor is made of."""
+    """Convolutions with kernels of more than one pixel; only these make the floor."""
     linear: int
-    """Kernels of one pixel: shortcuts, the attention's projections, the last layer."""
+    """Convolutions with kernels of one pixel: shortcuts, the attention's projections, the last layer."""
     attention: int
-    """Scores and their products with the values, of all pairs of tokens."""
+    """The attention's scores and their products with the values, of all pairs of tokens."""
 
 
 def count_flops(model: nn.Module, frame: Sequence[int]) -> Flops:
-    """What `model.encode`, of a model that is plain ComfyUI's, takes for a frame of that shape. Nothing is computed."""
+    """Count the work of `model.encode`, of a plain ComfyUI model, for a frame of that shape, without computing anything."""
     shapes: Any = copy.deepcopy(model).to("meta")
     counts = {"convolutions": 0, "linear": 0, "attention": 0}
 
@@ -56,7 +56,10 @@ def count_flops(model: nn.Module, frame: Sequence[int]) -> Flops:
 
 
 def convolution_flops(weight: Sequence[int], out: Sequence[int]) -> int:
-    """`weight` is `[out, in, (frames,) height, width]`, `out` is `[batch, channels, (frames,) height, width]`."""
+    """Return the work of a convolution: 2 * output elements * input channels * kernel pixels.
+
+    `weight` is `[out, in, (frames,) height, width]`, `out` is `[batch, channels, (frames,) height, width]`.
+    """
     return 2 * prod(out) * weight[1] * weight[-2] * weight[-1]
 
 
@@ -65,7 +68,7 @@ def attention_flops(tokens: int, channels: int) -> int:
 
 
 class Gemm:
-    """A product of two float32 matrices, to measure what the machine gives at most."""
+    """A product of two float32 matrices, to measure the highest rate of the machine."""
 
     def __init__(self) -> None:
         rows, inner, columns = GEMM_SHAPE
@@ -73,7 +76,7 @@ class Gemm:
         self._flops = 2 * prod(GEMM_SHAPE)
 
     def rate(self) -> float:
-        """Operations per second, the best of several times."""
+        """Return operations per second, the best of GEMM_REPEATS products."""
         return self._flops / min(self._seconds() for _ in range(GEMM_REPEATS))
 
     def _seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""All results of one run, and what they are held against."""
+"""All results of one run, and the goals that they are compared with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Row = tuple[str, str, str]
 
 @dataclass
 class Results:
-    """What was measured, by section; what was not is empty or None."""
+    """The measurements by section; empty or None for a section that did not run."""
 
     machine: dict[str, Any]
     pairs: int
@@ -47,7 +47,7 @@ class Results:
 
 
 def goal_rows(results: Results) -> list[Row]:
-    """Measure, goal and what was measured, of each goal; all are about the encoder that the service uses by default."""
+    """Return measure, goal and result of each goal; all are about the encoder that the service uses by default."""
     return [*_time_rows(results), *_memory_rows(results), *_difference_rows(results), *_other_rows(results)]
 
 

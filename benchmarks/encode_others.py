@@ -27,7 +27,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class OtherVae:
-    """One VAE, both sides."""
+    """The results of one VAE on both sides."""
 
     vae: str
     encoder: str

@@ -1,10 +1,9 @@
-"""Runs a command and prints, as JSON, how long it took, what memory it had at most, and how it ended.
+"""Run a command, and print its seconds, its peak memory and its exit status as JSON.
 
     python -S encode_peak.py SECONDS STDOUT STDERR COMMAND…
 
-A process of its own and a small one: on Linux, what a new process has had at most begins with what the process that started
-it has, until it runs its own program, and the benchmark's own process is as large as what it is to measure. After SECONDS,
-the command is killed.
+This is a small process of its own: on Linux, the peak of a new process begins with the memory of the process that started it,
+and the benchmark's own process is as large as the ones that it measures. After SECONDS, the command is killed.
 """
 
 import json

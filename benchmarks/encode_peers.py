@@ -1,4 +1,4 @@
-"""One side on one ComfyUI tree, in a process of its own that stays, so that several releases can take turns."""
+"""A lasting process for one side on one ComfyUI tree, so that several releases can take turns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.helpers import PROJECT, clean_environment
 
 
 class Peer:
-    """A process that has loaded a VAE on a tree, for one side, and encodes when it is asked to. A context manager."""
+    """A process that has loaded a VAE on a tree for one side, and encodes on request. It is a context manager."""
 
     def __init__(self, bench: Bench, tree: Tree, side: str, vae: str) -> None:
         """Start the process and wait until the VAE is loaded.
 
         Raises:
-            TreeFailed: it ended before that, or took longer than the time limit.
+            TreeFailed: the process ended before that, or took longer than the time limit.
         """
         progress(f"loading {vae} on ComfyUI {tree.release} for {side}")
         self.tree, self.side = tree, side
@@ -53,7 +53,7 @@ class Peer:
 
     @property
     def peak_bytes(self) -> int:
-        """The most resident memory that the process has had so far."""
+        """The peak of the process's resident memory so far."""
         return peak_bytes(self.pid)
 
     def encode(self, pixels_file: Path, latent_file: Path) -> float:

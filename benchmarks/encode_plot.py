@@ -1,4 +1,4 @@
-"""The picture of a run: time and peak memory of the whole job over the size of the image, ours and ComfyUI's."""
+"""The plot of a run: time and peak memory of the whole job over the size of the image, ours and ComfyUI's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DPI = 120
 
 
 def draw(jobs: Sequence[Job], machine: Mapping[str, Any], file: Path) -> None:
-    """Write the picture as a PNG."""
+    """Write the plot as a PNG."""
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
@@ -48,14 +48,14 @@ def draw(jobs: Sequence[Job], machine: Mapping[str, Any], file: Path) -> None:
 
 
 def measured(jobs: Sequence[Job], side: str) -> list[Job]:
-    """The jobs of a side that gave a result, smallest image first; without the one that shows the floor."""
+    """Return the jobs of a side that gave a result, smallest image first, without the one that shows the floor."""
     done = (job for job in jobs if job.side == side and job.outcome == OK and job.megapixels > FLOOR_MEGAPIXELS)
     return sorted(done, key=lambda job: job.megapixels)
 
 
 def _line(axes: Any, points: Sequence[tuple[float, float]], side: str, label: str) -> None:
     axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5, color=COLOURS[side], label=label)
-    offset, align = ((4, -18), "left") if side == OURS else ((-4, 8), "right")  # ours lies lower: its figures are below it
+    offset, align = ((4, -18), "left") if side == OURS else ((-4, 8), "right")  # our line is the lower one: figures below it
     for x, y in points:
         text = f"{y:.0f}" if y >= 10 else f"{y:.1f}"
         axes.annotate(text, (x, y), offset, textcoords="offset points", ha=align, color=COLOURS[side])

@@ -1,4 +1,4 @@
-"""Peak memory and time of processes that do the whole job, from nothing to the written latent."""
+"""Peak memory and time of processes that do the whole job, from their start to the written latent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from benchmarks.encode_sides import COMFYUI, DIFFUSERS, FULL_SIZE_VAE, OURS, PHO
 from tests.helpers import PROJECT, clean_environment
 
 OK = "ok"
-FLOOR_MEGAPIXELS = 0.01  # the smallest that a request may ask for: what is there at that size is there at every size
+FLOOR_MEGAPIXELS = 0.01  # the smallest size that a request may have: memory at this size is needed at every size
 OUT_OF_MEMORY = ("out of memory", "memory ran out", "not enough memory", "can't allocate memory", "MemoryError")
 HEADER = ("side", "encoder", "megapixels", "peak memory", "whole process, s")
 
 
 @dataclass(frozen=True)
 class Process:
-    """What a process took, and how it ended."""
+    """The time and memory of a process, and how it ended."""
 
     seconds: float
     peak_bytes: int
     outcome: str
-    """`ok`, or why there is no result."""
+    """`ok`, or the reason why there is no result."""
     stdout: str
 
 
@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how long jobs may run."""
+    """The tree, the folders and the time limit of jobs."""
 
     comfyui_path: Path
     model_dir: Path
@@ -55,7 +55,7 @@ class Bench:
     timeout_s: float
 
     def run(self, side: str, megapixels: float, vae: str = FULL_SIZE_VAE) -> Job:
-        """Let one side encode the photo in a process of its own."""
+        """Run the whole job of one side for the photo, in a process of its own."""
         progress(f"process: {side}, {vae}, {megapixels_text(megapixels)}")
         commands = {OURS: self._ours, COMFYUI: self._comfyui, DIFFUSERS: self._diffusers}
         done = run_process(commands[side](megapixels, vae), self.folder, self.timeout_s)
@@ -102,10 +102,10 @@ def run_process(command: Sequence[str], folder: Path, timeout_s: float) -> Proce
 
 
 def outcome(status: int, output: str, *, timed_out: bool) -> str:
-    """How a process ended, from its exit status or minus the signal's number, and what it wrote."""
+    """Return how a process ended; `status` is its exit status or minus the signal's number, `output` all that it wrote."""
     if timed_out:
         return "not done in time"
-    if status == -signal.SIGKILL:  # which nobody but the system sends, when memory runs out
+    if status == -signal.SIGKILL:  # only the system sends it, if memory runs out
         return "killed by the system, out of memory"
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
@@ -116,12 +116,12 @@ def outcome(status: int, output: str, *, timed_out: bool) -> str:
 
 
 def encoder_of(done: Process) -> str:
-    """Which encoder our process says, in its response, that it ran."""
+    """Return the encoder that our process ran, according to its response."""
     return str(json.loads(done.stdout)["metadata"]["encoder"]) if done.outcome == OK else "unknown"
 
 
 def measure_memory(bench: Bench, sizes: Sequence[float], stock_sizes: Sequence[float]) -> list[Job]:
-    """Jobs with the full-size VAE: ours at the floor and at `sizes`, the others at `stock_sizes`."""
+    """Run jobs with the full-size VAE: ours at the floor and at `sizes`, the others at `stock_sizes`."""
     return [bench.run(side, megapixels) for side, megapixels in planned(sizes, stock_sizes)]
 
 

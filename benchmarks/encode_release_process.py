@@ -8,7 +8,7 @@ It reads and writes lines of JSON:
 - Each line in names two files, `["pixels.pt", "latent.pt"]`: pixels `[1, height, width, 3]`, and where to write the latent.
 - The line out is the seconds of the encode alone.
 
-ComfyUI's own side runs without a line of ours.
+ComfyUI's own side runs without any code of the service.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load_comfyui(comfyui_path: Path, model_dir: Path, vae: str) -> tuple[str, En
 def main() -> None:
     side, comfyui_path, model_dir, vae = sys.argv[1:]
     results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what ComfyUI prints is no result
+    os.dup2(2, 1)  # ComfyUI prints to standard output, which has only results
     import torch
 
     with torch.inference_mode():

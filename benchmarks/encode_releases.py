@@ -1,4 +1,4 @@
-"""Releases of ComfyUI side by side: each one's own encode, and ours on it, all in turns and each in a process of its own."""
+"""Releases of ComfyUI side by side: the own encode of each, and ours on it, all in turns and each in a process of its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HEADER = (
     "ours",
 )
 
-BUSY = 0.1  # share of the CPUs that others had, above which even ratios are wrong: threads wait for one that has no CPU
+BUSY = 0.1  # share of the CPUs that others had; above it even ratios are wrong, because threads wait for one without a CPU
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class ReleaseTimes:
     comfyui_s: Spread
     ours_s: Spread
     speedup: Spread
-    """The release's own time over ours, of the same round."""
+    """The release's own time divided by ours, of the same round."""
     max_abs: float
-    """Of our latent against the release's own."""
+    """Largest difference between our latent and the release's own."""
     comfyui_peak_bytes: int
     our_peak_bytes: int
-    """Peaks of the processes so far: loading the VAE and all smaller sizes included."""
+    """Peak of our process so far, with the loading of the VAE and all smaller sizes; `comfyui_peak_bytes` likewise."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SizeReleases:
     height: int
     width: int
     cpu_share_of_others: float
-    """How much of the CPUs had processes that are not part of the benchmark."""
+    """Share of the CPUs that processes outside of the benchmark had."""
     releases: list[ReleaseTimes]
 
 
@@ -111,7 +111,7 @@ def _measure_size(peers: Sequence[Pair], folder: Path, megapixels: float, pairs:
 
 
 def _warm_up(pair: Pair, pixels_file: Path, folder: Path, megapixels: float) -> float:
-    """Let both sides encode once; return how far apart their latents are at most."""
+    """Let both sides encode once; return the largest difference between their latents."""
     latents = []
     for peer in pair:
         progress(f"first encode of {megapixels_text(megapixels)} by {peer.side}, ComfyUI {peer.tree.release}")
@@ -127,7 +127,7 @@ def _one_round(pair: Pair, pixels_file: Path, folder: Path) -> tuple[float, floa
 
 
 def _cpu_s_beside(pids: Sequence[int]) -> float:
-    """Seconds that processes outside of the benchmark have had of all CPUs so far."""
+    """Return the CPU seconds of processes outside of the benchmark so far, on all CPUs."""
     own = (psutil.Process(pid).cpu_times() for pid in pids)
     return cpu_s_of_others() - sum(times.user + times.system for times in own)
 

@@ -1,4 +1,4 @@
-"""How the encode benchmark puts its figures: repeated runs as median and range, tables in Markdown, units."""
+"""The form of the encode benchmark's figures: repeated runs as median and range, tables in Markdown, units."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 @dataclass(frozen=True)
 class Spread:
-    """What the same measurement gave each time."""
+    """The results of a repeated measurement."""
 
     runs: tuple[float, ...]
 
@@ -20,19 +20,19 @@ class Spread:
         return median(self.runs)
 
     def text(self, digits: int = 2, factor: float = 1.0) -> str:
-        """Median, and range where there are several runs; each times `factor`."""
+        """Return the median, and the range if there are several runs, each multiplied by `factor`."""
         middle, low, high = (f"{value * factor:.{digits}f}" for value in (self.median, min(self.runs), max(self.runs)))
         return f"{middle} [{low}-{high}]" if len(self.runs) > 1 else middle
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown."""
+    """Return a table as Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in units of 10^9."""
+    """Return a number of bytes in GB of 10^9 bytes."""
     return f"{count / 1e9:.2f} GB"
 
 
@@ -41,5 +41,5 @@ def megapixels_text(megapixels: float) -> str:
 
 
 def progress(text: str) -> None:
-    """Say on standard error what is done now."""
+    """Report the current step on standard error."""
     click.echo(f"… {text}", err=True)

@@ -1,7 +1,7 @@
-"""What is measured against what, in one process: ComfyUI's own encode, ours, ours compiled, and diffusers'.
+"""The sides of the benchmark, in one process: ComfyUI's own encode, ours, ours compiled, and diffusers'.
 
-All encode the same pixels with the same weights. ComfyUI's own and ours go through the node VAEEncode of one runtime, each
-with a VAE that it loaded for itself.
+All sides encode the same pixels with the same weights. ComfyUI's own and ours use the node VAEEncode of one runtime, each with
+its own loaded VAE.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SETTINGS: dict[str, dict[str, Any]] = {COMFYUI: {"encoder": "stock"}, OURS: {}, 
 
 PHOTO = IMAGES / "astronaut.png"
 FULL_SIZE_VAE = "random_wan.safetensors"
-CELL = 16  # pixels; what sides are cropped to, so that no VAE crops further
+CELL = 16  # pixels; heights and widths are cropped to multiples of it, so that no VAE crops further
 
 
 @dataclass(frozen=True)
 class Side:
-    """A VAE that is loaded, and how an image is encoded with it."""
+    """A loaded VAE, and the call that encodes an image with it."""
 
     name: str
     encoder: str
@@ -41,19 +41,19 @@ class Side:
     load_s: float
     model: nn.Module
     encode: Callable[[Tensor], Tensor]
-    """From pixels `[1, height, width, 3]` in [0, 1] to the latent `[1, channels, (1,) height / 8, width / 8]`."""
+    """The call, from pixels `[1, height, width, 3]` in [0, 1] to the latent `[1, channels, (1,) height / 8, width / 8]`."""
 
 
 @dataclass(frozen=True)
 class FirstEncode:
-    """What a side gave when it saw a size for the first time, and how long that took."""
+    """The latent and the seconds of a side's first encode of a size."""
 
     latent: Tensor
     seconds: float
 
 
 class Workbench:
-    """The sides, each made when it is first wanted."""
+    """The sides, each made at its first use."""
 
     def __init__(self, comfyui_path: Path, model_dir: Path) -> None:
         """Load ComfyUI for the CPU."""
@@ -67,13 +67,13 @@ class Workbench:
         return Settings(_env_file=None, **self._options, **options)
 
     def pixels(self, megapixels: float) -> Tensor:
-        """The photo at about that size, `[1, height, width, 3]`."""
+        """Return the photo at about that size, `[1, height, width, 3]` in [0, 1]."""
         scaled = self.runtime.scale(self.runtime.load_image(PHOTO.read_bytes(), ".png"), "lanczos", megapixels)
         height, width = (side // CELL * CELL for side in scaled.shape[1:3])
         return scaled[:, :height, :width].contiguous()
 
     def side(self, name: str, vae: str = FULL_SIZE_VAE) -> Side:
-        """One of `SIDES` with one of the VAEs.
+        """Return one of `SIDES` with one of the VAEs.
 
         Raises:
             Unavailable: it cannot run here.
@@ -91,7 +91,7 @@ class Workbench:
         return side
 
     def first(self, name: str, megapixels: float, vae: str = FULL_SIZE_VAE) -> FirstEncode:
-        """The first encode of that size, which is remembered.
+        """Return the first encode of that size, which is remembered.
 
         Raises:
             Unavailable: the side cannot run here, or is not ComfyUI's own and fails.
@@ -112,7 +112,7 @@ class Workbench:
         return self._first[key]
 
     def forget(self) -> None:
-        """Give the memory of all sides free."""
+        """Free the memory of all sides."""
         self._sides.clear()
         self._first.clear()
 
@@ -145,5 +145,5 @@ class Workbench:
 
 
 def as_frame(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the models themselves take: `[1, 3, 1, height, width]` in [-1, 1]."""
+    """Return pixels in the form that the models themselves take: `[1, 3, 1, height, width]` in [-1, 1]."""
     return (pixels * 2 - 1).movedim(-1, 1).unsqueeze(2).to(dtype)

@@ -1,4 +1,4 @@
-"""How long it takes from the start of a process until ComfyUI's nodes can be called, ours against ComfyUI's own."""
+"""The time from the start of a process until ComfyUI's nodes can be called, ours against ComfyUI's own."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def start_once(side: str, tree: Tree, folder: Path) -> Start:
             if line.startswith(READY):
                 seconds = time.perf_counter() - start
                 return Start(seconds, float(line.removeprefix(READY)), peak_bytes(process.pid))
-    raise TreeFailed(tree, side, (lines or ["it ended without a word"])[-1].strip())
+    raise TreeFailed(tree, side, (lines or ["it ended without any output"])[-1].strip())
 
 
 def start_text(starts: Sequence[Starts]) -> str:

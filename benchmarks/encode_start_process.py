@@ -1,9 +1,10 @@
-"""One start, as a process: until the nodes can be called, of which it then prints a line, `ready SECONDS`.
+"""One start, as a process: it prints the line `ready SECONDS` as soon as the nodes can be called.
 
     python encode_start_process.py ours|ComfyUI COMFYUI_DIR
 
 SECONDS is the part of the start that loads ComfyUI, with torch imported already. The process then waits until its standard
-input is closed, so that its memory can be read. It imports nothing itself, so that what it takes is what its side takes.
+input is closed, so that its memory can be read. This script imports almost nothing, so that its time and memory are those of
+its side.
 """
 
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 def start_ours(comfyui_path: Path) -> float:
     """Start as `main.py` does; return the seconds that loading ComfyUI took."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import main  # noqa: F401  # for what it imports
+    import main  # noqa: F401  # for its imports
     from config import load_settings
     from latent_encoder.telemetry.logs import configure_logging
     from service import LatentEncoder
@@ -27,7 +28,7 @@ def start_ours(comfyui_path: Path) -> float:
 
 
 def start_comfyui(comfyui_path: Path) -> float:
-    """Import ComfyUI's modules with the four nodes, plainly; return the seconds that it took without torch."""
+    """Import ComfyUI's modules with the four nodes, plainly; return the seconds without those for torch."""
     import torch  # noqa: F401  # first, so that its time does not count
 
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How long one VAEEncode takes, side against side, and how far that is from the least that it could take."""
+"""The time of one VAEEncode, side against side, and its ratio to the least possible time."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class SideTimes:
     """The first encode of this size, in a process in which the side has encoded the smaller sizes."""
     seconds: Spread
     speedup: Spread
-    """ComfyUI's time over this one's, of the same round."""
+    """ComfyUI's time divided by this side's, of the same round."""
     to_floor: Spread
-    """This one's time over that of the convolutions at the rate of matrix products."""
+    """This side's time divided by that of the convolutions at the rate of matrix products."""
 
     @property
     def cold_s(self) -> float:
-        """What the first encode took longer than the later ones."""
+        """The additional seconds of the first encode."""
         return self.first_s - self.seconds.median
 
 
@@ -57,7 +57,7 @@ class SizeTimes:
     flops: Flops
     gemm_per_s: Spread
     cpu_share_of_others: float
-    """How much of the CPUs other processes had meanwhile."""
+    """Share of the CPUs that other processes had."""
     sides: list[SideTimes]
     unavailable: dict[str, str]
 
@@ -74,7 +74,7 @@ def measure_time(bench: Workbench, sizes: Sequence[float], pairs: int) -> list[S
 def _measure_size(bench: Workbench, gemm: Gemm, megapixels: float, pairs: int) -> SizeTimes:
     pixels = bench.pixels(megapixels)
     first, unavailable = _warm_up(bench, megapixels)
-    sides = [bench.side(name) for name in first]  # ComfyUI's own is the first: where that fails, all does
+    sides = [bench.side(name) for name in first]  # ComfyUI's own is the first; an error in it ends the run
     start, others = time.perf_counter(), cpu_s_of_others()
     rounds = []
     for n in range(pairs):
@@ -99,13 +99,13 @@ def _measure_size(bench: Workbench, gemm: Gemm, megapixels: float, pairs: int) -
 
 
 def cpu_s_of_others() -> float:
-    """Seconds that all processes but this one have had of all CPUs so far, and that the machine below this one took."""
+    """Return the CPU seconds so far of all processes except this one, and those that the host took from this machine."""
     times, own = psutil.cpu_times(), os.times()
     return times.user + times.nice + times.system + getattr(times, "steal", 0.0) - own.user - own.system
 
 
 def _warm_up(bench: Workbench, megapixels: float) -> tuple[dict[str, float], dict[str, str]]:
-    """Let each side encode once: the seconds that it took, or why it cannot."""
+    """Let each side encode once; return the seconds of each, and the reasons of those that cannot."""
     first, unavailable = {}, {}
     for name in SIDES:
         try:
@@ -116,7 +116,7 @@ def _warm_up(bench: Workbench, megapixels: float) -> tuple[dict[str, float], dic
 
 
 def one_round(sides: Sequence[Side], pixels: Tensor, gemm: Gemm) -> list[Run]:
-    """Each side once, with the matrix product between them."""
+    """Let each side encode once, with the matrix product between them."""
     runs, before = [], gemm.rate()
     for side in sides:
         start = time.perf_counter()
@@ -129,7 +129,7 @@ def one_round(sides: Sequence[Side], pixels: Tensor, gemm: Gemm) -> list[Run]:
 
 
 def side_times(side: Side, first_s: float, runs: Sequence[Run], stock: Sequence[Run], flops: Flops) -> SideTimes:
-    """What the rounds say of one side; `stock` are ComfyUI's runs in the same rounds."""
+    """Return the figures of one side from its rounds; `stock` are ComfyUI's runs in the same rounds."""
     return SideTimes(
         side=side.name,
         encoder=side.encoder,
@@ -142,12 +142,12 @@ def side_times(side: Side, first_s: float, runs: Sequence[Run], stock: Sequence[
 
 
 def time_text(results: Sequence[SizeTimes]) -> str:
-    """All sizes as Markdown."""
+    """Return all sizes as Markdown."""
     return "\n\n".join([*map(_size_text, results), *_compile_text(results)])
 
 
 def compile_s(result: SizeTimes) -> float | None:
-    """What compiling added to loading the VAE and to the first encode, where it was measured."""
+    """Return the seconds that compiling added to loading the VAE and to the first encode; None unless it was measured."""
     ours, compiled = result.side(OURS), result.side(COMPILED)
     return compiled.load_s - ours.load_s + compiled.cold_s if ours and compiled else None
 

@@ -13,7 +13,7 @@ import click
 
 @dataclass(frozen=True)
 class Tree:
-    """A ComfyUI tree, and what tables call it: its release, and its path too where two have the same release."""
+    """A ComfyUI tree and its name in tables: its release, with its path if two trees have the same release."""
 
     path: Path
     release: str
@@ -41,7 +41,7 @@ def trees_of(paths: Sequence[Path]) -> list[Tree]:
 
 
 def comfyui_version(path: Path) -> str:
-    """Return the release that a tree says it is; nothing of it is run."""
+    """Return the release that a tree states in its file, without running any of its code."""
     file = path / "comfyui_version.py"
     found = re.search(r"""__version__\s*=\s*["']([^"']+)""", file.read_text(encoding="utf-8")) if file.exists() else None
     return found[1] if found else "unknown"

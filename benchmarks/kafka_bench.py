@@ -1,4 +1,4 @@
-"""What the Kafka benchmarks share: workers that are ready, requests sent at once, answers with their times, the bare loop."""
+"""Shared parts of the Kafka benchmarks: ready workers, requests sent at once, responses with their times, the bare loop."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Request = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A response and when its worker produced it, in seconds of Unix time, to the millisecond."""
+class TimedResponse:
+    """A response, and the time at which its worker produced it, in seconds of Unix time, to the millisecond."""
 
     at: float
     response: dict[str, Any]
@@ -44,7 +44,7 @@ class Answer:
 
 @contextmanager
 def running_workers(bench: Bench, count: int, **environment: str) -> Iterator[list[Process]]:
-    """Worker processes that are ready and have divided the bench's partitions evenly; they are killed at the end."""
+    """Run workers that are ready and have divided the bench's partitions evenly, and kill them at the end."""
     with ExitStack() as stack:
         workers = [stack.enter_context(bench.process(**environment)) for _ in range(count)]
         for worker in workers:
@@ -55,7 +55,7 @@ def running_workers(bench: Bench, count: int, **environment: str) -> Iterator[li
 
 
 def partitions_of(worker: Process) -> set[int]:
-    """The partitions that a worker has, by its log."""
+    """Return the partitions that a worker has, according to its log."""
     held: set[int] = set()
     for event in worker.log():
         if event["event"] == "partitions assigned":
@@ -66,12 +66,14 @@ def partitions_of(worker: Process) -> set[int]:
 
 
 def requests_for(image: Path, count: int, **fields: Any) -> list[Request]:
-    """That many requests for one image; each has its own id, so that none is answered with another's files."""
+    """Return `count` requests for one image, each with its own id, so that none gets the files of another."""
     return [{"request_id": str(uuid4()), "image_path": str(image), **fields} for _ in range(count)]
 
 
-def answered(bench: Bench, responses: Topic, requests: Sequence[Request], patience: float = PATIENCE_S) -> list[Answer]:
-    """Send all requests at once, evenly over the partitions, and wait for their answers."""
+def responses_to(
+    bench: Bench, responses: Topic, requests: Sequence[Request], patience: float = PATIENCE_S
+) -> list[TimedResponse]:
+    """Send all requests at once, evenly over the partitions, and wait for their responses."""
     producer = Producer({**QUIET, "bootstrap.servers": bench.servers})
     for n, request in enumerate(requests):
         producer.produce(bench.request_topic, value=json.dumps(request).encode(), partition=n % bench.partitions)
@@ -79,8 +81,8 @@ def answered(bench: Bench, responses: Topic, requests: Sequence[Request], patien
     return collect(responses, {str(request["request_id"]) for request in requests}, patience)
 
 
-def collect(responses: Topic, ids: Collection[str], patience: float) -> list[Answer]:
-    """The answers to these requests: until each has one, or none came for `patience` seconds."""
+def collect(responses: Topic, ids: Collection[str], patience: float) -> list[TimedResponse]:
+    """Return the responses to these requests, when each has one or none came for `patience` seconds."""
     missing, answers = set(ids), []
     deadline = time.monotonic() + patience
     while missing and time.monotonic() < deadline:
@@ -88,7 +90,7 @@ def collect(responses: Topic, ids: Collection[str], patience: float) -> list[Ans
         if message is None or message.error() is not None:
             continue
         record = Incoming.of(message)
-        answer = Answer((record.timestamp or 0) / 1000, json.loads(record.value or b""))
+        answer = TimedResponse((record.timestamp or 0) / 1000, json.loads(record.value or b""))
         if answer.request_id in ids:
             answers.append(answer)
             missing.discard(answer.request_id)
@@ -96,22 +98,22 @@ def collect(responses: Topic, ids: Collection[str], patience: float) -> list[Ans
     return answers
 
 
-def duplicates(responses: Topic, ids: Collection[str], seconds: float) -> list[Answer]:
-    """Further answers to requests that have theirs already, if any come within that time."""
-    found: list[Answer] = []
+def duplicates(responses: Topic, ids: Collection[str], seconds: float) -> list[TimedResponse]:
+    """Return additional responses to requests that have one already, until none comes for `seconds`."""
+    found: list[TimedResponse] = []
     while more := collect(responses, ids, seconds):
         found += more
     return found
 
 
-def per_second(answers: Sequence[Answer]) -> float:
-    """Requests per second from the first answer to the last."""
+def per_second(answers: Sequence[TimedResponse]) -> float:
+    """Return requests per second from the first response to the last."""
     times = [answer.at for answer in answers]
     return (len(times) - 1) / (max(times) - min(times))
 
 
 class BareLoop:
-    """`bare_loop.py` as a process."""
+    """The process of `bare_loop.py`."""
 
     def __init__(self, folder: Path, device: str, threads: int) -> None:
         self._folder = folder
@@ -125,7 +127,7 @@ class BareLoop:
         )
 
     def run(self, image: Path, megapixels: float, count: int) -> dict[str, Any]:
-        """One round."""
+        """Run one round and return its result."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -141,11 +143,11 @@ class BareLoop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # which ends its input, and so its loop
+        self._process.communicate()  # closes its input, which ends its loop
 
 
 def machine(broker: Broker) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """Return the facts beside the code that the figures depend on."""
     return {
         "broker": broker.name,
         "cpus": os.cpu_count(),
@@ -160,6 +162,6 @@ def machine(broker: Broker) -> dict[str, Any]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns."""
+    """Return a table as text in columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))

@@ -17,7 +17,16 @@ import click
 import numpy as np
 from PIL import Image
 
-from benchmarks.kafka_bench import Answer, BareLoop, answered, machine, per_second, requests_for, running_workers, table
+from benchmarks.kafka_bench import (
+    BareLoop,
+    TimedResponse,
+    machine,
+    per_second,
+    requests_for,
+    responses_to,
+    running_workers,
+    table,
+)
 from models import Timings
 from tests.broker import Broker, choose
 from tests.helpers import IMAGES
@@ -34,7 +43,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a case is measured."""
+    """The broker, the device and the rounds of a measurement."""
 
     broker: Broker
     folder: Path
@@ -47,7 +56,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Case:
-    """An image, a size and the ratio to be reached."""
+    """An image, a size and the ratio that is the goal."""
 
     name: str
     image: Path
@@ -64,10 +73,10 @@ class Kafka:
     bench: Bench
     responses: Topic
 
-    def run(self, case: Case, count: int) -> list[Answer]:
-        """Let the worker encode the case's image so many times."""
+    def run(self, case: Case, count: int) -> list[TimedResponse]:
+        """Let the worker encode the case's image `count` times."""
         folder = self.bench.folder / "kafka"
-        answers = answered(
+        answers = responses_to(
             self.bench,
             self.responses,
             requests_for(case.image, count, megapixels=case.megapixels, output_dir=str(folder)),
@@ -78,7 +87,7 @@ class Kafka:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--case", "cases", type=click.Choice(["a", "b"]), multiple=True, default=["a", "b"], help="Both if absent.")
+@click.option("--case", "cases", type=click.Choice(["a", "b"]), multiple=True, default=["a", "b"], help="Default: both.")
 @click.option("--pairs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of each side, in turns.")
 @click.option("--count", type=click.IntRange(min=2), default=20, show_default=True, help="Requests in a round.")
 @click.option(
@@ -97,8 +106,8 @@ def main(cases: Sequence[str], megapixels_b: float | None, json_file: Path | Non
     """Measure one worker behind Kafka against ComfyUI's four nodes in a plain loop.
 
     \b
-    a  the portrait at 0.25 megapixels, all threads: what Kafka and the service's own work cost
-    b  a photo of 12 megapixels, one thread, the encode as long as the rest: what doing them side by side gains
+    a  the portrait at 0.25 megapixels, all threads: the cost of Kafka and of the service's own work
+    b  a photo of 12 megapixels, one thread, the encode as long as the rest: the gain of doing them side by side
     """  # noqa: D301  # click needs the character that \b stands for
     with tempfile.TemporaryDirectory(prefix="kafka-overlap-") as name, choose()() as broker:
         plan = Plan(broker, Path(name), **options)
@@ -118,7 +127,7 @@ def case_a() -> Case:
 
 
 def case_b(plan: Plan, megapixels: float | None) -> Case:
-    """The large photo, at a size at which the bare loop's encode takes as long as the rest where none is given."""
+    """Return the large photo's case; without a size, one at which the bare loop's encode takes as long as the rest."""
     image = plan.folder / "large.jpg"
     large_photo().save(image, quality=92)
     size = megapixels or 0.1
@@ -131,14 +140,14 @@ def case_b(plan: Plan, megapixels: float | None) -> Case:
 
 
 def large_photo() -> Image.Image:
-    """The portrait at 12 megapixels, with noise as a camera's, so that it cannot be compressed away."""
+    """Return the portrait at 12 megapixels, with noise like a camera's, so that its JPEG is as large as a photo's."""
     pixels = np.asarray(Image.open(PORTRAIT).convert("RGB").resize(LARGE, Image.Resampling.BICUBIC), dtype=np.float32)
     noise = np.random.default_rng(0).normal(0, 8, pixels.shape)
     return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
 
 
 def measure(case: Case, plan: Plan) -> Result:
-    """Rounds of the bare loop and of Kafka in turns; each process is there all the time and idle in the other's round."""
+    """Run rounds of the bare loop and of Kafka in turns; each process exists all the time and is idle in the other's round."""
     with ExitStack() as stack:
         loop = stack.enter_context(BareLoop(plan.folder, plan.device, case.threads))
         sides = [start(case, plan, prefetch, stack) for prefetch in plan.prefetch]
@@ -146,7 +155,7 @@ def measure(case: Case, plan: Plan) -> Result:
         for side in sides:
             side.run(case, WARM_UP)
         bare: list[Result] = []
-        kafka: dict[int, list[list[Answer]]] = {side.prefetch: [] for side in sides}
+        kafka: dict[int, list[list[TimedResponse]]] = {side.prefetch: [] for side in sides}
         for _ in range(plan.pairs):
             bare.append(loop.run(case.image, case.megapixels, plan.count))
             for side in sides:
@@ -170,8 +179,8 @@ def start(case: Case, plan: Plan, prefetch: int, stack: ExitStack) -> Kafka:
     return Kafka(prefetch, bench, bench.responses)
 
 
-def side_result(prefetch: int, rounds: Sequence[Sequence[Answer]], bare: Sequence[Result]) -> Result:
-    """The rates and ratios of one worker, and its own split of the time; its latents must be the bare loop's."""
+def side_result(prefetch: int, rounds: Sequence[Sequence[TimedResponse]], bare: Sequence[Result]) -> Result:
+    """Return rates, ratios and step times of one worker; its latents must be those of the bare loop."""
     metadata = [answer.response["metadata"] for answers in rounds for answer in answers]
     latents = {entry["latent_sha256"] for entry in metadata} | {entry["latent_sha256"] for entry in bare}
     assert len(latents) == 1, "the latents differ"
@@ -187,7 +196,7 @@ def side_result(prefetch: int, rounds: Sequence[Sequence[Answer]], bare: Sequenc
 
 
 def explain(result: Result) -> str:
-    """Where the time of a request goes, on both sides."""
+    """Return the time of a request by its parts, on both sides, as text."""
     encode, rest = (median(entry[name] for entry in result["bare"]) * 1000 for name in ("encode_s", "rest_s"))
     lines = [
         f"{result['case']}: {result['threads']} torch threads, ComfyUI {result['kafka'][0]['comfyui']}, "

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from benchmarks.kafka_bench import answered, duplicates, machine, per_second, requests_for, running_workers, table
+from benchmarks.kafka_bench import duplicates, machine, per_second, requests_for, responses_to, running_workers, table
 from tests.broker import Broker, choose
 from tests.helpers import IMAGES
 from tests.kafka_tools import Bench
@@ -18,21 +18,21 @@ from tests.kafka_tools import Bench
 IMAGE = IMAGES / "astronaut.png"
 PARTITIONS = 8
 WARM_UP = 3  # requests a partition, so that each worker has its VAE loaded
-DUPLICATES_S = 3.0  # how long to wait for answers that should not come
+DUPLICATES_S = 3.0  # wait for responses that should not come
 HEADER = ("workers", "req/s", "to one worker", "sent", "answered", "lost", "duplicates", "errors")
 
 Result = dict[str, Any]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--workers", type=click.Choice(["1", "2", "4", "8"]), multiple=True, default=["1", "2", "4"], help="1, 2, 4.")
+@click.option("--workers", type=click.Choice(["1", "2", "4", "8"]), multiple=True, default=["1", "2", "4"], help="1, 2 and 4.")
 @click.option("--count", type=click.IntRange(min=PARTITIONS), default=240, show_default=True, help="Requests, sent at once.")
 @click.option("--megapixels", type=float, default=0.05, show_default=True, help="Size that is encoded.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 def main(workers: Sequence[str], count: int, megapixels: float, json_file: Path | None) -> None:
-    """Measure how the requests per second grow with the workers, each with one torch thread, on 8 partitions.
+    """Measure the requests per second with several numbers of workers, each with one torch thread, on 8 partitions.
 
-    Exit status 1 if a request was not answered, or not exactly once, or with an error.
+    Exit status 1 if a request has no response, several, or an error.
     """
     with choose()() as broker:
         result: Result = {"machine": machine(broker), "megapixels": megapixels, "runs": []}
@@ -48,15 +48,15 @@ def main(workers: Sequence[str], count: int, megapixels: float, json_file: Path 
 
 
 def measure(broker: Broker, folder: Path, workers: int, count: int, megapixels: float) -> Result:
-    """One number of workers: their rate once all are warm, and what became of each request."""
+    """Measure one number of workers: their rate once all are warm, and the outcome of each request."""
     bench = Bench(broker.bootstrap_servers, folder, PARTITIONS)
     bench.create()
     responses = bench.responses
     try:
         with running_workers(bench, workers, OMP_NUM_THREADS="1"):
-            answered(bench, responses, requests_for(IMAGE, WARM_UP * PARTITIONS, megapixels=megapixels))
+            responses_to(bench, responses, requests_for(IMAGE, WARM_UP * PARTITIONS, megapixels=megapixels))
             requests = requests_for(IMAGE, count, megapixels=megapixels)
-            answers = answered(bench, responses, requests)
+            answers = responses_to(bench, responses, requests)
             ids = {str(request["request_id"]) for request in requests}
             further = duplicates(responses, ids, DUPLICATES_S)
     finally:

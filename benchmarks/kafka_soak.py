@@ -1,4 +1,4 @@
-"""The service over a long time with good and bad requests: `python -m benchmarks.kafka_soak`."""
+"""The soak, a long run of the service with good and bad requests: `python -m benchmarks.kafka_soak`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.broker.ports import free_ports
 from tests.kafka_tools import Bench, Process
 
 PARTITIONS = 4
-OUTSTANDING = 8  # requests that are sent and not answered: enough that the worker never waits
+OUTSTANDING = 8  # requests without a response so far: more than KAFKA_PREFETCH, so that the worker never waits
 POLL_S = 0.02
-DUPLICATES_S = 5.0  # how long to wait at the end for answers that should not come
-FLAT = 0.05
-# What has to stay as it is: the field of a sample, how it is called, its unit and how it is written.
+DUPLICATES_S = 5.0  # wait at the end for responses that should not come
+FLAT = 0.05  # largest change of memory, as a part of it: that of a run without a leak stays below
+# Quantities that must stay as they are: the field of a sample, its label, its unit and its format.
 TRENDS = {
     "resident_bytes": ("resident memory, MB: start, middle, end", 1e6, "{:.0f}"),
     "open_files": ("open files: start, middle, end", 1, "{:g}"),
@@ -46,13 +46,13 @@ Result = dict[str, Any]
 )
 @click.option("--warm-up", type=click.FloatRange(min=0), default=2, show_default=True, help="Minutes, at least.")
 @click.option("--every", type=click.FloatRange(min=0.1), default=1, show_default=True, help="Seconds between samples.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the requests.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the requests.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 def main(minutes: float, warm_up: float, every: float, seed: int, json_file: Path | None) -> None:
-    """Run one worker on a real broker with mixed good and bad requests, and watch what becomes of them and of the worker.
+    """Run one worker on a real broker with mixed good and bad requests, and watch them and the worker.
 
-    Exit status 1 if a request was lost, or not answered as it has to be, or answered twice; or if the worker's memory was not
-    within 5 % of what it was after warming up, or its open files or threads became more.
+    Exit status 1 if a request has no response, a wrong one, or two; or if the worker's memory changed by more than 5 % after
+    the warm-up, or its open files or threads grew in number.
     """
     with tempfile.TemporaryDirectory(prefix="kafka-soak-") as folder, choose()() as broker:
         result = soak(broker, Path(folder), Plan(warm_up * 60, minutes * 60, every, seed))
@@ -65,7 +65,7 @@ def main(minutes: float, warm_up: float, every: float, seed: int, json_file: Pat
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, in seconds, how often to look at the process, and the seed of the requests."""
+    """The durations and the sampling interval, in seconds, and the seed of the requests."""
 
     warm_up: float
     measured: float
@@ -74,7 +74,7 @@ class Plan:
 
 
 class Traffic:
-    """The requests that go out, what comes back, and the samples of the worker meanwhile."""
+    """The requests that are sent, their responses and dead letters, and the samples of the worker."""
 
     def __init__(self, bench: Bench, worker: Process, port: int, generator: Generator, every: float) -> None:
         self._began = time.monotonic()
@@ -89,11 +89,11 @@ class Traffic:
         self.samples: list[Sample] = []
 
     def now(self) -> float:
-        """Seconds since the beginning."""
+        """Return the seconds since the beginning."""
         return time.monotonic() - self._began
 
     def send_each(self) -> None:
-        """Send every kind of request once, and wait for the answers."""
+        """Send every kind of request once, and wait for the responses."""
         for request in self._generator.one_of_each():
             while self.ledger.outstanding >= OUTSTANDING:
                 self.receive()
@@ -101,7 +101,7 @@ class Traffic:
         self.drain()
 
     def keep_busy(self, seconds: float) -> None:
-        """Keep as many requests on their way as there may be."""
+        """Keep OUTSTANDING requests without a response, for that time."""
         end = self.now() + seconds
         while self.now() < end:
             while self.ledger.outstanding < OUTSTANDING:
@@ -109,7 +109,7 @@ class Traffic:
             self.receive()
 
     def drain(self) -> None:
-        """Wait until all is answered, or nothing came for long."""
+        """Wait until every request has its response, or none came for PATIENCE_S seconds."""
         outstanding, since = self.ledger.outstanding, self.now()
         while outstanding and self.now() - since < PATIENCE_S:
             self.receive()
@@ -117,13 +117,13 @@ class Traffic:
                 outstanding, since = self.ledger.outstanding, self.now()
 
     def listen(self, seconds: float) -> None:
-        """Take what comes within that time."""
+        """Receive records for that time."""
         end = self.now() + seconds
         while self.now() < end:
             self.receive()
 
     def receive(self) -> None:
-        """Take what has come, and look at the process where it is time to."""
+        """Receive the records that have come, and take a sample of the process if it is due."""
         for topic, note in self._arriving:
             for message in topic.consumer.consume(100, POLL_S):
                 if message.error() is None:
@@ -143,7 +143,7 @@ class Traffic:
 
 
 def soak(broker: Broker, folder: Path, plan: Plan) -> Result:
-    """One run: every kind of request once and the warm-up, the time that is measured, and the end of the worker."""
+    """Run the soak: every kind of request once, the warm-up, the measured time, and the end of the worker."""
     progress("making VAEs and images")
     images = prepare(folder)
     bench = Bench(broker.bootstrap_servers, folder, PARTITIONS)
@@ -189,7 +189,7 @@ def soak(broker: Broker, folder: Path, plan: Plan) -> Result:
 
 
 def counts(ledger: Ledger, began: float, ended: float) -> Result:
-    """What was sent and what became of it; rate and waiting are of the time that is measured."""
+    """Return the counts of requests by their outcome; rate and waiting time are those of the measured time."""
     entries = ledger.entries
     settled = [(entry.sent_at + entry.answered_after, entry.answered_after) for entry in entries if entry.answered_after]
     waited = sorted(after for at, after in settled if began <= at <= ended)
@@ -213,7 +213,7 @@ def unanswered(ledger: Ledger) -> Iterator[str]:
 
 
 def not_flat(trends: Mapping[str, Trend]) -> Iterator[str]:
-    """What the worker needs more and more of."""
+    """Yield the resources that the worker needs more and more of."""
     if abs(trends["resident_bytes"].deviation) > FLAT:
         yield f"resident memory changed by {trends['resident_bytes'].deviation:+.1%}"
     for name in ("open_files", "threads"):
@@ -222,22 +222,22 @@ def not_flat(trends: Mapping[str, Trend]) -> Iterator[str]:
 
 
 def disagreements(ledger: Ledger, metrics: Sequence[Series]) -> Iterator[str]:
-    """Where the worker's own counts are others than what came out of its topics."""
+    """Yield the differences between the worker's own counts and the records in its topics."""
     for code, count in ledger.codes().items():
         labels = {"outcome": "success"} if code == SUCCESS else {"outcome": "error", "error_code": code}
         said = total(metrics, "latent_encoder_requests_total", **labels)
         if said != count:
-            yield f"/metrics counts {said:g} times {code}, where {count} came"
+            yield f"/metrics counts {said:g} times {code}, but {count} came"
     for name, count in (
         ("latent_encoder_dead_letters_total", sum(entry.dead_letters for entry in ledger.entries)),
         ("latent_encoder_redeliveries_total", len(ledger.kinds().get(REPEATED, ()))),
     ):
         if (said := total(metrics, name)) != count:
-            yield f"{name} is {said:g}, where {count} came"
+            yield f"{name} is {said:g}, but {count} came"
 
 
 def bad_end(status: int, sent: int, committed: Mapping[int, int]) -> Iterator[str]:
-    """What is wrong with how the worker stopped."""
+    """Yield the faults of the worker's end."""
     if status:
         yield f"the worker ended with status {status}"
     if (done := sum(committed.values())) != sent:
@@ -245,21 +245,21 @@ def bad_end(status: int, sent: int, committed: Mapping[int, int]) -> Iterator[st
 
 
 def report(result: Result) -> str:
-    """The run as Markdown."""
+    """Return the run as Markdown."""
     facts = "  ".join(f"{key}={value}" for key, value in result["machine"].items())
     waited = result["answered_after_s"]
     rows = [
         ("requests", f"{result['requests']}"),
         ("minutes measured, after warming up", f"{result['measured_s'] / 60:.1f}, {result['warm_after_s'] / 60:.1f}"),
         ("requests per second", f"{result['per_second']:.2f}"),
-        (f"answered after, {OUTSTANDING} on their way", f"median {waited['median']:.2f} s, 95 % {waited['p95']:.2f} s"),
+        (f"time to the response, {OUTSTANDING} in flight", f"median {waited['median']:.2f} s, 95 % {waited['p95']:.2f} s"),
         *((name, str(result[name])) for name in ("lost", "wrong", "duplicates")),
         *((label, trend_text(result["trends"][name], unit, text)) for name, (label, unit, text) in TRENDS.items()),
     ]
     codes = [(code, str(count)) for code, count in result["codes"].items()]
     kinds = [(kind, str(count)) for kind, count in result["kinds"].items()]
     verdict = "".join(f"\nFAILED: {failure}" for failure in result["failures"]) or "\nNothing failed."
-    tables = (markdown(("", ""), rows), markdown(("answer", "requests"), codes), markdown(("kind", "requests"), kinds))
+    tables = (markdown(("", ""), rows), markdown(("response", "requests"), codes), markdown(("kind", "requests"), kinds))
     return "\n\n".join((facts, *tables)) + "\n" + verdict
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-KIB = 1024  # bytes; /proc says kB and means these
+KIB = 1024  # bytes; the kB of /proc
 
 
 def peak_bytes(pid: int) -> int:
@@ -18,6 +18,6 @@ def peak_bytes(pid: int) -> int:
     """
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-    if found is None:  # it has ended and waits to be collected: it has no memory any more
+    if found is None:  # a zombie: the process has ended and has no memory any more
         raise ProcessLookupError(f"process {pid} has ended")
     return int(found[1]) * KIB

@@ -1,4 +1,4 @@
-"""What became of each request of a soak. Each has a number in its headers, which all that answers it carries along."""
+"""The outcome of each request of a soak. Its headers have a number, which its response and dead letter carry, too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUCCESS = "success"
 
 @dataclass
 class Entry:
-    """A request that was sent, and what came for it so far."""
+    """A request that was sent, and the records that came for it so far."""
 
     request: Planned
     place: tuple[int, int]
@@ -25,14 +25,14 @@ class Entry:
     sent_at: float
     answered_after: float | None = None
     code: str | None = None
-    """`success` or an error code; that of the dead letter where there is no response."""
+    """`success` or an error code, that of the dead letter if there is no response."""
     responses: int = 0
     dead_letters: int = 0
     faults: list[str] = field(default_factory=list)
 
     @property
     def settled(self) -> bool:
-        """Whether all came that has to."""
+        """True if every expected record came."""
         expected = self.request.expected
         return self.responses >= expected.response and self.dead_letters >= expected.dead_letter
 
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def wrong(self) -> bool:
-        """Whether something else came than had to."""
+        """True if other records came than were expected."""
         expected = self.request.expected
         came = (self.responses > 0, self.dead_letters > 0)
         return not self.lost and (came != (expected.response, expected.dead_letter) or bool(self.faults))
@@ -56,7 +56,7 @@ class Ledger:
     """All requests of a soak, by their number."""
 
     def __init__(self, on_success: Callable[[Planned, Response], None], clock: Callable[[], float]) -> None:
-        """`on_success` is called with the first answer of each request that succeeded as it had to."""
+        """`on_success` is called with the first response of each request that succeeded as expected."""
         self.entries: list[Entry] = []
         self._outstanding: set[int] = set()
         self._on_success = on_success
@@ -67,7 +67,7 @@ class Ledger:
         return len(self._outstanding)
 
     def next_headers(self) -> Headers:
-        """The headers of the request that is sent next."""
+        """Return the headers of the request that is sent next."""
         return ((NUMBER, str(len(self.entries)).encode()),)
 
     def sent(self, request: Planned, place: tuple[int, int]) -> None:
@@ -75,7 +75,7 @@ class Ledger:
         self.entries.append(Entry(request, place, self._clock()))
 
     def response(self, record: Incoming) -> None:
-        """A record of the response topic came."""
+        """Note a record of the response topic."""
         entry = self._entry(record)
         response = json.loads(record.value or b"")
         entry.responses += 1
@@ -87,7 +87,7 @@ class Ledger:
         self._settle(record, entry)
 
     def dead_letter(self, record: Incoming) -> None:
-        """A record of the dead letters came."""
+        """Note a record of the dead letter topic."""
         entry = self._entry(record)
         headers = {name: (value or b"").decode() for name, value in record.headers}
         entry.dead_letters += 1
@@ -108,18 +108,18 @@ class Ledger:
             self._outstanding.discard(number_of(record))
 
     def codes(self) -> Counter[str]:
-        """How many requests ended in what."""
+        """Count the requests by their outcome."""
         return Counter(entry.code for entry in self.entries if entry.code)
 
     def kinds(self) -> dict[str, list[Entry]]:
-        """The requests by their kind."""
+        """Return the requests by their kind."""
         kinds: dict[str, list[Entry]] = {}
         for entry in self.entries:
             kinds.setdefault(entry.request.kind, []).append(entry)
         return kinds
 
     def faults(self) -> list[Mapping[str, Any]]:
-        """All that is wrong, with where it is."""
+        """Return all faults, with the place of each record."""
         return [
             {
                 "kind": entry.request.kind,
@@ -140,14 +140,14 @@ def number_of(record: Incoming) -> int:
 
 
 def faults_of(request: Planned, response: Response) -> Iterator[str]:
-    """What is wrong with the first response to a request."""
+    """Yield the faults of the first response to a request."""
     if request.request_id not in (None, response["request_id"]):
-        yield f"answered under another id: {response['request_id']}"
+        yield f"response with another id: {response['request_id']}"
     if response["error_code"] != request.expected.code:
         yield f"{response['error_code'] or SUCCESS}: {response['error_message']}"
     if response["status"] != SUCCESS:
         return
     if missing := [str(file) for file in files_of(response) if not file.is_file()]:
-        yield f"files that are not there: {', '.join(missing)}"
+        yield f"missing files: {', '.join(missing)}"
     if request.stored not in (None, response["metadata"]):
         yield "encoded again, though its files were there"

@@ -1,4 +1,4 @@
-"""What the soak sends: requests of every kind, good and bad, from a seeded generator, and what has to become of each."""
+"""The requests of the soak: good and bad ones of every kind from a seeded generator, each with its expected outcome."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ PHOTOS = ((640, 480), (480, 853), (1280, 720), (1080, 1920), (2000, 1500), (3000
 
 @dataclass(frozen=True)
 class Share:
-    """A VAE, how many of twenty requests in a row use it, and the largest size that they ask for."""
+    """A VAE, the number of its requests in each twenty, and the largest size of those."""
 
     vae: str
     of_twenty: int
     megapixels: float
 
 
-# The SD-style one is of its real size: far larger than the others, and slow.
+# The SD-style VAE has its real size: it is far larger than the others, and slow.
 VAES = (Share(TINY_VAE, 11, 0.5), Share("taesd", 2, 0.5), Share("random_kl.safetensors", 7, 0.03))
 
 GOOD_PERCENT = 70
-NO_ID_PERCENT = 2  # of those
-REPEATED_PERCENT = 10  # the others are bad
-REPEATABLE = 20  # how many of the last successes a repetition is chosen from
-KEPT = 200  # how many of the last successes keep their files: a repetition may be on its way
+NO_ID_PERCENT = 2  # a part of the good ones
+REPEATED_PERCENT = 10  # all others are bad
+REPEATABLE = 20  # a repetition is chosen from this number of last successes
+KEPT = 200  # the last successes that keep their files: ten times REPEATABLE, because a repetition may be in flight
 
 GOOD, GOOD_WITHOUT_ID, REPEATED = "good", "good, no id", "repeated"
 
@@ -60,7 +60,7 @@ Response = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Expected:
-    """What has to become of a request: what it is answered with, and whether by a response, a dead letter or both."""
+    """The expected outcome of a request: its code, in a response, a dead letter or both."""
 
     code: ErrorCode | None = None
     """None: success."""
@@ -70,7 +70,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Planned:
-    """A message to send. `stored` is the metadata of the answer that has to come again, of a request that was answered."""
+    """A message to send. `stored` is the metadata of the response that must come again, for a repeated request."""
 
     kind: str
     value: bytes
@@ -80,7 +80,7 @@ class Planned:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What the service is set to, so that it has the models and each kind of request is cheap to make."""
+    """Return the settings with which the service has the models and each kind of request is cheap to make."""
     return {
         "MODEL_DIR": str(folder / "models"),
         "ALLOWED_INPUT_DIRS": f"{IMAGES},{folder}",
@@ -98,7 +98,7 @@ def as_json(fields: Fields) -> bytes:
 
 @dataclass(frozen=True)
 class Kind:
-    """A bad request: a good one but for some fields, or for how it becomes a message."""
+    """A bad request: a good one except for some fields, or for the way in which it becomes a message."""
 
     name: str
     expected: Expected
@@ -107,7 +107,7 @@ class Kind:
 
 
 def bad_kinds(folder: Path) -> tuple[Kind, ...]:
-    """Every way in which a request of the soak is bad; a new one is a line here."""
+    """Return every way in which a request of the soak is bad; a new one is a line here."""
     code = ErrorCode
     twice = Expected(code.MESSAGE_UNUSABLE, dead_letter=True)
     nobody = Expected(code.MESSAGE_UNUSABLE, response=False, dead_letter=True)
@@ -149,7 +149,7 @@ def bad_kinds(folder: Path) -> tuple[Kind, ...]:
 
 
 def prepare(folder: Path) -> tuple[Path, ...]:
-    """Make what the requests name, the VAEs in `folder/models` among it; returns the good images."""
+    """Make the images and, in `folder/models`, the VAEs of the requests; return the good images."""
     models = folder / "models"
     stock("make-vaes", models, "kl", "taesd")
     (models / "vae" / "text.safetensors").write_text("no weights\n")
@@ -164,7 +164,7 @@ def prepare(folder: Path) -> tuple[Path, ...]:
 
 
 class Generator:
-    """The requests of a soak, the same for the same seed and the same answers."""
+    """The requests of a soak, the same for the same seed and the same responses."""
 
     def __init__(self, folder: Path, images: Sequence[Path], seed: int) -> None:
         self._random = Random(seed)  # noqa: S311  # nothing secret depends on it
@@ -175,14 +175,14 @@ class Generator:
         self._pack: list[Share] = []
 
     def one_of_each(self) -> Iterator[Planned]:
-        """Every VAE at its largest size, a request without an id, and every bad kind."""
+        """Yield a request for every VAE at its largest size, one without an id, and one of every bad kind."""
         for share in VAES:
             yield self._good(vae_model_name=share.vae, megapixels=share.megapixels)
         yield self._good(request_id=None)
         yield from map(self._of_kind, self._bad)
 
     def any_one(self) -> Planned:
-        """A request of any kind."""
+        """Return a request of any kind."""
         chance = self._random.uniform(0, 100)
         if chance < GOOD_PERCENT:
             return self._good(**({"request_id": None} if chance < NO_ID_PERCENT else {}))
@@ -192,7 +192,7 @@ class Generator:
         return self._of_kind(self._random.choice(self._bad))
 
     def answered(self, request: Planned, response: Response) -> None:
-        """Note a success, so that it can be repeated. The files of older ones are removed."""
+        """Note a success, so that it can be repeated, and remove the files of older ones."""
         if request.kind == GOOD:
             self._answered.append((request, response))
         while len(self._answered) > KEPT:
@@ -210,7 +210,7 @@ class Generator:
         return Planned(kind.name, kind.message(fields), kind.expected, fields["request_id"])
 
     def _share(self) -> Share:
-        """One of a shuffled pack, so that each VAE is in memory for as long at the end as at the start."""
+        """Return one of a shuffled pack, so that each VAE is in memory for the same time at the end as at the start."""
         if not self._pack:
             self._pack = [share for share in VAES for _ in range(share.of_twenty)]
             self._random.shuffle(self._pack)
@@ -229,6 +229,6 @@ class Generator:
 
 
 def files_of(response: Response) -> tuple[Path, Path, Path]:
-    """The files that a success names."""
+    """Return the files that a success names."""
     latent = response["latent_file_path"]
     return Path(latent), Path(response["scaled_image_path"]), Path(f"{latent}.json")

@@ -1,4 +1,4 @@
-"""What a service's process needs and says while it works: samples of its memory, files, threads and `/metrics`."""
+"""Samples of a working service's process: memory, open files, threads and `/metrics`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Series = tuple[str, Mapping[str, str], float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One look at the process; `at` is in seconds since the soak began, `metrics` are name, labels and value."""
+    """The state of the process at a time; `at` is in seconds since the soak began, `metrics` are name, labels and value."""
 
     at: float
     resident_bytes: int
@@ -28,14 +28,14 @@ class Sample:
 
 
 def take_sample(process: psutil.Process, port: int, at: float) -> Sample:
-    """Look at the process, from outside and by what it says of itself."""
+    """Take a sample of the process, from the system and from its `/metrics`."""
     with process.oneshot():
         resident, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
     return Sample(at, resident, files, threads, scrape(port))
 
 
 def scrape(port: int) -> list[Series]:
-    """The series of `/metrics` that are the service's, but for the buckets of its histograms."""
+    """Return the service's series of `/metrics`, except the buckets of its histograms."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as answer:
         text = answer.read().decode()
     return [
@@ -47,13 +47,13 @@ def scrape(port: int) -> list[Series]:
 
 
 def total(metrics: Sequence[Series], name: str, **labels: str) -> float:
-    """The sum of the series of that name that have these labels."""
+    """Return the sum of the series with that name and these labels."""
     return sum(value for series, has, value in metrics if series == name and labels.items() <= has.items())
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A quantity over the soak: its medians in a fifth of the time each at the start, in the middle and at the end."""
+    """A quantity over the soak: its medians over the first, the middle and the last fifth of the time."""
 
     start: float
     middle: float
@@ -61,14 +61,14 @@ class Trend:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Trend:
-        """The values are those of samples at even distances, at least one."""
+        """Return the trend of at least one value, sampled at even distances."""
         length = max(len(values) // 5, 1)
         middle = (len(values) - length) // 2
         return cls(median(values[:length]), median(values[middle : middle + length]), median(values[-length:]))
 
     @property
     def deviation(self) -> float:
-        """How far the middle or the end is from the start, whichever is farther, as a part of it; below 0 where it fell."""
+        """The change from the start to the middle or to the end, whichever is larger, as a part of the start."""
         return max((self.middle, self.end), key=lambda value: abs(value - self.start)) / self.start - 1
 
     @property

@@ -1,4 +1,4 @@
-"""Damaged images, VAE files and requests against the real service: `python -m fuzz`."""
+"""Damaged images, VAE files and requests for the real service: `python -m fuzz`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fuzz.process import Folders, Result
 from fuzz.report import figures, report
 from fuzz.watch import Watched
 
-MAX_IMAGE_PIXELS = 4_000_000  # small, so that what an image may take is too
+MAX_IMAGE_PIXELS = 4_000_000  # small, so that the memory limit of an image is small, too
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--inputs", type=click.IntRange(min=1), default=10_000, show_default=True, metavar="N", help="How many.")
+@click.option("--inputs", type=click.IntRange(min=1), default=10_000, show_default=True, metavar="N", help="Number of inputs.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Stop after so long, whatever is left."
+    "--seconds", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Stop after this time, whatever is left."
 )
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="The same seed gives the same inputs.")
 @click.option(
@@ -37,7 +37,7 @@ MAX_IMAGE_PIXELS = 4_000_000  # small, so that what an image may take is too
     default=60.0,
     show_default=True,
     metavar="S",
-    help="An input that takes longer hangs.",
+    help="An input that takes longer counts as hanging.",
 )
 @click.option(
     "--findings",
@@ -45,7 +45,7 @@ MAX_IMAGE_PIXELS = 4_000_000  # small, so that what an image may take is too
     default=Path("fuzz-findings"),
     show_default=True,
     metavar="DIR",
-    help="Where inputs that were answered wrongly are kept.",
+    help="Folder for inputs with a wrong outcome.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures there too.")
 def main(  # noqa: PLR0913  # click hands over each option
@@ -58,13 +58,15 @@ def main(  # noqa: PLR0913  # click hands over each option
     findings: Path,
     json_file: Path | None,
 ) -> None:
-    """Answer damaged JPEG, PNG, safetensors and pickle files and JSON requests, and watch what the service makes of them.
+    """Give the service damaged JPEG, PNG, safetensors and pickle files and JSON requests, and check each outcome.
 
-    Each has to end in a success whose files are whole, or in an error response with a code that is documented for what is
-    damaged: no unexpected error, no traceback, no warning, no file left over, no crash, no hang, and no more memory than the
-    limits allow. The inputs are answered in a process of their own, which is started anew where one brings it down.
 
-    Exit status: 0 all were answered as they should be, 1 some were not, 2 wrong usage.
+
+    Each input must end in a success whose files are whole, or in an error response with a code that is documented for the kind
+    of damage: no unexpected error, no traceback, no warning, no leftover file, no crash, no hang, and no more memory than the
+    limits allow. The service runs in a process of its own, which is started again after an input that ends it.
+
+    Exit status: 0 all outcomes are as expected, 1 some are not, 2 wrong usage.
 
     \b
     Examples:
@@ -84,7 +86,7 @@ def main(  # noqa: PLR0913  # click hands over each option
             megapixels=0.01,
             max_image_pixels=MAX_IMAGE_PIXELS,
             torch_num_threads=1,
-            vae_cache_size=3,  # two that are sound, and the damaged one
+            vae_cache_size=3,  # two sound ones, and the damaged one
         )
         corpus = Corpus.read(folders.corpus)
         results = []
@@ -103,7 +105,7 @@ def main(  # noqa: PLR0913  # click hands over each option
 
 
 def progress(numbers: Sequence[int], seconds: float | None) -> Iterator[int]:
-    """The numbers, until the time is over, with a display on standard error."""
+    """Yield the numbers until the time is over, with a progress bar on standard error."""
     deadline = None if seconds is None else time.monotonic() + seconds
     for number in tqdm(numbers, unit="input", file=sys.stderr, disable=None, mininterval=1):
         if deadline is not None and time.monotonic() > deadline:
@@ -112,7 +114,7 @@ def progress(numbers: Sequence[int], seconds: float | None) -> Iterator[int]:
 
 
 def keep(folder: Path, case: Case, result: Result, seed: int) -> None:
-    """Write the input and what is wrong with its answer, for whoever looks into it."""
+    """Write a failing input, and beside it its faults and the command that runs it again."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"seed{seed}-{case.number}{case.suffix}"
     with path.open("wb") as file:

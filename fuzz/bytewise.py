@@ -11,14 +11,14 @@ Mutation = Callable[[bytearray, Random, bytes], None]
 
 
 def damaged(data: bytes, mutation: Mutation, rng: Random, other: bytes) -> bytes:
-    """`data` after `mutation`; `other` is a file of the same kind."""
+    """Return `data` after `mutation`; `other` is a file of the same kind."""
     buffer = bytearray(data or b"\0")
     mutation(buffer, rng, other)
     return bytes(buffer)
 
 
 def somewhere(data: bytes | bytearray, rng: Random) -> int:
-    """An index, more often near the beginning, where headers are."""
+    """Return an index, more often near the beginning, where headers are."""
     end = len(data) if rng.random() < 0.5 else min(len(data), 128)
     return rng.randrange(max(1, end))
 

@@ -1,4 +1,4 @@
-"""The inputs: each is made of the run's seed and its own number alone, so that any of them can be made again."""
+"""The inputs: each depends only on the run's seed and its own number, so that any of them can be made again."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg", "json": ".json"}
 METHODS = get_args(UpscaleMethod)
 
 TINY_VAE = "tiny_qwen_vae.safetensors"
-SOUND_VAES = (TINY_VAE, *["pixel_space"] * 7)  # what encodes a damaged image hardly matters, and the second costs nothing
+SOUND_VAES = (TINY_VAE, *["pixel_space"] * 7)  # the VAE hardly matters for a damaged image, and pixel_space costs no time
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sound files that are damaged, by kind."""
+    """The sound files to damage, by kind."""
 
     files: Mapping[Kind, tuple[bytes, ...]]
     hollow: tuple[bytes, ...]
-    """Heads of large safetensors files; their values are a hole in the file."""
+    """Headers of large safetensors files, whose values are a hole in the file."""
 
     @classmethod
     def read(cls, folder: Path) -> Corpus:
@@ -52,7 +52,7 @@ class Case:
     suffix: str
     data: bytes
     hole: int = 0
-    """How many zeros follow `data`: a hole in the file, which takes no place on disk."""
+    """Number of zeros after `data`: a hole in the file, which takes no space on disk."""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,7 +61,7 @@ class Case:
 
 
 def make_case(corpus: Corpus, seed: int, number: int) -> Case:
-    """The input of that number."""
+    """Return the input with that number."""
     rng = Random(f"{seed}/{number}")  # noqa: S311  # it has to be the same again
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     if kind == "json":
@@ -85,7 +85,7 @@ def make_case(corpus: Corpus, seed: int, number: int) -> Case:
 def _damaged_file(
     files: tuple[bytes, ...], knowing: tuple[Callable[[bytes, Random], bytes], ...], rng: Random
 ) -> tuple[str, bytes]:
-    """A file that was damaged with knowledge of its format, without, or both."""
+    """Return the names of the damage and a file that was damaged with knowledge of its format, without, or both."""
     data, names = rng.choice(files), []
     if rng.random() < 0.75:
         mutate = rng.choice(knowing)

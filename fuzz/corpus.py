@@ -1,4 +1,4 @@
-"""The sound files that the inputs are made from: the tests' images with a few more, and VAEs of three families."""
+"""The sound files that the inputs are made from: the images of the tests, a few more, and VAEs of three families."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fuzz.records import PICTURE
 from fuzz.weights import WeightsFile
 from tests.helpers import IMAGES, PROJECT, stock
 
-LARGEST = 30_000  # bytes of an image: damage would seldom meet what matters in a larger one
+LARGEST = 30_000  # bytes of an image: in a larger one, damage would seldom meet a header
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 
 
 def make_corpus(folders: Folders) -> None:
-    """Write the corpus, the sound VAEs beside it, and the working folder with a picture in it."""
+    """Write the corpus, the sound VAEs beside it, and the working folder with an image in it."""
     for folder in (folders.inputs, folders.work, folders.models / "vae", folders.models / "vae_approx"):
         folder.mkdir(parents=True)
     shutil.copy(IMAGES / PICTURE, folders.work)
@@ -90,7 +90,7 @@ def _saved(image: Image.Image, image_format: str, **options: object) -> bytes:
 
 
 def _interlaced(image: Image.Image) -> bytes:
-    """An interlaced PNG, which Pillow reads and does not write."""
+    """Return an interlaced PNG, which Pillow reads but cannot write."""
     rows = b""
     for top, left, down, right in ADAM7:
         for y in range(top, image.height, down):
@@ -101,7 +101,7 @@ def _interlaced(image: Image.Image) -> bytes:
 
 
 def _taesd_in_one(folder: Path) -> bytes:
-    """Encoder and decoder in a single file, which ComfyUI takes too."""
+    """Return a TAESD with encoder and decoder in a single file, which ComfyUI loads, too."""
     file = WeightsFile({}, b"", 0)
     for part in ("encoder", "decoder"):
         half = WeightsFile.parse((folder / f"taesd_{part}.safetensors").read_bytes())

@@ -1,4 +1,4 @@
-"""Damage to JPEG files that knows their segments: markers, lengths, frames, scans, EXIF and further pictures."""
+"""Damage to JPEG files that knows their segments: markers, lengths, frames, scans, EXIF and additional images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Segment = tuple[int, bytes]
 
 
 def parse(data: bytes) -> tuple[list[Segment], bytes]:
-    """The segments in front of the first scan, and all the rest, which begins with that scan's header."""
+    """Return the segments before the first scan, and the rest, which begins with that scan's header."""
     segments, place = [], 2
     while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != SOS:
         (length,) = struct.unpack_from(">H", data, place + 2)
@@ -38,7 +38,7 @@ def _segment(segment: Segment) -> bytes:
 
 
 def frame_field(data: bytes, rng: Random) -> bytes:
-    """Precision, size, number of components or their sampling with other values."""
+    """Change precision, size, number of components or their sampling in the frame header."""
     segments, rest = parse(data)
     for place, (marker, content) in enumerate(segments):
         if marker in START_OF_FRAME:
@@ -52,7 +52,7 @@ def frame_field(data: bytes, rng: Random) -> bytes:
 
 
 def segment_content(data: bytes, rng: Random) -> bytes:
-    """Any damage inside a segment."""
+    """Damage the content of a segment."""
     segments, rest = parse(data)
     place = rng.randrange(len(segments))
     marker, content = segments[place]
@@ -61,7 +61,7 @@ def segment_content(data: bytes, rng: Random) -> bytes:
 
 
 def segment_length(data: bytes, rng: Random) -> bytes:
-    """A segment that claims another length than it has."""
+    """Make a segment state a wrong length."""
     segments, rest = parse(data)
     place = rng.randrange(len(segments))
     whole = bytearray(_segment(segments[place]))
@@ -70,7 +70,7 @@ def segment_length(data: bytes, rng: Random) -> bytes:
 
 
 def segment_order(data: bytes, rng: Random) -> bytes:
-    """Segments left out, doubled, moved, or under another marker."""
+    """Leave out, double or move segments, or give them another marker."""
     segments, rest = parse(data)
     for _ in range(rng.choice((1, 3))):
         segment = rng.choice(segments)
@@ -83,7 +83,7 @@ def segment_order(data: bytes, rng: Random) -> bytes:
 
 
 def scan_damage(data: bytes, rng: Random) -> bytes:
-    """Damage in the header of a scan and in its coded pixels, stray markers among them."""
+    """Damage the header of a scan and its coded pixels, also with stray markers."""
     segments, rest = parse(data)
     buffer = bytearray(bytewise.damaged(rest, rng.choice(bytewise.MUTATIONS), rng, rest))
     for _ in range(rng.choice((0, 1, 20))):
@@ -93,7 +93,7 @@ def scan_damage(data: bytes, rng: Random) -> bytes:
 
 
 def many_scans(data: bytes, rng: Random) -> bytes:
-    """The same scan over and over, of a picture that may be large: little to read, much to compute."""
+    """Repeat a scan many times, in an image that may be large: a small file that takes much computing."""
     segments, rest = parse(data)
     places = [match.start() for match in re.finditer(rb"\xff\xda", rest)]
     scan = rest[places[-1] : -2]
@@ -103,7 +103,7 @@ def many_scans(data: bytes, rng: Random) -> bytes:
 
 
 def _enlarged(segments: list[Segment], width: int, height: int) -> list[Segment]:
-    """The same picture with another size in its frame header; what is missing of it is grey."""
+    """Return the segments with another size in the frame header; decoders fill the missing pixels with grey."""
     size = struct.pack(">HH", height, width)
     return [
         (marker, content[:1] + size + content[5:] if marker in START_OF_FRAME else content) for marker, content in segments
@@ -111,7 +111,7 @@ def _enlarged(segments: list[Segment], width: int, height: int) -> list[Segment]
 
 
 def exif(data: bytes, rng: Random) -> bytes:
-    """EXIF whose directories lead in circles or far away, with entries of any type, count and value."""
+    """Add EXIF whose directories are circular or out of range, with entries of any type, count and value."""
     order, count = rng.choice("<>"), rng.choice((0, 1, 3, 40))
     entries = b"".join(
         struct.pack(
@@ -132,7 +132,7 @@ def exif(data: bytes, rng: Random) -> bytes:
 
 
 def further_segment(data: bytes, rng: Random) -> bytes:
-    """A segment more that decoders give a meaning: Adobe's, a colour profile, a restart interval, a comment."""
+    """Add a segment that decoders interpret: Adobe's, a colour profile, a restart interval, a comment."""
     noise = rng.randbytes(rng.choice((0, 1, 12, 200)))
     added = rng.choice(
         (
@@ -152,14 +152,14 @@ def further_segment(data: bytes, rng: Random) -> bytes:
 
 
 def many_segments(data: bytes, rng: Random) -> bytes:
-    """Thousands of segments, or a megabyte of colour profile."""
+    """Add hundreds of segments, or megabytes of colour profile."""
     segments, rest = parse(data)
     added = rng.choice(((0xFE, b"x"), (0xE2, b"ICC_PROFILE\0\1\1" + bytes(60_000)), (0xE1, b"Exif\0\0II*\0")))
     return build(segments[:1] + [added] * rng.choice((20, 255)) + segments[1:], rest)
 
 
-def further_pictures(data: bytes, rng: Random) -> bytes:
-    """A multi-picture file of many pictures, whose index may lie."""
+def further_images(data: bytes, rng: Random) -> bytes:
+    """Make a multi-picture file of many images, whose index may be wrong."""
     count = rng.choice((2, 3, 40, 400))
     segments, rest = parse(data)
     length = 4 + 8 + 2 + 3 * 12 + 4 + 16 * count
@@ -179,5 +179,5 @@ def further_pictures(data: bytes, rng: Random) -> bytes:
 
 MUTATIONS: tuple[Callable[[bytes, Random], bytes], ...] = (
     *(frame_field, segment_content, segment_length, segment_order, scan_damage, exif, further_segment) * 6,
-    *(many_scans, many_segments, further_pictures),  # these are slow, and there is little to vary
+    *(many_scans, many_segments, further_images),  # these are slow, and have few variants
 )

@@ -1,4 +1,4 @@
-"""Files that torch.save could have written, and such as it never would: with code, bombs, or something else than weights."""
+"""Files like those of torch.save, damaged, and files that it never writes: with code, bombs, or no weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOMB_BYTES = 2_000_000_000
 
 
 class Code:
-    """Something that is called when it is unpickled."""
+    """A call that unpickling makes."""
 
     def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -30,7 +30,7 @@ class Code:
 
 
 def damaged_pickle(files: tuple[bytes, ...], rng: Random) -> tuple[str, str, bytes]:
-    """The damage's name, a suffix that does not say safetensors, and the file."""
+    """Return the damage's name, a suffix other than `.safetensors`, and the file."""
     mutate = rng.choice((bytes_of_file, bytes_of_file, bytes_of_pickle, bytes_of_pickle, code, no_weights, bomb))
     return mutate.__name__, rng.choice(SUFFIXES), mutate(files, rng)
 
@@ -40,7 +40,7 @@ def bytes_of_file(files: tuple[bytes, ...], rng: Random) -> bytes:
 
 
 def bytes_of_pickle(files: tuple[bytes, ...], rng: Random) -> bytes:
-    """Damage in the pickle alone, in an archive that is whole, so that the unpickler gets to see it."""
+    """Damage only the pickle, in an archive that is whole, so that it reaches the unpickler."""
     with zipfile.ZipFile(io.BytesIO(rng.choice(files))) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     changed = [
@@ -51,7 +51,7 @@ def bytes_of_pickle(files: tuple[bytes, ...], rng: Random) -> bytes:
 
 
 def code(_: tuple[bytes, ...], rng: Random) -> bytes:
-    """Code that would run, at the top or where a weight should be."""
+    """Return a pickle of code that would run, at the top or in the place of a weight."""
     called = rng.choice(
         (Code(os.mkdir, EXECUTED), Code(os.system, f"mkdir {EXECUTED}"), Code(eval, f"__import__('os').mkdir('{EXECUTED}')"))
     )
@@ -59,7 +59,7 @@ def code(_: tuple[bytes, ...], rng: Random) -> bytes:
 
 
 def no_weights(_: tuple[bytes, ...], rng: Random) -> bytes:
-    """Plain values that are no weights."""
+    """Return a pickle of plain values that are not weights."""
     nested: Any = []
     for _level in range(200):
         nested = [nested]
@@ -84,7 +84,7 @@ def no_weights(_: tuple[bytes, ...], rng: Random) -> bytes:
 
 
 def bomb(_: tuple[bytes, ...], rng: Random) -> bytes:
-    """A few bytes, or kilobytes, that ask for gigabytes."""
+    """Return a few bytes, or kilobytes, that would take gigabytes."""
     if rng.random() < 0.5:
         return _pickled({"encoder.conv1.weight": Code(bytearray, BOMB_BYTES)}, rng)
     return _compressed_bomb()

@@ -1,4 +1,4 @@
-"""Damage to PNG files that leaves their checksums right, so that it gets past them to the code behind."""
+"""Damage to PNG files with valid checksums, so that it reaches the code behind the check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Chunk = tuple[bytes, bytes]
 
 
 def parse(data: bytes) -> list[Chunk]:
-    """The chunks of a PNG, as far as they are whole."""
+    """Return the whole chunks of a PNG."""
     chunks, place = [], len(SIGNATURE)
     while place + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -43,7 +43,7 @@ def _bomb() -> bytes:
 
 
 def header_field(data: bytes, rng: Random) -> bytes:
-    """One or two fields of IHDR with other values."""
+    """Change one or two fields of IHDR."""
     chunks = parse(data)
     header = bytearray(chunks[0][1].ljust(13, b"\0"))
     for _ in range(rng.choice((1, 2))):
@@ -55,7 +55,7 @@ def header_field(data: bytes, rng: Random) -> bytes:
 
 
 def chunk_content(data: bytes, rng: Random) -> bytes:
-    """Any damage inside a chunk."""
+    """Damage the content of a chunk."""
     chunks = parse(data)
     place = rng.randrange(len(chunks))
     kind, content = chunks[place]
@@ -64,7 +64,7 @@ def chunk_content(data: bytes, rng: Random) -> bytes:
 
 
 def chunk_length(data: bytes, rng: Random) -> bytes:
-    """A chunk that claims another length than it has."""
+    """Make a chunk state a wrong length."""
     chunks = parse(data)
     place = rng.randrange(len(chunks))
     whole = bytearray(_chunk(chunks[place]))
@@ -73,7 +73,7 @@ def chunk_length(data: bytes, rng: Random) -> bytes:
 
 
 def chunk_order(data: bytes, rng: Random) -> bytes:
-    """Chunks left out, doubled or moved."""
+    """Leave out, double or move chunks."""
     chunks = parse(data)
     for _ in range(rng.choice((1, 3))):
         chunk = rng.choice(chunks)
@@ -85,7 +85,7 @@ def chunk_order(data: bytes, rng: Random) -> bytes:
 
 
 def chunk_kind(data: bytes, rng: Random) -> bytes:
-    """A chunk under another's name."""
+    """Give a chunk the name of another kind."""
     chunks = parse(data)
     place = rng.randrange(len(chunks))
     chunks[place] = (rng.choice((*ANCILLARY, b"IDAT", rng.randbytes(4))), chunks[place][1])
@@ -93,7 +93,7 @@ def chunk_kind(data: bytes, rng: Random) -> bytes:
 
 
 def further_chunk(data: bytes, rng: Random) -> bytes:
-    """A chunk more, with nonsense in it."""
+    """Add a chunk with senseless content."""
     chunks = parse(data)
     content = rng.choice((b"", rng.randbytes(1), rng.randbytes(rng.choice((4, 8, 26, 256))), b"\0" * 32, b"\xff" * 32))
     chunks.insert(rng.choice((1, len(chunks) - 1, rng.randrange(len(chunks) + 1))), (rng.choice(ANCILLARY), content))
@@ -101,7 +101,7 @@ def further_chunk(data: bytes, rng: Random) -> bytes:
 
 
 def animation(data: bytes, rng: Random) -> bytes:
-    """The control chunks of an animation, which may not fit the picture or each other."""
+    """Add the control chunks of an animation, which may not fit the image or each other."""
     chunks = parse(data)
     control = struct.pack(">II", rng.choice((0, 1, 2, 0x7FFFFFFF, 0xFFFFFFFF)), rng.choice((0, 1)))
     width, height, left, upper = (rng.choice((0, 1, 96, 2000, 0xFFFFFFFF)) for _ in range(4))
@@ -111,7 +111,7 @@ def animation(data: bytes, rng: Random) -> bytes:
 
 
 def scanlines(data: bytes, rng: Random) -> bytes:
-    """Damaged scanlines, compressed anew: filters that do not exist, too many rows or too few."""
+    """Damage the scanlines and compress them again: unknown filters, too many rows or too few."""
     chunks = parse(data)
     packed = b"".join(content for kind, content in chunks if kind == b"IDAT")
     try:
@@ -124,7 +124,7 @@ def scanlines(data: bytes, rng: Random) -> bytes:
 
 
 def bomb(data: bytes, rng: Random) -> bytes:
-    """Some kilobytes that unpack to hundreds of megabytes, as pixels, text or colour profile."""
+    """Add kilobytes that unpack to hundreds of megabytes, as pixels, text or colour profile."""
     chunks = parse(data)
     added = rng.choice(
         (
@@ -138,14 +138,14 @@ def bomb(data: bytes, rng: Random) -> bytes:
 
 
 def many_chunks(data: bytes, rng: Random) -> bytes:
-    """Thousands of chunks."""
+    """Add thousands of chunks."""
     chunks = parse(data)
     added = rng.choice(((b"tEXt", b"a\0" + b"b" * 100), (b"IDAT", b""), (b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000)))))
     return build([chunks[0], *[added] * rng.choice((1000, 20_000)), *chunks[1:]])
 
 
-def large_picture(_: bytes, rng: Random) -> bytes:
-    """A whole picture near the limit of pixels, of a few kilobytes, in any mode."""
+def large_image(_: bytes, rng: Random) -> bytes:
+    """Return a whole image near the limit of pixels, of a few kilobytes, in any mode."""
     colour, depth = rng.choice(((0, 1), (0, 8), (0, 16), (2, 8), (2, 16), (3, 8), (4, 8), (4, 16), (6, 8), (6, 16)))
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     width, height = rng.choice(((2000, 2000), (1, 4_000_000), (4_000_000, 1), (40_000, 100), (2000, 2001)))
@@ -160,5 +160,5 @@ def large_picture(_: bytes, rng: Random) -> bytes:
 
 MUTATIONS: tuple[Callable[[bytes, Random], bytes], ...] = (
     *(header_field, chunk_content, chunk_length, chunk_order, chunk_kind, further_chunk, animation, scanlines) * 8,
-    *(bomb, many_chunks, large_picture),  # these are slow, and there is little to vary
+    *(bomb, many_chunks, large_image),  # these are slow, and have few variants
 )

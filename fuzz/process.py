@@ -1,4 +1,4 @@
-"""The process that answers the inputs with the real service, and reports what came of each."""
+"""The process that runs the inputs through the real service, and reports the outcome of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from service import LatentEncoder, log_failure, utc_now
 SUCCESS = "success"
 OUTPUT = "out"  # in the working folder
 
-# What an input of each kind may be answered with. Records may name whatever they like; but none is to fail in the encode.
+# Allowed outcomes of each kind of input. A record may have any error except in the encode.
 _VAE = {SUCCESS, ErrorCode.VAE_MODEL_INVALID, ErrorCode.ENCODING_FAILED}
 _IMAGE = {SUCCESS, ErrorCode.IMAGE_INVALID, ErrorCode.SCALING_FAILED}
 _RECORD = {SUCCESS, *ErrorCode} - {ErrorCode.ENCODING_FAILED, ErrorCode.RESPONSE_REFUSED}
@@ -38,7 +38,7 @@ EXPECTED = {"png": _IMAGE, "jpeg": _IMAGE, "safetensors": _VAE, "pickle": _VAE, 
 
 
 class Folders(NamedTuple):
-    """Where a run has its files."""
+    """The folders and files of a run."""
 
     root: Path
 
@@ -52,12 +52,12 @@ class Folders(NamedTuple):
 
     @property
     def inputs(self) -> Path:
-        """The image of the moment."""
+        """The folder of the current image."""
         return self.root / "inputs"
 
     @property
     def work(self) -> Path:
-        """The working folder of the process: whatever appears there, it has written."""
+        """The working folder of the process, so that every new file in it is written by the process."""
         return self.root / "work"
 
     @property
@@ -68,7 +68,7 @@ class Folders(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one input. `peak` is the largest resident memory meanwhile, in bytes; `faults` should be empty."""
+    """The outcome of one input. `peak` is the largest resident memory during it, in bytes; `faults` should be empty."""
 
     number: int
     kind: str
@@ -80,7 +80,7 @@ class Result:
 
 
 def run(connection: Connection, root: Path, settings: Settings, seed: int) -> None:
-    """Say how much memory is in use when all is loaded, then answer each number that comes with its input's result."""
+    """Send the resident memory after loading, in bytes, and then for each number that comes the result of its input."""
     folders = Folders(root)
     with folders.log.open("ab") as log:
         os.dup2(log.fileno(), 2)
@@ -100,7 +100,7 @@ def run(connection: Connection, root: Path, settings: Settings, seed: int) -> No
 
 
 class Complaints(logging.Handler):
-    """What is logged that no damaged input may lead to: a traceback, an error, a warning of Python's."""
+    """Log records that no damaged input may cause: tracebacks, errors, Python's warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Complaints(logging.Handler):
 
 
 class Fuzzer:
-    """Answers inputs, one after the other, and looks at what each left behind."""
+    """Runs inputs one after the other, and checks the files that each left."""
 
     def __init__(self, encoder: LatentEncoder, settings: Settings, folders: Folders, complaints: Complaints) -> None:
         self._encoder = encoder
@@ -155,7 +155,7 @@ class Fuzzer:
     def _with_vae(self, case: Case) -> tuple[str, list[str]]:
         name = f"damaged{case.suffix}"
         path = self._folders.models / "vae" / name
-        path.unlink(missing_ok=True)  # a new inode: the file is another one
+        path.unlink(missing_ok=True)  # the new file gets a new inode, so that the cache does not take it for the old one
         with path.open("wb") as file:
             file.write(case.data)
             file.truncate(len(case.data) + case.hole)
@@ -165,7 +165,7 @@ class Fuzzer:
             path.unlink()
 
     def _with_record(self, case: Case) -> tuple[str, list[str]]:
-        """As Kafka mode does it, without a broker."""
+        """Treat a record as Kafka mode does, without a broker."""
         record = Incoming("requests", 0, case.number, None, None, case.data, ())
         sender = sender_of(record, self._settings.kafka_max_message_bytes)
         try:
@@ -182,7 +182,7 @@ class Fuzzer:
         return _said(response), faults
 
     def _kept_inside(self, request: EncodeRequest) -> EncodeRequest:
-        """The request, but for an output folder that is not ours, and for a size that says nothing about damage."""
+        """Return the request with an output folder of this run, and with a size of at most 1 megapixel to save time."""
         folder = Path(request.output_dir).resolve()
         output_dir = request.output_dir if folder.is_relative_to(self._folders.work) else OUTPUT
         return request.model_copy(update={"output_dir": output_dir, "megapixels": min(request.megapixels, 1.0)})
@@ -198,7 +198,7 @@ class Fuzzer:
         return _said(response), faults
 
     def _answered(self, request: EncodeRequest) -> tuple[Response, list[str]]:
-        """The service's answer, and what is wrong with the files that belong to it."""
+        """Return the service's response, and the faults of the files that belong to it."""
         response = self._encoder.respond(request)
         if isinstance(response, ErrorResponse):
             return response, self._left_behind(())
@@ -206,23 +206,23 @@ class Fuzzer:
         return response, self._left_behind(expected) + self._not_whole(request, response)
 
     def _left_behind(self, expected: tuple[str, ...]) -> list[str]:
-        """Files that are there and should not be, or the other way round."""
+        """Return a fault if files are left over or missing."""
         found, wanted = self._files() - self._own_files, {Path(path).resolve() for path in expected}
         return [f"files that should not be there, or are missing: {found ^ wanted}"] if found != wanted else []
 
     def _not_whole(self, request: EncodeRequest, response: SuccessResponse) -> list[str]:
-        """Whether the files are what the answer says."""
+        """Return the differences between the files and the response."""
         latent, _ = read_latent_file(Path(response.latent_file_path))
         with Image.open(response.scaled_image_path) as image:
             image.load()
             size = (image.height, image.width, 3)
         faults = []
         if tuple(latent.shape) != response.latent_shape or not latent.isfinite().all():
-            faults.append(f"the latent is not what the answer says: {list(latent.shape)}")
+            faults.append(f"the latent differs from the response: {list(latent.shape)}")
         if size != response.metadata.scaled_image_shape:
-            faults.append(f"the scaled image is not what the answer says: {size}")
+            faults.append(f"the scaled image differs from the response: {size}")
         if self._encoder.stored_response(request) != response:
-            faults.append("the files do not have the checksums that the answer says")
+            faults.append("the files do not have the checksums of the response")
         return faults
 
     def _files(self) -> set[Path]:
@@ -246,11 +246,11 @@ def _said(response: Response) -> str:
 
 
 def forget_peak() -> None:
-    """Let the kernel count the peak from now on."""
+    """Let the kernel measure the peak from now on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """The largest resident memory since, in bytes."""
+    """Return the largest resident memory since `forget_peak`, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

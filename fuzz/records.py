@@ -9,8 +9,8 @@ from typing import Any
 from fuzz import bytewise
 from models import EncodeRequest
 
-PICTURE = "photo.jpg"  # relative: the fuzzing process works in a folder that has it
-PLACEHOLDER = "@@"  # where a value stands that json.dumps cannot write
+PICTURE = "photo.jpg"  # a relative path: the working folder of the fuzzing process has this image
+PLACEHOLDER = "@@"  # stands for a value that json.dumps cannot write
 
 FIELDS = tuple(EncodeRequest.model_fields)
 SOUND = {
@@ -113,7 +113,7 @@ RAW = (
 
 
 def damaged_record(rng: Random) -> tuple[str, bytes]:
-    """The damage's name, and the record's value."""
+    """Return the damage's name, and the record's value."""
     mutate = rng.choice((values, values, values, texts, texts, encodings, repeated_names, no_object, sizes))
     data = mutate(rng)
     if rng.random() < 0.2:
@@ -123,19 +123,19 @@ def damaged_record(rng: Random) -> tuple[str, bytes]:
 
 
 def values(rng: Random) -> bytes:
-    """Fields of any type and value, left out, or added."""
+    """Return a request with fields of any type and value, left out, or added."""
     return json.dumps(_fields(rng), ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 
 
 def texts(rng: Random) -> bytes:
-    """Fields that only raw text can have: numbers out of all ranges, deep nesting, broken escapes."""
+    """Return a request with a value that only raw text can have: numbers out of range, deep nesting, broken escapes."""
     name = rng.choice(FIELDS)
     text = json.dumps({**_fields(rng), name: PLACEHOLDER})
     return text.replace(f'"{PLACEHOLDER}"', rng.choice(RAW)).encode("utf-8", "surrogatepass")
 
 
 def encodings(rng: Random) -> bytes:
-    """Another encoding than UTF-8, a byte order mark, overlong and stray bytes."""
+    """Return a request in another encoding than UTF-8, or with a byte order mark, overlong or stray bytes."""
     text = json.dumps(_fields(rng))
     stray = rng.choice((b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\x80", b"\xf5\x80\x80\x80", b"\0"))
     place = rng.randrange(len(text))
@@ -151,7 +151,7 @@ def encodings(rng: Random) -> bytes:
 
 
 def repeated_names(rng: Random) -> bytes:
-    """The same name several times, also in the middle of broken JSON."""
+    """Return a request with the same name several times, also in broken JSON."""
     name, count = rng.choice(FIELDS), rng.choice((1, 2, 1000))
     pairs = [json.dumps({rng.choice((name, rng.choice(FIELDS))): _value(rng)})[1:-1] for _ in range(count)]
     text = "{" + ",".join([*pairs, json.dumps(_fields(rng))[1:-1]])
@@ -159,13 +159,13 @@ def repeated_names(rng: Random) -> bytes:
 
 
 def no_object(rng: Random) -> bytes:
-    """JSON that is no object, or nothing at all."""
+    """Return JSON that is not an object, or no JSON."""
     value = rng.choice((*OTHERS, *TEXTS, 1, 1.5, "{}", [_fields(rng)]))
     return rng.choice((b"", b" ", b"null", b"{", b"}", json.dumps(value).encode(), b"\0" * 100))
 
 
 def sizes(rng: Random) -> bytes:
-    """Many fields, or more bytes than a record may have."""
+    """Return a request with many fields, or with more bytes than a record may have."""
     count = rng.choice((10, 1000, 40_000, 200_000))
     fields = {**{f"f{number}": number for number in range(count)}, **_fields(rng)}
     return json.dumps(fields).encode()

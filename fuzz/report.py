@@ -1,4 +1,4 @@
-"""What a run found, as text and as figures."""
+"""The results of a run, as text and as figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fuzz.watch import MIB, Limits
 
 
 def figures(results: Sequence[Result], limits: Limits, seed: int, seconds: float) -> dict[str, Any]:
-    """The run in numbers."""
+    """Return the figures of a run."""
     slowest = max(results, key=lambda result: result.seconds)
     largest = max(results, key=lambda result: result.peak)
     return {
@@ -28,10 +28,10 @@ def figures(results: Sequence[Result], limits: Limits, seed: int, seconds: float
 
 
 def report(results: Sequence[Result], limits: Limits, seed: int, seconds: float) -> str:
-    """The run as a Markdown table and a few lines."""
+    """Return a run as a Markdown table and a few lines."""
     kinds = sorted({result.kind for result in results})
     answers = sorted({result.answer for result in results}, key=lambda answer: (answer != "success", answer))
-    rows = [["answer", *kinds, "all"]]
+    rows = [["response", *kinds, "all"]]
     rows.append(["---", *["---:" for _ in kinds], "---:"])
     for answer in answers:
         counts = [_answers(results, kind)[answer] for kind in kinds]

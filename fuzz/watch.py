@@ -1,4 +1,4 @@
-"""The process that answers the inputs, watched from outside: how long it takes, how much memory, and whether it lives."""
+"""The fuzzing process, watched from outside: its time, its memory, and its end."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ START_S = 300.0
 
 MIB = 1024 * 1024
 
-BYTES_PER_PIXEL = 128  # Pillow's pixels, and LoadImage's and the scaling node's as floats, several times over
+BYTES_PER_PIXEL = 128  # 4 of Pillow, 12 each for the floats of LoadImage and the scaling node, and these several times over
 LARGEST_VAE = 160 * MIB  # the SD-style VAE in bfloat16
-COPIES_OF_VAE = 3  # its file's, and twice as much in float32
+COPIES_OF_VAE = 3  # once as in its file, and once in float32, which is twice as large
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an input may take. `loaded` is the process's memory before the first one; all in bytes."""
+    """The limits of an input. `loaded` is the process's memory before the first one; memory is in bytes."""
 
     seconds: float
     loaded: int
@@ -36,7 +36,7 @@ class Limits:
 
 
 class Watched:
-    """A process that runs `fuzz.process.run`, started anew where an input brought it down or had to be stopped."""
+    """A process that runs `fuzz.process.run`, started again after an input that ends it or exceeds a limit."""
 
     def __init__(self, folders: Folders, settings: Settings, seed: int, patience: float) -> None:
         self._folders, self._settings, self._seed = folders, settings, seed
@@ -68,7 +68,7 @@ class Watched:
         self._connection.close()
 
     def result(self, number: int) -> Result:
-        """What came of that input."""
+        """Return the result of that input."""
         start = time.monotonic()
         self._connection.send(number)
         answer = self._wait(self._patience, self.limits.memory)
@@ -83,7 +83,7 @@ class Watched:
         return Result(number, case.kind, case.mutation, "none", time.monotonic() - start, peak, (str(answer),))
 
     def _wait(self, seconds: float, memory: int | None) -> object:
-        """What the process sends, or a text that says why it sent nothing."""
+        """Return the object that the process sends, or a text with the reason why it sent none."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             if self._connection.poll(min(POLL_S, left)):
@@ -94,7 +94,7 @@ class Watched:
                     return f"the process ended: {_end(self._process.exitcode)}"
             if memory is not None and self._memory() > memory:
                 return self._too_much(self._memory())
-        return f"no answer within {seconds:g} s"
+        return f"no response within {seconds:g} s"
 
     def _too_much(self, memory: int) -> str:
         return f"{memory // MIB} MiB of memory, more than the limit of {self.limits.memory // MIB}"
@@ -111,6 +111,6 @@ def _end(status: int | None) -> str:
 
 
 def extra_memory(settings: Settings) -> int:
-    """How much an input may take beside what is loaded: as an image, and, since freed memory may stay with us, as a VAE."""
+    """Return the memory that an input may take, in bytes: an image's, and a VAE's, because freed memory may stay allocated."""
     image = BYTES_PER_PIXEL * settings.max_image_pixels + PngImagePlugin.MAX_TEXT_MEMORY
     return image + COPIES_OF_VAE * LARGEST_VAE

@@ -31,7 +31,7 @@ ODD_DTYPES = ("F4", "F6_E2M3", "F8_E8M0", "f32", "", "F128", None, 7)
 SIZES = (0, 1, 2, 3, 7, 4096, 1_000_000, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64, -1)
 HOLE_BYTES = 64_000_000
 
-# By these tensors' names ComfyUI tells architectures apart, and sizes some of them by their shapes.
+# ComfyUI recognises architectures by the names of these tensors, and sizes some of them by their shapes.
 TELLING_NAMES = (
     "decoder.up_blocks.0.resnets.0.norm1.weight",
     "decoder.mid.block_1.mix_factor",
@@ -68,9 +68,9 @@ class WeightsFile:
     header: dict[str, Any]
     values: bytes
     hole: int
-    """How many zeros follow that are not stored."""
+    """Number of zeros after the values that are not stored."""
     raw_header: bytes | None = None
-    """What stands in place of the header, where that is no proper JSON."""
+    """Bytes in place of the header, if that is not valid JSON."""
     said_length: int | None = None
 
     @classmethod
@@ -97,7 +97,7 @@ class WeightsFile:
         self.header = {**self.header, name: {**self.header[name], **entries}}
 
     def add(self, name: str, dtype: str, shape: list[int], bytes_each: int) -> None:
-        """A tensor of zeros behind the others, in the hole."""
+        """Add a tensor of zeros behind the others, in the hole."""
         end = len(self.values) + self.hole
         size = bytes_each
         for side in shape:
@@ -119,7 +119,7 @@ def dtype(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def same_size_dtype(file: WeightsFile, rng: Random) -> WeightsFile:
-    """Values that mean something else: the file is whole, the numbers are wild."""
+    """Give tensors another dtype of the same size: the file is whole, and the numbers are senseless."""
     sizes = {"BF16": ("F16", "I16", "U16"), "F16": ("BF16", "I16", "U16"), "F32": ("I32", "U32")}
     names = file.names if rng.random() < 0.5 else rng.sample(file.names, min(3, len(file.names)))
     for name in names:
@@ -129,7 +129,7 @@ def same_size_dtype(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def shape(file: WeightsFile, rng: Random) -> WeightsFile:
-    """A shape that its values do not fill, or fill in another way."""
+    """Change a shape, to one that the values do not fill or fill in another way."""
     name = rng.choice(file.names)
     sides = list(file.header[name]["shape"])
     choice = rng.randrange(4)
@@ -146,7 +146,7 @@ def shape(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def offsets(file: WeightsFile, rng: Random) -> WeightsFile:
-    """Tensors that overlap, leave gaps, end before they begin or lie outside the file."""
+    """Make tensors overlap, leave gaps, end before they begin or lie outside the file."""
     first, second = rng.choice(file.names), rng.choice(file.names)
     start, end = file.header[first]["data_offsets"]
     value = rng.choice(
@@ -168,14 +168,14 @@ def offsets(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def tensors_left_out(file: WeightsFile, rng: Random) -> WeightsFile:
-    """Some tensors under another name, so that they are missing."""
+    """Rename some tensors, so that they are missing."""
     gone = set(rng.sample(file.names, rng.choice((1, 1, 5, len(file.names)))))
     file.header = {(f"x.{name}" if name in gone else name): entry for name, entry in file.header.items()}
     return file
 
 
 def tensors_renamed(file: WeightsFile, rng: Random) -> WeightsFile:
-    """Two tensors under each other's name."""
+    """Swap the names of two tensors."""
     names = file.names
     first, second = rng.choice(names), rng.choice(names)
     file.header = {**file.header, first: file.header[second], second: file.header[first]}
@@ -183,7 +183,7 @@ def tensors_renamed(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def wild_values(file: WeightsFile, rng: Random) -> WeightsFile:
-    """Values that are infinite, not a number, or large enough to overflow on the way."""
+    """Set values that are infinite, not a number, or large enough to overflow in the encode."""
     patterns = {"BF16": (0x7F80, 0x7FC0, 0xFF80, 0x7F00, 0x5F00), "F16": (0x7C00, 0x7E00, 0x7B00)}
     wide = (0x7F800000, 0x7FC00000, 0x7F000000, 0x5F000000)
     values = bytearray(file.values)
@@ -218,7 +218,7 @@ def metadata(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def header_text(file: WeightsFile, rng: Random) -> WeightsFile:
-    """A header that is odd JSON or none."""
+    """Replace the header by odd JSON, or by no JSON."""
     text = json.dumps(file.header).encode()
     first = json.dumps(file.names[0]).encode()
     file.raw_header = rng.choice(
@@ -243,7 +243,7 @@ def header_text(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def end_of_file(file: WeightsFile, rng: Random) -> WeightsFile:
-    """Values that end too early or too late."""
+    """Make the values end too early or too late."""
     if rng.random() < 0.5:
         file.values, file.hole = file.values[: rng.randrange(len(file.values) + 1)], 0
     else:
@@ -252,7 +252,7 @@ def end_of_file(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def telling_tensor(file: WeightsFile, rng: Random) -> WeightsFile:
-    """A further tensor that makes ComfyUI take the file for another architecture, or for a larger one."""
+    """Add a tensor that makes ComfyUI take the file for another architecture, or for a larger one."""
     if rng.random() < 0.5:
         file = WeightsFile({}, b"", 0)
     for name in rng.sample(TELLING_NAMES, rng.choice((1, 2, 4))):
@@ -264,7 +264,7 @@ def telling_tensor(file: WeightsFile, rng: Random) -> WeightsFile:
 
 
 def oversized(file: WeightsFile, rng: Random) -> WeightsFile:
-    """One tensor that ComfyUI takes the size of the whole model from, made large."""
+    """Return a file with large tensors from which ComfyUI takes the size of the whole model."""
     width = rng.choice((200, 1000, 4000, 20_000, 1_000_000))
     sized: list[tuple[str, list[int]]] = rng.choice(
         (

@@ -1,4 +1,4 @@
-"""The import of a ComfyUI tree: with its configuration set first, without its effects on our process, its errors explained.
+"""The import of a ComfyUI tree: with its configuration set first, and without its effects on our process.
 
 ComfyUI configures itself while it is imported and keeps the configuration in module globals. So the device and the precision
 are set before the import, and a process can have one tree.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,10 +17,8 @@ from typing import Any
 
 import torch
 
-from errors import SetupError, one_line
-from latent_encoder.installer.comfy_packages import unsatisfied_packages
+from errors import SetupError
 from latent_encoder.lazy_imports import lazy_imports
-from latent_encoder.releases import TESTED
 from utils import add_comfyui_directory_to_sys_path, import_custom_nodes_minimal
 
 NODE_IDS = ("VAELoader", "LoadImage", "ImageScaleToTotalPixels", "VAEEncode")
@@ -106,26 +103,3 @@ def contained(path: Path) -> Iterator[None]:
         # A bare `import utils` or `import lora` must not find ComfyUI's modules of those names.
         inner = (path / "comfy").resolve()
         sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != inner]
-
-
-@contextmanager
-def errors_explained(path: Path) -> Iterator[None]:
-    """Raise each error inside as a SetupError, which names missing packages if they are the reason."""
-    try:
-        yield
-    except Exception as exc:
-        if isinstance(exc.__cause__ if isinstance(exc, SetupError) else exc, (ImportError, AttributeError)):
-            _refuse_unsatisfied_packages(path, exc)
-        if isinstance(exc, SetupError):
-            raise
-        raise SetupError(f"ComfyUI in {path} cannot be loaded: {one_line(exc)} ({TESTED}).") from exc
-
-
-def _refuse_unsatisfied_packages(path: Path, exc: Exception) -> None:
-    """Raise a SetupError that names every package that the tree needs and this environment lacks, if there are any."""
-    packages = unsatisfied_packages(path)
-    if packages.wanted:
-        raise SetupError(
-            f"ComfyUI in {path} needs packages that are missing or too old: {', '.join(packages.wanted)}. "
-            f"Install them with: {packages.command}, or run ./setup_comfyui.sh --from {shlex.quote(str(path))}."
-        ) from exc

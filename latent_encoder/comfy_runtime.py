@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -11,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from errors import SetupError, one_line
 from latent_encoder.comfy_import import (
     NODE_IDS,
     contained,
-    errors_explained,
     import_nodes,
     imported_version,
     refuse_second_tree,
@@ -22,6 +23,8 @@ from latent_encoder.comfy_import import (
 from latent_encoder.comfy_node import Node
 from latent_encoder.images.features import ENDINGS, Feature, ImageNote, decoder_of
 from latent_encoder.images.input_folder import Ending, InputFolders
+from latent_encoder.installer.comfy_packages import unsatisfied_packages
+from latent_encoder.releases import TESTED
 from utils import add_extra_model_paths, find_path, import_custom_nodes_minimal
 
 
@@ -218,7 +221,30 @@ def load_runtime(comfyui_path: Path, device: str, precision: str, custom_nodes: 
     """
     path = find_path(comfyui_path)
     refuse_second_tree(path)
-    with contained(path), errors_explained(path):
+    with contained(path), _errors_explained(path):
         import_nodes(path, device, precision)
         add_extra_model_paths(path)
         return ComfyRuntime(path, custom_nodes)
+
+
+@contextmanager
+def _errors_explained(path: Path) -> Iterator[None]:
+    """Raise each error inside as a SetupError, which names missing packages if they are the reason."""
+    try:
+        yield
+    except Exception as exc:
+        if isinstance(exc.__cause__ if isinstance(exc, SetupError) else exc, (ImportError, AttributeError)):
+            _refuse_unsatisfied_packages(path, exc)
+        if isinstance(exc, SetupError):
+            raise
+        raise SetupError(f"ComfyUI in {path} cannot be loaded: {one_line(exc)} ({TESTED}).") from exc
+
+
+def _refuse_unsatisfied_packages(path: Path, exc: Exception) -> None:
+    """Raise a SetupError that names every package that the tree needs and this environment lacks, if there are any."""
+    packages = unsatisfied_packages(path)
+    if packages.wanted:
+        raise SetupError(
+            f"ComfyUI in {path} needs packages that are missing or too old: {', '.join(packages.wanted)}. "
+            f"Install them with: {packages.command}, or run ./setup_comfyui.sh --from {shlex.quote(str(path))}."
+        ) from exc

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check there is: format, lint, types, tests. CI runs this same script.
+# All checks: format, lint, types, tests. CI runs this script, too.
 # Arguments go to pytest: scripts/check.sh -k images
 # --comfyui-tree DIR (several times, if wanted): instead, the core of the tests on that ComfyUI tree: scripts/check.sh --comfyui-tree DIR
 set -euo pipefail
@@ -23,15 +23,15 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${VENV:-${VIRTUAL_ENV:-$PWD/.venv}}/bin
 
-# Three processes, since the tests with a broker wait a good deal; each loads ComfyUI and keeps VAEs in memory, some GB. They share
-# the CPUs: where OpenMP's threads are more than those, they spin while they wait for each other, and a small encode takes thirty
+# Three processes, because the tests with a broker wait much; each loads ComfyUI and keeps VAEs in memory, some GB. They share the
+# CPUs: if there are more OpenMP threads than CPUs, they spin while they wait for each other, and a small encode takes thirty
 # times as long. The order of the files stays, so that long tests do not come last.
 run_tests() {
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} \
         "$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${arguments[@]}"
 }
 
-# One tree that fails keeps no other from its turn.
+# A tree that fails does not stop the run on the others.
 run_on_trees() {
     local tree failed=()
     for tree in "${trees[@]}"; do

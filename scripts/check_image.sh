@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the image and checks what is promised of it, for machines where no container engine runs: buildah builds it, crun
-# runs it. Where Docker runs, the `docker run` of docs/operating.md says nearly as much.
+# Build the image and check its documented properties on machines without a container engine: buildah builds it, crun runs it.
+# With Docker, the `docker run` of docs/operating.md checks nearly the same.
 #
 #   sudo scripts/check_image.sh [OPTIONS OF buildah build, as --build-arg VARIANT=cpu]
 #
-# Needs root, buildah, crun and jq, and debootstrap where the base image cannot be pulled. BASE_IMAGES keeps images and layers
-# for the next run. pip in the build trusts CA_BUNDLE, and asks PIP_INDEX_URL where that is set; neither gets into the image.
+# Needs root, buildah, crun and jq, and debootstrap if the base image cannot be pulled. The folder BASE_IMAGES keeps images and
+# layers for the next run. pip in the build trusts CA_BUNDLE, and uses PIP_INDEX_URL if it is set; neither gets into the image.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,7 @@ must_be() { [[ $2 == "$3" ]] || fail "$1: expected $3, got $2."; printf 'ok: %s:
 
 buildah() { command buildah --root "$store/images" --runroot "$work/run" --storage-driver "${STORAGE_DRIVER:-overlay}" "$@"; }
 
-# crun refuses to start where both versions of control groups are mounted, needed or not: it gets to see neither.
+# crun refuses to start if both versions of control groups are mounted, even if it needs none, so both are hidden from it.
 crun() {
     # shellcheck disable=SC2016  # for the inner shell
     unshare --mount sh -c 'mount -t tmpfs none /sys/fs/cgroup && exec "$0" "$@"' \
@@ -36,14 +36,14 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# The base image, or where there is no registry a Debian of the same release with the same Python, under its name.
+# The base image or, without a registry, a Debian of the same release with the same Python under its name.
 provide_base() {
     buildah inspect --type image "$base" >/dev/null 2>&1 || buildah pull --quiet "$base" 2>/dev/null && return
     say "Base image: cannot be pulled, made with debootstrap"
     debootstrap --variant=minbase --include=python3-venv bookworm "$work/debian" >"$work/debootstrap.log" ||
         fail "debootstrap failed: $(tail -n 3 "$work/debootstrap.log")"
     rm -rf "$work"/debian/var/cache/apt/archives/*.deb "$work"/debian/var/lib/apt/lists/*
-    # As in Debian's own images: apt keeps no cache, which would be 80 MB in each layer that installs something.
+    # Debian's own images do the same: apt keeps no cache, which would be 80 MB in each layer that installs something.
     printf 'Dir::Cache::%s "";\n' pkgcache srcpkgcache >"$work/debian/etc/apt/apt.conf.d/docker-clean"
     local made
     made=$(buildah from scratch)
@@ -53,7 +53,7 @@ provide_base() {
     rm -rf "$work/debian"
 }
 
-# In Docker's format, since OCI's has no HEALTHCHECK.
+# Build in Docker's format, because OCI's has no HEALTHCHECK.
 build() {
     printf '[global]\ncert = /run/secrets/ca.crt\n%s\n' "${PIP_INDEX_URL:+index-url = $PIP_INDEX_URL}" >"$work/pip.conf"
     buildah build --isolation chroot --format docker --layers --pull-never --tag "$image" \
@@ -107,7 +107,7 @@ check_nothing_else_is_written() {
     new_output 0
     touch "$work/start"
     run '.root.readonly = false | .process.user = {uid: 0, gid: 0}' --image_path /data/sample.png >/dev/null 2>&1
-    must_be 'what root would have written' "$(find "$root" -xdev -newer "$work/start" -type f -printf '/%P\n')" ''
+    must_be 'files that root would have written' "$(find "$root" -xdev -newer "$work/start" -type f -printf '/%P\n')" ''
 }
 
 check_worker() {
@@ -159,7 +159,7 @@ say "The sample, on a read-only root, as the image's user"
 check_sample "$user"
 say "The sample, as a user that the image does not know"
 check_sample 1000
-say "No arguments: what MODE says"
+say "No arguments: the mode of MODE"
 new_output
 status=0
 run . 2>"$work/log" || status=$?
@@ -174,4 +174,4 @@ nvidia=$(find "$root"/app/.venv/lib/python3*/site-packages -maxdepth 1 -iname 'n
 printf '%s\n' "$nvidia"
 [[ "$*" != *VARIANT=cpu* || $nvidia == 0 ]] || fail "the cpu variant has $nvidia of NVIDIA's packages."
 print_sizes
-say "All is as promised"
+say "All checks passed"

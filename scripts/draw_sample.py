@@ -1,8 +1,8 @@
-"""Draw docs/sample.png: the portrait, what its latent looks like, and the portrait decoded from it.
+"""Draw docs/sample.png: the portrait, its latent, and the portrait decoded from it.
 
     python scripts/draw_sample.py
 
-The latent is that of the tiny VAE; its three strongest directions (principal components) are shown as red, green and blue.
+The latent is that of the tiny VAE; its three principal components are shown as red, green and blue.
 """
 
 from __future__ import annotations
@@ -51,30 +51,33 @@ def main() -> None:
 
 
 def principal_colours(latent: torch.Tensor) -> Image.Image:
-    """A latent `[1, channels, height, width]` as a picture of its three principal components, each stretched to 0…255."""
+    """Return an image of the three principal components of a latent `[1, channels, height, width]`.
+
+    Each component is stretched so that its 1 % and 99 % quantiles become 0 and 255.
+    """
     channels, height, width = latent.shape[1:]
     cells = latent[0].reshape(channels, -1).T
     _, _, directions = torch.pca_lowrank(cells, q=3, niter=8)
     values = (cells - cells.mean(0)) @ directions
     low, high = values.quantile(0.01, 0), values.quantile(0.99, 0)
-    return picture(((values - low) / (high - low)).view(height, width, 3))
+    return as_image(((values - low) / (high - low)).view(height, width, 3))
 
 
 def decoded(encoder: LatentEncoder, latent: torch.Tensor) -> Image.Image:
-    """What ComfyUI's VAEDecode makes of a latent of one frame."""
+    """Return the image that ComfyUI's VAEDecode makes of a latent of one frame."""
     decode: Any = encoder.runtime.nodes["VAEDecode"]()
     with torch.inference_mode():
         pixels = decode.decode(encoder.vaes.get(VAE).vae, {"samples": latent.unsqueeze(2)})[0]
-    return picture(pixels.reshape(pixels.shape[-3:]))
+    return as_image(pixels.reshape(pixels.shape[-3:]))
 
 
-def picture(pixels: torch.Tensor) -> Image.Image:
-    """A tensor `[height, width, 3]` in [0, 1] as an image."""
+def as_image(pixels: torch.Tensor) -> Image.Image:
+    """Return a tensor `[height, width, 3]` in [0, 1] as an image."""
     return Image.fromarray(pixels.clamp(0, 1).mul(255).round().to(torch.uint8).numpy())
 
 
 def joined(panels: dict[str, Image.Image]) -> Image.Image:
-    """The panels side by side, each with its caption."""
+    """Return the panels side by side, each with its caption."""
     canvas = Image.new("RGB", (len(panels) * (PANEL + GAP) - GAP, PANEL + CAPTION), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=18)
     for number, (caption, image) in enumerate(panels.items()):

@@ -2,7 +2,7 @@
 
     .tools/bin/python scripts/sbom.py ENVIRONMENT
 
-The packages are found by cyclonedx-py. What is no package is added here: this service, ComfyUI's runtime, the tiny VAE.
+cyclonedx-py finds the packages. This script adds the parts that are no packages: the service, ComfyUI's runtime, the tiny VAE.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ Document = dict[str, Any]
 def main() -> None:
     environment = Path(sys.argv[1])
     if not (environment / "bin" / "python").exists():
-        sys.exit(f"Error: {environment} is no virtual environment; run ./setup_comfyui.sh, or name another.")
+        sys.exit(f"Error: {environment} is not a virtual environment; run ./setup_comfyui.sh, or name another.")
     if origin(COMFYUI) is None:
         sys.exit(f"Error: {COMFYUI} is not filled; run ./setup_comfyui.sh.")
     bom = packages_in(environment)
     complete(bom)
     text = json.dumps(bom, indent=2)
     if error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
-        sys.exit(f"Error: what was made is no valid CycloneDX 1.6: {error}")
+        sys.exit(f"Error: the bill of materials is not valid CycloneDX 1.6: {error}")
     print(text)
 
 
 def packages_in(environment: Path) -> Document:
-    """cyclonedx-py's bill of the packages in an environment."""
+    """Return cyclonedx-py's bill of the packages in an environment."""
     command = [sys.executable, "-m", "cyclonedx_py", "environment", "--spec-version", "1.6", "--output-format", "JSON"]
     made = subprocess.run([*command, str(environment)], check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
     bom: Document = json.loads(made.stdout)
@@ -55,7 +55,7 @@ def packages_in(environment: Path) -> Document:
 
 
 def complete(bom: Document) -> None:
-    """Add the service, with what it directly depends on, and the parts of it that are no packages."""
+    """Add the service with its direct dependencies, and its parts that are not packages."""
     parts = [comfyui(), tiny_vae()]
     direct = {name for file in LISTS for name in requirements(PROJECT / file)}
     refs = [part["bom-ref"] for part in bom["components"] if re.sub(r"[-_.]+", "-", part["name"]).lower() in direct]
@@ -66,7 +66,7 @@ def complete(bom: Document) -> None:
 
 
 def service() -> Document:
-    """The service itself; its version is read and not imported, since the tools' environment has none of its packages."""
+    """Return the service itself; its version is read from the file, because the tools' environment cannot import it."""
     (version,) = re.findall(r'^VERSION = "(.+)"$', (PROJECT / "config.py").read_text(encoding="utf-8"), re.MULTILINE)
     return {
         "type": "application",
@@ -78,7 +78,7 @@ def service() -> Document:
 
 
 def comfyui() -> Document:
-    """ComfyUI's runtime: the pinned release with its commit, where it is that, else only the version it states."""
+    """Return ComfyUI's runtime: the pinned release with its commit if it is that, else only the version that it states."""
     pinned = RELEASES[PINNED_RELEASE]
     source = origin(COMFYUI)
     assert source is not None
@@ -92,7 +92,7 @@ def comfyui() -> Document:
     if wrong_files(COMFYUI, pinned.checksums):
         return component | {"description": f"Not the pinned release: filled from {source}."}
     return component | {
-        "description": f"Runtime files, filled from {source.source}; its Python files have the sums of the pinned release.",
+        "description": f"Runtime files, filled from {source.source}; the Python files have the pinned release's checksums.",
         "purl": f"pkg:github/comfyanonymous/comfyui@{pinned.commit}",
         "externalReferences": [{"type": "vcs", "url": pinned.upstream, "comment": f"commit {pinned.commit}"}],
     }

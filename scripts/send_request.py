@@ -1,4 +1,4 @@
-"""Send images to the service over Kafka, and print its answers as they come.
+"""Send images to the service over Kafka, and print its responses as they come.
 
 python scripts/send_request.py photo.jpg other.png --megapixels 0.5
 """
@@ -32,7 +32,7 @@ POLL_S = 0.5
 REQUEST_OPTIONS = ("correlation_id", "vae_model_name", "upscale_method", "megapixels", "output_dir")
 
 EXIT_ERROR_RESPONSE = 1
-EXIT_NO_ANSWER = 3
+EXIT_NO_RESPONSE = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -40,7 +40,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 @click.argument("images", metavar="IMAGE…", nargs=-1, required=True)
 @click.option("--bootstrap-servers", "kafka_bootstrap_servers", metavar="HOST:PORT,…", help="Kafka brokers.")
 @click.option("--request-topic", "kafka_request_topic", metavar="TOPIC", help="Topic of the requests.")
-@click.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the answers.")
+@click.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the responses.")
 @click.option("--vae-model-name", metavar="NAME", help="VAE file in the service's model folders.")
 @click.option("--upscale-method", metavar="METHOD", help=f"One of {', '.join(get_args(UpscaleMethod))}.")
 @click.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels.")
@@ -52,29 +52,31 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
     metavar="ID",
     help="Sent with every request; one new UUID for all if absent.",
 )
-@click.option("--count", type=click.IntRange(min=1), default=1, metavar="N", help="Send each image so many times.")
+@click.option("--count", type=click.IntRange(min=1), default=1, metavar="N", help="Send each image N times.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait for all answers.",
+    help="Wait at most this long for all responses.",
 )
 def main(images: tuple[str, ...], request_id: str | None, count: int, timeout: float, **options: Any) -> None:
-    """Send a request for each IMAGE over Kafka and print each answer as one line of JSON.
+    """Send a request for each IMAGE over Kafka and print each response as one line of JSON.
 
-    The paths are sent as absolute ones and the files are not looked at here: the service, perhaps on another machine or in a
-    container, must see each image under the same path. What is not given has the service's own defaults. Brokers, topics and
-    access (KAFKA_SASL_…, KAFKA_SSL_…) come from the service's settings: environment variables, or a file named .env.
 
-    Exit status: 0 all succeeded, 1 an answer is an error, 2 wrong usage, 3 no broker, no topic, or answers are missing,
+
+    The paths are sent as absolute ones and the files are not read here: the service, perhaps on another machine or in a
+    container, must see each image under the same path. A field that is not given has the service's default. Brokers, topics
+    and access (KAFKA_SASL_…, KAFKA_SSL_…) come from the service's settings: environment variables, or a file named .env.
+
+    Exit status: 0 all succeeded, 1 a response is an error, 2 wrong usage, 3 no broker, no topic, or responses are missing,
     130 interrupted.
 
     \b
     Examples:
       python scripts/send_request.py photo.jpg other.png --megapixels 0.5
-      python scripts/send_request.py photo.jpg --count 100 > answers.jsonl
+      python scripts/send_request.py photo.jpg --count 100 > responses.jsonl
     """  # noqa: D301  # click needs the character that \b stands for
     if request_id is not None and len(images) * count > 1:
         raise click.UsageError("--request-id is for a single request: one IMAGE, without --count.")
@@ -86,26 +88,26 @@ def main(images: tuple[str, ...], request_id: str | None, count: int, timeout: f
     except SettingsError as exc:
         raise click.UsageError(f"A setting cannot be used. {exc}") from exc
     except KafkaFailed as exc:
-        fail(str(exc), EXIT_NO_ANSWER)
+        fail(str(exc), EXIT_NO_RESPONSE)
     except OSError as exc:
-        fail(f"Cannot write the answers to standard output ({exc.strerror}).", EXIT_NO_ANSWER)
+        fail(f"Cannot write the responses to standard output ({exc.strerror}).", EXIT_NO_RESPONSE)
     except KeyboardInterrupt:
-        fail("Interrupted; what was sent will be answered all the same.", EXIT_INTERRUPTED)
+        fail("Interrupted; the service still responds to the requests that were sent.", EXIT_INTERRUPTED)
     sys.exit(0 if all_succeeded else EXIT_ERROR_RESPONSE)
 
 
 def request_for(image: str, request_id: str, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """A request with those of the `shared` fields that were given."""
+    """Return a request with those of the `shared` fields that were given."""
     given = {name: value for name, value in shared.items() if value is not None}
     return {"request_id": request_id, "image_path": str(Path(image).absolute()), **given, "timestamp": int(time.time())}
 
 
 def run(settings: Settings, requests: Sequence[dict[str, Any]], timeout: float) -> bool:
-    """Send the requests and print the answers; whether all succeeded.
+    """Send the requests and print the responses; return whether all succeeded.
 
     Raises:
         SettingsError: librdkafka refuses a property.
-        KafkaFailed: the broker cannot be reached, refuses access, or lacks a topic; or not all answers came in `timeout`
+        KafkaFailed: the broker cannot be reached, refuses access, or lacks a topic; or not all responses came in `timeout`
             seconds.
     """
     deadline = time.monotonic() + timeout
@@ -118,21 +120,21 @@ def run(settings: Settings, requests: Sequence[dict[str, Any]], timeout: float) 
         send(producer, connection, settings.kafka_request_topic, requests, deadline)
         ids = {key_of(request) for request in requests}
         statuses = set()
-        with tqdm(total=len(ids), unit="answer", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-            for answer in answers(consumer, connection, ids, deadline):
+        with tqdm(total=len(ids), unit="response", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            for response in responses_to(ids, consumer, connection, deadline):
                 with bar.external_write_mode(file=sys.stdout):
-                    click.echo(json.dumps(answer))
+                    click.echo(json.dumps(response))
                 bar.update()
-                statuses.add(answer["status"])
+                statuses.add(response["status"])
     finally:
         consumer.close()
     if ids:
-        raise KafkaFailed(f"{len(ids)} of {len(requests)} answers did not come within {timeout:g} s.")
+        raise KafkaFailed(f"{len(ids)} of {len(requests)} responses did not come within {timeout:g} s.")
     return statuses == {"success"}
 
 
 def assign_ends(consumer: Consumer, connection: BrokerState, settings: Settings, timeout: float) -> None:
-    """Read the answers from where their topic ends now, without becoming a member of the service's group.
+    """Read the responses from the present end of their topic on, without becoming a member of the service's group.
 
     Raises:
         KafkaFailed: the broker cannot be reached within `timeout` seconds, refuses access, or lacks one of the topics.
@@ -147,17 +149,17 @@ def assign_ends(consumer: Consumer, connection: BrokerState, settings: Settings,
         for partition in partitions:
             _, partition.offset = consumer.get_watermark_offsets(partition, timeout)
     except KafkaException as exc:
-        consumer.poll(0)  # for its callback, which knows whether access was refused
+        consumer.poll(0)  # calls the callback, which notes a refused access
         connection.check()
         raise kafka_failed(f"Cannot use the broker at {settings.kafka_bootstrap_servers}", exc.args[0]) from exc
     consumer.assign(partitions)
 
 
 def send(producer: Producer, connection: BrokerState, topic: str, requests: Sequence[dict[str, Any]], deadline: float) -> None:
-    """Send all requests and wait until the broker has them, until `deadline` of the monotonic clock at the latest.
+    """Send all requests and wait until the broker has them, at most until `deadline` of the monotonic clock.
 
     Raises:
-        KafkaFailed: it does not take them.
+        KafkaFailed: the broker refuses a request or does not take all in time.
     """
     refused: list[KafkaError] = []
 
@@ -181,11 +183,11 @@ def send(producer: Producer, connection: BrokerState, topic: str, requests: Sequ
         raise kafka_failed(f"Topic {topic} refused {len(refused)} of {len(requests)} requests", refused[0])
 
 
-def answers(consumer: Consumer, connection: BrokerState, keys: set[bytes], deadline: float) -> Iterator[dict[str, Any]]:
-    """The first answer to each request, known by its key, which is removed from `keys`; ends at the deadline at the latest.
+def responses_to(keys: set[bytes], consumer: Consumer, connection: BrokerState, deadline: float) -> Iterator[dict[str, Any]]:
+    """Yield the first response to each request, at most until the deadline, and remove its key from `keys`.
 
     Raises:
-        KafkaFailed: the answers cannot be read.
+        KafkaFailed: the responses cannot be read.
     """
     while keys and time.monotonic() < deadline:
         message = consumer.poll(min(POLL_S, max(0.0, deadline - time.monotonic())))
@@ -194,20 +196,20 @@ def answers(consumer: Consumer, connection: BrokerState, keys: set[bytes], deadl
             continue
         error = message.error()
         if error is not None:
-            raise kafka_failed("Cannot read the answers", error)
+            raise kafka_failed("Cannot read the responses", error)
         if message.key() in keys:
             keys.discard(message.key() or b"")
             yield json.loads(message.value() or b"")
 
 
 def key_of(request: dict[str, Any]) -> bytes:
-    """The record's key: the request id. The answer has the same one, even where the service cannot use the id."""
+    """Return the record's key, the request id. The response has the same key, even if the service cannot use the id."""
     request_id: str = request["request_id"]
     return request_id.encode("utf-8", "surrogateescape")
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """End with one line on standard error."""
+    """End the process with one line on standard error."""
     click.echo(f"Error: {message}", err=True)
     sys.exit(status)
 

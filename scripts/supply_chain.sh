@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What keeps the packages that we depend on known and sound. scripts/supply_chain.sh --help
+# Locks, audit and bill of materials of the packages that the service depends on. scripts/supply_chain.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools=$PWD/.tools
@@ -8,14 +8,14 @@ usage() {
     cat <<'HELP'
 Usage: scripts/supply_chain.sh COMMAND
 
-  lock [UV OPTIONS]   write requirements/lock/*.txt, the exact versions and SHA-256 sums, from the lists of requirements;
-                      what is locked stays, but for --upgrade (all) or --upgrade-package NAME
-  audit [OPTIONS]     ask PyPI for known vulnerabilities of what is locked; fails where there is one, or no answer;
-                      options are pip-audit's, such as --vulnerability-service osv
+  lock [UV OPTIONS]   write requirements/lock/*.txt, the exact versions and SHA-256 checksums, from the lists of requirements;
+                      a locked version stays unless --upgrade (all) or --upgrade-package NAME is given
+  audit [OPTIONS]     ask PyPI for known vulnerabilities of the locked packages; fails if there is one, or no response;
+                      options are pip-audit's, for example --vulnerability-service osv
   sbom [ENVIRONMENT]  write a CycloneDX 1.6 bill of materials, in JSON, to standard output: the packages in that virtual
                       environment (.venv), ComfyUI's runtime and the tiny VAE
 
-The tools for it are installed into .tools, by their own lock.
+The tools for these commands are installed into .tools, from their own lock.
 HELP
 }
 
@@ -25,7 +25,7 @@ install_tools() {
         "$tools/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/lock/tools.txt
 }
 
-# Sums of all files that PyPI has for a version, and versions for every system and every Python from 3.11 on.
+# Locks have the checksums of all files that PyPI has for a version, and versions for every system and Python from 3.11 on.
 compile() {
     local output=$1
     shift
@@ -33,7 +33,7 @@ compile() {
         --custom-compile-command 'scripts/supply_chain.sh lock' --output-file "$output" "$@" >/dev/null
 }
 
-# All but the tools share one environment, so their versions are chosen together and then written to a lock for each.
+# All packages except the tools share one environment, so their versions are chosen together and then written to one lock each.
 lock() {
     local work
     work=$(mktemp -d)
@@ -45,7 +45,7 @@ lock() {
 
     local chosen=(--constraints "$work/all.txt" --no-annotate --upgrade)
     compile requirements/lock/torch.txt requirements/torch.txt "${chosen[@]}"
-    # Neither torch nor what only torch needs: another build of it needs other packages.
+    # Neither torch nor packages that only torch needs: another build of torch needs others.
     chosen+=(--excludes requirements/torch.txt)
     compile requirements/lock/runtime.txt requirements.txt requirements/comfyui.txt "${chosen[@]}"
     compile requirements/lock/dev.txt requirements/dev.txt "${chosen[@]}"
@@ -53,7 +53,7 @@ lock() {
     compile requirements/lock/tools.txt requirements/tools.txt --no-annotate "$@"
 }
 
-# PyPI's answer has the vulnerabilities of its advisory database; --strict: no answer is a failure, too.
+# PyPI's response has the vulnerabilities of its advisory database. With --strict, a missing response is a failure, too.
 audit() {
     local file status=0
     for file in requirements/lock/*.txt; do

@@ -1,4 +1,4 @@
-"""What the tests share: one encoder on the real ComfyUI runtime, real VAEs of every family, and real image files."""
+"""Fixtures of all tests: one encoder on the real ComfyUI runtime, real VAEs of every family, a broker, and processes."""
 
 from __future__ import annotations
 
@@ -36,22 +36,23 @@ from tests.helpers import (
 from tests.kafka_tools import Bench, Events
 from tests.trees import CORE, CORE_ONLY, FACTS, TREE, is_wanted, skip_what_holds_for_the_pinned_release
 
-# No deadlines on a shared machine, and a first run that fills Hypothesis' tables is slow; CI tries the same inputs each time.
+# No deadlines: the machine is shared, and a first run that fills Hypothesis' tables is slow. CI tries the same inputs each
+# time; elsewhere a failure prints the line that makes its input again.
 hypothesis_settings.register_profile(
-    "project", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+    "project", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ, print_blob=True
 )
 hypothesis_settings.load_profile("project")
 
 
-# The tests start a hundred processes: what one of them compiles, the others need not.
+# The tests start a hundred processes, which share their compiled modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with random VAEs of the real architectures: SD-style KL, a TAESD pair, full-size Wan 2.1.
+    """Return a model folder with random VAEs of the real architectures: SD-style KL, a TAESD pair, full-size Wan 2.1.
 
-    pytest-xdist's processes make them once, in the folder that their temporary folders are in, and link them into their own.
+    The processes of pytest-xdist make the VAEs once, beside their temporary folders, and each links them into its own.
     """
     base = tmp_path_factory.getbasetemp()
     made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "random-vaes"
@@ -63,14 +64,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def vae_of_processes(request: pytest.FixtureRequest) -> None:
-    """Let processes find the VAE that stands in for the tiny one, on a tree that cannot load that."""
+    """Let processes find the VAE that stands in for the tiny one, if the tree cannot load the tiny one."""
     if VAE != TINY_VAE:
         PROCESS_SETTINGS["MODEL_DIR"] = str(request.getfixturevalue("model_dir"))
 
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """What the command line configures when it runs in this process ends with the test."""
+    """Undo the logging configuration of a command line that ran in this process."""
     root = logging.getLogger()
     level = root.level
     yield
@@ -83,7 +84,7 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def settings(model_dir: Path) -> Settings:
-    """The defaults, with what suits the tests."""
+    """Return the defaults, with the models, the image size and the device of the tests."""
     for name in os.environ.keys() - clean_environment().keys():
         del os.environ[name]
     return Settings(
@@ -94,13 +95,16 @@ def settings(model_dir: Path) -> Settings:
 @pytest.fixture(scope="session")
 def encoder(settings: Settings) -> LatentEncoder:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what ComfyUI and its dependencies warn of while they are imported is not ours
+        warnings.simplefilter("ignore")  # ComfyUI and its dependencies warn while they are imported
         return LatentEncoder.set_up(settings)
 
 
 @pytest.fixture
 def encode(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode:
-    """Encode one image into `tmp_path`; what is not given has the defaults of `settings`. Raises as the service does."""
+    """Return a function that encodes one image into `tmp_path` and raises as the service does.
+
+    A field that is not given has its default of `settings`.
+    """
 
     def encode(image: str | Path, **fields: Any) -> Any:
         return encoder.encode(request_for(settings, tmp_path, image, fields))
@@ -110,7 +114,7 @@ def encode(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode
 
 @pytest.fixture
 def answer(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode:
-    """As `encode`, but every outcome is a response."""
+    """Return a function like `encode` that returns an error response instead of raising."""
 
     def answer(image: str | Path, **fields: Any) -> Any:
         return encoder.respond(request_for(settings, tmp_path, image, fields))
@@ -120,7 +124,7 @@ def answer(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode
 
 @pytest.fixture
 def run_main(tmp_path: Path) -> RunMain:
-    """Run the command line as a process, in an empty folder, with an environment that has no settings of its own."""
+    """Return a function that runs the command line as a process, in an empty folder and without settings around it."""
 
     def run_main(*arguments: str | Path, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> Any:
         command = [*prefix, sys.executable, PROJECT / "main.py", *arguments]
@@ -138,7 +142,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--require-apache-kafka") and not choose().is_apache_kafka:
-        raise pytest.UsageError("No Apache Kafka can be had here: it takes a Docker engine, or Java 17 and Maven.")
+        raise pytest.UsageError("No Apache Kafka can run here: start a Docker engine, or install Java 17 and Maven.")
     if missing := [name for name in CORE if not (PROJECT / "tests" / name).is_file()]:
         raise pytest.UsageError(f"Tests of the core are missing: {', '.join(missing)}.")
 
@@ -152,20 +156,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_header() -> list[str]:
-    """Which ComfyUI and which broker the tests run with."""
+    """Return the ComfyUI tree and the broker of the tests."""
     return [f"ComfyUI {FACTS.version}, {TREE}{', core tests only' * CORE_ONLY}", f"Kafka broker: {choose().name}"]
 
 
 @pytest.fixture(scope="session")
 def broker() -> Iterator[Broker]:
-    """A broker that this session started, or was given."""
+    """Provide the broker of all tests: the one that is given, or one that is started here."""
     with choose()() as broker:
         yield broker
 
 
 @pytest.fixture
 def make_bench(broker: Broker, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
-    """Topics of the test's own; `create=False` leaves creating them to the test."""
+    """Provide a function that makes topics for one test; `create=False` leaves creating them to the test."""
     benches: list[Bench] = []
 
     def make_bench(partitions: int = 1, *, create: bool = True, servers: str = broker.bootstrap_servers) -> Bench:
@@ -182,19 +186,19 @@ def make_bench(broker: Broker, tmp_path: Path) -> Iterator[Callable[..., Bench]]
 
 @pytest.fixture
 def bench(make_bench: Callable[..., Bench]) -> Bench:
-    """Topics of the test's own, with one partition."""
+    """Return topics for one test, with one partition each."""
     return make_bench()
 
 
 @pytest.fixture
 def apache_kafka(broker: Broker) -> None:
-    """For tests of what only Apache Kafka has."""
+    """Skip a test that needs Apache Kafka on another broker."""
     if not broker.is_apache_kafka:
         pytest.skip(f"{broker.name} has no transactions, no limits of a topic's own, and no quick rebalances")
 
 
 @pytest.fixture
 def events(caplog: pytest.LogCaptureFixture) -> Events:
-    """What a worker in this process logs."""
+    """Return the log events of a worker in this process."""
     caplog.set_level("INFO")
     return Events(caplog)

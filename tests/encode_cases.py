@@ -1,9 +1,9 @@
-"""Our service in a process of its own, for another ComfyUI tree than the one that the test process has loaded.
+"""Our service in its own process, on a ComfyUI tree that the test process has not loaded.
 
     python tests/encode_cases.py COMFYUI_DIR MODEL_DIR CASES.json OUTPUT_DIR
 
-Prints one response a line, in the order of the cases `[image_path, vae_name, upscale_method, megapixels]`; a fifth item is the
-fit.
+Print one response a line, in the order of the cases `[image_path, vae_name, upscale_method, megapixels]`. A fifth item of a
+case is the fit.
 """
 
 from __future__ import annotations

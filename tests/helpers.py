@@ -1,4 +1,4 @@
-"""What the tests share beside fixtures: where things are, and small functions."""
+"""Paths and small functions that the tests share beside their fixtures."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ IMAGES = PROJECT / "tests" / "fixtures" / "test_images"
 
 OUR_FILES = sorted([*PROJECT.glob("*.py"), *(PROJECT / "latent_encoder").rglob("*.py")])
 """Every Python file of the product."""
-assert len(OUR_FILES) > 70, "most of the product's files are not where the tests look for them"
+FEWEST_FILES = 70
+"""The product has more files; a test that finds fewer looks in the wrong place."""
+assert len(OUR_FILES) > FEWEST_FILES, "most of the product's files are not where the tests look for them"
 
 PROCESS_SETTINGS: dict[str, str] = {} if TREE == PINNED_TREE else {"COMFYUI_PATH": str(TREE)}
-"""Settings of every process that a test starts, because the tests run on another tree than the pinned one."""
+"""Settings of every process that a test starts; not empty if the tests run on another tree than the pinned one."""
 
 PATIENCE_S = 240.0
-"""How long a test waits for what must happen. It tells what hangs; a busy machine may be ten times as slow as an idle one."""
+"""Longest wait of a test for something that must happen, in seconds; after it, the test takes it for hanging. A busy machine
+may be ten times as slow as an idle one.
+"""
 
 
 RunMain = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -44,9 +48,9 @@ def stock(*arguments: str | Path, comfyui: Path = COMFYUI) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment with `PROCESS_SETTINGS` in place of whatever settings the person who runs the tests has there.
+    """Return the environment with `PROCESS_SETTINGS` in place of the settings of the person who runs the tests.
 
-    Nor has it PYTHONUNBUFFERED, with which Python has nothing to flush at its end, and no fault of it is seen.
+    PYTHONUNBUFFERED is left out: with it, Python has nothing to flush at its end, and tests of a failing flush show nothing.
     """
     variables = {"PYTHONUNBUFFERED", *(name.upper() for name in Settings.model_fields)}
     return {name: value for name, value in os.environ.items() if name not in variables} | PROCESS_SETTINGS

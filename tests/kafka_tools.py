@@ -1,4 +1,4 @@
-"""What the Kafka tests share: topics of their own, a sender and readers, and workers as threads or as processes."""
+"""Tools of the Kafka tests: topics for each test, a sender, readers, and workers as threads or as processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from config import Settings
 from kafka_handler import KafkaHandler
 from latent_encoder.kafka.records import Headers, Incoming
 from service import LatentEncoder
+from tests.held_encodes import Gate
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
 
 SECONDS_LONG = {"image_path": str(IMAGES / "astronaut.png"), "megapixels": 3.5}  # a request that takes some, with the tiny VAE
@@ -34,7 +35,7 @@ QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
 
 @dataclass
 class Topic:
-    """A topic that is read from its start, by committed transactions only; what was read is kept."""
+    """A topic that is read from its start, committed transactions only, with the records that were read."""
 
     name: str
     consumer: Consumer
@@ -45,7 +46,7 @@ class Topic:
         self.consumer.assign([TopicPartition(self.name, n, 0) for n in range(self.partitions)])
 
     def read(self, enough: Callable[[list[Incoming]], bool], patience: float = PATIENCE_S) -> list[Incoming]:
-        """All records so far, as soon as they are enough."""
+        """Return all records so far, as soon as they are enough."""
         deadline = time.monotonic() + patience
         while not enough(self.records):
             assert time.monotonic() < deadline, f"{self.name} has only {len(self.records)} records after {patience} s"
@@ -55,38 +56,38 @@ class Topic:
         return self.records
 
     def take(self, count: int, patience: float = PATIENCE_S) -> list[Incoming]:
-        """The first `count` records, in the order of their arrival."""
+        """Return the first `count` records, in the order of their arrival."""
         return self.read(lambda records: len(records) >= count, patience)[:count]
 
     def all_within(self, seconds: float) -> list[Incoming]:
-        """What is there after that time."""
+        """Return all records that are there after `seconds`."""
         deadline = time.monotonic() + seconds
         return self.read(lambda _: time.monotonic() > deadline, seconds + 1)
 
 
 @dataclass(frozen=True)
 class Events:
-    """What a worker in this process logs."""
+    """The log events of a worker in this process."""
 
     caplog: pytest.LogCaptureFixture
 
     def __call__(self, name: str) -> list[dict[str, Any]]:
-        """The events of that name, with their fields."""
+        """Return the events with that name, with their fields."""
         return [vars(record) for record in self.caplog.records if record.getMessage() == name]
 
 
 def answers(topic: Topic, count: int, patience: float = PATIENCE_S) -> list[dict[str, Any]]:
-    """The first `count` responses, parsed."""
+    """Return the first `count` responses, parsed."""
     return [json.loads(record.value or b"") for record in topic.take(count, patience)]
 
 
 def request_ids(topic: Topic) -> Counter[str]:
-    """How often each request was answered, of what was read."""
+    """Count the responses of each request among the records that were read."""
     return Counter(json.loads(record.value or b"")["request_id"] for record in topic.records)
 
 
 class Bench:
-    """Topics for one test, on the session's broker, and all that a test does with them."""
+    """The topics of one test, and everything that a test does with them."""
 
     def __init__(self, bootstrap_servers: str, folder: Path, partitions: int = 1) -> None:
         self.servers = bootstrap_servers
@@ -100,14 +101,14 @@ class Bench:
         self._producer = Producer({**QUIET, "bootstrap.servers": bootstrap_servers, "linger.ms": 0})
 
     def create(self, *names: str, config: Mapping[str, str] | None = None, partitions: int | None = None) -> None:
-        """Create topics, those of the test where none is named."""
+        """Create the named topics, or the three of the test if none is named."""
         wanted = names or (self.request_topic, self.response_topic, self.dlq_topic)
         new = [NewTopic(name, partitions or self.partitions, 1, config=dict(config or {})) for name in wanted]
         for created in self.admin.create_topics(new).values():
             created.result()
 
     def settings(self, base: Settings, **changes: Any) -> Settings:
-        """`base` for this bench."""
+        """Return `base` with the broker, topics, group and folder of this bench."""
         return base.model_copy(
             update={
                 "mode": "kafka",
@@ -130,7 +131,7 @@ class Bench:
         headers: Headers = (),
         partition: int = -1,
     ) -> tuple[int, int]:
-        """Send one record, a request that names an image where it does not say otherwise; its partition and offset."""
+        """Send one record and return its partition and offset; a request without an image gets one."""
         if isinstance(value, Mapping):
             value = json.dumps({"image_path": str(IMAGES / "photo.jpg"), **value}).encode()
         places: list[tuple[int, int]] = []
@@ -146,7 +147,7 @@ class Bench:
         return places[0]
 
     def topic(self, name: str) -> Topic:
-        """A topic, read from its start whatever the group says."""
+        """Return a reader of a topic, from the topic's start on, whatever the group has committed."""
         properties = {
             **QUIET,
             "bootstrap.servers": self.servers,
@@ -161,16 +162,16 @@ class Bench:
 
     @property
     def responses(self) -> Topic:
-        """The responses, read from the start by each who asks."""
+        """A new reader of the responses, from the start on."""
         return self.topic(self.response_topic)
 
     @property
     def dead_letters(self) -> Topic:
-        """The dead letters, likewise."""
+        """A new reader of the dead letters, from the start on."""
         return self.topic(self.dlq_topic)
 
     def committed(self) -> dict[int, int]:
-        """The group's offsets, by partition; of those that have one."""
+        """Return the group's committed offset of each partition that has one."""
         wanted = [TopicPartition(self.request_topic, n) for n in range(self.partitions)]
         found = self.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(self.group, wanted)])[self.group].result()
         return {place.partition: place.offset for place in found.topic_partitions if place.offset >= 0}
@@ -181,7 +182,7 @@ class Bench:
 
     @contextmanager
     def worker(self, encoder: LatentEncoder, settings: Settings) -> Iterator[Worker]:
-        """A worker in a thread, which is stopped at the end, and must not end before unless the test looks at how it did."""
+        """Run a worker in a thread and stop it at the end; raise its error unless the test has asked for it by `failure`."""
         worker = Worker(KafkaHandler(settings), encoder)
         worker.start()
         try:
@@ -194,12 +195,27 @@ class Bench:
 
     @contextmanager
     def process(self, *arguments: str, **environment: str) -> Iterator[Process]:
-        """A worker as a process, which is killed at the end if it is still there."""
-        process = Process(self, arguments, environment)
+        """Run a worker as a process, and kill it at the end if it is still there."""
+        process = Process(self, [PROJECT / "main.py", "--mode", "kafka", *arguments], environment)
         try:
             yield process
         finally:
             process.kill()
+
+    @contextmanager
+    def held_process(self, gate: Gate, **environment: str) -> Iterator[Process]:
+        """Run a worker as a process whose encodes the gate holds, and kill it at the end if it is still there."""
+        process = Process(self, ["-m", "tests.held_encodes", gate.folder, "--mode", "kafka"], environment)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+    def gate(self) -> Gate:
+        """Return a closed gate for the encodes of a worker; a test needs at most one."""
+        folder = self.folder / "gate"
+        folder.mkdir()
+        return Gate(folder)
 
     def close(self) -> None:
         for close in self._closing:
@@ -210,7 +226,7 @@ MakeBench = Callable[..., Bench]
 
 
 class Worker(threading.Thread):
-    """A `KafkaHandler` in a thread; `outcome` is what `run` returned or raised."""
+    """A `KafkaHandler` in a thread; `outcome` is the result of `run`, or its error."""
 
     def __init__(self, handler: KafkaHandler, encoder: LatentEncoder) -> None:
         super().__init__(name="worker", daemon=True)
@@ -226,12 +242,12 @@ class Worker(threading.Thread):
             self.outcome = exc
 
     def end(self) -> None:
-        """Wait until it ends."""
+        """Wait until the worker ends."""
         self.join(PATIENCE_S)
         assert not self.is_alive()
 
     def failure(self) -> Exception:
-        """Why it ends by itself."""
+        """Wait until the worker fails, and return its error."""
         self.end()
         self.looked_at = True
         assert isinstance(self.outcome, Exception)
@@ -239,9 +255,9 @@ class Worker(threading.Thread):
 
 
 class Process:
-    """`python main.py --mode kafka` with the VAE of the tests; its log lines are JSON in a file."""
+    """A worker as a process, with the VAE of the tests; its log lines are JSON in a file."""
 
-    def __init__(self, bench: Bench, arguments: tuple[str, ...], environment: Mapping[str, str]) -> None:
+    def __init__(self, bench: Bench, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
         self.log_file = bench.folder / f"worker-{uuid4().hex[:6]}.log"
         variables = {
             "KAFKA_BOOTSTRAP_SERVERS": bench.servers,
@@ -254,11 +270,12 @@ class Process:
             "MEGAPIXELS": "0.01",
             "DEVICE": "cpu",
             "HTTP_PORT": "0",
+            "PYTHONPATH": str(PROJECT),
             **environment,
         }
         with self.log_file.open("wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, PROJECT / "main.py", "--mode", "kafka", *arguments],
+                [sys.executable, *command],
                 env=clean_environment() | variables,
                 cwd=bench.folder,
                 stdout=subprocess.PIPE,
@@ -266,16 +283,16 @@ class Process:
             )
 
     def log(self) -> list[dict[str, Any]]:
-        """Its events so far; a line that is no JSON is an event of that text."""
+        """Return the log events so far; a line that is not JSON is an event with that text."""
         lines = self.log_file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) if line.startswith("{") and line.endswith("}") else {"event": line} for line in lines]
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Those of that name."""
+        """Return the log events with that name."""
         return [event for event in self.log() if event["event"] == name]
 
     def wait_for(self, event: str, count: int = 1, patience: float = PATIENCE_S) -> None:
-        """Wait until it has logged the event so many times."""
+        """Wait until the worker has logged the event `count` times."""
         wait_until(lambda: self.popen.poll() is not None or len(self.events(event)) >= count, event, patience)
         assert len(self.events(event)) >= count, self.log_file.read_text()
 
@@ -283,33 +300,33 @@ class Process:
         self.popen.send_signal(number)
 
     def end(self, patience: float = PATIENCE_S) -> int:
-        """Its exit status, when it ends by itself; it prints nothing on standard output."""
+        """Wait until the worker ends by itself and return its exit status; it must have printed nothing on standard output."""
         stdout, _ = self.popen.communicate(timeout=patience)
         assert stdout == b""
         return self.popen.returncode
 
     def kill(self) -> None:
-        """`kill -9`."""
+        """Kill the worker with SIGKILL if it still runs."""
         if self.popen.poll() is None:
             os.kill(self.popen.pid, signal.SIGKILL)
         self.popen.communicate()
 
 
-def wait_until(condition: Callable[[], bool], what: str, patience: float = PATIENCE_S) -> None:
-    """Wait until the condition holds."""
+def wait_until(condition: Callable[[], bool], awaited: str, patience: float = PATIENCE_S) -> None:
+    """Wait until the condition holds; `awaited` names it in the error."""
     deadline = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < deadline, f"not within {patience} s: {what}"
+        assert time.monotonic() < deadline, f"not within {patience} s: {awaited}"
         time.sleep(0.1)
 
 
 def client_config(folder: Path, **properties: object) -> Path:
-    """A file of librdkafka properties, whose names have underscores for dots here."""
+    """Write a file of librdkafka properties; an underscore in a name stands for a dot."""
     file = folder / f"{uuid4().hex[:6]}.properties"
     file.write_text("".join(f"{name.replace('_', '.')}={value}\n" for name, value in properties.items()))
     return file
 
 
 def quick_failover(folder: Path) -> dict[str, str]:
-    """A group that notices a dead worker soon."""
+    """Return the environment of a worker whose group notices within 2 s that it has died."""
     return {"KAFKA_CLIENT_CONFIG": str(client_config(folder, session_timeout_ms=2000, heartbeat_interval_ms=500))}

@@ -1,7 +1,7 @@
-"""A copy of the pinned ComfyUI that behaves like the releases of 2026, where no network is at hand to get one.
+"""A copy of the pinned ComfyUI that behaves like the releases of 2026, for machines that cannot download one.
 
-Each change is code of the tests that is appended to a module of the copy, or a word that is replaced in it. That real releases
-behave so was seen on 0.33.0.
+Each change is code of the tests that is appended to a module of the copy, or a word that is replaced in it. The changes follow
+the behaviour of release 0.33.0.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 EXTRAS = "comfy_extras/nodes_post_processing.py"
 
-# Since 0.28.0.
+# As in 0.28.0 and later.
 INPUT_FOLDER_ENFORCED = """
 _anywhere = get_annotated_filepath
 
@@ -23,7 +23,7 @@ def get_annotated_filepath(name, default_dir=None):
     return path
 """
 
-# Since 0.21.0. As ffmpeg does it, mirrored orientations are turned and not mirrored.
+# As in 0.21.0 and later. Like ffmpeg, it turns mirrored orientations and does not mirror them.
 DECODED_BY_PYAV = """
 import av
 
@@ -43,14 +43,14 @@ class LoadImageByPyav(LoadImage):
 LoadImage = NODE_CLASS_MAPPINGS["LoadImage"] = LoadImageByPyav
 """
 
-# LTXV since 0.18.0; here it is the VAE that the tests have.
+# As the LTXV VAE in 0.18.0 and later; here the change is made to the VAE that the tests have.
 ENCODE_WITH_DEVICE = """
 _encode = WanVAE.encode
 WanVAE.encode_options = {"device": torch.device("cpu")}
 WanVAE.encode = lambda self, x, device=None: _encode(self, x if device is None else x.to(device))
 """
 
-# SeedVR2 crops nothing; taef2 and taeltx_2 state half of their factor.
+# As SeedVR2, which crops nothing, and as taef2 and taeltx_2, which state half of their factor.
 WITHOUT_CROP_AND_WRONG_FACTOR = """
 _init = VAE.__init__
 
@@ -67,7 +67,7 @@ def _newer_init(self, *args, **options):
 VAE.__init__ = _newer_init
 """
 
-# MiniMax H3 encodes large pictures in parts by itself.
+# As MiniMax H3, which encodes large images in parts by itself.
 MODEL_THAT_TILES = """
 _whole = TAESD.encode
 
@@ -105,7 +105,7 @@ def make_newer(tree: Path) -> None:
 
 
 def require_resolution_steps(tree: Path, default: str = "default=1, ") -> None:
-    """Give ImageScaleToTotalPixels the further input that releases of 2026 have."""
+    """Give ImageScaleToTotalPixels the additional input that releases of 2026 have."""
     declared = 'io.Float.Input("megapixels", default=1.0, min=0.01, max=16.0, step=0.01),'
     replace(tree / EXTRAS, declared, f'{declared}\n                io.Int.Input("resolution_steps", {default}min=1, max=256),')
     signature = "def execute(cls, image, upscale_method, megapixels) -> io.NodeOutput:"
@@ -113,7 +113,7 @@ def require_resolution_steps(tree: Path, default: str = "default=1, ") -> None:
     for side in ("3", "2"):
         stepless = f"round(samples.shape[{side}] * scale_by)"
         stepwise = f"round(samples.shape[{side}] * scale_by / resolution_steps) * resolution_steps"
-        # Of the nodes in this file, the one that was just changed.
+        # Only the node that was just changed: others in this file have the same expression.
         text = (tree / EXTRAS).read_text(encoding="utf-8")
         before, after = text.split("megapixels, resolution_steps)", 1)
         assert stepless in after
@@ -123,7 +123,7 @@ def require_resolution_steps(tree: Path, default: str = "default=1, ") -> None:
 
 
 def replace(file: Path, old: str, new: str) -> None:
-    """Replace a text in a file, which has to be there."""
+    """Replace a text in a file, which must have it."""
     text = file.read_text(encoding="utf-8")
     assert old in text, f"{file} has no {old!r}"
     file.write_text(text.replace(old, new), encoding="utf-8")

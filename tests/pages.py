@@ -1,4 +1,4 @@
-"""The documents as the tests read them: pages, their code blocks, and a shell program that runs a page's commands."""
+"""Documents as the tests read them: pages, their code blocks, and a shell program that runs a page's commands."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ STATUS_OF_NEXT = re.compile(r"\bexits with status (\d+):\s*\Z")
 QUOTE = re.compile(r"# ([\w/]+\.(?:py|md))\n")
 COMMENT = re.compile(r"^#.*\n|\s+# .*$", re.MULTILINE)
 
-MARK = "@@ block"  # stands between what two blocks print
+FEWEST_PAGES = 12  # the project has more
+
+MARK = "@@ block"  # separates the outputs of two blocks
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block, and what stands between the block or heading before it and the one after it."""
+    """A fenced code block, the text before it and the text after it, each up to the next block or heading."""
 
     language: str
     text: str
@@ -32,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """A Markdown file, by its name from the project's folder on."""
+    """A Markdown file, named by its path in the project."""
 
     name: str
 
@@ -48,7 +50,7 @@ class Page:
     @cached_property
     def blocks(self) -> list[Block]:
         """All code blocks, in order."""
-        # What stands between, language, text, what stands between, ...
+        # Text between blocks, language, code, text between blocks, ...
         parts = FENCE.split(self.text)
         return [
             Block(parts[n + 1], parts[n + 2], parts[n].split("\n#")[-1], parts[n + 3].split("\n#")[0])
@@ -56,19 +58,19 @@ class Page:
         ]
 
     def of(self, *languages: str) -> list[str]:
-        """The texts of the code blocks in those languages."""
+        """Return the texts of the code blocks in those languages."""
         return [block.text for block in self.blocks if block.language in languages]
 
     @cached_property
     def anchors(self) -> set[str]:
-        """What a link to this page may have behind its `#`."""
+        """The anchors that a link to this page may have behind its `#`."""
         headings = re.findall(r"^#+ (.*)$", self.prose, re.MULTILINE)
         return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 @dataclass(frozen=True)
 class Step:
-    """A block that is run, the status that the page says it exits with, and the block that shows what it prints, if any."""
+    """A block to run, its exit status according to the page, and the block that shows its output, if the page has one."""
 
     language: str
     text: str
@@ -77,24 +79,26 @@ class Step:
 
 
 def all_pages() -> list[Page]:
-    """Every Markdown file of the project."""
+    """Return every Markdown file of the project."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
     listed = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
-    return [Page(name) for name in sorted(set(listed.stdout.split()))]
+    pages = [Page(name) for name in sorted(set(listed.stdout.split()))]
+    assert len(pages) > FEWEST_PAGES, "most of the pages are not where the tests look for them"
+    return pages
 
 
 def section(document: str, heading: str) -> str:
-    """What stands under that heading of the second level."""
+    """Return the text under that heading of the second level."""
     return re.split(r"^## ", document.split(f"\n## {heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def quotes_of(page: Page) -> list[tuple[str, str]]:
-    """The blocks of Python that begin with a comment which names a file: that file, and what is quoted from it."""
+    """Return the quotations of a page, Python blocks that begin with a comment that names a file: the file and its lines."""
     return [(found[1], text[found.end() :]) for text in page.of("python") if (found := QUOTE.match(text))]
 
 
 def steps_of(page: Page) -> list[Step]:
-    """The blocks of shell and Python, but for quotations; a block that follows directly on one of them is what it prints."""
+    """Return the blocks of shell and Python except quotations; a block that directly follows such a block is its output."""
     steps = []
     for block, following in zip_longest(page.blocks, page.blocks[1:]):
         if block.language in ("bash", "python") and not QUOTE.match(block.text):
@@ -105,18 +109,18 @@ def steps_of(page: Page) -> list[Step]:
 
 
 def lines_of(command: str) -> list[str]:
-    """The commands of a block, one a line, without comments."""
+    """Return the commands of a block, one a line, without comments."""
     return COMMENT.sub("", command.replace("\\\n", " ")).split("\n")[:-1]
 
 
 def program(commands: Sequence[str]) -> str:
-    """The commands one after the other in one shell, each behind its mark; it ends at the first that fails."""
+    """Return a shell program of the commands, each behind its mark; it ends at the first command that fails."""
     marked = [f"echo '{MARK} {number}' | tee /dev/stderr\n{command}" for number, command in enumerate(commands)]
     return "\n".join(["set -euo pipefail", *marked, f"echo '{MARK} end'", STOP_SERVERS])
 
 
 def run(step: Step) -> str:
-    """Shell code that runs a step and insists on its status."""
+    """Return shell code that runs a step and fails if its status is another one."""
     text = step.text if step.language == "bash" else f"python - <<'END_OF_PYTHON'\n{step.text}END_OF_PYTHON\n"
     if step.status == 0:
         return text
@@ -124,22 +128,22 @@ def run(step: Step) -> str:
 
 
 def only_parse(step: Step) -> str:
-    """Shell code that has each command say what its options are: one that it does not know is an error all the same."""
+    """Return shell code that only asks each command for its help; an unknown option is an error nevertheless."""
     return "\n".join(f"{line} --help >/dev/null" for line in lines_of(step.text))
 
 
 def serve(command: str, sign: str) -> str:
-    """Shell code that starts a command which runs until it is stopped, and goes on when it has written `sign`."""
+    """Return shell code that starts a command in the background and waits until its log has `sign`."""
     return (
         f'log=$(mktemp)\n(exec {command}) >$log 2>&1 &\nservers="$! ${{servers:-}}"\n'
         f"until grep -q '{sign}' $log; do kill -0 $! || {{ cat $log >&2; exit 1; }}; sleep 0.1; done"
     )
 
 
-# The last that was started comes first. `wait` ends as they did, which has to be well.
+# The server that was started last ends first. `wait` returns its exit status, which must be 0.
 STOP_SERVERS = "for server in ${servers:-}; do kill $server; wait $server; done"
 
 
 def printed(stdout: str) -> list[str]:
-    """What each of the commands of a `program` printed."""
+    """Return the output of each command of a `program`."""
     return [part.split("\n", 1)[1] for part in stdout.split(MARK)[1:-1]]

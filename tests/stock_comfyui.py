@@ -1,4 +1,4 @@
-"""Plain ComfyUI, without a line of ours: what our numbers are compared with. Run as a process of its own.
+"""Plain ComfyUI without any of our code, run as a process of its own: the source of the numbers that ours must equal.
 
     python tests/stock_comfyui.py COMFYUI_DIR describe MODEL_DIR
     python tests/stock_comfyui.py COMFYUI_DIR make-vaes MODEL_DIR FAMILY…
@@ -6,11 +6,11 @@
     python tests/stock_comfyui.py COMFYUI_DIR decode MODEL_DIR OUT.safetensors LATENT.pt…
     python tests/stock_comfyui.py COMFYUI_DIR load MODEL_DIR OUT.safetensors IMAGE…
 
-`describe` prints the facts of `tests/trees.py` as JSON. `load` saves what LoadImage makes of images, by their number.
+`describe` prints the facts of `tests/trees.py` as JSON. `load` saves the pixels of LoadImage for images, by their number.
 `make-vaes` writes VAEs of the real architectures with random weights of a fixed seed. `encode` runs the four nodes by hand
 for each case `[image_path, vae_name, upscale_method, megapixels]`, and saves scaled images and latents by the case's number. A
 fifth item is `resolution_steps`.
-`decode` saves the pictures that the tiny VAE makes of latents of one frame, by their number.
+`decode` saves the images that the tiny VAE makes of latents of one frame, by their number.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def make_tiny(model_dir: Path) -> None:
             weights = random_weights(
                 importlib.import_module("comfy.taesd.taehv").TAEHV(latent_channels=TAEHV_CHANNELS[name]).state_dict()
             )
-            dtype = torch.float16 if name == "taehv" else torch.bfloat16  # by which ComfyUI tells HunyuanVideo's from Wan's
+            dtype = torch.float16 if name == "taehv" else torch.bfloat16  # the dtype decides between HunyuanVideo and Wan 2.1
             weights = {key: value.to(dtype) for key, value in weights.items()}
             save_file(weights, model_dir / "vae_approx" / f"{name}.safetensors")
     if "taef2" in getattr(nodes.VAELoader, "image_taes", ()):

@@ -55,7 +55,7 @@ Load = Callable[..., Any]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A tree whose entries are links to the tests' ComfyUI, with a `custom_nodes` of its own."""
+    """Make a tree of links to the tests' ComfyUI, with a `custom_nodes` of its own."""
     tree = tmp_path / "tree"
     tree.mkdir()
     place_runtime(COMFYUI, tree, symlink)

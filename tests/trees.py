@@ -1,4 +1,4 @@
-"""The ComfyUI tree that the tests run on, and which of them run on a tree that is not the pinned release.
+"""The ComfyUI tree that the tests run on, and the tests that run on a tree that is not the pinned release.
 
 By default it is the pinned release in `comfyui/`, and every test runs. The variable `TEST_COMFYUI_TREE`, which
 `scripts/check.sh --comfyui-tree DIR` sets, names a tree on which only the core runs: the tests with the marker `core`. Those
@@ -25,8 +25,8 @@ IS_PINNED = TREE.resolve() == PINNED_TREE.resolve()
 CORE_ONLY = bool(os.environ.get(VARIABLE))
 FACTS_VARIABLE = "TEST_COMFYUI_TREE_FACTS"
 
-# The core: each of its files, and how many of its tests belong to it at least. `project/test_check_on_trees.py` counts them,
-# so that a file or a test that drops out of the core is noticed.
+# Files of the core, each with the least number of its tests that belong to the core. `project/test_check_on_trees.py` counts
+# them, so that a file or a test that drops out of the core is noticed.
 CORE = {
     "cli/test_cli.py": 3,
     "doctor/test_doctor.py": 17,
@@ -51,11 +51,11 @@ CORE = {
 
 @dataclass(frozen=True)
 class TreeFacts:
-    """What plain ComfyUI of that tree does, without our code."""
+    """The behaviour of plain ComfyUI of a tree, without our code."""
 
     version: str
     loads_tiny_vae: bool
-    """Releases before 0.3.75 take the width of a Wan VAE for granted, and the tiny one is narrower."""
+    """Releases before 0.3.75 assume the width of the full-size Wan VAE, and the tiny one is narrower."""
     has_pixel_space: bool
     has_resolution_steps: bool
     """Releases of 2026 can scale to multiples of a number of pixels."""
@@ -65,7 +65,7 @@ PINNED_FACTS = TreeFacts(version="0.3.75", loads_tiny_vae=True, has_pixel_space=
 
 
 def observe(tree: Path) -> TreeFacts:
-    """Ask the tree's own nodes, in a process without our code.
+    """Return the facts of a tree, asked of its own nodes in a process without our code.
 
     Raises:
         UsageError: the tree cannot be run.
@@ -79,7 +79,7 @@ def observe(tree: Path) -> TreeFacts:
 
 
 def _facts() -> TreeFacts:
-    """The facts of `TREE`; processes that this one starts take them from the environment."""
+    """Return the facts of `TREE`; processes that this one starts read them from the environment."""
     if IS_PINNED:
         return PINNED_FACTS
     if FACTS_VARIABLE not in os.environ:
@@ -102,7 +102,7 @@ needs_pixel_space = pytest.mark.skipif("pixel_space" in LACKING, reason=f"ComfyU
 
 
 def is_wanted(item: pytest.Item) -> bool:
-    """Return whether a test is of the core, or all tests are to run."""
+    """Return whether a test belongs to the core, or all tests run."""
     return not CORE_ONLY or item.get_closest_marker("core") is not None
 
 

@@ -78,13 +78,13 @@ class Case:
     names: Sequence[tuple[str, str]] = (("", ""),)
     """Beginnings of the tensors' names, in the model and in the file. Tensors that begin otherwise are not in the file."""
     images: bool = True
-    """Whether it encodes images."""
+    """True if it encodes images."""
     needs: str = "torch"
     """A package that ComfyUI needs for it."""
     older_untried: bool = False
-    """Whether older releases may build it although they do not encode images right with it."""
+    """True if older releases may build it although they do not encode images right with it."""
     on_cpu: bool = False
-    """Whether building it reads values, which tensors on the meta device do not have."""
+    """True if building it reads values, which tensors on the meta device do not have."""
 
 
 CASES = (

@@ -22,7 +22,7 @@ class EncodedImage(NamedTuple):
     crop: Box
     """The part of the image that the latent covers."""
     tiled: bool
-    """Whether the image was encoded in tiles, because memory ran out."""
+    """True if the image was encoded in tiles because memory ran out."""
     encoder: EncoderKind
 
 

@@ -39,11 +39,11 @@ class Family:
     latent_space: str | None
     """The name of ComfyUI's class in `comfy.latent_formats`; None if ComfyUI has none."""
     recognises: Predicate = field(repr=False, compare=False)
-    """Whether a file is of this family."""
+    """The predicate that recognises a file of this family."""
     since: str | None = None
     """The oldest tested ComfyUI release that encodes with it; None if none does."""
     single_frame: bool = False
-    """Whether the single-frame encoder encodes it."""
+    """True if the single-frame encoder encodes it."""
     by_name: str | None = None
     """The part of the file's name that distinguishes it from a family with the same tensors; None if the tensors decide."""
     no_images: str | None = None

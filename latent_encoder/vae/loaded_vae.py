@@ -24,7 +24,7 @@ class Encoding(NamedTuple):
     samples: torch.Tensor
     """Float32 on the CPU, with the VAE's own number of dimensions: `[1, channels, height, width]`, or 5 with frames."""
     tiled: bool
-    """Whether the image was encoded in tiles."""
+    """True if the image was encoded in tiles."""
     seen: Size
     """The size of the image that the model was given. ComfyUI crops most images to multiples of the VAE's factor first."""
     encoder: EncoderKind
@@ -38,7 +38,7 @@ class Cells(NamedTuple):
     """Pixels along one side of a cell: 8 for most VAEs, 1 for `pixel_space`. ComfyUI's own figure is wrong for a few VAEs."""
     channels: int
     frames: bool
-    """Whether latents have a dimension for frames, `[1, channels, frames, height, width]`, as those of VAEs for video do."""
+    """True if latents have a dimension for frames, `[1, channels, frames, height, width]`, as VAEs for video make them."""
 
 
 @dataclass(frozen=True)

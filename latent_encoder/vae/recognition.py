@@ -12,7 +12,7 @@ Shapes = Mapping[str, Sequence[int]]
 """The shape of each tensor in a file, by the tensor's name."""
 
 Predicate = Callable[[Shapes, str], bool]
-"""Whether a file is of a family: by its tensors, and by its name in lower case."""
+"""A function that recognises a family by the tensors of a file and by its name in lower case."""
 
 LTX_BLOCK = "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"
 """A tensor that the VAEs of LTX-Video and of LTX-2 have, and no others."""

@@ -32,7 +32,7 @@ class WatchedEncode:
         self._policy = policy
         self._inside = False
         self.tiled = False
-        """Whether ComfyUI encoded in tiles."""
+        """True if ComfyUI encoded in tiles."""
         self.seen: Size | None = None
         """The size of the image that was encoded as a whole; None before that."""
 

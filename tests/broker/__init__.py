@@ -14,12 +14,12 @@ __all__ = ["ApacheKafka", "Broker", "BrokerError", "DockerKafka", "GivenBroker",
 
 
 def choose() -> type[GivenBroker] | type[DockerKafka] | type[ApacheKafka] | type[Tansu]:
-    """The first kind of broker that can be had here; it is called to start one."""
+    """Return the class of the best broker that can run here; calling it starts a broker."""
     if os.environ.get(GIVEN):
         return GivenBroker
     return DockerKafka if docker_answers() else choose_local()
 
 
 def choose_local() -> type[ApacheKafka] | type[Tansu]:
-    """The broker that can be had here without Docker."""
+    """Return the class of the best broker that can run here without Docker."""
     return ApacheKafka if java_and_maven_are_here() else Tansu

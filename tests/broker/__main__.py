@@ -17,8 +17,8 @@ TOPICS = ["latent-encoder-requests", "latent-encoder-responses", "latent-encoder
 
 
 @click.command()
-@click.option("--port", default=9092, show_default=True, type=click.IntRange(1, 65535), help="Where it listens.")
-@click.option("--partitions", default=8, show_default=True, type=click.IntRange(min=1), help="How many each topic has.")
+@click.option("--port", default=9092, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
+@click.option("--partitions", default=8, show_default=True, type=click.IntRange(min=1), help="Partitions of each topic.")
 @click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Keep the data there for the next start.")
 def main(port: int, partitions: int, data_dir: Path | None) -> None:
     """Run a Kafka broker on this machine until Ctrl-C, with the service's topics."""
@@ -37,17 +37,17 @@ def main(port: int, partitions: int, data_dir: Path | None) -> None:
 
 
 def start(port: int, data_dir: Path | None) -> ApacheKafka | Tansu:
-    """Start the broker that can be had here."""
+    """Start the best broker that can run here without Docker."""
     kind = choose_local()
     if kind is ApacheKafka:
         return ApacheKafka(port, data_dir)
     if data_dir:
-        raise click.UsageError("--data-dir needs Java 17 or newer and Maven: the broker for machines without keeps no data")
+        raise click.UsageError("--data-dir needs Java 17 or newer and Maven; the broker without them keeps no data")
     return Tansu(port)
 
 
 def create_topics(bootstrap_servers: str, partitions: int) -> None:
-    """Create the service's topics where they do not exist yet."""
+    """Create those of the service's topics that do not exist yet."""
     admin = AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 4})
     for created in admin.create_topics([NewTopic(topic, partitions, 1) for topic in TOPICS]).values():
         try:

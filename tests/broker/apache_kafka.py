@@ -8,33 +8,33 @@ import tempfile
 from pathlib import Path
 
 from tests.broker.certificates import Certificates, write_certificates
-from tests.broker.interface import Broker, BrokerError, wait_for_answer
+from tests.broker.interface import Broker, BrokerError, wait_for_response
 from tests.broker.maven import class_path, kafka_version
 from tests.broker.ports import free_ports, require_free
 from tests.broker.process import Process
 from tests.broker.properties import Properties, listeners, single_node
 
 CLUSTER_ID = "latent-encoder-testing"  # any 16 bytes in URL-safe base64
-# The process lives for seconds and minutes: what makes Java fast in the long run only makes it start late.
+# The process lives for seconds or minutes, so options that make Java fast in the long run would only delay its start.
 JAVA = ["java", "-Xmx400m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dorg.slf4j.simpleLogger.showDateTime=true"]
 
 
 class ApacheKafka(Broker):
-    """One broker with a listener for everybody, one for passwords and one for certificates; it can be restarted."""
+    """One broker that can be restarted, with a listener for everybody, one for passwords and one for certificates."""
 
     name = f"Apache Kafka {kafka_version()} (KRaft, jars from Maven Central)"
     username = "service"
     password = "service-secret"  # noqa: S105 - of a broker that only this machine reaches
     secure_bootstrap_servers: str
-    """Where it speaks SASL_SSL, with SCRAM-SHA-512 or PLAIN. A client's certificate is optional but has to be right."""
+    """Address for SASL_SSL, with SCRAM-SHA-512 or PLAIN. A client certificate is optional, but must be valid."""
     mutual_tls_bootstrap_servers: str
-    """Where it speaks SSL, with nobody but clients that show a certificate."""
+    """Address for SSL, which only clients with a certificate can use."""
     ca_file: Path
     client_certificate: Path
     client_key: Path
 
     def __init__(self, port: int | None = None, folder: Path | None = None) -> None:
-        """Start it, on a given port or any, with the data of a given folder, which is kept, or new data."""
+        """Start the broker on a given port or any, with the data of a given folder, which is kept, or with new data."""
         open_port, secure_port, mutual_tls_port, controller_port = free_ports(4)
         self._ports = {"PLAINTEXT": port or open_port, "SASL_SSL": secure_port, "SSL": mutual_tls_port}
         self._addresses = {name: f"127.0.0.1:{number}" for name, number in self._ports.items()}
@@ -54,35 +54,35 @@ class ApacheKafka(Broker):
             raise
 
     def start(self) -> None:
-        """Start it with the data it had, on the ports it had, and wait until it answers."""
+        """Start the broker with its data on its ports, and wait until it responds."""
         require_free(self._ports.values())
         self._process = Process(self._java("kafka.Kafka", str(self._properties)), self._folder / "kafka.log")
-        wait_for_answer(self.bootstrap_servers, self._process.check)
+        wait_for_response(self.bootstrap_servers, self._process.check)
 
     def stop(self) -> None:
-        """End it in good order; its data stays."""
+        """Shut the broker down in good order; its data stays."""
         if self._process:
             self._process.stop()
             self._process = None
 
     def freeze(self) -> None:
-        """Let it stand still, its connections open, until it is killed."""
+        """Suspend the broker, with its connections open, until it is killed."""
         if self._process:
             self._process.freeze()
 
     def kill(self) -> None:
-        """End it without a chance to put anything in order; its data stays as it is."""
+        """Kill the broker; its data stays as it is."""
         if self._process:
             self._process.kill()
             self._process = None
 
     def check(self) -> None:
-        """Raise if it has ended by itself."""
+        """Raise BrokerError if the broker has ended by itself."""
         if self._process:
             self._process.check()
 
     def close(self) -> None:
-        """Stop it, and delete its data unless the folder was given."""
+        """Stop the broker, and delete its data unless the folder was given."""
         self.stop()
         if not self._keep_data:
             shutil.rmtree(self._folder)
@@ -95,7 +95,7 @@ class ApacheKafka(Broker):
         return [*JAVA, "-cp", self._class_path, main_class, *arguments]
 
     def _prepare(self) -> None:
-        """Write what it starts from."""
+        """Write the certificates, the properties and the formatted data folder that the broker starts from."""
         self._folder.mkdir(parents=True, exist_ok=True)
         certificates = write_certificates(self._folder / "certificates")
         self.ca_file = certificates.authority
@@ -117,7 +117,7 @@ class ApacheKafka(Broker):
 
 
 def tls(listener: str, certificates: Certificates, client_auth: str) -> Properties:
-    """The listener's certificate, and whether a client needs one."""
+    """Return the properties of a listener's certificate and of the client certificates that it asks for."""
     prefix = f"listener.name.{listener}.ssl"
     return {
         f"{prefix}.keystore.type": "PEM",
@@ -129,7 +129,7 @@ def tls(listener: str, certificates: Certificates, client_auth: str) -> Properti
 
 
 def passwords(listener: str, username: str, password: str) -> Properties:
-    """How a user can log in; SCRAM's passwords are not among the settings but in the data."""
+    """Return the properties by which a user can log in; SCRAM passwords are in the broker's data, not in its properties."""
     prefix = f"listener.name.{listener}"
     modules = "org.apache.kafka.common.security"
     return {
@@ -140,7 +140,7 @@ def passwords(listener: str, username: str, password: str) -> Properties:
 
 
 def access_rules() -> Properties:
-    """Rules can be added. They are for users with a name; clients without one may do everything, and so may the broker."""
+    """Return the properties that allow access rules; these bind users with a name, not other clients and not the broker."""
     return {
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "allow.everyone.if.no.acl.found": "true",

@@ -1,4 +1,4 @@
-"""Where things are kept that one test run fetches and later ones use."""
+"""The folder of downloads that test runs share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The project's folder among the user's caches."""
+    """Return the project's folder among the user's caches."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent-encoder"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

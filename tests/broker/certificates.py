@@ -1,4 +1,4 @@
-"""TLS certificates for a broker and a client of it, signed by an authority of their own."""
+"""TLS certificates for a broker and its client, signed by an authority that is made for them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 @dataclass(frozen=True)
 class Certificates:
-    """PEM files: the authority's certificate, and each party's own with its key."""
+    """PEM files: the certificate of the authority, and the certificate and key of each party."""
 
     authority: Path
     server: Path
-    """Key and certificate in one file, as Kafka wants them."""
+    """Key and certificate in one file, as Kafka reads them."""
     client: Path
     client_key: Path
 
 
 def write_certificates(folder: Path) -> Certificates:
-    """Make new certificates."""
+    """Write new certificates into a folder."""
     folder.mkdir(exist_ok=True)
     written = Certificates(folder / "ca.pem", folder / "server.pem", folder / "client.pem", folder / "client.key")
     authority = trustme.CA()
@@ -38,5 +38,5 @@ def write_certificates(folder: Path) -> Certificates:
 
 
 def pkcs8(key: trustme.Blob) -> bytes:
-    """The key in the only form that Kafka reads."""
+    """Return a key in PKCS #8, the only form that Kafka reads."""
     return load_pem_private_key(key.bytes(), password=None).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -21,10 +21,10 @@ CONTROLLER_PORT = 9093
 
 
 def docker_answers() -> bool:
-    """Whether there is a Docker engine, and not only its command."""
+    """Return whether a Docker engine responds; its command alone is not enough."""
     answers = False
     with warnings.catch_warnings():
-        # A client that finds no engine leaves its socket to the garbage collector, and the warning to whatever runs by then.
+        # A client that finds no engine leaves its socket to the garbage collector, whose warning would fail an unrelated test.
         warnings.simplefilter("ignore", ResourceWarning)
         with contextlib.suppress(DockerException), contextlib.closing(DockerClient().client) as client:
             answers = bool(client.ping())
@@ -33,13 +33,13 @@ def docker_answers() -> bool:
 
 
 class DockerKafka(Broker):
-    """Apache Kafka in a container, which goes even if this process is killed."""
+    """Apache Kafka in a container, which is removed even if this process is killed."""
 
     name = f"{IMAGE} (Docker)"
 
     def __init__(self) -> None:
         self._container = DockerContainer(IMAGE)
-        # Kafka has to know beforehand under which address clients find it, so that Docker may not choose the port.
+        # Kafka must know the address of its clients before it starts, so Docker cannot choose the port.
         (port,) = free_ports(1)
         self.bootstrap_servers = f"{self._container.get_container_host_ip()}:{port}"
         properties = single_node() | listeners(

@@ -1,4 +1,4 @@
-"""What every broker of the tests has, however it is had."""
+"""The interface of every broker of the tests, and the broker that somebody else runs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ START_TIMEOUT = 240
 
 
 class BrokerError(Exception):
-    """No broker can be had, or one does not start."""
+    """No broker can run here, or one does not start."""
 
 
 class Broker:
-    """A Kafka-protocol broker that answers from its construction until `close`."""
+    """A Kafka-protocol broker that responds from its construction until `close`."""
 
     name: ClassVar[str]
-    """What it is, for people."""
+    """Its name for people."""
     is_apache_kafka: ClassVar[bool] = True
-    """Whether all of Kafka can be expected of it, such as transactions; of a given broker, this is taken for granted."""
+    """True if it has all features of Kafka, for example transactions; a given broker is assumed to have them."""
     bootstrap_servers: str
-    """Where it answers, without encryption or a password."""
+    """Address for clients without encryption or a password."""
 
     def close(self) -> None:
-        """End what was started. A broker that was only given is left alone."""
+        """Stop the broker if this object started it."""
 
     def __enter__(self) -> Self:
         return self
@@ -48,9 +48,15 @@ class GivenBroker(Broker):
         self.bootstrap_servers = os.environ[GIVEN]
 
 
-def wait_for_answer(bootstrap_servers: str, check: Callable[[], None]) -> None:
-    """Wait until the broker tells its metadata; `check` raises as soon as there is nothing left to wait for."""
-    # A client that finds nobody tells so on the standard error output, which here is what is expected at first.
+def wait_for_response(bootstrap_servers: str, check: Callable[[], None]) -> None:
+    """Wait until the broker returns its metadata.
+
+    `check` raises if the broker has ended.
+
+    Raises:
+        BrokerError: the broker did not respond within START_TIMEOUT seconds.
+    """
+    # Log level 0: a client logs each failed connection to standard error, and the first ones are expected to fail.
     admin = AdminClient({"bootstrap.servers": bootstrap_servers, "reconnect.backoff.max.ms": 100, "log_level": 0})
     deadline = time.monotonic() + START_TIMEOUT
     while True:
@@ -59,6 +65,6 @@ def wait_for_answer(bootstrap_servers: str, check: Callable[[], None]) -> None:
             admin.list_topics(timeout=1)
         except KafkaException as error:
             if time.monotonic() > deadline:
-                raise BrokerError(f"the broker at {bootstrap_servers} does not answer: {error}") from error
+                raise BrokerError(f"the broker at {bootstrap_servers} does not respond: {error}") from error
         else:
             return

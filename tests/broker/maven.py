@@ -19,30 +19,30 @@ OLDEST_JAVA = 17
 
 
 def java_and_maven_are_here() -> bool:
-    """Whether this machine can resolve and run Kafka."""
+    """Return whether this machine can download and run Kafka."""
     return shutil.which("mvn") is not None and shutil.which("java") is not None and java_version() >= OLDEST_JAVA
 
 
 def java_version() -> int:
-    """The major version of the Java on the path, 1 for those before Java 9."""
+    """Return the major version of the Java on the path; 1 if it is older than Java 9."""
     told = subprocess.run(["java", "-version"], capture_output=True, text=True, check=True).stderr
     version = re.search(r'version "(\d+)', told)
     if version is None:
-        raise BrokerError(f"`java -version` tells no version: {told}")
+        raise BrokerError(f"`java -version` prints no version: {told}")
     return int(version[1])
 
 
 def kafka_version() -> str:
-    """The version that pom.xml asks for."""
+    """Return the version that pom.xml names."""
     version = re.search(r"<artifactId>kafka_2\.13</artifactId>\s*<version>(.+)</version>", POM.read_text())
     assert version
     return version[1]
 
 
 def class_path() -> str:
-    """The jars that pom.xml asks for, each with all that it needs. Maven resolves them once, and after pom.xml has changed."""
-    digest = hashlib.sha256(POM.read_bytes()).hexdigest()[:16]
-    remembered = cache_folder() / f"kafka-{digest}.classpath"
+    """Return the class path of pom.xml's jars and their dependencies. Maven resolves it once, and again if pom.xml changes."""
+    checksum = hashlib.sha256(POM.read_bytes()).hexdigest()[:16]
+    remembered = cache_folder() / f"kafka-{checksum}.classpath"
     with FileLock(f"{remembered}.lock"):
         if not remembered.is_file() or not all(Path(jar).is_file() for jar in remembered.read_text().split(os.pathsep)):
             resolve(remembered)
@@ -50,7 +50,7 @@ def class_path() -> str:
 
 
 def resolve(target: Path) -> None:
-    """Fetch the jars into Maven's own cache and write their class path."""
+    """Download the jars into Maven's own cache and write their class path."""
     unfinished = target.with_suffix(".part")
     command = ["mvn", "-B", "-q", "-f", str(POM), "dependency:build-classpath", f"-Dmdep.outputFile={unfinished}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

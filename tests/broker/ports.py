@@ -1,4 +1,4 @@
-"""Ports for brokers."""
+"""Free ports for brokers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 from tests.broker.interface import BrokerError
 
-# Systems number the client's end of a connection from 32768 on. A port from there could be taken while its broker restarts,
-# even by a client that tries to reach that broker.
+# Systems number the client's end of a connection from 32768 on. Such a port could be taken while its broker restarts, even by
+# a client that tries to reach that broker.
 CANDIDATES = range(20_000, 32_000)
 
 
 def is_free(port: int) -> bool:
-    """Whether a broker could listen on the port."""
+    """Return whether a broker could listen on the port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections do not hinder a broker either
         try:
@@ -26,12 +26,12 @@ def is_free(port: int) -> bool:
 
 
 def require_free(ports: Iterable[int]) -> None:
-    """Raise if something listens on one of the ports: it would be taken for the broker that cannot."""
+    """Raise BrokerError if something listens on one of the ports: the tests would take it for their broker."""
     if taken := [port for port in ports if not is_free(port)]:
         raise BrokerError(f"something else listens on port {taken[0]}")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on which nothing listens, other ones each time so that two test runs do not meet."""
+    """Return `count` ports on which nothing listens, at random so that two test runs do not choose the same ones."""
     candidates = random.SystemRandom().sample(CANDIDATES, len(CANDIDATES))
     return list(itertools.islice(filter(is_free, candidates), count))

@@ -1,4 +1,4 @@
-"""A broker's process, which never outlives the one that started it."""
+"""A broker's process, which never outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us; we stop the broker when nothing needs it any more
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the broker when nothing needs it
             )
 
     def check(self) -> None:
-        """Raise what it last wrote if it has ended."""
+        """Raise BrokerError with the end of its log if the process has ended."""
         if self._supervisor.poll() is not None:
             tail = self.log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
             raise BrokerError(f"the broker has ended with status {self._supervisor.returncode}:\n{tail}")
 
     def stop(self) -> None:
-        """Ask it to end, and wait until it has; kill it if it takes too long."""
+        """Ask the process to end and wait for it; kill it if that takes longer than STOP_TIMEOUT seconds."""
         assert self._supervisor.stdin
         with self._supervisor:
             with contextlib.suppress(BrokenPipeError):  # it has ended by itself
@@ -47,12 +47,12 @@ class Process:
             self._supervisor.wait(STOP_TIMEOUT)
 
     def freeze(self) -> None:
-        """Let it stand still, its connections open, until it is killed."""
+        """Suspend the process, with its connections open, until it is killed."""
         for command in psutil.Process(self._supervisor.pid).children():
             command.suspend()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         assert self._supervisor.stdin
         self._supervisor.stdin.close()
         self._supervisor.wait()

@@ -1,4 +1,4 @@
-"""Settings of an Apache Kafka that is alone and has little to do, wherever it runs."""
+"""Properties of a single Apache Kafka broker with little load, in a container or not."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ Properties = dict[str, str]
 
 
 def single_node() -> Properties:
-    """Broker and controller in one, quick to start and to rebalance; all but the listeners."""
+    """Return the properties of a broker and controller in one that starts and rebalances quickly, except its listeners."""
     return {
         "process.roles": "broker,controller",
         "node.id": "1",
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
         "auto.create.topics.enable": "false",
-        # There is no second broker to copy to, and each partition of an internal topic takes its time at the first use.
+        # There is no second broker to copy to, and each partition of an internal topic delays its first use.
         "offsets.topic.replication.factor": "1",
         "offsets.topic.num.partitions": "4",
         "transaction.state.log.replication.factor": "1",
@@ -22,14 +22,14 @@ def single_node() -> Properties:
         "share.coordinator.state.topic.replication.factor": "1",
         "share.coordinator.state.topic.min.isr": "1",
         "share.coordinator.state.topic.num.partitions": "4",
-        # Tests of a consumer that is lost or joins should not have to wait for what spares a cluster work.
+        # The defaults spare a cluster work, and let a test wait long for a consumer that joins or is lost.
         "group.initial.rebalance.delay.ms": "0",
         "group.min.session.timeout.ms": "1000",
         "group.consumer.min.session.timeout.ms": "1000",
         "group.consumer.min.heartbeat.interval.ms": "200",
         "group.consumer.session.timeout.ms": "6000",
         "group.consumer.heartbeat.interval.ms": "500",
-        # After a kill, the controller remembers a broker that is not there any more for this long.
+        # The controller takes a killed broker for alive for this long.
         "broker.session.timeout.ms": "3000",
         "broker.heartbeat.interval.ms": "500",
         "log.cleaner.dedupe.buffer.size": str(4 * 1024 * 1024),
@@ -37,7 +37,7 @@ def single_node() -> Properties:
 
 
 def listeners(host: str, ports: dict[str, int], advertised: dict[str, str]) -> Properties:
-    """Where it listens, by the listener's name, and what it tells clients about that."""
+    """Return the properties of the listeners with their ports, and of the addresses that clients are given, by their names."""
     return {
         "listeners": ",".join(f"{name}://{host}:{port}" for name, port in ports.items()),
         "advertised.listeners": ",".join(f"{name}://{address}" for name, address in advertised.items()),

@@ -1,7 +1,7 @@
-"""Run the command of the arguments, and end it with whoever holds the other end of standard input.
+"""Run the command of the arguments, and end it together with the process that holds the other end of standard input.
 
-A byte on standard input asks the command to end; the end of the input, which comes with the holder's death however it died,
-kills it.
+A byte on standard input asks the command to end. The end of the input kills it, and it comes with the end of the holder,
+however that ended.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import threading
 
 
 def obey(command: subprocess.Popen[bytes]) -> None:
-    """Do to the command what standard input tells."""
-    # `sys.stdin` has a lock that would break the interpreter's own end while this thread waits.
+    """Terminate the command after a byte on standard input, and kill it at the end of the input."""
+    # `sys.stdin` has a lock that would crash the interpreter at its end while this thread waits.
     if os.read(0, 1):
         command.terminate()
         os.read(0, 1)

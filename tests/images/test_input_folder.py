@@ -26,7 +26,7 @@ HOLDER = (
 
 
 def start_holder(parent: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A process that holds a private folder, and the image in it."""
+    """Start a process that holds a private folder with an image; yield both."""
     command = [sys.executable, "-c", HOLDER, str(parent)]
     holder = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

@@ -22,7 +22,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from tests.broker import ApacheKafka, BrokerError, DockerKafka, GivenBroker, Tansu, choose
 from tests.broker.__main__ import TOPICS
-from tests.broker.interface import wait_for_answer
+from tests.broker.interface import wait_for_response
 from tests.broker.maven import java_and_maven_are_here
 from tests.broker.ports import free_ports, is_free
 from tests.broker.process import Process
@@ -232,7 +232,7 @@ def test_a_start_on_a_taken_port_fails_and_leaves_nothing(monkeypatch: pytest.Mo
 def test_a_broker_that_ends_by_itself_is_an_error_with_its_last_words(tmp_path: Path) -> None:
     process = Process(["sh", "-c", "echo last words; exit 3"], tmp_path / "log")
     with pytest.raises(BrokerError, match="status 3:\nlast words"):
-        wait_for_answer("127.0.0.1:1", process.check)
+        wait_for_response("127.0.0.1:1", process.check)
     process.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -13,7 +14,7 @@ from config import Settings
 from models import Metadata
 from service import LatentEncoder
 from tests.helpers import load_latent
-from tests.kafka_tools import SECONDS_LONG, MakeBench, answers, quick_failover, request_ids, wait_until
+from tests.kafka_tools import MakeBench, answers, quick_failover, request_ids, wait_until
 
 REQUESTS = 200
 KILLS = 5
@@ -42,7 +43,9 @@ def test_killed_worker_loses_nothing(make_bench: MakeBench, transactional: bool)
     responses = bench.responses
     environment = quick_failover(bench.folder) | ({"KAFKA_TRANSACTIONAL_ID": bench.group} if transactional else {})
 
-    moments = random.Random()  # noqa: S311  # nothing secret; differs from run to run, on purpose
+    seed = os.environ.get("CRASH_TEST_SEED") or str(random.SystemRandom().getrandbits(32))  # other moments in each run
+    print(f"To kill at the same moments again: CRASH_TEST_SEED={seed}")  # pytest shows it if the test fails
+    moments = random.Random(seed)  # noqa: S311  # nothing secret depends on it
     for answered in sorted(moments.sample(range(2, REQUESTS - 10), KILLS)):
         with bench.process(**environment):
             responses.read(lambda _, answered=answered: len(request_ids(responses)) >= answered)  # type: ignore[misc]
@@ -68,13 +71,15 @@ def test_zombie_answers_nothing(make_bench: MakeBench, encoder: LatentEncoder, s
     bench = make_bench()
     responses = bench.responses
     environment = quick_failover(bench.folder)
-    bench.send({"request_id": "r", **SECONDS_LONG})
-    with bench.process(**environment, KAFKA_TRANSACTIONAL_ID=f"{bench.group}-1") as zombie:
-        wait_until((bench.folder / "output").exists, "the encode")
+    bench.send({"request_id": "r"})
+    gate = bench.gate()
+    with bench.held_process(gate, **environment, KAFKA_TRANSACTIONAL_ID=f"{bench.group}-1") as zombie:
+        gate.wait()
         zombie.signal(signal.SIGSTOP)
         with bench.worker(encoder, bench.settings(settings, kafka_transactional_id=f"{bench.group}-2")):
             assert answers(responses, 1)[0]["request_id"] == "r"
             bench.wait_for_commit({0: 1})
+            gate.open()
             zombie.signal(signal.SIGCONT)
             zombie.wait_for("partitions lost")
             responses.all_within(4)

@@ -1,4 +1,4 @@
-"""Running the core of the tests on other ComfyUI trees: which tests it has, and what `scripts/check.sh` does with trees."""
+"""The core of the tests on other ComfyUI trees: its tests, and how `scripts/check.sh` runs them on trees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import PROJECT
 from tests.trees import CORE, PINNED_FACTS, PINNED_TREE, VARIABLE, observe
 
-# Stands for every program of a virtual environment: logs how it was called, and fails on trees whose folder is called `bad`.
+# Stands for every program of a virtual environment: logs its call, and fails on trees whose folder is named `bad`.
 PROGRAM = """#!/bin/sh
 printf '%s|%s|%s\\n' "$(basename "$0")" "${TEST_COMFYUI_TREE-}" "$*" >>"$LOG"
 case ${TEST_COMFYUI_TREE-} in */bad) exit 1 ;; esac
@@ -22,7 +22,7 @@ PROGRAMS = ("python", "ruff", "mypy", "shellcheck", "hadolint")
 
 
 def test_core_is_whole() -> None:
-    """Each of its files has at least the tests that are stated, and no other file has one."""
+    """Each file of the core has at least the stated number of tests, and no other file has a test of the core."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, cwd=PROJECT, env=os.environ | {VARIABLE: str(PINNED_TREE)}, capture_output=True, text=True, check=False
@@ -34,12 +34,12 @@ def test_core_is_whole() -> None:
 
 
 def test_facts_of_the_pinned_release_are_those_that_are_observed() -> None:
-    """So the facts of another tree mean the same."""
+    """The facts of the pinned release are the observed ones, so that those of another tree mean the same."""
     assert observe(PINNED_TREE) == PINNED_FACTS
 
 
 def check(folder: Path, *arguments: str | Path) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Run the script with programs that only log; give how it ended, and each call as name, tree and arguments."""
+    """Run the script with programs that only log; return its result, and each call as name, tree and arguments."""
     (folder / "venv" / "bin").mkdir(parents=True)
     for name in PROGRAMS:
         (folder / "venv" / "bin" / name).write_text(PROGRAM)
@@ -65,7 +65,7 @@ def tree(folder: Path) -> Path:
 
 
 def test_without_a_tree_everything_is_checked(tmp_path: Path) -> None:
-    """Linters, types, and all tests on the pinned release; arguments go to pytest."""
+    """Without a tree, the script runs linters, types and all tests on the pinned release, and passes arguments to pytest."""
     done, calls = check(tmp_path, "-k", "images")
     assert (done.returncode, done.stderr) == (0, "")
     assert [name for name, *_ in calls] == ["ruff", "ruff", "mypy", "shellcheck", "hadolint", "python"]
@@ -74,7 +74,7 @@ def test_without_a_tree_everything_is_checked(tmp_path: Path) -> None:
 
 
 def test_each_tree_has_its_run_of_the_tests(tmp_path: Path, good: Path) -> None:
-    """In their order, whatever becomes of the one before; relative paths are taken from where the script is called."""
+    """The tests run on each tree in order, even after one that fails; relative paths start at the folder of the call."""
     bad = tree(tmp_path / "bad")
     done, calls = check(tmp_path, "--comfyui-tree", "bad", "-x", f"--comfyui-tree={good}", "-k", "images")
     assert [(name, used) for name, used, _ in calls] == [("python", str(bad)), ("python", str(good))]
@@ -83,7 +83,7 @@ def test_each_tree_has_its_run_of_the_tests(tmp_path: Path, good: Path) -> None:
 
 
 def test_trees_that_all_pass_are_a_success(tmp_path: Path, good: Path) -> None:
-    """Nothing is reported."""
+    """If the tests pass on all trees, the script reports nothing and exits with status 0."""
     done, calls = check(tmp_path, "--comfyui-tree", good)
     assert (done.returncode, done.stderr, len(calls)) == (0, "", 1)
 
@@ -97,6 +97,6 @@ def test_trees_that_all_pass_are_a_success(tmp_path: Path, good: Path) -> None:
     ],
 )
 def test_wrong_usage_runs_nothing(arguments: list[str], words: str, tmp_path: Path) -> None:
-    """A folder that is missing, or has no ComfyUI, is status 2, before the first tree has its turn."""
+    """A folder that is missing or has no ComfyUI gives status 2, before any test runs."""
     done, calls = check(tmp_path, *arguments)
     assert (done.returncode, done.stderr, calls) == (2, f"Error: {words}.\n", [])

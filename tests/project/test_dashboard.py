@@ -1,4 +1,4 @@
-"""Grafana dashboard and Prometheus alerts: that they ask for metrics that the service has, and are what their readers take."""
+"""Grafana dashboard and Prometheus alerts: their queries are of the service's metrics, and their readers accept them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ ALERTS = [
     for rule in group["rules"]
 ]
 GRID_WIDTH = 24  # columns
-# What Grafana puts in place of its variables before it asks Prometheus.
+# Values that Grafana puts in place of its variables before it queries Prometheus.
 VARIABLES = {"$__rate_interval": "1m", "$job": ".*", "$instance": ".*"}
-OF_PROMETHEUS = {"job", "instance"}  # labels that it adds to each series
+OF_PROMETHEUS = {"job", "instance"}  # labels that Prometheus adds to each series
 
 
 def with_values(expression: str) -> str:
@@ -43,14 +43,14 @@ SELECTORS = re.compile(r"\b((?:latent_encoder|process)_\w+)(?:\{([^}]*)\})?")
 
 
 def selectors() -> Iterator[tuple[str, list[str]]]:
-    """Each metric that is asked for, with the labels that it is asked to have."""
+    """Yield each metric that is queried, with the labels in its selector."""
     for expression in PANEL_EXPRESSIONS + ALERT_EXPRESSIONS:
         for name, matchers in SELECTORS.findall(expression):
             yield name, re.findall(r"(\w+)\s*(?:=~|!=|!~|=)", matchers)
 
 
 def labels_by_name() -> dict[str, set[str]]:
-    """The series that the service can expose, with their labels; those without a sample yet too."""
+    """Return the labels of each series that the service can expose, also of series without a sample yet."""
     collectors = [getattr(metrics, name) for name in dir(metrics)]
     own = {each._name: each for each in collectors if isinstance(each, prometheus_client.metrics.MetricWrapperBase)}
     labels: dict[str, set[str]] = {}
@@ -64,13 +64,13 @@ def labels_by_name() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("expression", PANEL_EXPRESSIONS + ALERT_EXPRESSIONS)
 def test_expressions_are_promql(expression: str) -> None:
-    """The parser finds nothing to say, and each has a metric of ours."""
+    """Each expression is valid PromQL and has a metric of the service."""
     promql_parser.parse(expression)
     assert SELECTORS.search(expression)
 
 
 def test_metrics_are_the_services() -> None:
-    """Each metric is one that the service exposes, with the labels that are asked for."""
+    """The service exposes each queried metric, with the labels in its selector."""
     exposed = labels_by_name()
     assert {name for name, _ in selectors()} <= exposed.keys()
     for name, labels in selectors():
@@ -78,14 +78,14 @@ def test_metrics_are_the_services() -> None:
 
 
 def test_dashboard_shows_every_metric() -> None:
-    """None of the service's metrics is left out."""
+    """Each metric of the service is in a panel."""
     shown = re.sub(r"_(bucket|sum|count)\b", "", " ".join(PANEL_EXPRESSIONS))
     own = {re.sub(r"_(bucket|sum|count)$", "", name) for name in labels_by_name() if name.startswith("latent_encoder_")}
     assert {name for name in own if not re.search(rf"\b{name}\b", shown)} == set()
 
 
 def test_dashboard_can_be_imported() -> None:
-    """It has what Grafana wants, and asks for its data source by the variable that the reader chooses."""
+    """The dashboard has the fields that Grafana requires, and takes its data source from a variable that the reader sets."""
     assert re.fullmatch(r"[\w-]{1,40}", DASHBOARD["uid"])
     assert DASHBOARD["title"]
     assert DASHBOARD["schemaVersion"] >= 39  # Grafana 11
@@ -97,7 +97,7 @@ def test_dashboard_can_be_imported() -> None:
 
 
 def test_panels_are_complete() -> None:
-    """Each has an id of its own, says what it shows and in which unit, and names its queries differently."""
+    """Each panel has its own id, a title, a description and a unit, and distinct names for its queries."""
     assert [number for number, count in Counter(panel["id"] for panel in PANELS).items() if count > 1] == []
     for panel in PANELS:
         if panel["type"] != "row":
@@ -115,7 +115,7 @@ def cells(panel: dict[str, Any]) -> set[tuple[int, int]]:
 
 
 def test_panels_do_not_overlap() -> None:
-    """Nor do they stand out of the grid."""
+    """Panels do not overlap and do not exceed the grid."""
     for panel in PANELS:
         assert cells(panel), panel["title"]
         assert all(0 <= column < GRID_WIDTH for column, _ in cells(panel)), panel["title"]
@@ -124,7 +124,7 @@ def test_panels_do_not_overlap() -> None:
 
 
 def test_alerts_say_what_to_do() -> None:
-    """Each has a name of its own, a severity, and a text that uses only labels that its expression keeps."""
+    """Each alert has its own name, a severity, and a text that uses only labels that its expression keeps."""
     names = [rule["alert"] for rule in ALERTS]
     assert len(set(names)) == len(names)
     for rule in ALERTS:

@@ -1,4 +1,4 @@
-"""Dockerfile, Compose file and Kubernetes manifests: that they agree with the settings, with each other and with the files."""
+"""Dockerfile, Compose file and Kubernetes manifests: they agree with the settings, with each other and with the files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import yaml
 
 from config import VERSION, Settings
 from latent_encoder.kafka.topics import DLQ_CONFIG, topics_of
+from tests.helpers import FEWEST_FILES, OUR_FILES, PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 COMPOSE = yaml.safe_load((PROJECT / "docker-compose.yml").read_text(encoding="utf-8"))
 MANIFESTS = list(yaml.safe_load_all((PROJECT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8")))
 # Continuation lines joined, comments left out.
@@ -29,37 +29,37 @@ DEFAULTS = Settings.model_construct()
 
 
 def manifest(kind: str) -> Any:
-    """The only manifest of its kind."""
+    """Return the only manifest of its kind."""
     (found,) = [each for each in MANIFESTS if each["kind"] == kind]
     return found
 
 
 def instructions(name: str) -> Iterator[list[str]]:
-    """The words of each instruction of that name, without options."""
+    """Return the words of each instruction with that name, without options."""
     return ([word for word in words[1:] if not word.startswith("--")] for words in DOCKERFILE if words[0] == name)
 
 
 def json_form(instruction: str) -> Any:
-    """The list of the only instruction that begins so: no shell runs it."""
+    """Return the JSON list of the only instruction that begins so and that runs without a shell."""
     text = (PROJECT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     (found,) = re.findall(rf"^{instruction}[^[\n]*(\[.*\])$", text, re.MULTILINE)
     return yaml.safe_load(found)
 
 
 def copied_from_the_project() -> list[str]:
-    """What the image takes from the project's folder, and not from another stage."""
+    """Return the sources that the Dockerfile copies from the project's folder, and not from another stage."""
     copied = [words for words in DOCKERFILE if words[0] == "COPY" and not words[1].startswith("--from")]
     return [source for _, *sources, _ in copied for source in sources]
 
 
 def container() -> Any:
-    """The only container of the Deployment's pods."""
+    """Return the only container of the Deployment's pods."""
     (found,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
     return found
 
 
 def without_shell(value: str) -> str:
-    """What Compose makes of `${NAME:-default}` where the variable is not set."""
+    """Return a value as Compose expands it if no variable is set: `${NAME:-default}` becomes `default`."""
     return re.sub(r"\$\{\w+:?-(.*?)\}", r"\1", value)
 
 
@@ -86,7 +86,7 @@ ENVIRONMENTS = {
 
 @pytest.fixture
 def settings_of(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The settings that an environment makes, whatever else is set here."""
+    """Return a function that loads the settings from an environment, without the variables of the test process."""
 
     def settings_of(environment: dict[str, str]) -> Settings:
         for name in Settings.model_fields:
@@ -100,14 +100,14 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
 def test_every_variable_is_a_setting_and_loads(environment: dict[str, str], settings_of: Any) -> None:
-    """Each variable is a setting's name in capitals, and its value is one that the setting takes."""
+    """Each variable is a setting's name in capitals, and its value is valid for that setting."""
     assert environment
     assert [name for name in environment if name.lower() not in Settings.model_fields or name != name.upper()] == []
     assert settings_of(environment).model_fields_set == {name.lower() for name in environment}
 
 
 def test_containers_serve_kafka(settings_of: Any) -> None:
-    """Compose and Kubernetes start Kafka mode, and Compose at the listener that its broker has for containers."""
+    """Compose and Kubernetes start Kafka mode, Compose with the listener that its broker has for containers."""
     compose, kubernetes = (settings_of(ENVIRONMENTS[name]) for name in ("docker-compose.yml", "kubernetes.yaml"))
     assert (compose.mode, kubernetes.mode) == ("kafka", "kafka")
     advertised = COMPOSE["services"]["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
@@ -116,19 +116,19 @@ def test_containers_serve_kafka(settings_of: Any) -> None:
 
 
 def created_topics() -> dict[str, dict[str, str]]:
-    """The topics that Compose creates, each with its configuration."""
+    """Return the topics that Compose creates, each with its configuration."""
     (script,) = COMPOSE["services"]["topics"]["command"]
     calls = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("create ")]
     return {name: dict(option.split("=") for option in options if option != "--config") for name, *options in calls}
 
 
 def test_compose_creates_the_topics_of_the_settings() -> None:
-    """The three default names, and for the dead letters what the service itself would configure."""
+    """Compose creates the three default topics, that of the dead letters with the service's own configuration."""
     assert created_topics() == {name: DLQ_CONFIG if name == DEFAULTS.kafka_dlq_topic else {} for name in topics_of(DEFAULTS)}
 
 
 def test_keda_scales_by_the_requests_of_the_settings(settings_of: Any) -> None:
-    """Brokers, topic and group of the trigger are those of the workers, and all of its values are strings."""
+    """The trigger has the brokers, topic and group of the workers, and all of its values are strings."""
     settings = settings_of(ENVIRONMENTS["kubernetes.yaml"])
     (trigger,) = manifest("ScaledObject")["spec"]["triggers"]
     metadata = trigger["metadata"]
@@ -139,21 +139,21 @@ def test_keda_scales_by_the_requests_of_the_settings(settings_of: Any) -> None:
 
 
 def test_no_more_workers_than_partitions() -> None:
-    """KEDA's maximum, the partitions that Compose creates and those that the service creates are one number."""
+    """KEDA's maximum equals the number of partitions that Compose creates and that the service creates."""
     (script,) = COMPOSE["services"]["topics"]["command"]
     partitions = [int(number) for number in re.findall(r"--partitions (\d+)", script)]
     assert partitions == [manifest("ScaledObject")["spec"]["maxReplicaCount"]] == [DEFAULTS.kafka_topic_partitions]
 
 
 def test_grace_periods_exceed_the_shutdown_timeout() -> None:
-    """Nobody kills a worker before it gave up by itself."""
+    """Compose and Kubernetes wait longer than the service's own shutdown timeout before they kill a worker."""
     compose = int(COMPOSE["services"]["latent-encoder"]["stop_grace_period"].removesuffix("s"))
     kubernetes = manifest("Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert min(compose, kubernetes) > DEFAULTS.shutdown_timeout_s
 
 
 def test_manifests_refer_to_what_is_there() -> None:
-    """Names of ConfigMap, Secret, volumes and Deployment, and the labels by which pods are found, match."""
+    """Each reference to a ConfigMap, Secret, volume or Deployment, and each selector of pods, has its target."""
     pod = manifest("Deployment")["spec"]["template"]
     sources = {next(iter(source.values()))["name"] for source in container()["envFrom"]}
     secret = manifest("Secret")
@@ -174,7 +174,7 @@ def test_manifests_refer_to_what_is_there() -> None:
 
 @pytest.mark.parametrize("name", ["docker-compose.yml", "kubernetes.yaml"])
 def test_folders_of_the_settings_are_mounted(name: str, settings_of: Any) -> None:
-    """Models come from a volume that cannot be written, and answers go to one that can."""
+    """The model folder is mounted read-only and the output folder writable."""
     volumes = COMPOSE["services"]["latent-encoder"]["volumes"]
     writable = {
         "docker-compose.yml": {volume["target"]: not volume.get("read_only") for volume in volumes},
@@ -185,8 +185,15 @@ def test_folders_of_the_settings_are_mounted(name: str, settings_of: Any) -> Non
     assert writable == {str(settings.model_dir): False, "/data": False, settings.output_dir: True}
 
 
+def test_image_has_every_file_of_the_product() -> None:
+    """Each Python file of the product is one that the Dockerfile copies, itself or by its folder."""
+    copied = {path for source in copied_from_the_project() for path in PROJECT.glob(source)}
+    assert len(OUR_FILES) > FEWEST_FILES
+    assert [str(file) for file in OUR_FILES if not copied & {file, *file.parents}] == []
+
+
 def test_copied_paths_exist_and_reach_the_builder() -> None:
-    """All that the Dockerfile copies is in the project, and `.dockerignore` excludes nothing of it, and all else."""
+    """Each source that the Dockerfile copies exists, and `.dockerignore` excludes everything else and nothing of it."""
     sources = copied_from_the_project()
     assert [source for source in sources if not list(PROJECT.glob(source))] == []
     excluding, *sent = [line for line in (PROJECT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
@@ -196,7 +203,7 @@ def test_copied_paths_exist_and_reach_the_builder() -> None:
 
 
 def test_image_has_all_that_setting_up_reads() -> None:
-    """What `setup_comfyui.sh` names of the project is copied before it runs, and the code, which tries it, after it."""
+    """The image has the files that `setup_comfyui.sh` names before it runs, and the code, which tries ComfyUI, after it."""
     steps = [(words[0], " ".join(words[1:])) for words in DOCKERFILE]
     (run,) = [number for number, (name, text) in enumerate(steps) if name == "RUN" and "./setup_comfyui.sh --no-trial" in text]
     (code,) = [number for number, (name, text) in enumerate(steps) if name == "COPY" and "*.py" in text]
@@ -210,7 +217,7 @@ def test_image_has_all_that_setting_up_reads() -> None:
 
 
 def test_venv_stays_where_it_was_made() -> None:
-    """Both stages work in one folder and take one base, since a venv knows both; two folders go from one to the other."""
+    """Both stages have the same folder and base image, because a venv depends on both, and two folders are handed over."""
     stages = [words for words in DOCKERFILE if words[0] == "FROM"]
     assert [words[1] for words in stages] == ["${BASE}", "${BASE}"]
     (folder,) = {words[0] for words in instructions("WORKDIR")}
@@ -219,7 +226,7 @@ def test_venv_stays_where_it_was_made() -> None:
 
 
 def test_image_runs_python_under_an_init_and_asks_it_for_its_health() -> None:
-    """Entry point and health check run what the setup has made, by absolute paths, as a user with a number."""
+    """Entry point and health check run the venv's Python by absolute paths, as a user with a number."""
     (folder,) = {words[0] for words in instructions("WORKDIR")}
     service = [f"{folder}/.venv/bin/python", f"{folder}/main.py"]
     assert json_form("ENTRYPOINT") == ["/usr/bin/tini", "--", *service]
@@ -229,7 +236,7 @@ def test_image_runs_python_under_an_init_and_asks_it_for_its_health() -> None:
 
 
 def test_image_tests_itself(settings_of: Any) -> None:
-    """The VAE that it names is one that setting up puts into it, and an image lies in a folder that may be read."""
+    """The image has the VAE that its settings name, and a sample image in a folder that may be read."""
     settings = settings_of(ENVIRONMENTS["Dockerfile"])
     assert (PROJECT / "tiny_vae" / settings.vae_model_name).is_file()
     (sample,) = [words[-1] for words in instructions("COPY") if words[-1].endswith(".png")]
@@ -238,13 +245,13 @@ def test_image_tests_itself(settings_of: Any) -> None:
 
 
 def test_versions_are_the_services() -> None:
-    """The image's label, and the tag of the image that Kubernetes runs."""
+    """The image's label and the tag of the image in Kubernetes have the version of the service."""
     assert [words[0] for words in instructions("ARG") if words[0].startswith("VERSION")] == [f"VERSION={VERSION}"]
     assert container()["image"].split(":") == ["latent-encoder", VERSION]
 
 
 def test_port_is_one_everywhere() -> None:
-    """The setting, what Kubernetes probes and Prometheus scrapes, and what Compose publishes on this machine only."""
+    """Setting, Kubernetes' probes, Prometheus' annotation and Compose have one port, which Compose publishes only locally."""
     port = ENVIRONMENTS["Dockerfile"]["HTTP_PORT"]
     assert ENVIRONMENTS["kubernetes.yaml"]["HTTP_PORT"] == port
     assert list(instructions("EXPOSE")) == [[port]]
@@ -256,12 +263,12 @@ def test_port_is_one_everywhere() -> None:
 
 @pytest.mark.parametrize(("probe", "path"), [("startup", "/healthz"), ("liveness", "/healthz"), ("readiness", "/readyz")])
 def test_probes_ask_the_port(probe: str, path: str) -> None:
-    """Only readiness asks for the broker and the model: nobody kills a worker for those."""
+    """Only readiness depends on the broker and the model, so that Kubernetes kills no worker for these."""
     assert container()[f"{probe}Probe"]["httpGet"] == {"path": path, "port": container()["ports"][0]["name"]}
 
 
 def test_containers_have_no_rights_to_spare() -> None:
-    """The root cannot be written, no capability is left, and none can be gained."""
+    """The root file system is read-only, no capability is left, and none can be gained."""
     compose = COMPOSE["services"]["latent-encoder"]
     assert (compose["read_only"], compose["cap_drop"], compose["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
     assert container()["securityContext"] == {
@@ -276,5 +283,5 @@ KUBERNETES_OWN = [each for each in MANIFESTS if not each["apiVersion"].startswit
 
 @pytest.mark.parametrize("document", KUBERNETES_OWN, ids=lambda document: document["kind"])
 def test_manifests_are_what_kubernetes_takes(document: Any) -> None:
-    """By the schemas of the newest release that is known; a field that they do not have is refused."""
+    """Each manifest is valid by the schemas of the newest known release, which refuse unknown fields."""
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)

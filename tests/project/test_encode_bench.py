@@ -1,4 +1,4 @@
-"""The encode benchmark's arithmetic, its counting of work, and its processes; what it measures is not tested."""
+"""The encode benchmark's arithmetic, its counting of work, and its processes; its measurements are not tested."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ WAN_DIMS = [(96, 96), (96, 192), (192, 384), (384, 384)]  # in and out, of the f
 
 
 def test_spread_is_median_and_range() -> None:
-    """One run has no range; a factor changes the unit."""
+    """A spread is shown as its median and range, one run without a range, and a factor changes the unit."""
     assert Spread((3.0, 1.0, 2.0)).text() == "2.00 [1.00-3.00]"
     assert Spread((0.0123,)).text(1, 1e3) == "12.3"
 
 
 def test_table_is_markdown() -> None:
-    """A header, a rule and a line for each row."""
+    """A table has a header, a rule and a line for each row."""
     assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
@@ -75,7 +75,7 @@ class ToyVae(nn.Module):
 
 
 def test_work_is_counted_by_kind() -> None:
-    """From the model by shape; the model stays as it was, and layers that do not run do not count."""
+    """Work is counted by shape and by kind, without layers that do not run, and the model stays as it was."""
     model = ToyVae()
     expected = Flops(
         convolutions=2 * (8 * 16 * 16) * 3 * 9, linear=2 * (8 * 16 * 16) * 8, attention=attention_flops(16 * 16, 8)
@@ -86,7 +86,7 @@ def test_work_is_counted_by_kind() -> None:
 
 
 def test_work_of_the_full_size_vae(encoder: LatentEncoder) -> None:
-    """ComfyUI's own class has the layers that its architecture says, down to the last operation."""
+    """The count for ComfyUI's own class equals a count by its architecture, to the last operation."""
     assert encoder.runtime.version  # ComfyUI is imported
     with torch.device("meta"):
         model = importlib.import_module("comfy.ldm.wan.vae").WanVAE(
@@ -122,19 +122,19 @@ def test_work_of_the_full_size_vae(encoder: LatentEncoder) -> None:
     ],
 )
 def test_key_has_diffusers_name(key: str, expected: str) -> None:
-    """Each kind of layer, and the decoder's, which the file numbers through."""
+    """Each kind of layer gets its name in diffusers, also in the decoder, whose layers the file numbers through."""
     assert diffusers_key(key) == expected
 
 
 def test_pixels_for_diffusers_have_sides_of_whole_cells() -> None:
-    """About as many pixels as asked for, in [0, 1]."""
+    """The sides are multiples of 8 pixels with about the requested area, and the values are in [0, 1]."""
     pixels = scaled(Image.new("RGB", (1000, 700), "white"), 0.1)
     assert pixels.shape == (264, 384, 3)  # of 271 x 387
     assert float(pixels.max()) == 1.0
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    """Not of medians: a slow round of both sides does not change them."""
+    """A ratio is of the same round and not of medians, so that a slow round of both sides does not change it."""
     side = Side(OURS, "single-frame", 1.0, nn.Identity(), torch.neg)
     runs, stock = [Run(1.0, 500.0), Run(10.0, 50.0)], [Run(4.0, 500.0), Run(40.0, 50.0)]
     times = side_times(side, first_s=7.5, runs=runs, stock=stock, flops=FLOPS)
@@ -144,7 +144,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_compiling_costs_what_loading_and_the_first_encode_take_more() -> None:
-    """There is no figure where one of the two was not measured."""
+    """Compiling costs the additional time of loading and of the first encode; there is no figure unless both were measured."""
     assert compile_s(size_times(0.25, [side_of(OURS, 1.0), side_of(COMPILED, 1.0, load_s=9.0, first_s=3.0)])) == 10.0
     assert compile_s(size_times(0.25, [side_of(OURS, 1.0)])) is None
 
@@ -158,7 +158,7 @@ def size_times(megapixels: float, sides: list[SideTimes]) -> SizeTimes:
 
 
 def test_distance_is_in_float32() -> None:
-    """Largest and mean difference, and the spread of what is expected."""
+    """The distance is the largest and the mean difference in float32, with the standard deviation of the expected latent."""
     expected = torch.tensor([1.0, 2.0, 3.0])
     given = torch.tensor([1.0, 2.5, 3.0], dtype=torch.bfloat16)
     assert distance(given, expected) == pytest.approx((0.5, 0.5 / 3, 1.0))
@@ -177,12 +177,12 @@ def test_distance_is_in_float32() -> None:
     ],
 )
 def test_process_that_fails_says_why(status: int, output: str, timed_out: bool, expected: str) -> None:
-    """For lack of memory, of time, or for another reason."""
+    """The outcome of a failed process names the lack of memory, of time, or another reason."""
     assert outcome(status, output, timed_out=timed_out) == expected
 
 
 def test_peak_is_that_of_the_process_itself(tmp_path: Path) -> None:
-    """And not of the process that starts it, which has torch loaded."""
+    """The peak is that of the process itself and not of the one that starts it, which has torch loaded."""
     small = run_process([sys.executable, "-c", "print('there')"], tmp_path, timeout_s=60)
     large = run_process([sys.executable, "-c", "held = b'x' * 200_000_000"], tmp_path, timeout_s=60)
     assert (small.outcome, small.stdout) == ("ok", "there\n")
@@ -191,20 +191,20 @@ def test_peak_is_that_of_the_process_itself(tmp_path: Path) -> None:
 
 
 def test_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    """It is a result, not a crash of the benchmark."""
+    """A process that takes too long is killed and gives a result instead of an error of the benchmark."""
     late = run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, timeout_s=0.5)
     assert late.outcome == "not done in time"
     assert late.seconds < 30
 
 
 def test_others_run_at_their_sizes_only() -> None:
-    """Ours at the floor and at every size."""
+    """Our side runs at the floor and at every size, the others only at their own sizes."""
     sides = [side for side in planned((1.0, 16.0), (1.0,)) if side[0] != DIFFUSERS]
     assert sides == [(OURS, 0.01), (OURS, 1.0), (COMFYUI, 1.0), (OURS, 16.0)]
 
 
 def test_time_inside_the_nodes_is_counted(encoder: LatentEncoder) -> None:
-    """Of the four nodes, whatever else is asked of the runtime."""
+    """Only the time inside the four nodes counts, and everything else of the runtime stays available."""
     runtime = TimedRuntime(encoder.runtime)
     assert runtime.version == encoder.runtime.version
     assert runtime.seconds == 0.0
@@ -213,14 +213,14 @@ def test_time_inside_the_nodes_is_counted(encoder: LatentEncoder) -> None:
 
 
 def test_goal_without_a_measurement_says_so() -> None:
-    """No row is left out, and none has a figure of another size."""
+    """Without measurements of its size, each goal has a row without a figure."""
     rows = goal_rows(Results(machine={}, pairs=1, time=[size_times(4.0, [side_of(COMFYUI, 4.0), side_of(OURS, 1.0)])]))
     assert len(rows) == 12
     assert {measured for _, _, measured in rows} == {NOT_MEASURED}
 
 
 def test_goals_are_held_against_what_was_measured() -> None:
-    """Of the encoder that is the default, at the goal's own size."""
+    """Each goal is compared with the default encoder's figure at the goal's own size."""
     mb = 1_000_000
     results = Results(
         machine={},
@@ -266,14 +266,14 @@ def starts_of(release: str, ours: tuple[float, ...], comfyui: tuple[float, ...])
 
 
 def test_start_table_has_both_sides_of_each_tree() -> None:
-    """Seconds, the part that loads ComfyUI, and peak memory."""
+    """The table of starts has the seconds, the part that loads ComfyUI, and the peak memory of both sides of each tree."""
     lines = start_text([starts_of("0.3.75", (2.0, 3.0, 4.0), (7.0,)), starts_of("0.33.0", (5.0,), (8.0,))]).splitlines()
     assert lines[2] == "| 0.3.75 | ours | 3.00 [2.00-4.00] | 1.50 [1.00-2.00] | 0.60 GB |"
     assert lines[5] == "| 0.33.0 | ComfyUI's own modules, plainly imported | 8.00 | 4.00 | 0.60 GB |"
 
 
 def test_start_is_measured_on_each_tree(tmp_path: Path) -> None:
-    """Loading ComfyUI is a part of the start, and the memory is that of a process with torch."""
+    """On each tree, loading ComfyUI takes a part of the start, and the memory is that of a process with torch."""
     (starts,) = measure_start(trees_of([TREE]), tmp_path, pairs=1)
     for side in (starts.ours, starts.comfyui):
         assert 0 < side.loading_s.median < side.seconds.median
@@ -295,7 +295,7 @@ def test_releases_are_measured_side_by_side(model_dir: Path, tmp_path: Path) -> 
 
 
 def test_table_of_releases_has_a_row_for_each() -> None:
-    """A table for each size, with medians, ranges, the difference and both peaks."""
+    """Each release has a row with medians, ranges, the difference and both peaks."""
     own, ours = Spread((4.0, 6.0, 8.0)), Spread((2.0, 2.0, 2.0))
     release = ReleaseTimes("0.33.0", "single-frame", own, ours, Spread((2.0, 3.0, 4.0)), 3e-6, 3_700_000_000, 1_400_000_000)
     lines = releases_text([SizeReleases(0.25, 512, 512, 0.012, [release])]).splitlines()
@@ -313,7 +313,7 @@ def test_table_of_releases_on_a_busy_machine_says_that_it_does_not_hold() -> Non
 
 
 def test_release_that_fails_in_the_middle_says_why(model_dir: Path, tmp_path: Path) -> None:
-    """Its release, its side and the end of its process are in the message."""
+    """The message for a tree that fails has its release, its side and the last line of its process."""
     bench = Bench(TREE, model_dir, tmp_path, timeout_s=PATIENCE_S)
     with Peer(bench, Tree(TREE, "0.3.75"), COMFYUI, TINY_VAE) as peer, pytest.raises(TreeFailed) as failed:
         peer.encode(tmp_path / "absent.pt", tmp_path / "latent.pt")
@@ -322,13 +322,13 @@ def test_release_that_fails_in_the_middle_says_why(model_dir: Path, tmp_path: Pa
 
 
 def test_release_that_takes_too_long_is_ended(model_dir: Path, tmp_path: Path) -> None:
-    """The time limit holds for loading too, and the message says that it was the time."""
+    """The time limit also holds for loading, and the message names it."""
     with pytest.raises(TreeFailed, match="not done in time"):
         Peer(Bench(TREE, model_dir, tmp_path, timeout_s=0.1), Tree(TREE, "0.3.75"), OURS, TINY_VAE)
 
 
 def test_peak_of_a_running_process_is_its_own() -> None:
-    """It counts memory that was given back, and nothing of the process that started it."""
+    """The peak of a running process includes memory that was freed, and nothing of the process that started it."""
     code = "held = b'x' * 200_000_000; del held; print('there', flush=True); input()"
     command = [sys.executable, "-S", "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -338,7 +338,7 @@ def test_peak_of_a_running_process_is_its_own() -> None:
 
 
 def test_trees_have_distinct_names(tmp_path: Path) -> None:
-    """The release, and the path too where two trees have the same one; each tree is there once."""
+    """A tree is named by its release, with its path if two trees have the same release, and each tree is listed once."""
     for name, release in (("a", "0.33.0"), ("b", "0.33.0"), ("c", "0.3.64")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "comfyui_version.py").write_text(f'__version__ = "{release}"\n')
@@ -347,14 +347,14 @@ def test_trees_have_distinct_names(tmp_path: Path) -> None:
 
 
 def test_releases_are_a_section_where_there_are_several() -> None:
-    """Or where it is named; the other sections run in any case."""
+    """The section of the releases runs with several trees or if it is named; the other sections run in any case."""
     assert wanted_sections((), several_trees=True) == list(SECTIONS)
     assert wanted_sections((), several_trees=False) == [name for name in SECTIONS if name != "releases"]
     assert wanted_sections(("start", "releases"), several_trees=False) == ["releases", "start"]
 
 
 def test_tree_that_cannot_run_is_named_before_anything_is_measured(tmp_path: Path) -> None:
-    """With the reason, and what to do."""
+    """A tree that lacks something is reported with the reason and the remedy."""
     (tmp_path / "comfy").mkdir()
     (tmp_path / "comfy" / "cli_args.py").write_text("import a_package_that_is_not_here\n")
     arguments = ("--comfyui", tmp_path, "--only", "releases", "--sizes", "0.01")
@@ -368,7 +368,7 @@ def test_tree_that_cannot_run_is_named_before_anything_is_measured(tmp_path: Pat
 
 
 def test_version_of_a_tree_is_read_without_running_it(tmp_path: Path) -> None:
-    """It is unknown where the tree does not say it."""
+    """The version of a tree is read from its file, and is unknown without one."""
     assert comfyui_version(TREE) != "unknown"
     assert comfyui_version(tmp_path) == "unknown"
 
@@ -384,12 +384,12 @@ def test_version_of_a_tree_is_read_without_running_it(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_refused_at_once(arguments: list[str], reason: str) -> None:
-    """Before anything is measured."""
+    """Options that do not fit each other are refused before anything is measured."""
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert reason in result.output
 
 
 def test_gigabytes_are_powers_of_ten() -> None:
-    """So that a limit in GB is the stricter one."""
+    """A GB is 10^9 bytes, so that a limit in GB is stricter than the same number of GiB."""
     assert gigabytes(1_500_000_000) == "1.50 GB"

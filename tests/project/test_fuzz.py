@@ -1,4 +1,4 @@
-"""The fuzzing itself: a few dozen inputs, that each can be made again, and that what is wrong is found."""
+"""The fuzzing itself: a few dozen inputs, their reproduction, and the report of a fault."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fuzz(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_few_dozen_inputs_are_answered_as_they_should_be(tmp_path: Path) -> None:
-    """No finding, every kind of input, and a report that counts them all."""
+    """48 inputs of all kinds give no finding, and the report counts each of them."""
     done = fuzz(tmp_path, "--inputs", "48", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "48 inputs in" in done.stdout
@@ -41,13 +41,13 @@ def test_few_dozen_inputs_are_answered_as_they_should_be(tmp_path: Path) -> None
 
 
 def test_input_that_is_not_answered_in_time_is_a_finding(tmp_path: Path) -> None:
-    """The process is started anew for the next one, the input is kept with the way to make it again, the status is 1."""
-    # Pickles, which no service answers in so short a time; a request that is refused may be.
+    """An input that exceeds its time is a finding: status 1, the input is kept with its command, and the next one runs."""
+    # Pickles, because no service responds to them within 0.1 ms; a refused request may be that quick.
     done = fuzz(tmp_path, "--only", "12", "--only", "17", "--patience", "0.0001")
     assert done.returncode == 1
     assert "findings: 2" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [finding["faults"] for finding in figures["findings"]] == [["no answer within 0.0001 s"]] * 2
+    assert [finding["faults"] for finding in figures["findings"]] == [["no response within 0.0001 s"]] * 2
     kept = {path.name for path in (tmp_path / "findings").iterdir()}
     assert len(kept) == 4
     (description,) = (tmp_path / "findings").glob("seed0-12.*.txt")
@@ -55,7 +55,7 @@ def test_input_that_is_not_answered_in_time_is_a_finding(tmp_path: Path) -> None
 
 
 def test_input_can_be_made_again(tmp_path: Path) -> None:
-    """The same corpus, seed and number give the same bytes; another number or seed gives others."""
+    """The same corpus, seed and number give the same bytes, and another number or seed gives others."""
     folders = Folders(tmp_path)
     make_corpus(folders)
     corpus = Corpus.read(folders.corpus)

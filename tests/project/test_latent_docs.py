@@ -1,7 +1,7 @@
-"""docs/latents.md: what it shows is run here as it stands there, with the packages that it is for.
+"""docs/latents.md: its code blocks are run as they stand there, with the packages that they are for.
 
-Its folder has a `Qwen/Qwen-Image` and a Stable Diffusion of the real architectures, tiny or with random weights: diffusers
-takes a folder of that name for what it would download.
+The working folder has a `Qwen/Qwen-Image` and a Stable Diffusion of the real architectures, tiny or with random weights:
+diffusers uses a folder with the name of a model instead of downloading the model.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ PAGE = (PROJECT / "docs" / "latents.md").read_text(encoding="utf-8")
 QWEN = "Qwen/Qwen-Image"
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
-# diffusers and transformers warn of their own dependencies, and of models without weights.
+# diffusers and transformers warn about their own dependencies, and about models without weights.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def snippets(heading: str, language: str = "python") -> list[str]:
-    """The code blocks under that heading, in order."""
+    """Return the code blocks under that heading, in order."""
     (text,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def run(code: list[str], **names: Any) -> dict[str, Any]:
-    """The names that the code leaves behind, one block after the other."""
+    """Run code blocks one after the other, and return the names that they leave behind."""
     for block in code:
-        exec(compile(block, "docs/latents.md", "exec"), names)  # noqa: S102  # it is our own page
+        exec(compile(block, "docs/latents.md", "exec"), names)  # noqa: S102  # the page is part of the project
     return names
 
 
 def without_variance(quant_conv: Any) -> None:
-    """Let the encoder be sure of its latents: what a pipeline samples is the mean then, which is what the service writes."""
+    """Remove the variance of an encoder's latents: a pipeline then samples their mean, which the service writes."""
     half = quant_conv.weight.shape[0] // 2
     quant_conv.weight.data[half:] = 0
     quant_conv.bias.data[half:] = -30
@@ -57,7 +57,7 @@ def without_variance(quant_conv: Any) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The reader's working folder."""
+    """Return the reader's working folder, with the photo in it."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(IMAGES / "photo.jpg", tmp_path)
     return tmp_path
@@ -70,7 +70,7 @@ def diffusers() -> Any:
 
 @pytest.fixture
 def encode_photo(encode: Encode, folder: Path) -> Callable[..., Any]:
-    """The service's answer for the photo; its files are where the page has them."""
+    """Return a function that encodes the photo; the files are in the folder that the page names."""
 
     def encode_photo(request_id: str = "1", **fields: Any) -> Any:
         return encode(folder / "photo.jpg", request_id=request_id, output_dir=str(folder / "output"), **fields)
@@ -79,7 +79,7 @@ def encode_photo(encode: Encode, folder: Path) -> Callable[..., Any]:
 
 
 def covered_pixels(response: Any) -> torch.Tensor:
-    """The part of the scaled image that the latent covers, `[1, 3, height, width]` from -1 to 1, as diffusers has it."""
+    """Return the part of the scaled image that the latent covers, as diffusers' `[1, 3, height, width]` in [-1, 1]."""
     with Image.open(response.scaled_image_path) as image:
         covered = image.crop(response.metadata.crop)
     pixels = torch.frombuffer(bytearray(covered.tobytes()), dtype=torch.uint8).view(1, covered.height, covered.width, 3)
@@ -87,7 +87,7 @@ def covered_pixels(response: Any) -> torch.Tensor:
 
 
 def test_command_writes_the_format(folder: Path, run_main: RunMain) -> None:
-    """Under the name that the rest of the page has, with the default VAE's name."""
+    """The page's command, with the default VAE's name, writes the file that the rest of the page reads."""
     shutil.copy(PROJECT / "tiny_vae" / TINY_VAE, folder / "qwen_image_vae.safetensors")
     (command,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     python, main, *arguments = shlex.split(command)
@@ -98,7 +98,7 @@ def test_command_writes_the_format(folder: Path, run_main: RunMain) -> None:
 
 
 def test_service_of_ones_own_reads_them(encode_photo: Callable[..., Any]) -> None:
-    """The `.pt`, the safetensors file with its header, and what a Kafka response names."""
+    """The page's code reads the `.pt`, the safetensors file with its header, and the file that a Kafka response names."""
     response = encode_photo()
     encode_photo(latent_format="safetensors")
     own, header, kafka = snippets("A service of your own")
@@ -114,7 +114,7 @@ def test_service_of_ones_own_reads_them(encode_photo: Callable[..., Any]) -> Non
 def test_node_of_the_workflow_opens_the_latent(
     encoder: LatentEncoder, encode_photo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the output folder as ComfyUI's input folder."""
+    """The page's node opens the latent if the output folder is ComfyUI's input folder."""
     path = Path(encode_photo(latent_format="comfy").latent_file_path)
     monkeypatch.setattr(importlib.import_module("folder_paths"), "input_directory", str(path.parent))
     (text,) = snippets("ComfyUI", "json")
@@ -125,7 +125,8 @@ def test_node_of_the_workflow_opens_the_latent(
 
 
 def save_qwen_image(diffusers: Any, folder: Path) -> None:
-    """A whole Qwen-Image pipeline: our tiny VAE, and the rest as small as it gets, with random weights."""
+    """Save a whole Qwen-Image pipeline: our tiny VAE, and very small other parts with random weights of a fixed seed."""
+    torch.manual_seed(0)
     transformers: Any = importlib.import_module("transformers")
     alphabet = importlib.import_module("tokenizers.pre_tokenizers").ByteLevel.alphabet()
     vae = diffusers.AutoencoderKLQwenImage(base_dim=8)
@@ -160,7 +161,7 @@ def save_qwen_image(diffusers: Any, folder: Path) -> None:
 
 
 def test_diffusers_takes_the_latent_of_qwen_image(diffusers: Any, encode_photo: Callable[..., Any], folder: Path) -> None:
-    """Scaled as its own pipeline scales its own VAE's; and with next to no noise, the pipeline gives the picture back."""
+    """The pipeline of diffusers scales a latent to the page's numbers, and returns the image if it adds almost no noise."""
     response = encode_photo()
     save_qwen_image(diffusers, folder)
     shown = run(snippets("diffusers: Qwen-Image"))
@@ -183,7 +184,7 @@ def test_diffusers_takes_the_latent_of_qwen_image(diffusers: Any, encode_photo: 
 
 
 def save_stable_diffusion(diffusers: Any, folder: Path, weights: Path) -> None:
-    """The VAE of SD 1.5 with the weights that our service encoded with, for diffusers."""
+    """Save the VAE of SD 1.5 for diffusers, with the weights that the service encoded with."""
     shape = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     with torch.device("meta"):
@@ -197,7 +198,7 @@ def save_stable_diffusion(diffusers: Any, folder: Path, weights: Path) -> None:
 def test_diffusers_takes_the_latent_of_stable_diffusion(
     diffusers: Any, encode_photo: Callable[..., Any], folder: Path, model_dir: Path
 ) -> None:
-    """Its pipeline makes the same noisy latent of it and of the pixels."""
+    """The pipeline of diffusers makes the same noisy latent from the service's latent and from the pixels."""
     response = encode_photo("2", vae_model_name="random_kl.safetensors", megapixels=0.01)
     save_stable_diffusion(diffusers, folder, model_dir / "vae" / "random_kl.safetensors")
     shown = run(snippets("diffusers: SD, SDXL, SD3, Flux"))
@@ -217,12 +218,12 @@ def test_diffusers_takes_the_latent_of_stable_diffusion(
 
     own = prepared(covered_pixels(response) / 2 + 0.5, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
-    torch.randn(scaled.shape, generator=generator)  # what sampling its own latent took
+    torch.randn(scaled.shape, generator=generator)  # the numbers that the pipeline used to sample its own latent
     torch.testing.assert_close(prepared(scaled, generator), own, atol=5e-3, rtol=5e-3)
 
 
 def test_shift_is_that_of_its_pipeline(diffusers: Any, folder: Path) -> None:
-    """Flux's pipeline scales what a VAE with a shift makes of an image to the same numbers; and they are scaled back right."""
+    """The page scales a latent of a VAE with a shift to the numbers of Flux's pipeline, and back to the same image."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=2, latent_channels=16, shift_factor=0.1159, scaling_factor=0.3611

@@ -1,4 +1,4 @@
-"""The committed schemas: they are those of the code, and they say what the code does."""
+"""The committed schemas: the code writes the same ones, and accepts and refuses the same requests."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def is_accepted(fields: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize(("name", "text"), documents().items())
 def test_committed_files_are_what_the_command_writes(name: str, text: str) -> None:
-    """Word for word."""
+    """Each committed file is the output of the command, character for character."""
     assert (FOLDER / name).read_text(encoding="utf-8") == text, "run: .venv/bin/python scripts/write_schemas.py"
 
 
 def test_nothing_else_is_committed_there() -> None:
-    """Each file is one that the command writes."""
+    """Each file in the folder is one that the command writes."""
     assert {path.name for path in FOLDER.iterdir()} == documents().keys()
 
 
 @pytest.mark.parametrize("schema", [REQUEST_SCHEMA, RESPONSE_SCHEMA], ids=[REQUEST, RESPONSE])
 def test_schemas_are_valid_and_so_are_their_examples(schema: dict[str, Any]) -> None:
-    """By the dialect that they name."""
+    """Each schema is valid in the dialect that it names, and so is each of its examples."""
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     Draft202012Validator.check_schema(schema)
     for example in schema["examples"]:
@@ -57,14 +57,14 @@ def test_schemas_are_valid_and_so_are_their_examples(schema: dict[str, Any]) -> 
 
 
 def test_example_request_shows_every_field_and_is_accepted() -> None:
-    """Nothing is left out, and the service would take it."""
+    """The example request has every field, and the service accepts it."""
     (example,) = REQUEST_SCHEMA["examples"]
     assert example.keys() == EncodeRequest.model_fields.keys()
     assert is_accepted(example)
 
 
 def test_example_responses_are_both_outcomes() -> None:
-    """A success and an error, each as the service writes it."""
+    """The example responses are a success and an error, each as the service writes it."""
     examples = RESPONSE_SCHEMA["examples"]
     assert [example["status"] for example in examples] == ["success", "error"]
     for example in examples:
@@ -73,7 +73,7 @@ def test_example_responses_are_both_outcomes() -> None:
 
 
 def test_defaults_are_the_requests() -> None:
-    """Those that the schema states are those that a request gets; an id that is made anew is none of them."""
+    """The schema states the defaults that a request gets, except the id, which is made anew for each request."""
     properties = REQUEST_SCHEMA["properties"]
     stated = {name: field["default"] for name, field in properties.items() if "default" in field}
     request = parse_request(IMAGE, {})
@@ -82,7 +82,7 @@ def test_defaults_are_the_requests() -> None:
 
 @pytest.mark.parametrize("fields", [IMAGE, {**IMAGE, "priority": 7}, *({**IMAGE, name: None} for name in OPTIONAL)])
 def test_only_the_image_is_required(fields: dict[str, Any]) -> None:
-    """What is absent, null or not known is accepted by both."""
+    """Schema and service accept absent, null and unknown fields beside the image."""
     assert is_accepted(fields)
     REQUESTS.validate(fields)
 
@@ -107,7 +107,7 @@ def test_only_the_image_is_required(fields: dict[str, Any]) -> None:
     ],
 )
 def test_good_value_is_accepted_by_both(field: str, value: object) -> None:
-    """By the schema and by the service."""
+    """A valid value is accepted by the schema and by the service."""
     fields = {**IMAGE, field: value}
     assert is_accepted(fields)
     REQUESTS.validate(fields)
@@ -144,19 +144,19 @@ def test_good_value_is_accepted_by_both(field: str, value: object) -> None:
     ],
 )
 def test_bad_value_is_refused_by_both(field: str, value: object) -> None:
-    """By the schema and by the service."""
+    """A value that is not valid is refused by the schema and by the service."""
     fields = {**IMAGE, field: value}
     assert not is_accepted(fields)
     assert not REQUESTS.is_valid(fields)
 
 
 def test_request_without_image_is_refused_by_both() -> None:
-    """The one field that is required."""
+    """A request without an image is refused by the schema and by the service."""
     assert not is_accepted({})
     assert not REQUESTS.is_valid({})
 
 
-# No newline: Python takes the `$` of a pattern to match before a last one too, which JSON Schema does not.
+# No newline: in Python, the `$` of a pattern also matches before a newline at the end, which it does not in JSON Schema.
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\n"))
 paths = st.lists(st.sampled_from(["", ".", "..", "...", "a", "..a", "\0"]), max_size=3).map("/".join)
 numbers = st.integers(-1, 20) | st.floats(0, 20) | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -168,13 +168,13 @@ names = st.sampled_from([*EncodeRequest.model_fields, "priority"])
 @settings(max_examples=1000)
 @given(st.dictionaries(names, values, max_size=2))
 def test_schema_and_service_agree(fields: dict[str, Any]) -> None:
-    """Whatever one or two fields hold, both accept them or neither does."""
+    """Schema and service both accept or both refuse a request, whatever one or two of its fields hold."""
     request = {**IMAGE, **fields}
     assert REQUESTS.is_valid(request) == is_accepted(request)
 
 
 def written(response: Response) -> Any:
-    """What stands in the record of a response."""
+    """Return the content of the record of a response."""
     record = Incoming("requests", partition=0, offset=0, timestamp=None, key=None, value=None, headers=())
     value = response_record(record, ResponseMessage.of(response, None, RESPONDED_AT), "responses").value
     assert value is not None
@@ -183,13 +183,13 @@ def written(response: Response) -> Any:
 
 @pytest.mark.parametrize("error", RequestError.__subclasses__())
 def test_every_error_response_validates(error: type[RequestError]) -> None:
-    """Whatever its code."""
+    """An error response with any code is valid by its schema."""
     RESPONSES.validate(written(ErrorResponse.of(error("Went wrong."), "id", RESPONDED_AT)))
 
 
 @pytest.mark.parametrize("changed", [{}, {"vae_sha256": None}, {"image_notes": ("alpha_dropped",)}])
 def test_every_success_response_validates(changed: dict[str, Any]) -> None:
-    """Also one without a VAE file, and one with notes."""
+    """A success response is valid by its schema, also without a VAE file and with notes."""
     success = example_success()
     metadata = success.metadata.model_copy(update=changed)
     RESPONSES.validate(written(success.model_copy(update={"metadata": metadata})))
@@ -197,14 +197,14 @@ def test_every_success_response_validates(changed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ResponseMessage.model_fields)
 def test_no_field_of_a_response_is_ever_absent(name: str) -> None:
-    """Null says that it does not apply."""
+    """A response without one of its fields is not valid; a field that does not apply is null."""
     response = written(example_success())
     del response[name]
     assert not RESPONSES.is_valid(response)
 
 
 def references(node: Any) -> Iterator[str]:
-    """Every `$ref` in a document."""
+    """Yield every `$ref` in a document."""
     if isinstance(node, dict):
         yield from [node["$ref"]] if "$ref" in node else []
         node = list(node.values())
@@ -214,7 +214,7 @@ def references(node: Any) -> Iterator[str]:
 
 
 def resolved(reference: str) -> Any:
-    """What a reference of the AsyncAPI document leads to."""
+    """Return the target of a reference in the AsyncAPI document."""
     file, _, pointer = reference.partition("#")
     node = json.loads((FOLDER / file).read_text(encoding="utf-8")) if file else SERVICE
     for name in pointer.split("/")[1:]:
@@ -223,7 +223,7 @@ def resolved(reference: str) -> Any:
 
 
 def test_asyncapi_has_what_version_3_requires() -> None:
-    """Its version, a title and a version of the service, and of each operation an action, a channel and its messages."""
+    """The document has its version, a title and version of the service, and an action, channel and messages per operation."""
     assert SERVICE["asyncapi"] == "3.0.0"
     assert (SERVICE["info"]["title"], SERVICE["info"]["version"]) == ("Latent Encoder", VERSION)
     for operation in SERVICE["operations"].values():
@@ -233,14 +233,14 @@ def test_asyncapi_has_what_version_3_requires() -> None:
 
 
 def test_references_lead_somewhere() -> None:
-    """Those inside the AsyncAPI document, and those to the schemas."""
+    """Each reference in the AsyncAPI document has a target, in the document or in a schema."""
     found = set(references(SERVICE))
     assert {f"./{REQUEST}", f"./{RESPONSE}"} < found
     assert all(isinstance(resolved(reference), dict) for reference in found)
 
 
 def test_operations_are_the_services() -> None:
-    """It receives from one topic in its group and sends to two, by the names that the settings have as defaults."""
+    """The service receives from one topic in its group and sends to two, with the default names of the settings."""
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     operations = SERVICE["operations"].values()
     assert [(each["action"], resolved(each["channel"]["$ref"])["address"]) for each in operations] == [
@@ -254,13 +254,13 @@ def test_operations_are_the_services() -> None:
 
 @pytest.mark.parametrize(("channel", "message"), [("requests", "request"), ("responses", "response")])
 def test_correlation_id_is_where_asyncapi_says(channel: str, message: str) -> None:
-    """A field of the payload's schema."""
+    """The correlation id of each message is a field of the payload's schema."""
     described = SERVICE["channels"][channel]["messages"][message]
     name = described["correlationId"]["location"].removeprefix("$message.payload#/")
     assert name in resolved(described["payload"]["$ref"])["properties"]
 
 
 def test_every_dead_letter_header_is_described() -> None:
-    """In the order in which they are sent; all of them always are."""
+    """The dead letter's headers are described in the order of sending, and all of them are required."""
     headers = SERVICE["channels"]["deadLetters"]["messages"]["deadLetter"]["headers"]
     assert tuple(headers["properties"]) == tuple(headers["required"]) == DLQ_HEADERS

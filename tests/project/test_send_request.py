@@ -1,4 +1,4 @@
-"""`scripts/send_request.py` as its users run it, against a real broker and a worker."""
+"""`scripts/send_request.py` as its users run it, with a real broker and a worker."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def responses(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 
 def one_line_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The only line on standard error."""
+    """Return the only line on standard error, which must be an error message."""
     (line,) = done.stderr.splitlines()
     assert line.startswith("Error: ")
     return line
 
 
 def test_an_error_among_the_answers(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
-    """Each image is answered, the missing one with an error, under one correlation id; nothing on standard error."""
+    """Each image has a response with one correlation id, the missing image an error, and standard error stays empty."""
     with bench.worker(encoder, bench.settings(settings)):
         done = send(bench, "photo.jpg", "grey.png", "/no/such.jpg")
         bench.wait_for_commit({0: 3})
@@ -61,7 +61,7 @@ def test_an_error_among_the_answers(bench: Bench, encoder: LatentEncoder, settin
 
 
 def test_options_are_sent(bench: Bench, encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
-    """Every field that is given goes into the request, and answers to others are left alone."""
+    """Every given field goes into the request, and responses to other requests are not printed."""
     options = ["--request-id", "r-1", "--correlation-id", "c-1", "--vae-model-name", "tiny_qwen_vae.safetensors"]
     options += ["--upscale-method", "area", "--megapixels", "0.02", "--output-dir", str(tmp_path / "mine")]
     with bench.worker(encoder, bench.settings(settings)):
@@ -76,7 +76,7 @@ def test_options_are_sent(bench: Bench, encoder: LatentEncoder, settings: Settin
 
 
 def test_count_sends_each_image_so_many_times(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
-    """With ids of their own, over several partitions."""
+    """`--count` sends each image that many times, with distinct ids, over several partitions."""
     bench = make_bench(3)
     with bench.worker(encoder, bench.settings(settings)):
         done = send(bench, "photo.jpg", "grey.png", "--count", "3")
@@ -85,7 +85,7 @@ def test_count_sends_each_image_so_many_times(make_bench: MakeBench, encoder: La
 
 
 def test_topic_that_does_not_exist(make_bench: MakeBench) -> None:
-    """It is named, and not created."""
+    """A topic that does not exist is named in the error, and not created."""
     bench = make_bench(create=False)
     done = send(bench, "photo.jpg")
     assert (done.returncode, done.stdout) == (3, "")
@@ -94,14 +94,14 @@ def test_topic_that_does_not_exist(make_bench: MakeBench) -> None:
 
 
 def test_answers_that_do_not_come(bench: Bench) -> None:
-    """The number of those missing is said when the time is over."""
+    """At the timeout, the error has the number of missing responses."""
     done = send(bench, "photo.jpg", "grey.png", "--timeout", "2")
     assert (done.returncode, done.stdout) == (3, "")
-    assert "2 of 2 answers" in one_line_of(done)
+    assert "2 of 2 responses" in one_line_of(done)
 
 
 def test_broker_that_is_not_there(make_bench: MakeBench) -> None:
-    """One line that names its address."""
+    """A broker that cannot be reached gives one line that names its address."""
     bench = make_bench(create=False, servers="127.0.0.1:1")
     done = send(bench, "photo.jpg", "--timeout", "1")
     assert (done.returncode, done.stdout) == (3, "")
@@ -110,7 +110,7 @@ def test_broker_that_is_not_there(make_bench: MakeBench) -> None:
 
 @pytest.mark.parametrize("arguments", [("photo.jpg", "grey.png"), ("photo.jpg", "--count", "2")])
 def test_request_id_is_for_one_request(make_bench: MakeBench, arguments: tuple[str, ...]) -> None:
-    """Wrong usage otherwise."""
+    """`--request-id` with more than one request is wrong usage."""
     done = send(make_bench(create=False, servers="127.0.0.1:1"), *arguments, "--request-id", "r-1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--request-id" in done.stderr

@@ -1,4 +1,4 @@
-"""The soak's book-keeping, its arithmetic and its requests; the run itself is not tested."""
+"""The soak's ledger, its arithmetic and its requests; the run itself is not tested."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_lost_until_something_comes(ledger: Ledger) -> None:
-    """A request that expects both is settled by both, in either order, and counted once."""
+    """A request that expects a response and a dead letter is settled by both, in either order, and counted once."""
     ledger.sent(Planned("bad", b"", BOTH, "id"), PLACE)
     (entry,) = ledger.entries
     assert (entry.lost, entry.wrong, ledger.outstanding) == (True, False, 1)
@@ -73,7 +73,7 @@ def test_lost_until_something_comes(ledger: Ledger) -> None:
 
 
 def test_duplicates_are_counted(ledger: Ledger, files: Path) -> None:
-    """Each further response and dead letter."""
+    """Each response after the first is counted as a duplicate."""
     ledger.sent(Planned(GOOD, b"", Expected(), "id"), PLACE)
     for _ in range(3):
         ledger.response(response(files=files))
@@ -92,14 +92,14 @@ def test_duplicates_are_counted(ledger: Ledger, files: Path) -> None:
     ids=["error", "code", "id", "files"],
 )
 def test_other_answers_are_wrong(ledger: Ledger, expected: Expected, answer: Incoming) -> None:
-    """An error for a success, another code, another's id, files that are not there."""
+    """An error instead of a success, another code, another request's id and missing files are wrong."""
     ledger.sent(Planned("kind", b"", expected, "id"), PLACE)
     ledger.response(answer)
     assert ledger.entries[0].wrong
 
 
 def test_dead_letters_say_why_and_of_what(ledger: Ledger) -> None:
-    """Another code or another record's place is wrong."""
+    """A dead letter with another code or with another record's place is wrong."""
     expected = Expected(ErrorCode.MESSAGE_UNUSABLE, response=False, dead_letter=True)
     for number, (code, offset) in enumerate((("MESSAGE_UNUSABLE", 7), ("ENCODING_FAILED", 7), ("MESSAGE_UNUSABLE", 8))):
         ledger.sent(Planned("kind", b"", expected, None), PLACE)
@@ -108,7 +108,7 @@ def test_dead_letters_say_why_and_of_what(ledger: Ledger) -> None:
 
 
 def test_repeated_requests_get_the_stored_response(ledger: Ledger, files: Path) -> None:
-    """Metadata of another run mean that it was encoded again."""
+    """Metadata of another run show that a repeated request was encoded again, which is wrong."""
     for stored in ({"timestamp": "then"}, {"timestamp": "before"}):
         ledger.entries.clear()
         ledger.sent(Planned(REPEATED, b"", Expected(), "id", stored), PLACE)
@@ -117,7 +117,7 @@ def test_repeated_requests_get_the_stored_response(ledger: Ledger, files: Path) 
 
 
 def test_generator_repeats_successes_and_removes_old_files(tmp_path: Path) -> None:
-    """A repetition is the same message; files stay until KEPT other requests have succeeded."""
+    """A repetition is the same message, and files stay until KEPT other requests have succeeded."""
     generator = Generator(tmp_path, [IMAGES / "photo.jpg"], seed=0)
     request = next(request for request in iter(generator.any_one, None) if request.kind == GOOD)
     for number in range(KEPT + 1):
@@ -133,6 +133,8 @@ def test_generator_repeats_successes_and_removes_old_files(tmp_path: Path) -> No
 
 
 def test_generator_is_seeded(tmp_path: Path) -> None:
+    """The same seed gives the same requests, another seed others, and every bad kind is among them."""
+
     def requests(seed: int) -> list[Planned]:
         generator = Generator(tmp_path, [IMAGES / "photo.jpg"], seed)
         return [*generator.one_of_each(), *(generator.any_one() for _ in range(100))]
@@ -142,7 +144,7 @@ def test_generator_is_seeded(tmp_path: Path) -> None:
 
 
 def test_flat_means_within_five_percent() -> None:
-    """Either way for memory; files and threads must not grow by one."""
+    """Memory may rise or fall by 5 %, and open files and threads must not grow by one."""
     flat = {"resident_bytes": Trend(100, 104, 96), "open_files": Trend(10, 12, 10), "threads": Trend(10, 10, 9)}
     assert list(not_flat(flat)) == []
     for name, trend in (
@@ -155,14 +157,14 @@ def test_flat_means_within_five_percent() -> None:
 
 
 def test_trend_is_of_medians() -> None:
-    """Of a fifth of the samples each; one outlier changes nothing."""
+    """A trend has the medians of three fifths of the samples, so that one outlier changes nothing."""
     values = [1.0, 1, 99, 5, 5, 5, 5, 2, 2, 0, 5, 5, 3, 3, 3]
     assert Trend.of(values) == Trend(1, 2, 3)
     assert Trend(100, 90, 105).deviation == pytest.approx(-0.1)
 
 
 def test_metrics_have_to_agree(ledger: Ledger, files: Path) -> None:
-    """The worker's counts of answers, dead letters and stored answers are compared with what came."""
+    """A difference between the worker's counts and the records that came is reported."""
     ledger.sent(Planned(GOOD, b"", Expected(), "id"), PLACE)
     ledger.response(response(files=files))
     success: Mapping[str, str] = {"outcome": "success", "error_code": ""}
@@ -175,12 +177,13 @@ def test_metrics_have_to_agree(ledger: Ledger, files: Path) -> None:
 
 
 def test_end_is_clean_where_all_is_committed() -> None:
+    """Status 0 and a commit for each record is a good end; each of the two that is missing is reported."""
     assert list(bad_end(0, 5, {0: 3, 1: 2})) == []
     assert len(list(bad_end(3, 5, {0: 3}))) == 2
 
 
 def test_stages_are_drawn_that_ran() -> None:
-    """The mean time since the sample before, in seconds; every stage has a colour of its own."""
+    """A stage that ran is drawn with its mean time since the previous sample, and every stage has its own colour."""
     samples = [
         Sample(
             60.0 * n,

@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with images, other files, and images below it; it is the working folder's `photos`."""
+    """Make the folder `photos` with images, other files, and images below it."""
     folder = tmp_path / "photos"
     for name in ("b.png", "A.JPG", "c.jpeg", "notes.txt", ".hidden.png", "below/d.png", "below/deep/e.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ TINY = ("--vae_model_name", TINY_VAE, "--megapixels", "0.02")
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder with three images and, among them by name, one that is truncated."""
+    """Make a folder with three images and, among them by name, a truncated one."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in GOOD:

@@ -66,7 +66,7 @@ def with_alpha(model: Any) -> Any:
 
 @pytest.fixture
 def strip_pixels(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A function that sets the number of pixels in a strip."""
+    """Return a function that sets the count of pixels in a strip."""
     return lambda pixels: monkeypatch.setitem(row_strips.STRIP_PIXELS, "cpu", pixels)
 
 

@@ -78,7 +78,7 @@ def stock_results(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def encoders(encoder: LatentEncoder, settings: Settings) -> dict[str, LatentEncoder]:
-    """A `LatentEncoder` for each value of ENCODER."""
+    """Make a `LatentEncoder` for each value of ENCODER."""
     stock_settings = settings.model_copy(update={"encoder": "stock"})
     return {"auto": encoder, "stock": LatentEncoder(stock_settings, encoder.runtime)}
 

@@ -44,7 +44,7 @@ def of_a_cpu() -> None:
 
 @pytest.fixture
 def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> Callable[[Shortage, str], None]:
-    """A function that makes a VAE run out of memory, in the given way, for images larger than `LARGEST`."""
+    """Return a function that makes a VAE run out of memory, in the given way, for images larger than `LARGEST`."""
 
     def short_of_memory(shortage: Shortage, name: str) -> None:
         vae = encoder.vaes.get(name)

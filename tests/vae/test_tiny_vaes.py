@@ -41,7 +41,7 @@ Responses = Mapping[str, Mapping[str, Any]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the VAEs in `models/`."""
+    """Make a folder with the VAEs in `models/`."""
     folder = tmp_path_factory.mktemp("tiny")
     stock("make-vaes", folder / "models", "tiny")
     return folder
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def responses(folder: Path) -> Responses:
-    """The responses of our service for a square image, scaled to 256 x 256 pixels, by the VAE's name."""
+    """Return the responses of our service for a square image, scaled to 256 x 256 pixels, by the VAE's name."""
     cases = [[str(IMAGES / "astronaut.png"), name, "lanczos", 0.0625] for name in NAMES]
     (folder / "ours.json").write_text(json.dumps(cases))
     script = PROJECT / "tests" / "encode_cases.py"
@@ -66,7 +66,7 @@ def encodes(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Mapping[str, torch.Tensor]:
-    """The latents of the stock nodes, by the VAE's name."""
+    """Return the latents of the stock nodes, by the VAE's name."""
     names = [name for name in NAMES if encodes(name)]
     cases = [[str(IMAGES / "astronaut.png"), name, "lanczos", 0.0625] for name in names]
     (folder / "cases.json").write_text(json.dumps(cases))

@@ -60,7 +60,7 @@ def release_of(tree: Path) -> str:
 
 @pytest.fixture(scope="module")
 def in_diffusers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JSON file with the shapes of VAEs that diffusers builds; an empty object if diffusers is not installed."""
+    """Write the shapes of VAEs that diffusers builds to a JSON file; an empty object if diffusers is not installed."""
     path = tmp_path_factory.mktemp("diffusers") / "shapes.json"
     if importlib.util.find_spec("diffusers") is None:
         path.write_text("{}")
@@ -83,7 +83,7 @@ def tree(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tree: Path, in_diffusers: Path) -> Built:
-    """The VAEs that ComfyUI in that tree builds for each case, and for the VAEs of diffusers: see `tests/vae_zoo.py`."""
+    """Return the VAEs that ComfyUI builds for each case and for the VAEs of diffusers: see `tests/vae_zoo.py`."""
     command = [sys.executable, str(PROJECT / "tests" / "vae_zoo.py"), str(tree), str(in_diffusers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -159,7 +159,7 @@ def test_vaes_for_other_things_are_recognised_by_the_tensors_that_comfyui_goes_b
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)
 def test_comfyuis_own_attributes_show_which_vaes_encode_no_images(case: Case, encoder: LatentEncoder) -> None:
-    """This finds VAEs of unknown families. A decoder without an encoder is found by its missing tensors instead."""
+    """They reveal VAEs of unknown families too. Missing tensors reveal a decoder without an encoder."""
     decoder = family(case.family).no_images == DECODER
     if is_older(encoder.runtime.version, case.since) or importlib.util.find_spec(case.needs) is None or decoder:
         return
