@@ -83,19 +83,19 @@ def responses_to(
 
 def collect(responses: Topic, ids: Collection[str], patience: float) -> list[TimedResponse]:
     """Return the responses to these requests, when each has one or none came for `patience` seconds."""
-    missing, answers = set(ids), []
+    missing, received = set(ids), []
     deadline = time.monotonic() + patience
     while missing and time.monotonic() < deadline:
         message = responses.consumer.poll(0.2)
         if message is None or message.error() is not None:
             continue
         record = Incoming.of(message)
-        answer = TimedResponse((record.timestamp or 0) / 1000, json.loads(record.value or b""))
-        if answer.request_id in ids:
-            answers.append(answer)
-            missing.discard(answer.request_id)
+        timed = TimedResponse((record.timestamp or 0) / 1000, json.loads(record.value or b""))
+        if timed.request_id in ids:
+            received.append(timed)
+            missing.discard(timed.request_id)
             deadline = time.monotonic() + patience
-    return answers
+    return received
 
 
 def duplicates(responses: Topic, ids: Collection[str], seconds: float) -> list[TimedResponse]:
@@ -106,9 +106,9 @@ def duplicates(responses: Topic, ids: Collection[str], seconds: float) -> list[T
     return found
 
 
-def per_second(answers: Sequence[TimedResponse]) -> float:
+def per_second(received: Sequence[TimedResponse]) -> float:
     """Return requests per second from the first response to the last."""
-    times = [answer.at for answer in answers]
+    times = [timed.at for timed in received]
     return (len(times) - 1) / (max(times) - min(times))
 
 

@@ -76,14 +76,14 @@ class Kafka:
     def run(self, case: Case, count: int) -> list[TimedResponse]:
         """Let the worker encode the case's image `count` times."""
         folder = self.bench.folder / "kafka"
-        answers = responses_to(
+        received = responses_to(
             self.bench,
             self.responses,
             requests_for(case.image, count, megapixels=case.megapixels, output_dir=str(folder)),
         )
-        assert [answer.response["status"] for answer in answers] == ["success"] * count
+        assert [timed.response["status"] for timed in received] == ["success"] * count
         shutil.rmtree(folder)
-        return answers
+        return received
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -181,10 +181,10 @@ def start(case: Case, plan: Plan, prefetch: int, stack: ExitStack) -> Kafka:
 
 def side_result(prefetch: int, rounds: Sequence[Sequence[TimedResponse]], bare: Sequence[Result]) -> Result:
     """Return rates, ratios and step times of one worker; its latents must be those of the bare loop."""
-    metadata = [answer.response["metadata"] for answers in rounds for answer in answers]
+    metadata = [timed.response["metadata"] for received in rounds for timed in received]
     latents = {entry["latent_sha256"] for entry in metadata} | {entry["latent_sha256"] for entry in bare}
     assert len(latents) == 1, "the latents differ"
-    rates = [per_second(answers) for answers in rounds]
+    rates = [per_second(received) for received in rounds]
     return {
         "prefetch": prefetch,
         "comfyui": metadata[0]["comfyui_version"],

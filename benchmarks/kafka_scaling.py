@@ -56,20 +56,20 @@ def measure(broker: Broker, folder: Path, workers: int, count: int, megapixels: 
         with running_workers(bench, workers, OMP_NUM_THREADS="1"):
             responses_to(bench, responses, requests_for(IMAGE, WARM_UP * PARTITIONS, megapixels=megapixels))
             requests = requests_for(IMAGE, count, megapixels=megapixels)
-            answers = responses_to(bench, responses, requests)
+            received = responses_to(bench, responses, requests)
             ids = {str(request["request_id"]) for request in requests}
             further = duplicates(responses, ids, DUPLICATES_S)
     finally:
         bench.close()
-    first = {answer.request_id for answer in answers}
+    first = {timed.request_id for timed in received}
     return {
         "workers": workers,
-        "per_second": per_second(answers),
+        "per_second": per_second(received),
         "sent": count,
         "answered": len(first),
         "lost": len(ids - first),
-        "duplicates": len(answers) - len(first) + len(further),
-        "errors": sum(answer.response["status"] != "success" for answer in answers),
+        "duplicates": len(received) - len(first) + len(further),
+        "errors": sum(timed.response["status"] != "success" for timed in received),
     }
 
 

@@ -36,8 +36,8 @@ def take_sample(process: psutil.Process, port: int, at: float) -> Sample:
 
 def scrape(port: int) -> list[Series]:
     """Return the service's series of `/metrics`, except the buckets of its histograms."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as answer:
-        text = answer.read().decode()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as response:
+        text = response.read().decode()
     return [
         (sample.name, sample.labels, sample.value)
         for family in text_string_to_metric_families(text)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fuzz import pngs
 from fuzz.cases import TINY_VAE
 from fuzz.process import Folders
-from fuzz.records import PICTURE
+from fuzz.records import PHOTO
 from fuzz.weights import WeightsFile
 from tests.helpers import IMAGES, PROJECT, stock
 
@@ -29,7 +29,7 @@ def make_corpus(folders: Folders) -> None:
     """Write the corpus, the sound VAEs beside it, and the working folder with an image in it."""
     for folder in (folders.inputs, folders.work, folders.models / "vae", folders.models / "vae_approx"):
         folder.mkdir(parents=True)
-    shutil.copy(IMAGES / PICTURE, folders.work)
+    shutil.copy(IMAGES / PHOTO, folders.work)
     tiny = PROJECT / "tiny_vae" / TINY_VAE
     shutil.copy(tiny, folders.models / "vae")
     stock("make-vaes", folders.models, "taesd", "hollow-kl")
@@ -57,7 +57,7 @@ def _test_images(*suffixes: str) -> Iterator[bytes]:
 
 
 def _pngs() -> list[bytes]:
-    with Image.open(IMAGES / PICTURE) as photo:
+    with Image.open(IMAGES / PHOTO) as photo:
         photo.load()
     text = PngInfo()
     text.add_text("Title", "plain")
@@ -71,7 +71,7 @@ def _pngs() -> list[bytes]:
 
 
 def _jpegs() -> list[bytes]:
-    with Image.open(IMAGES / PICTURE) as photo:
+    with Image.open(IMAGES / PHOTO) as photo:
         photo.load()
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return [

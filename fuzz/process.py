@@ -19,7 +19,7 @@ from config import Settings
 from errors import ErrorCode, MessageUnusable, RequestError
 from fuzz.cases import TINY_VAE, Case, Corpus, make_case
 from fuzz.pickles import EXECUTED
-from fuzz.records import PICTURE
+from fuzz.records import PHOTO
 from latent_encoder.kafka.records import Incoming, dead_letter, read_request, response_record, sender_of
 from latent_encoder.outputs.latent_files import read_latent_file
 from latent_encoder.requests import parse_request
@@ -73,7 +73,7 @@ class Result:
     number: int
     kind: str
     mutation: str
-    answer: str
+    response: str
     seconds: float
     peak: int
     faults: tuple[str, ...]
@@ -90,7 +90,7 @@ def run(connection: Connection, root: Path, settings: Settings, seed: int) -> No
     complaints = Complaints()
     encoder = LatentEncoder.set_up(settings)
     for name in (TINY_VAE, "pixel_space"):
-        encoder.encode(parse_request({"image_path": PICTURE, "vae_model_name": name}, settings.request_defaults))
+        encoder.encode(parse_request({"image_path": PHOTO, "vae_model_name": name}, settings.request_defaults))
     shutil.rmtree(OUTPUT)
     fuzzer = Fuzzer(encoder, settings, folders, complaints)
     corpus = Corpus.read(folders.corpus)
@@ -128,17 +128,17 @@ class Fuzzer:
         self._own_files = self._files()
 
     def result(self, case: Case) -> Result:
-        answer = self._with_record if case.kind == "json" else self._with_vae if case.is_vae else self._with_image
+        judge = self._with_record if case.kind == "json" else self._with_vae if case.is_vae else self._with_image
         log_size = self._folders.log.stat().st_size
         forget_peak()
         start = time.monotonic()
         try:
-            said, faults = answer(case)
+            said, faults = judge(case)
         except Exception:
             said, faults = "exception", [traceback.format_exc()]
         seconds, peak = time.monotonic() - start, peak_memory()
         if said not in EXPECTED[case.kind] and not faults:
-            faults.append(f"answered with {said}")
+            faults.append(f"the response is {said}")
         faults += self._complaints.taken()
         if "Traceback" in self._log_from(log_size):
             faults.append("a traceback on standard error")
@@ -160,7 +160,7 @@ class Fuzzer:
             file.write(case.data)
             file.truncate(len(case.data) + case.hole)
         try:
-            return self._judged({"image_path": PICTURE, "vae_model_name": name})
+            return self._judged({"image_path": PHOTO, "vae_model_name": name})
         finally:
             path.unlink()
 
@@ -177,7 +177,7 @@ class Fuzzer:
             if isinstance(exc, MessageUnusable):
                 dead_letter(record, exc, 0, self._settings)
             return exc.code, self._left_behind(())
-        response, faults = self._answered(request)
+        response, faults = self._responded(request)
         self._message(record, response, request.correlation_id)
         return _said(response), faults
 
@@ -194,10 +194,10 @@ class Fuzzer:
         assert ResponseMessage.model_validate_json(made.value) == message
 
     def _judged(self, fields: dict[str, object]) -> tuple[str, list[str]]:
-        response, faults = self._answered(parse_request(fields, self._settings.request_defaults))
+        response, faults = self._responded(parse_request(fields, self._settings.request_defaults))
         return _said(response), faults
 
-    def _answered(self, request: EncodeRequest) -> tuple[Response, list[str]]:
+    def _responded(self, request: EncodeRequest) -> tuple[Response, list[str]]:
         """Return the service's response, and the faults of the files that belong to it."""
         response = self._encoder.respond(request)
         if isinstance(response, ErrorResponse):

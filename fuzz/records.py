@@ -9,12 +9,12 @@ from typing import Any
 from fuzz import bytewise
 from models import EncodeRequest
 
-PICTURE = "photo.jpg"  # a relative path: the working folder of the fuzzing process has this image
+PHOTO = "photo.jpg"  # a relative path: the working folder of the fuzzing process has this image
 PLACEHOLDER = "@@"  # stands for a value that json.dumps cannot write
 
 FIELDS = tuple(EncodeRequest.model_fields)
 SOUND = {
-    "image_path": PICTURE,
+    "image_path": PHOTO,
     "vae_model_name": "pixel_space",
     "upscale_method": "lanczos",
     "megapixels": 0.01,

@@ -19,7 +19,7 @@ def figures(results: Sequence[Result], limits: Limits, seed: int, seconds: float
         "seed": seed,
         "inputs": len(results),
         "seconds": round(seconds, 1),
-        "by_kind": {kind: dict(_answers(results, kind)) for kind in sorted({result.kind for result in results})},
+        "by_kind": {kind: dict(_responses(results, kind)) for kind in sorted({result.kind for result in results})},
         "findings": [asdict(result) for result in results if result.faults],
         "slowest": asdict(slowest),
         "largest": asdict(largest),
@@ -30,13 +30,13 @@ def figures(results: Sequence[Result], limits: Limits, seed: int, seconds: float
 def report(results: Sequence[Result], limits: Limits, seed: int, seconds: float) -> str:
     """Return a run as a Markdown table and a few lines."""
     kinds = sorted({result.kind for result in results})
-    answers = sorted({result.answer for result in results}, key=lambda answer: (answer != "success", answer))
+    responses = sorted({result.response for result in results}, key=lambda response: (response != "success", response))
     rows = [["response", *kinds, "all"]]
     rows.append(["---", *["---:" for _ in kinds], "---:"])
-    for answer in answers:
-        counts = [_answers(results, kind)[answer] for kind in kinds]
-        rows.append([answer, *map(str, counts), str(sum(counts))])
-    totals = [sum(_answers(results, kind).values()) for kind in kinds]
+    for response in responses:
+        counts = [_responses(results, kind)[response] for kind in kinds]
+        rows.append([response, *map(str, counts), str(sum(counts))])
+    totals = [sum(_responses(results, kind).values()) for kind in kinds]
     rows.append(["all", *map(str, totals), str(sum(totals))])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     slowest = max(results, key=lambda result: result.seconds)
@@ -55,8 +55,8 @@ def report(results: Sequence[Result], limits: Limits, seed: int, seconds: float)
     )
 
 
-def _answers(results: Sequence[Result], kind: str) -> Counter[str]:
-    return Counter(result.answer for result in results if result.kind == kind)
+def _responses(results: Sequence[Result], kind: str) -> Counter[str]:
+    return Counter(result.response for result in results if result.kind == kind)
 
 
 def _named(result: Result) -> str:

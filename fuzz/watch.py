@@ -71,16 +71,16 @@ class Watched:
         """Return the result of that input."""
         start = time.monotonic()
         self._connection.send(number)
-        answer = self._wait(self._patience, self.limits.memory)
-        if isinstance(answer, Result):
-            too_much = (self._too_much(answer.peak),) if answer.peak > self.limits.memory else ()
-            return replace(answer, faults=answer.faults + too_much)
+        result = self._wait(self._patience, self.limits.memory)
+        if isinstance(result, Result):
+            too_much = (self._too_much(result.peak),) if result.peak > self.limits.memory else ()
+            return replace(result, faults=result.faults + too_much)
         peak = self._memory()
         self._stop()
         self._start()
         self._wait(START_S, None)
         case = make_case(Corpus.read(self._folders.corpus), self._seed, number)
-        return Result(number, case.kind, case.mutation, "none", time.monotonic() - start, peak, (str(answer),))
+        return Result(number, case.kind, case.mutation, "none", time.monotonic() - start, peak, (str(result),))
 
     def _wait(self, seconds: float, memory: int | None) -> object:
         """Return the object that the process sends, or a text with the reason why it sent none."""

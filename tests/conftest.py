@@ -113,13 +113,13 @@ def encode(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode
 
 
 @pytest.fixture
-def answer(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode:
+def respond(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> Encode:
     """Return a function like `encode` that returns an error response instead of raising."""
 
-    def answer(image: str | Path, **fields: Any) -> Any:
+    def respond(image: str | Path, **fields: Any) -> Any:
         return encoder.respond(request_for(settings, tmp_path, image, fields))
 
-    return answer
+    return respond
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ class Events:
         return [vars(record) for record in self.caplog.records if record.getMessage() == name]
 
 
-def answers(topic: Topic, count: int, patience: float = PATIENCE_S) -> list[dict[str, Any]]:
+def read_responses(topic: Topic, count: int, patience: float = PATIENCE_S) -> list[dict[str, Any]]:
     """Return the first `count` responses, parsed."""
     return [json.loads(record.value or b"") for record in topic.take(count, patience)]
 

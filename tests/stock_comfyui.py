@@ -201,8 +201,8 @@ def has_resolution_steps() -> bool:
 def decode(out: Path, latents: list[str]) -> None:
     vae = nodes.VAELoader().load_vae(TINY_VAE)[0]
     samples = [torch.load(latent, weights_only=True).unsqueeze(2) for latent in latents]
-    pictures = [nodes.VAEDecode().decode(vae, {"samples": sample})[0].contiguous() for sample in samples]
-    save_file({str(number): picture for number, picture in enumerate(pictures)}, out)
+    images = [nodes.VAEDecode().decode(vae, {"samples": sample})[0].contiguous() for sample in samples]
+    save_file({str(number): image for number, image in enumerate(images)}, out)
 
 
 def main() -> None:

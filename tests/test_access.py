@@ -29,7 +29,7 @@ from latent_encoder.outputs.files import StagedFiles, open_output_folder
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import IMAGES, PATIENCE_S, TINY_VAE, RunMain, request_for
-from tests.kafka_tools import Bench, answers
+from tests.kafka_tools import Bench, read_responses
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -387,10 +387,17 @@ def test_kafka_requests_outside_are_answered_and_no_dead_letters(
         for n, fields in enumerate(requests):
             bench.send({"request_id": f"bad-{n}", **fields})
             bench.send({"request_id": f"good-{n}", "image_path": inside, "output_dir": output})
-        got = answers(responses, 6)
+        got = read_responses(responses, 6)
         bench.wait_for_commit({0: 6})
         assert dead_letters.all_within(0.5) == []
-    assert [answer["error_code"] for answer in got] == ["INVALID_REQUEST", None, "ACCESS_DENIED", None, "ACCESS_DENIED", None]
+    assert [response["error_code"] for response in got] == [
+        "INVALID_REQUEST",
+        None,
+        "ACCESS_DENIED",
+        None,
+        "ACCESS_DENIED",
+        None,
+    ]
     assert "megapixels: must be at most MAX_OUTPUT_MEGAPIXELS=0.05 (got 0.06)" in got[0]["error_message"]
     assert "ALLOWED_INPUT_DIRS" in got[2]["error_message"]
     assert "ALLOWED_OUTPUT_DIRS" in got[4]["error_message"]

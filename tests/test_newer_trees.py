@@ -48,9 +48,9 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return image files of kinds that the test images lack."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     with Image.open(IMAGES / "photo.jpg") as photo:
         for value in (2, 3, 5, 8):
             exif = Image.Exif()
@@ -80,12 +80,12 @@ CASES: dict[str, tuple[str, str, str, float, str]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(newer: Path, model_dir: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(newer: Path, model_dir: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Run every case through our service and through the tree's own nodes, each in its own process."""
     folder = tmp_path_factory.mktemp("outcomes")
     ours, theirs = [], []
     for name, *rest, fit in CASES.values():
-        image = str(IMAGES / name) if (IMAGES / name).exists() else str(pictures / name)
+        image = str(IMAGES / name) if (IMAGES / name).exists() else str(images / name)
         ours.append([image, *rest, fit])
         theirs.append([image, *rest, 8 if fit == "exact" else 1])
     (folder / "theirs.json").write_text(json.dumps(theirs))
@@ -200,8 +200,8 @@ def test_pictures_of_an_image_that_is_not_cropped(newer: Path, model_dir: Path, 
     assert Path(response["preview_path"]).read_bytes() == drawn
 
 
-def test_further_pictures_are_a_feature_of_phone_photos(pictures: Path) -> None:
+def test_further_images_are_a_feature_of_phone_photos(images: Path) -> None:
     """The photo of this test is like those of phones: Pillow finds two images in it."""
-    with Image.open(pictures / "phone.jpg") as image:
+    with Image.open(images / "phone.jpg") as image:
         assert getattr(image, "n_frames", 1) == 2
     assert FurtherImages().format == "JPEG"

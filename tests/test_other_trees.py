@@ -71,12 +71,12 @@ def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) ->
     expected = load_file(tmp_path / "out.safetensors")
 
     too_new = [[str(IMAGES / "photo.jpg"), vae, "lanczos", 0.02] for vae in ("pixel_space", TINY_VAE)]
-    *answers, missing, invalid = encode_cases(RELEASE_0_3_52, model_dir, [*cases, *too_new], tmp_path)
+    *responses, missing, invalid = encode_cases(RELEASE_0_3_52, model_dir, [*cases, *too_new], tmp_path)
     assert missing["error_code"] == "VAE_MODEL_NOT_FOUND"
     assert invalid["error_code"] == "VAE_MODEL_INVALID"
     assert "size mismatch" in invalid["error_message"]
-    assert len(answers) == len(cases)
-    for number, (response, encoder) in enumerate(zip(answers, ("single-frame", "stock", "stock"), strict=True)):
+    assert len(responses) == len(cases)
+    for number, (response, encoder) in enumerate(zip(responses, ("single-frame", "stock", "stock"), strict=True)):
         assert response["status"] == "success", response
         assert response["metadata"]["comfyui_version"] == "0.3.52"
         stock_latent = expected[f"{number}.latent"]

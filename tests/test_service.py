@@ -111,14 +111,14 @@ def test_clock_is_the_only_source_of_time(encoder: LatentEncoder, settings: Sett
     assert success.metadata.timestamp == error.timestamp == "2024-11-06T12:00:00Z"
 
 
-def test_responses_have_the_specified_fields(answer: Encode) -> None:
+def test_responses_have_the_specified_fields(respond: Encode) -> None:
     """A response has the specified fields and metadata; at the top only the paths of preview and roundtrip image are ours."""
-    success = json.loads(answer("photo.jpg").model_dump_json())
+    success = json.loads(respond("photo.jpg").model_dump_json())
     top = {"status", "request_id", "latent_file_path", "latent_shape", "scaled_image_path", "metadata"}
     assert success.keys() == top | {"preview_path", "roundtrip_path"}
     specified = {"original_image_shape", "scaled_image_shape", "latent_shape", "vae_model_name"}
     assert success["metadata"].keys() > specified | {"processing_time_ms", "timestamp"}
-    error = json.loads(answer("empty.png").model_dump_json())
+    error = json.loads(respond("empty.png").model_dump_json())
     assert error.keys() == {"status", "request_id", "error_code", "error_message", "timestamp"}
 
 

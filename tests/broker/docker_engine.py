@@ -22,14 +22,14 @@ CONTROLLER_PORT = 9093
 
 def docker_answers() -> bool:
     """Return whether a Docker engine responds; its command alone is not enough."""
-    answers = False
+    responds = False
     with warnings.catch_warnings():
         # A client that finds no engine leaves its socket to the garbage collector, whose warning would fail an unrelated test.
         warnings.simplefilter("ignore", ResourceWarning)
         with contextlib.suppress(DockerException), contextlib.closing(DockerClient().client) as client:
-            answers = bool(client.ping())
+            responds = bool(client.ping())
         gc.collect()
-    return answers
+    return responds
 
 
 class DockerKafka(Broker):

@@ -186,14 +186,14 @@ def test_closest_name(name: str, meant: str | None) -> None:
 @pytest.mark.parametrize(
     ("name", "meant"), [("tiny_qwen_vea.safetensors", TINY_VAE), ("TAESD", "taesd"), ("pixelspace", "pixel_space")]
 )
-def test_mistyped_vae(name: str, meant: str, answer: Encode) -> None:
+def test_mistyped_vae(name: str, meant: str, respond: Encode) -> None:
     """Names that only ComfyUI knows are suggested too."""
-    message = answer("photo.jpg", vae_model_name=name).error_message
+    message = respond("photo.jpg", vae_model_name=name).error_message
     assert message.startswith(f"VAE model not found: {name}. Did you mean {meant}? Looked in: ")
 
 
-def test_unlike_any_vae_gets_no_suggestion(answer: Encode) -> None:
-    assert answer("photo.jpg", vae_model_name="zzz").error_message.startswith("VAE model not found: zzz. Looked in: ")
+def test_unlike_any_vae_gets_no_suggestion(respond: Encode) -> None:
+    assert respond("photo.jpg", vae_model_name="zzz").error_message.startswith("VAE model not found: zzz. Looked in: ")
 
 
 def test_mistyped_method_and_format(run_main: RunMain) -> None:

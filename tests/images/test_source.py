@@ -51,9 +51,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_file_that_is_no_proper_image_is_refused(name: str, answer: Encode, tmp_path: Path) -> None:
+def test_file_that_is_no_proper_image_is_refused(name: str, respond: Encode, tmp_path: Path) -> None:
     """IMAGE_INVALID has the fault and the file's path, and no file is written."""
-    response = answer(name)
+    response = respond(name)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.IMAGE_INVALID
     assert REFUSED[name] in response.error_message
@@ -92,21 +92,21 @@ def nothing(path: Path) -> None:
     ],
 )
 def test_path_without_a_readable_file_is_answered(
-    make: Callable[[Path], None], code: ErrorCode, words: str, answer: Encode, tmp_path: Path
+    make: Callable[[Path], None], code: ErrorCode, words: str, respond: Encode, tmp_path: Path
 ) -> None:
     """No path blocks the service or raises; the message has the path."""
     path = tmp_path / "input.png"
     make(path)
-    response = answer(path)
+    response = respond(path)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == code
     assert words in response.error_message
     assert str(path) in response.error_message
 
 
-def test_path_through_a_file_is_not_found(answer: Encode) -> None:
+def test_path_through_a_file_is_not_found(respond: Encode) -> None:
     """`photo.jpg/x.png` does not exist, whatever errno the system has for it."""
-    assert answer("photo.jpg/x.png").error_code == ErrorCode.IMAGE_NOT_FOUND
+    assert respond("photo.jpg/x.png").error_code == ErrorCode.IMAGE_NOT_FOUND
 
 
 def test_pixel_limit_is_checked() -> None:
@@ -167,13 +167,13 @@ HIDDEN = {
 
 @pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
 @pytest.mark.parametrize("name", HIDDEN)
-def test_bomb_beside_the_pixels_is_refused(name: str, place: bytes, answer: Encode, tmp_path: Path) -> None:
+def test_bomb_beside_the_pixels_is_refused(name: str, place: bytes, respond: Encode, tmp_path: Path) -> None:
     """A small PNG with large compressed text before or after its pixels does not fill the memory."""
     before, after = (IMAGES / "rgba.png").read_bytes().split(place, 1)
     image = tmp_path / "bomb.png"
     image.write_bytes(before[:-4] + HIDDEN[name] + before[-4:] + place + after)
     tracemalloc.start()
-    response = answer(image)
+    response = respond(image)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (response.error_code, list(tmp_path.iterdir())) == (ErrorCode.IMAGE_INVALID, [image])
@@ -314,17 +314,17 @@ def test_symlink_is_followed_and_names_the_files(encode: Encode, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["truncated.png", "truncated.jpg", "bad_checksum.png"])
-def test_damage_is_found_where_others_tolerate_it(name: str, answer: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_is_found_where_others_tolerate_it(name: str, respond: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Custom node packages set Pillow's tolerance for the whole process: our check is strict all the same."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    assert answer(name).error_code == ErrorCode.IMAGE_INVALID
+    assert respond(name).error_code == ErrorCode.IMAGE_INVALID
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
-def test_pillow_is_as_strict_after_a_request_as_before(answer: Encode) -> None:
+def test_pillow_is_as_strict_after_a_request_as_before(respond: Encode) -> None:
     """LoadImage's tolerance of truncated files does not outlive it."""
-    answer("two_frames_mpo.jpg")
-    answer("truncated.png")
+    respond("two_frames_mpo.jpg")
+    respond("truncated.png")
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
@@ -335,17 +335,17 @@ def repeated_scan(times: int) -> bytes:
     return data[:last] + data[last:-2] * times + data[-2:]
 
 
-def test_jpeg_that_would_be_decoded_for_hours_is_refused(answer: Encode, tmp_path: Path) -> None:
+def test_jpeg_that_would_be_decoded_for_hours_is_refused(respond: Encode, tmp_path: Path) -> None:
     """Each scan costs a pass over all pixels, even a short one: too many are refused, the allowed number is encoded."""
     path = tmp_path / "scans.jpg"
     usual = scans(repeated_scan(1))
     assert usual == 10
     path.write_bytes(repeated_scan(MAX_JPEG_SCANS - usual + 2))
-    response = answer(path)
+    response = respond(path)
     assert response.error_code == ErrorCode.IMAGE_INVALID
     assert f"has {MAX_JPEG_SCANS + 1} scans, more than {MAX_JPEG_SCANS}" in response.error_message
     path.write_bytes(repeated_scan(MAX_JPEG_SCANS - usual + 1))
-    assert answer(path).status == "success"
+    assert respond(path).status == "success"
 
 
 def test_scans_are_those_of_the_first_image() -> None:

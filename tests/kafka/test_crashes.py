@@ -14,7 +14,7 @@ from config import Settings
 from models import Metadata
 from service import LatentEncoder
 from tests.helpers import load_latent
-from tests.kafka_tools import MakeBench, answers, quick_failover, request_ids, wait_until
+from tests.kafka_tools import MakeBench, quick_failover, read_responses, request_ids, wait_until
 
 REQUESTS = 200
 KILLS = 5
@@ -58,7 +58,7 @@ def test_killed_worker_loses_nothing(make_bench: MakeBench, transactional: bool)
         responses.all_within(1)
 
     counts = request_ids(responses)
-    print(f"{sum(counts.values())} answers to {REQUESTS} requests, {KILLS} kills")
+    print(f"{sum(counts.values())} responses to {REQUESTS} requests, {KILLS} kills")
     assert counts.keys() == expected
     if transactional:
         assert set(counts.values()) == {1}
@@ -77,7 +77,7 @@ def test_zombie_answers_nothing(make_bench: MakeBench, encoder: LatentEncoder, s
         gate.wait()
         zombie.signal(signal.SIGSTOP)
         with bench.worker(encoder, bench.settings(settings, kafka_transactional_id=f"{bench.group}-2")):
-            assert answers(responses, 1)[0]["request_id"] == "r"
+            assert read_responses(responses, 1)[0]["request_id"] == "r"
             bench.wait_for_commit({0: 1})
             gate.open()
             zombie.signal(signal.SIGCONT)

@@ -16,7 +16,7 @@ from errors import ErrorCode, KafkaFailed
 from models import Metadata
 from service import LatentEncoder
 from tests.helpers import IMAGES, VAE, load_latent
-from tests.kafka_tools import Bench, Events, MakeBench, answers, wait_until
+from tests.kafka_tools import Bench, Events, MakeBench, read_responses, wait_until
 
 pytestmark = pytest.mark.core
 
@@ -59,12 +59,12 @@ def test_request_gets_its_answer(bench: Bench, encoder: LatentEncoder, settings:
         before = int(time.time())
         request = {"request_id": "r-1", "correlation_id": "w-1", "image_path": IMAGE, "output_dir": str(bench.folder / "x")}
         bench.send({**request, "vae_model_name": VAE, "upscale_method": "nearest", "timestamp": 1.5})
-        (answer,) = answers(responses, 1)
+        (response,) = read_responses(responses, 1)
         bench.wait_for_commit({0: 1})
     latent, image = bench.folder / "x" / "latent_photo_r-1.pt", bench.folder / "x" / "scaled_image_photo_r-1.png"
-    metadata = answer.pop("metadata")
-    assert before <= answer.pop("timestamp") <= time.time()
-    assert answer == {
+    metadata = response.pop("metadata")
+    assert before <= response.pop("timestamp") <= time.time()
+    assert response == {
         "request_id": "r-1",
         "correlation_id": "w-1",
         "status": "success",
@@ -101,7 +101,7 @@ def test_request_without_an_id_has_the_same_one_each_time(bench: Bench, encoder:
     with bench.worker(encoder, bench.settings(settings)):
         bench.send({})
         bench.send({"request_id": None, "image_path": "/no"})
-        assert [answer["request_id"] for answer in answers(responses, 2)] == expected
+        assert [response["request_id"] for response in read_responses(responses, 2)] == expected
     assert responses.records[0].key == expected[0].encode()
 
 
@@ -115,7 +115,7 @@ def test_request_errors_are_answered_at_once(
         for n, (fields, _, _) in enumerate(REFUSED):
             bench.send({"request_id": f"bad-{n}", "correlation_id": f"c-{n}", **fields})
             bench.send({"request_id": f"good-{n}"})
-        got = answers(responses, 2 * len(REFUSED))
+        got = read_responses(responses, 2 * len(REFUSED))
         bench.wait_for_commit({0: 2 * len(REFUSED)})
         assert dead_letters.all_within(0.5) == []
     for n, (fields, code, text) in enumerate(REFUSED):
@@ -135,9 +135,9 @@ def test_request_with_an_id_that_cannot_be_used_is_answered_under_its_key(
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings)):
         bench.send({"request_id": 7}, key=b"mine")
-        (answer,) = answers(responses, 1)
-    assert answer["error_code"] == "INVALID_REQUEST"
-    assert "request_id: " in answer["error_message"]
+        (response,) = read_responses(responses, 1)
+    assert response["error_code"] == "INVALID_REQUEST"
+    assert "request_id: " in response["error_message"]
     assert responses.records[0].key == b"mine"
 
 
@@ -150,11 +150,11 @@ def test_unusable_messages_are_dead_letters(bench: Bench, encoder: LatentEncoder
             bench.send(value, key=b"k", headers=headers)
         bench.send({"request_id": "good"})
         ids = [request_id for _, _, request_id in UNUSABLE.values() if request_id]
-        got = answers(responses, len(ids) + 1)
+        got = read_responses(responses, len(ids) + 1)
         letters = dead_letters.take(len(UNUSABLE))
         bench.wait_for_commit({0: len(UNUSABLE) + 1})
-    assert [answer["request_id"] for answer in got] == [*ids, "good"]
-    assert {answer["error_code"] for answer in got[:-1]} == {"MESSAGE_UNUSABLE"}
+    assert [response["request_id"] for response in got] == [*ids, "good"]
+    assert {response["error_code"] for response in got[:-1]} == {"MESSAGE_UNUSABLE"}
     assert got[-1]["status"] == "success"
     for offset, (letter, (value, text, _)) in enumerate(zip(letters, UNUSABLE.values(), strict=True)):
         assert (letter.key, letter.value, letter.headers[:1]) == (b"k", value, headers)
@@ -189,7 +189,7 @@ def test_transient_error_is_tried_again_and_then_a_dead_letter(
     with bench.worker(encoder, bench.settings(settings, kafka_max_retries=2, kafka_retry_backoff_s=0.2)):
         bench.send(bad, key=b"k")
         bench.send({"request_id": "good"})
-        first, second = answers(responses, 2)
+        first, second = read_responses(responses, 2)
         (letter,) = dead_letters.take(1)
         bench.wait_for_commit({0: 2})
     assert (first["request_id"], first["error_code"]) == ("bad", "OUTPUT_DIR_NOT_WRITABLE")
@@ -213,10 +213,10 @@ def test_transient_error_that_passes_is_no_error(
         bench.send({"request_id": "r", "output_dir": str(obstacle)})
         wait_until(lambda: bool(events("request failed")), "the first attempt")
         obstacle.unlink()
-        (answer,) = answers(responses, 1)
+        (response,) = read_responses(responses, 1)
         bench.wait_for_commit({0: 1})
         assert dead_letters.all_within(0.5) == []
-    assert answer["status"] == "success"
+    assert response["status"] == "success"
 
 
 def test_request_that_comes_again_is_answered_without_encoding(
@@ -230,10 +230,10 @@ def test_request_that_comes_again_is_answered_without_encoding(
     def again() -> dict[str, Any]:
         """Deliver the request once more, and return the metadata of the response."""
         bench.send({"request_id": "r", "image_path": str(image)})
-        answer = answers(responses, len(responses.records) + 1)[-1]
-        assert answer["status"] == "success"
-        assert answer["metadata"]["latent_sha256"] == hashlib.sha256(latent.read_bytes()).hexdigest()
-        metadata: dict[str, Any] = answer["metadata"]
+        response = read_responses(responses, len(responses.records) + 1)[-1]
+        assert response["status"] == "success"
+        assert response["metadata"]["latent_sha256"] == hashlib.sha256(latent.read_bytes()).hexdigest()
+        metadata: dict[str, Any] = response["metadata"]
         return metadata
 
     latent = bench.folder / "output" / "latent_image_r.pt"
@@ -272,9 +272,9 @@ def test_response_that_its_topic_refuses_becomes_a_dead_letter(
         bench.send({"request_id": "good"}, key=b"k")
         bench.send({"request_id": "bad", "image_path": "/no"})
         (letter,) = dead_letters.take(1)
-        (answer,) = answers(responses, 1)
+        (response,) = read_responses(responses, 1)
         bench.wait_for_commit({0: 2})
-    assert answer["request_id"] == "bad"
+    assert response["request_id"] == "bad"
     assert (letter.key, dict(letter.headers)["dlq.error.code"]) == (b"k", b"RESPONSE_REFUSED")
     assert b"max.message.bytes" in (dict(letter.headers)["dlq.error.message"] or b"")
 
@@ -316,7 +316,7 @@ def test_missing_topics_are_waited_for(
         assert reports().count(names) == 1
         bench.create(bench.response_topic, bench.dlq_topic)
         bench.send({"request_id": "r"})
-        assert answers(bench.responses, 1)[0]["request_id"] == "r"
+        assert read_responses(bench.responses, 1)[0]["request_id"] == "r"
     assert reports().count(names) == 1
 
 
@@ -330,7 +330,7 @@ def test_missing_topics_are_created_where_that_is_wanted(
         wait_until(lambda: bench.dlq_topic in bench.admin.list_topics(timeout=10).topics, "the topics")
         bench.send({"request_id": "r"}, partition=2)
         bench.partitions = 3
-        assert answers(bench.responses, 1)[0]["request_id"] == "r"
+        assert read_responses(bench.responses, 1)[0]["request_id"] == "r"
         bench.wait_for_commit({2: 1})
     topics = bench.admin.list_topics(timeout=10).topics
     assert [len(topics[name].partitions) for name in (bench.request_topic, bench.response_topic, bench.dlq_topic)] == [3, 3, 3]

@@ -13,7 +13,7 @@ from config import Settings
 from errors import KafkaFailed
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
-from tests.kafka_tools import Bench, Events, MakeBench, answers, client_config, request_ids, wait_until
+from tests.kafka_tools import Bench, Events, MakeBench, client_config, read_responses, request_ids, wait_until
 
 apache_kafka = pytest.mark.usefixtures("apache_kafka")
 
@@ -93,7 +93,7 @@ def test_encode_longer_than_the_poll_interval(
         time.sleep(4)  # longer than the poll interval of 3 s, after which the broker would give the partition away
         assert responses.all_within(0) == []
         gate.open()
-        long, following = answers(responses, 2)
+        long, following = read_responses(responses, 2)
         bench.wait_for_commit({0: 2})
     assert (long["request_id"], following["request_id"]) == ("long", "next")
     assert len(responses.records) == 2

@@ -16,7 +16,7 @@ from latent_encoder.kafka.records import DLQ_HEADERS
 from latent_encoder.kafka.replay import Replay, ReplayTally, Selection
 from service import LatentEncoder
 from tests.helpers import RunMain
-from tests.kafka_tools import Bench, answers
+from tests.kafka_tools import Bench, read_responses
 
 GOOD_HEADERS = (("tenant", b"\xff"),)
 
@@ -64,8 +64,10 @@ def test_dead_letters_go_back_as_they_were(filled: Bench, encoder: LatentEncoder
         }
     responses = filled.responses
     with filled.worker(encoder, filled.settings(settings)):
-        got = answers(responses, 4)
-    assert [answer["status"] for answer in got if answer["request_id"] in ("r0", "r1")] == ["error"] * 2 + ["success"] * 2
+        got = read_responses(responses, 4)
+    assert [response["status"] for response in got if response["request_id"] in ("r0", "r1")] == ["error"] * 2 + [
+        "success"
+    ] * 2
 
 
 def test_each_is_sent_once_though_it_fails_again(filled: Bench, encoder: LatentEncoder, settings: Settings) -> None:

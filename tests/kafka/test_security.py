@@ -14,7 +14,7 @@ from errors import KafkaFailed
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
 from tests.helpers import RunMain
-from tests.kafka_tools import Bench, Events, answers, wait_until
+from tests.kafka_tools import Bench, Events, read_responses, wait_until
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_passwords_and_tls(secure: ApacheKafka, bench: Bench) -> None:
     """A request is served over SASL_SSL, and the log has no password even at level DEBUG."""
     bench.send({"request_id": "r"})
     with bench.process(**as_environment(credentials(secure)), LOG_LEVEL="DEBUG") as process:
-        assert answers(bench.responses, 1)[0]["status"] == "success"
+        assert read_responses(bench.responses, 1)[0]["status"] == "success"
     assert secure.password not in process.log_file.read_text()
 
 
@@ -60,7 +60,7 @@ def test_client_certificate(secure: ApacheKafka, bench: Bench, encoder: LatentEn
     }
     with bench.worker(encoder, bench.settings(settings, **changes)):
         bench.send({"request_id": "r"})
-        assert answers(bench.responses, 1)[0]["status"] == "success"
+        assert read_responses(bench.responses, 1)[0]["status"] == "success"
 
 
 def test_wrong_password_ends_the_service(secure: ApacheKafka, bench: Bench) -> None:

@@ -35,7 +35,7 @@ def test_few_dozen_inputs_are_answered_as_they_should_be(tmp_path: Path) -> None
     assert "findings: 0" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["by_kind"].keys() == SHARES.keys()
-    assert sum(sum(answers.values()) for answers in figures["by_kind"].values()) == 48
+    assert sum(sum(counts.values()) for counts in figures["by_kind"].values()) == 48
     assert 0 < figures["limits"]["loaded"] < figures["largest"]["peak"] < figures["limits"]["memory"]
     assert not (tmp_path / "findings").exists()
 

@@ -14,7 +14,7 @@ import pytest
 from config import Settings
 from service import LatentEncoder
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, clean_environment
-from tests.kafka_tools import Bench, answers
+from tests.kafka_tools import Bench, read_responses
 
 MakeBench = Callable[..., Bench]
 
@@ -54,10 +54,10 @@ def test_an_error_among_the_answers(bench: Bench, encoder: LatentEncoder, settin
         bench.wait_for_commit({0: 3})
     assert (done.returncode, done.stderr) == (1, "")
     first, second, third = responses(done)
-    assert [answer["status"] for answer in (first, second, third)] == ["success", "success", "error"]
+    assert [response["status"] for response in (first, second, third)] == ["success", "success", "error"]
     assert third["error_code"] == "IMAGE_NOT_FOUND"
-    assert len({answer["request_id"] for answer in (first, second, third)}) == 3
-    assert len({answer["correlation_id"] for answer in (first, second, third)}) == 1
+    assert len({response["request_id"] for response in (first, second, third)}) == 3
+    assert len({response["correlation_id"] for response in (first, second, third)}) == 1
 
 
 def test_options_are_sent(bench: Bench, encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
@@ -66,13 +66,13 @@ def test_options_are_sent(bench: Bench, encoder: LatentEncoder, settings: Settin
     options += ["--upscale-method", "area", "--megapixels", "0.02", "--output-dir", str(tmp_path / "mine")]
     with bench.worker(encoder, bench.settings(settings)):
         bench.send({"request_id": "another"})
-        answers(bench.responses, 1)
+        read_responses(bench.responses, 1)
         done = send(bench, "photo.jpg", *options)
-    (answer,) = responses(done)
+    (response,) = responses(done)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (answer["request_id"], answer["correlation_id"]) == ("r-1", "c-1")
-    assert (answer["metadata"]["upscale_method"], answer["metadata"]["megapixels"]) == ("area", 0.02)
-    assert answer["latent_file_path"] == str(tmp_path / "mine" / "latent_photo_r-1.pt")
+    assert (response["request_id"], response["correlation_id"]) == ("r-1", "c-1")
+    assert (response["metadata"]["upscale_method"], response["metadata"]["megapixels"]) == ("area", 0.02)
+    assert response["latent_file_path"] == str(tmp_path / "mine" / "latent_photo_r-1.pt")
 
 
 def test_count_sends_each_image_so_many_times(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
@@ -81,7 +81,7 @@ def test_count_sends_each_image_so_many_times(make_bench: MakeBench, encoder: La
     with bench.worker(encoder, bench.settings(settings)):
         done = send(bench, "photo.jpg", "grey.png", "--count", "3")
     assert (done.returncode, done.stderr) == (0, "")
-    assert len({answer["request_id"] for answer in responses(done)}) == 6
+    assert len({response["request_id"] for response in responses(done)}) == 6
 
 
 def test_topic_that_does_not_exist(make_bench: MakeBench) -> None:

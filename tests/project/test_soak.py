@@ -82,7 +82,7 @@ def test_duplicates_are_counted(ledger: Ledger, files: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected", "answer"),
+    ("expected", "received"),
     [
         (Expected(), response("IMAGE_INVALID")),
         (Expected(ErrorCode.IMAGE_INVALID), response("IMAGE_NOT_FOUND")),
@@ -91,10 +91,10 @@ def test_duplicates_are_counted(ledger: Ledger, files: Path) -> None:
     ],
     ids=["error", "code", "id", "files"],
 )
-def test_other_answers_are_wrong(ledger: Ledger, expected: Expected, answer: Incoming) -> None:
+def test_other_responses_are_wrong(ledger: Ledger, expected: Expected, received: Incoming) -> None:
     """An error instead of a success, another code, another request's id and missing files are wrong."""
     ledger.sent(Planned("kind", b"", expected, "id"), PLACE)
-    ledger.response(answer)
+    ledger.response(received)
     assert ledger.entries[0].wrong
 
 
@@ -125,8 +125,8 @@ def test_generator_repeats_successes_and_removes_old_files(tmp_path: Path) -> No
         folder.mkdir()
         for name in ("a.pt", "a.png", "a.pt.json"):
             (folder / name).touch()
-        answer = json.loads(response(files=folder).value or b"")
-        generator.answered(request, answer)
+        content = json.loads(response(files=folder).value or b"")
+        generator.answered(request, content)
     assert [path.name for path in tmp_path.iterdir() if not any(path.iterdir())] == ["0"]
     repeated = next(request for request in iter(generator.any_one, None) if request.kind == REPEATED)
     assert (repeated.value, repeated.stored) == (request.value, {"timestamp": "then"})

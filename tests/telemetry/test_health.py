@@ -30,7 +30,7 @@ from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
 from tests.broker.ports import free_ports
 from tests.helpers import IMAGES, RunMain
-from tests.kafka_tools import SECONDS_LONG, Bench, answers, wait_until
+from tests.kafka_tools import SECONDS_LONG, Bench, read_responses, wait_until
 
 ALIVE = {"poll_loop": "ok", "steps": "ok", "threads": "ok"}
 
@@ -209,7 +209,7 @@ def test_worker_with_a_hung_encode_is_not_alive(bench: Bench, encoder: LatentEnc
         bench.send({"request_id": "r", **SECONDS_LONG})
         wait_until(lambda: health.alive().parts["steps"].startswith("encode takes "), "the hung encode")
         assert health.ready().ok
-        answers(responses, 1)
+        read_responses(responses, 1)
         wait_until(lambda: health.alive().ok, "the end of it")
         worker.handler.stop()
         wait_until(lambda: health.ready().parts["group"] == "stopping", "the end")
@@ -221,7 +221,7 @@ def test_worker_shows_health_and_metrics(bench: Bench, run_main: RunMain) -> Non
     port, other = map(str, free_ports(2))
     responses = bench.responses
     with bench.process(HTTP_PORT=port) as process:
-        wait_until(lambda: run_main("--mode", "health", "--http-port", port).returncode == 0, "an answer")
+        wait_until(lambda: run_main("--mode", "health", "--http-port", port).returncode == 0, "a response")
         process.wait_for("ready")
         asked = run_main("--mode", "health", env={"HTTP_PORT": port})
         assert asked.returncode == 0, asked.stderr
@@ -234,7 +234,7 @@ def test_worker_shows_health_and_metrics(bench: Bench, run_main: RunMain) -> Non
         assert get(int(port), "/readyz")[0] == 200
         bench.send({"request_id": "r", "correlation_id": "c"})
         bench.send({"request_id": "bad", "image_path": "/no"})
-        answers(responses, 2)
+        read_responses(responses, 2)
         process.wait_for("request answered", 2)
         metrics = {  # labels come in alphabetical order
             (sample.name, *sample.labels.values()): sample.value
@@ -266,13 +266,13 @@ def test_answer_of_another_service_is_no_health(run_main: RunMain) -> None:
     """Another program that listens on the port is not taken for a worker."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def answer() -> None:
+        def reply() -> None:
             client, _ = server.accept()
             with client:
                 client.recv(1000)
                 client.sendall(b"SSH-2.0-OpenSSH\r\n")
 
-        threading.Thread(target=answer, daemon=True).start()
+        threading.Thread(target=reply, daemon=True).start()
         port = str(server.getsockname()[1])
         done = run_main("--mode", "health", env={"HTTP_PORT": port})
     assert (done.returncode, done.stdout) == (1, "")
@@ -291,8 +291,8 @@ def test_failed_warm_up_ends_the_start(bench: Bench) -> None:
     assert "WARMUP=false" in last
     assert bench.committed() == {}
     with bench.process(VAE_MODEL_NAME="none.safetensors", WARMUP="false"):
-        (answer,) = answers(bench.responses, 1)
-    assert answer["error_code"] == "VAE_MODEL_NOT_FOUND"
+        (response,) = read_responses(bench.responses, 1)
+    assert response["error_code"] == "VAE_MODEL_NOT_FOUND"
 
 
 def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:

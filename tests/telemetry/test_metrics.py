@@ -18,7 +18,7 @@ from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.telemetry.metrics import CONSUMER_LAG
 from service import LatentEncoder
 from tests.helpers import PATIENCE_S
-from tests.kafka_tools import Bench, Events, answers, wait_until
+from tests.kafka_tools import Bench, Events, read_responses, wait_until
 
 Value = Callable[..., float]
 
@@ -62,12 +62,12 @@ def test_every_way_that_a_request_can_end_is_counted(
     responses = bench.responses
     with bench.worker(encoder, bench.settings(settings, kafka_max_retries=2, kafka_retry_backoff_s=0.05)):
         bench.send({"request_id": "good"})
-        answers(responses, 1)
+        read_responses(responses, 1)
         bench.send({"request_id": "good"})
         bench.send({"request_id": "bad", "image_path": "/no"})
         bench.send({"request_id": "stuck", "output_dir": str(bench.folder / "file")})
         bench.send(b"no JSON")
-        answers(responses, 4)
+        read_responses(responses, 4)
         bench.wait_for_commit({0: 5})
         wait_until(lambda: len(events("request answered")) == 5, "the end of all")
         wait_until(lambda: grown("latent_encoder_commits_total", "ok") == 5, "the commits")

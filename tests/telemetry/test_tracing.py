@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from config import Settings
 from service import LatentEncoder
-from tests.kafka_tools import Bench, answers, wait_until
+from tests.kafka_tools import Bench, read_responses, wait_until
 
 TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
 TRACEPARENT = f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01".encode()
@@ -51,7 +51,7 @@ def test_request_is_a_span_of_the_trace_in_its_headers(
     with bench.worker(encoder, bench.settings(settings)):
         bench.send({"request_id": "good"}, headers=(("traceparent", TRACEPARENT), ("odd", b"\xff"), ("none", None)))
         bench.send({"request_id": "bad", "image_path": "/no"})
-        answers(bench.responses, 2)
+        read_responses(bench.responses, 2)
 
         def requests() -> list[ReadableSpan]:
             return [each for each in spans.get_finished_spans() if each.kind is SpanKind.CONSUMER]
@@ -77,7 +77,7 @@ def test_worker_exports_as_the_environment_says(bench: Bench) -> None:
     """OpenTelemetry's own variables configure it; spans for the console do not go to standard output."""
     with bench.process(OTEL_TRACES_EXPORTER="console", OTEL_RESOURCE_ATTRIBUTES="service.name=mine") as process:
         bench.send({"request_id": "r"}, headers=(("traceparent", TRACEPARENT),))
-        answers(bench.responses, 1)
+        read_responses(bench.responses, 1)
         process.signal(signal.SIGTERM)
         assert process.end() == 0
         text = process.log_file.read_text()
@@ -100,8 +100,8 @@ def test_worker_without_opentelemetry(bench: Bench) -> None:
     environment = {"PYTHONPATH": str(bench.folder), "OTEL_TRACES_EXPORTER": "console"}
     with bench.process(**environment) as process:
         bench.send({"request_id": "r"}, headers=(("traceparent", TRACEPARENT),))
-        (answer,) = answers(bench.responses, 1)
+        (response,) = read_responses(bench.responses, 1)
         process.signal(signal.SIGTERM)
         assert process.end() == 0
-    assert answer["status"] == "success"
+    assert response["status"] == "success"
     assert len(process.events("tracing is configured but not installed: pip install opentelemetry-sdk and an exporter")) == 1

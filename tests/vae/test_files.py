@@ -153,12 +153,12 @@ INVALID = {
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_file_that_cannot_encode_is_refused(name: str, model_dir: Path, answer: Encode, tmp_path: Path) -> None:
+def test_file_that_cannot_encode_is_refused(name: str, model_dir: Path, respond: Encode, tmp_path: Path) -> None:
     """The response is VAE_MODEL_INVALID with the file and the reason; no code in the file runs and nothing is written."""
     make, words = INVALID[name]
     path = model_dir / "vae" / name
     make(path)
-    response = answer("photo.jpg", vae_model_name=name)
+    response = respond("photo.jpg", vae_model_name=name)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.VAE_MODEL_INVALID
     assert words in response.error_message
@@ -187,11 +187,11 @@ def test_torch_file_of_plain_weights_is_fine(model_dir: Path, encode: Encode) ->
 
 @pytest.mark.parametrize("name", ["nowhere.safetensors", "sub/nowhere.safetensors", "taesd3"])
 def test_error_for_a_missing_model_says_how_to_get_one(
-    name: str, model_dir: Path, encoder: LatentEncoder, answer: Encode
+    name: str, model_dir: Path, encoder: LatentEncoder, respond: Encode
 ) -> None:
     """The message has the folders that were searched, the files in them, and both ways to get a model."""
     existing = encoder.runtime.vae_names()[0]  # the first, because other tests leave more files here than a message names
-    response = answer("photo.jpg", vae_model_name=name)
+    response = respond("photo.jpg", vae_model_name=name)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == ErrorCode.VAE_MODEL_NOT_FOUND
     for words in (name, str(model_dir), str(PROJECT / "comfyui/models/vae"), existing, "--download-vae", "MODEL_DIR"):
@@ -208,11 +208,11 @@ def test_folders_are_searched_in_order(encoder: LatentEncoder, model_dir: Path) 
     ]
 
 
-def test_name_in_a_sub_folder_is_found(model_dir: Path, answer: Encode) -> None:
+def test_name_in_a_sub_folder_is_found(model_dir: Path, respond: Encode) -> None:
     """`qwen/x.safetensors` is a name like any other."""
     (model_dir / "qwen").mkdir()
     shutil.copy(whole(model_dir / "vae" / VAE), model_dir / "qwen" / "x.safetensors")
-    assert isinstance(answer("photo.jpg", vae_model_name="qwen/x.safetensors"), SuccessResponse)
+    assert isinstance(respond("photo.jpg", vae_model_name="qwen/x.safetensors"), SuccessResponse)
 
 
 def test_vae_sha256_is_that_of_the_file(encode: Encode, model_dir: Path) -> None:

@@ -117,11 +117,11 @@ def test_files_hold_what_the_stock_nodes_give(
 
 @pytest.mark.parametrize("number", range(len(EXACT)), ids=[family for _, family, *_ in EXACT])
 def test_exact_fit_is_the_nodes_own_where_they_can(
-    number: int, stock_results: dict[str, torch.Tensor], answer: Encode, tmp_path: Path
+    number: int, stock_results: dict[str, torch.Tensor], respond: Encode, tmp_path: Path
 ) -> None:
     """`fit=exact` gives the numbers of `resolution_steps`, with nothing cropped. Without that input the request is refused."""
     name, vae, method, megapixels = EXACT[number]
-    response = answer(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels, fit="exact")
+    response = respond(name, vae_model_name=vae, upscale_method=method, megapixels=megapixels, fit="exact")
     if not FACTS.has_resolution_steps:
         assert response.error_code == ErrorCode.INVALID_REQUEST
         assert "resolution_steps" in response.error_message
@@ -136,9 +136,9 @@ def test_exact_fit_is_the_nodes_own_where_they_can(
 
 
 @pytest.mark.parametrize("family", [TINY_VAE, "pixel_space"])
-def test_family_that_the_tree_cannot_load_is_refused(family: str, answer: Encode) -> None:
+def test_family_that_the_tree_cannot_load_is_refused(family: str, respond: Encode) -> None:
     """If plain ComfyUI of this tree fails on a VAE or does not have it, the response is that error; else it is a success."""
-    response = answer("photo.jpg", vae_model_name=family)
+    response = respond("photo.jpg", vae_model_name=family)
     if family not in LACKING:
         assert response.status == "success"
     elif family == "pixel_space":

@@ -66,16 +66,16 @@ def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("shortage", [of_a_gpu, of_a_gpu_by_code, of_a_cpu])
 @pytest.mark.parametrize("vae_name", [VAE, "taesd"])
 def test_error_has_the_remedy(
-    vae_name: str, shortage: Shortage, short_of_memory: Callable[[Shortage, str], None], answer: Encode
+    vae_name: str, shortage: Shortage, short_of_memory: Callable[[Shortage, str], None], respond: Encode
 ) -> None:
     """By default nothing is encoded in tiles: the error names both remedies, and a smaller image is encoded afterwards."""
     short_of_memory(shortage, vae_name)
-    response = answer("photo.jpg", vae_model_name=vae_name, megapixels=0.1)
+    response = respond("photo.jpg", vae_model_name=vae_name, megapixels=0.1)
     assert isinstance(response, ErrorResponse)
     assert response.error_code == "ENCODING_FAILED"
     assert "image: memory ran out; ask for fewer megapixels" in response.error_message
     assert "OOM_POLICY=tile" in response.error_message
-    assert isinstance(answer("photo.jpg", vae_model_name=vae_name), SuccessResponse)
+    assert isinstance(respond("photo.jpg", vae_model_name=vae_name), SuccessResponse)
 
 
 @pytest.mark.parametrize("shortage", [of_a_gpu, of_a_gpu_by_code, of_a_cpu])
