@@ -35,10 +35,10 @@ from latent_encoder.kafka.topics import TopicWatch
 from latent_encoder.kafka.transactions import PublishInTransaction
 from latent_encoder.stages import Stages
 from latent_encoder.telemetry.health import Health
-from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.telemetry.logs import get_logger, log_failure
 from latent_encoder.telemetry.metrics import IN_FLIGHT, INFO, RETRIES
 from models import SuccessResponse
-from service import LatentEncoder, log_failure, utc_now
+from service import LatentEncoder, utc_now
 
 log = get_logger("latent_encoder.kafka")
 

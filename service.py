@@ -5,18 +5,15 @@ A process makes one `LatentEncoder` and uses it for many requests, from any thre
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from config import Settings
-from errors import ImageNotFound, InvalidRequest, RequestError, SetupError, UnexpectedError, as_request_error
+from errors import ImageNotFound, InvalidRequest, RequestError, SetupError, as_request_error
 from latent_encoder.access import AllowedFolders
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Size, cropped, size_of
@@ -39,9 +36,9 @@ from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import latent_image, preview_image
 from latent_encoder.outputs.roundtrip import compare
 from latent_encoder.outputs.stored_responses import read_stored, success_response
-from latent_encoder.telemetry.logs import get_logger
-from latent_encoder.telemetry.metrics import STAGE_SECONDS
-from latent_encoder.telemetry.tracing import step as traced_step
+from latent_encoder.telemetry.logs import get_logger, log_failure
+from latent_encoder.telemetry.steps import timed
+from latent_encoder.torch_threads import usable_cpus
 from latent_encoder.trial import try_nodes
 from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.encoding import encode_image
@@ -145,11 +142,11 @@ class LatentEncoder:
         self._admit(request)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode():
-            with _timed(timings, "load_vae"):
+            with timed(timings, "load_vae"):
                 vae = self.vaes.get(request.vae_model_name)
-            with _timed(timings, "load_image"):
+            with timed(timings, "load_image"):
                 image = load_image(self.runtime, request.image_path, self._images)
-            with _timed(timings, "scale"):
+            with timed(timings, "scale"):
                 scaled = scale_image(self.runtime, image.pixels, request, vae.cells.factor)
         files = _files_of(request)
         prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
@@ -173,10 +170,10 @@ class LatentEncoder:
         """
         vae, scaled, comparison = prepared.vae, prepared.scaled, None
         with torch.inference_mode():
-            with _timed(prepared.timings, "encode"):
+            with timed(prepared.timings, "encode"):
                 image = encode_image(self.runtime, vae, scaled, self._settings.oom_policy)
             if self._settings.roundtrip:
-                with _timed(prepared.timings, "roundtrip"):
+                with timed(prepared.timings, "roundtrip"):
                     comparison = compare(self.runtime, vae, image.latent, cropped(scaled, image.crop))
         return Encoded(prepared, image, comparison)
 
@@ -188,7 +185,7 @@ class LatentEncoder:
         """
         prepared, files, comparison = encoded.prepared, encoded.prepared.files, encoded.comparison
         with WRITING, open_output_folder(files.folder, self._outputs) as folder, StagedFiles(folder) as staged:
-            with _timed(prepared.timings, "save"):
+            with timed(prepared.timings, "save"):
                 scaled_image = png_bytes(prepared.scaled)
                 facts = latent_facts(encoded, self.runtime, scaled_image)
                 latent = latent_bytes(
@@ -279,29 +276,5 @@ def ready_encoder(settings: Settings) -> LatentEncoder:
     return encoder
 
 
-def log_failure(error: RequestError, **fields: Any) -> None:
-    """Log why a request failed, with the traceback if the fault is ours."""
-    if isinstance(error, UnexpectedError):
-        log.error("request failed unexpectedly", error_code=error.code, exc_info=error.__cause__, **fields)
-    else:
-        log.warning("request failed", error_code=error.code, reason=str(error), **fields)
-
-
-def usable_cpus() -> int:
-    """Return the number of threads for the encode: torch's own choice, at most the CPUs that the container may use."""
-    from loky import cpu_count  # slow to import; it knows the CPU quota of a control group
-
-    return min(torch.get_num_threads(), int(cpu_count()))
-
-
 def _files_of(request: EncodeRequest) -> OutputFiles:
     return output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
-
-
-@contextmanager
-def _timed(timings: dict[str, float], step: str) -> Iterator[None]:
-    """Measure the block: its milliseconds become `timings[step]`, its seconds a metric, and it is a span of the trace."""
-    start = time.perf_counter()
-    with traced_step(step), STAGE_SECONDS.labels(step).time():
-        yield
-    timings[step] = round((time.perf_counter() - start) * 1000, 1)

@@ -32,8 +32,8 @@ from benchmarks.encode_start import measure_start, start_once, start_text
 from benchmarks.encode_time import measure_time, time_text
 from benchmarks.encode_trees import Tree, comfyui_version, trees_of
 from latent_encoder.telemetry.logs import configure_logging
+from latent_encoder.torch_threads import usable_cpus
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS
-from service import usable_cpus
 from tests.helpers import COMFYUI, clean_environment, stock
 
 SECTIONS = ("time", "difference", "releases", "memory", "start", "files", "others")

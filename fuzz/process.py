@@ -23,9 +23,9 @@ from fuzz.records import PHOTO
 from latent_encoder.kafka.records import Incoming, dead_letter, read_request, response_record, sender_of
 from latent_encoder.outputs.latent_files import read_latent_file
 from latent_encoder.requests import parse_request
-from latent_encoder.telemetry.logs import configure_logging
+from latent_encoder.telemetry.logs import configure_logging, log_failure
 from models import EncodeRequest, ErrorResponse, Response, ResponseMessage, SuccessResponse
-from service import LatentEncoder, log_failure, utc_now
+from service import LatentEncoder, utc_now
 
 SUCCESS = "success"
 OUTPUT = "out"  # in the working folder

@@ -12,6 +12,7 @@ import torch
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
+from latent_encoder.torch_threads import set_torch_threads
 from latent_encoder.vae.encoders import give_back_freed_memory
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
@@ -138,9 +139,3 @@ class Stages(Generic[J]):
 
     def _write(self, _: J, encoded: Encoded) -> SuccessResponse:
         return self._encoder.write(encoded)
-
-
-def set_torch_threads(count: int) -> None:
-    """Set how many threads torch uses for operations of the calling thread."""
-    torch.get_num_threads()  # initialises the thread's own value; a later initialisation would overwrite the new one
-    torch.set_num_threads(count)

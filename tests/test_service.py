@@ -17,8 +17,9 @@ from PIL import Image
 from config import Settings
 from errors import ErrorCode, ScalingFailed
 from latent_encoder.geometry import Size, scaled_size
+from latent_encoder.torch_threads import usable_cpus
 from models import ErrorResponse, Metadata, SuccessResponse
-from service import LatentEncoder, usable_cpus
+from service import LatentEncoder
 from tests.helpers import IMAGES, VAE, Encode, load_latent, request_for
 from tests.trees import FACTS, needs_pixel_space
 

@@ -10,7 +10,7 @@ import torch
 
 from errors import one_line
 from latent_encoder.doctor.check import Check, Installation, cross, tick
-from service import usable_cpus
+from latent_encoder.torch_threads import usable_cpus
 
 
 def check_torch(_: Installation) -> Iterator[Check]:

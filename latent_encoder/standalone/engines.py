@@ -12,9 +12,9 @@ from latent_encoder.outputs.files import WRITING
 from latent_encoder.stages import THREADS, Stages
 from latent_encoder.standalone.ordering import Outcome, Report
 from latent_encoder.telemetry.health import Health
-from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.telemetry.logs import get_logger, log_failure
 from models import EncodeRequest, ErrorResponse, SuccessResponse
-from service import LatentEncoder, log_failure
+from service import LatentEncoder
 
 log = get_logger("latent_encoder")
 

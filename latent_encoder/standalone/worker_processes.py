@@ -21,8 +21,8 @@ from latent_encoder.exits import end_by_signal
 from latent_encoder.standalone.engines import HELD, InProcess
 from latent_encoder.standalone.ordering import Outcome, Report
 from latent_encoder.telemetry.logs import LogStyle, configure_logging, get_logger
+from latent_encoder.torch_threads import usable_cpus
 from models import EncodeRequest, ErrorResponse
-from service import usable_cpus
 
 log = get_logger("latent_encoder")
 

@@ -15,7 +15,7 @@ import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
 from config import Settings
-from errors import one_line
+from errors import RequestError, UnexpectedError, one_line
 from latent_encoder.terminal import takes_colours
 
 ERASE_LINE = "\r\x1b[K"
@@ -51,6 +51,15 @@ def get_logger(name: str) -> FilteringBoundLogger:
         wrapper_class=structlog.stdlib.BoundLogger,
     )
     return logger
+
+
+def log_failure(error: RequestError, **fields: Any) -> None:
+    """Log the failure of a request, with the traceback if the fault is ours."""
+    log = get_logger("latent_encoder")
+    if isinstance(error, UnexpectedError):
+        log.error("request failed unexpectedly", error_code=error.code, exc_info=error.__cause__, **fields)
+    else:
+        log.warning("request failed", error_code=error.code, reason=str(error), **fields)
 
 
 def configure_logging(level: str, log_format: str, tracebacks: bool = True, *, beside_bar: bool = False) -> None:

@@ -1,0 +1,18 @@
+"""The count of threads that torch uses for an encode."""
+
+from __future__ import annotations
+
+import torch
+
+
+def usable_cpus() -> int:
+    """Return the count of threads for an encode: torch's own choice, at most the CPUs that the container may use."""
+    from loky import cpu_count  # slow to import; it knows the CPU quota of a control group
+
+    return min(torch.get_num_threads(), int(cpu_count()))
+
+
+def set_torch_threads(count: int) -> None:
+    """Set how many threads torch uses for operations of the calling thread."""
+    torch.get_num_threads()  # initialises the thread's own value; a later initialisation would overwrite the new one
+    torch.set_num_threads(count)
