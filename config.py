@@ -23,7 +23,7 @@ from models import (
     VaeModelName,
 )
 
-VERSION = "0.6.0"
+VERSION = "0.7.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 

@@ -288,9 +288,7 @@ class KafkaHandler:
     def _refused(self, job: RecordJob, refused: Sequence[RefusedRecord], undelivered: tuple[Outgoing, ...]) -> None:
         if job.dropped:
             return
-        for record, error in refused:
-            event = "topic is gone, waiting for it" if error.code() in decisions.TOPIC_GONE else "record refused"
-            log.error(event, refused_by=record.topic, reason=error.str(), **job.record.place)
+        telemetry.refused(job, refused, self._settings)
         self._carry_out(job, decisions.after_refusal(job, refused, undelivered, self._settings))
 
     def _aborted(self, job: RecordJob) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from config import Settings
+from latent_encoder.kafka.decisions import TOPIC_GONE
 from latent_encoder.kafka.jobs import Partition, RecordJob
-from latent_encoder.kafka.records import sender_of
+from latent_encoder.kafka.records import RefusedRecord, sender_of
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import (
@@ -67,6 +68,16 @@ def acknowledged(job: RecordJob, settings: Settings) -> None:
     if job.redelivered:
         REDELIVERIES.inc()
     tracing.end(job.span, error)
+
+
+def refused(job: RecordJob, records: Sequence[RefusedRecord], settings: Settings) -> None:
+    """Log each record of a job that the broker refused, with the reason."""
+    for record, error in records:
+        if error.code() in TOPIC_GONE:
+            log.error("topic is gone, waiting for it", gone=record.topic, reason=error.str(), **job.record.place)
+        else:
+            event = "response refused" if record.topic == settings.kafka_response_topic else "dead letter refused"
+            log.error(event, refused_by=record.topic, reason=error.str(), **job.record.place)
 
 
 def dropped(job: RecordJob) -> None:
