@@ -14,19 +14,19 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from functools import partial
 
-from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from config import VERSION, Settings
 from errors import KafkaFailed, RequestError, as_request_error
 from latent_encoder.kafka import decisions, telemetry
 from latent_encoder.kafka.assignment import Assignment
+from latent_encoder.kafka.clients import Clients
 from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
 from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
 from latent_encoder.kafka.decisions import Decision, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
 from latent_encoder.kafka.jobs import Partition, RecordJob
 from latent_encoder.kafka.lanes import Lanes
-from latent_encoder.kafka.properties import consumer_properties, make_client, poll_interval_s, producer_properties
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, read_request, sender_of
@@ -47,10 +47,6 @@ BUSY_POLL_S = 0.01
 
 IDLE_POLL_S = 0.2
 """Poll timeout while none are held: the longest delay until a stop is noticed."""
-
-PAUSE_AFTER_S = 2.0
-"""Time with no room for a further request before the partitions are paused. After a pause librdkafka takes up to a second to
-fetch again, which short encodes would notice."""
 
 TOPICS_RETRY_S = 1.0
 """Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
@@ -78,16 +74,8 @@ class KafkaHandler:
         self._stopping = False
         self._stop_reason: KafkaFailed | None = None
 
-        properties = consumer_properties(settings) | {
-            "error_cb": self._broker.on_error,
-            "stats_cb": self._on_statistics,
-            "on_commit": self._on_commit,
-        }
-        # A revocation that takes longer than the poll interval costs the worker its place in the group; 20 % are left for the
-        # commit. A worker without room for a request polls again well before the interval ends.
-        self._revoke_timeout = min(settings.kafka_revoke_timeout_s, 0.8 * poll_interval_s(properties))
-        self._pause_after = min(PAUSE_AFTER_S, 0.25 * poll_interval_s(properties))
-        self._consumer = make_client(Consumer, properties, settings)
+        self._clients = Clients(settings, self._broker, self._on_statistics, self._on_commit)
+        self._consumer = self._clients.consumer
         self._commits = OffsetCommits(self._consumer, self._timers, self._stop_because)
         self._publisher = self._make_publisher()
         self._assignment = Assignment(self._consumer, self._lanes, self._publisher, self._readiness, self._before_revoke)
@@ -100,12 +88,8 @@ class KafkaHandler:
             failed=self._events.posted(self._stop_because),
         )
         if self._settings.kafka_transactional_id:
-            return PublishInTransaction(self._consumer, self._make_producer, events)
-        return PublishThenCommit(self._commits, self._make_producer(), events)
-
-    def _make_producer(self) -> Producer:
-        properties = producer_properties(self._settings) | {"error_cb": self._broker.on_error}
-        return make_client(Producer, properties, self._settings)
+            return PublishInTransaction(self._consumer, self._clients.make_producer, events)
+        return PublishThenCommit(self._commits, self._clients.make_producer(), events)
 
     # The life of a worker.
 
@@ -173,7 +157,7 @@ class KafkaHandler:
             self._full_since = time.monotonic()
             self._work(0)
         else:
-            if time.monotonic() - self._full_since > self._pause_after:
+            if time.monotonic() - self._full_since > self._clients.pause_after_s:
                 self._assignment.pause(pause=True)
                 self._poll(0)
             self._work(timeout)
@@ -299,7 +283,7 @@ class KafkaHandler:
 
     def _before_revoke(self, partitions: Collection[Partition]) -> None:
         """Finish and commit the jobs of partitions that are about to be revoked, in time for the rebalance."""
-        deadline = time.monotonic() + self._revoke_timeout
+        deadline = time.monotonic() + self._clients.revoke_timeout_s
         while any(self._lanes.jobs(partitions)) and time.monotonic() < deadline and self._stop_reason is None:
             self._work(BUSY_POLL_S)
         if self._stop_reason is None:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from config import Settings
-from errors import ImageNotFound, InvalidRequest, RequestError, SetupError, as_request_error
+from errors import ImageNotFound, RequestError, SetupError, as_request_error
 from latent_encoder.access import AllowedFolders
+from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Size, cropped, size_of
 from latent_encoder.images.loading import load_image
@@ -33,7 +34,7 @@ from latent_encoder.outputs.files import (
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of
 from latent_encoder.outputs.png import png_bytes
-from latent_encoder.outputs.preview import latent_image, preview_image
+from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.roundtrip import compare
 from latent_encoder.outputs.stored_responses import read_stored, success_response
 from latent_encoder.telemetry.logs import get_logger, log_failure
@@ -139,7 +140,7 @@ class LatentEncoder:
         Raises:
             RequestError: a step failed; the class says which.
         """
-        self._admit(request)
+        admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode():
             with timed(timings, "load_vae"):
@@ -194,7 +195,7 @@ class LatentEncoder:
                     frames=prepared.vae.cells.frames,
                     header=facts.model_dump(),
                 )
-                preview = self._preview(encoded) if self._settings.preview else None
+                preview = preview_png(self.runtime, encoded) if self._settings.preview else None
                 staged.add(files.latent.name, latent)
                 staged.add(files.scaled_image.name, scaled_image)
                 staged.add_or_remove(files.preview.name, preview)
@@ -214,7 +215,7 @@ class LatentEncoder:
         Raises:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
-        self._admit(request)
+        admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
         files = _files_of(request)
         stored = read_stored(files, self._outputs)
         if stored is None or not self._wanted(files) <= stored.whole:
@@ -236,32 +237,6 @@ class LatentEncoder:
     def _space_needed(self, scaled: Size, vae: LoadedVae) -> int:
         images = 1 + 2 * self._settings.preview + self._settings.roundtrip  # a preview is twice as wide as the others
         return space_needed(scaled, vae.cells.factor, vae.cells.channels, images)
-
-    def _admit(self, request: EncodeRequest) -> None:
-        """Refuse a request that the settings or this ComfyUI do not allow, before any of its files is opened.
-
-        Raises:
-            InvalidRequest: more megapixels than MAX_OUTPUT_MEGAPIXELS, or an exact fit that this ComfyUI cannot make.
-            AccessDenied: a path leads out of the allowed folders.
-        """
-        limit = self._settings.max_output_megapixels
-        if request.megapixels > limit:
-            raise InvalidRequest(
-                f"Invalid request: megapixels: must be at most MAX_OUTPUT_MEGAPIXELS={limit} (got {request.megapixels})"
-            )
-        if request.fit == "exact" and not self.runtime.can_fit_exactly:
-            raise InvalidRequest(
-                "Invalid request: fit: 'exact' takes a ComfyUI whose ImageScaleToTotalPixels has the input resolution_steps, "
-                f"and {self.runtime.version} lacks it; use 'crop', or another ComfyUI"
-            )
-        self._images.folders.check(request.image_path)
-        self._outputs.check(request.output_dir)
-
-    def _preview(self, encoded: Encoded) -> bytes:
-        """Return a PNG of the part of the image that the latent covers, with the latent as an image beside it."""
-        prepared, image = encoded.prepared, encoded.image
-        shown = latent_image(self.runtime, image.latent, prepared.vae.latent_space)
-        return png_bytes(preview_image(shown, prepared.scaled, image.crop, prepared.vae.cells.factor))
 
 
 def ready_encoder(settings: Settings) -> LatentEncoder:

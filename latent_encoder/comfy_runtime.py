@@ -158,7 +158,7 @@ class ComfyRuntime:
         node_class = import_custom_nodes_minimal(self.path, ("VAEDecode",))["VAEDecode"]
         return Node("VAEDecode", node_class, ("samples", "vae"))
 
-    def latent_format(self, name: str) -> LatentSpace | None:
+    def latent_space(self, name: str) -> LatentSpace | None:
         """Return a family's latent space by its class in `comfy.latent_formats`; None if this release lacks it."""
         formats = importlib.import_module("comfy.latent_formats")
         known = getattr(formats, name, None)

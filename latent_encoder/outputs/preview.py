@@ -12,11 +12,20 @@ from torch.nn import functional
 
 from latent_encoder.comfy_runtime import ComfyRuntime, LatentSpace
 from latent_encoder.geometry import Box, cropped
+from latent_encoder.outputs.encoded import Encoded
+from latent_encoder.outputs.png import png_bytes
 from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder")
 
 DEVIATIONS_SHOWN = 3  # to either side of the middle grey: 99.7 % of normally distributed values are not clipped
+
+
+def preview_png(runtime: ComfyRuntime, encoded: Encoded) -> bytes:
+    """Return a PNG of the part of the image that the latent covers, with the latent as an image beside it."""
+    prepared, image = encoded.prepared, encoded.image
+    shown = latent_image(runtime, image.latent, prepared.vae.latent_space)
+    return png_bytes(preview_image(shown, prepared.scaled, image.crop, prepared.vae.cells.factor))
 
 
 def latent_image(runtime: ComfyRuntime, latent: Tensor, latent_space: str | None) -> Tensor:
@@ -27,7 +36,7 @@ def latent_image(runtime: ComfyRuntime, latent: Tensor, latent_space: str | None
     three principal components become the colours, and a warning is logged: shapes are right, colours are not.
     """
     latent = latent.nan_to_num(nan=0, posinf=0, neginf=0)
-    known = runtime.latent_format(latent_space) if latent_space is not None else None
+    known = runtime.latent_space(latent_space) if latent_space is not None else None
     if known is None or known.latent_rgb_factors is None or known.latent_channels != latent.shape[1]:
         log.warning("the preview has no true colours", latent_space=latent_space, channels=latent.shape[1])
         return _principal_components(latent)

@@ -15,7 +15,7 @@ def latent_space_of(family: Family | None, vae: Vae, runtime: ComfyRuntime) -> s
     family. For example, 0.3.52 loads FLUX.2's VAE as Stable Diffusion's and makes latents with 32 channels instead of 128.
     """
     space = _latent_space(family, vae.first_stage_model)
-    return space if space is not None and runtime.latent_format(space) is not None else None
+    return space if space is not None and runtime.latent_space(space) is not None else None
 
 
 def _latent_space(family: Family | None, model: Any) -> str | None:

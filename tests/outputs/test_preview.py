@@ -41,7 +41,7 @@ def comfyui_preview(latent: Tensor, known: Any) -> Any:
 
 @pytest.mark.parametrize("latent_space", LATENT_SPACES)
 def test_the_image_is_comfyuis_own_preview(encoder: LatentEncoder, latent_space: str) -> None:
-    known: Any = encoder.runtime.latent_format(latent_space)
+    known: Any = encoder.runtime.latent_space(latent_space)
     if known is None:
         assert latent_space in NEW
         assert is_older(encoder.runtime.version, "0.33.0")
@@ -69,9 +69,9 @@ def test_a_family_without_colours_has_the_principal_components(
 
 def test_a_latent_format_is_a_class_of_that_module(encoder: LatentEncoder) -> None:
     """The name may come from a metadata file, and must not reach anything else in the module."""
-    assert encoder.runtime.latent_format("Wan21") is not None
+    assert encoder.runtime.latent_space("Wan21") is not None
     for name in ("torch", "NoSuchModel", "__doc__"):
-        assert encoder.runtime.latent_format(name) is None
+        assert encoder.runtime.latent_space(name) is None
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 16, 128])

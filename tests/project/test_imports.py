@@ -28,7 +28,7 @@ service
 outputs
 vae
 images
-trial
+trial : admission
 comfy_runtime
 installer.comfy_packages : comfy_node
 installer.import_trial

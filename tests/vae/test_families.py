@@ -124,7 +124,7 @@ def test_every_latent_space_is_one_of_comfyui(encoder: LatentEncoder) -> None:
     """The latent space of each family that this release encodes with is a class of this release."""
     known = [family for family in FAMILIES if family.latent_space and family.fault(encoder.runtime.version) is None]
     assert len(known) > 20
-    assert [family.name for family in known if encoder.runtime.latent_format(str(family.latent_space)) is None] == []
+    assert [family.name for family in known if encoder.runtime.latent_space(str(family.latent_space)) is None] == []
 
 
 def test_a_family_that_a_release_lacks_is_reported_with_the_first_that_has_it() -> None:

@@ -1,0 +1,51 @@
+"""The Kafka clients of a worker, and the limits on its polling that follow from their properties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+
+from config import Settings
+from latent_encoder.kafka.connection import BrokerState
+from latent_encoder.kafka.properties import consumer_properties, make_client, poll_interval_s, producer_properties
+
+PAUSE_AFTER_S = 2.0
+"""Longest `pause_after_s`. After a pause librdkafka takes up to a second to fetch again, which short encodes would notice."""
+
+
+class Clients:
+    """The consumer, and the maker of producers. They connect by themselves; nothing is consumed yet."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        broker: BrokerState,
+        on_statistics: Callable[[str], None],
+        on_commit: Callable[[KafkaError | None, list[TopicPartition]], None],
+    ) -> None:
+        """Make the consumer, which makes the calls while it is polled.
+
+        Raises:
+            SettingsError: librdkafka refuses a property.
+        """
+        self._settings = settings
+        self._on_error = broker.on_error
+        callbacks = {"error_cb": self._on_error, "stats_cb": on_statistics, "on_commit": on_commit}
+        properties = consumer_properties(settings) | callbacks
+        self.consumer = make_client(Consumer, properties, settings)
+        interval_s = poll_interval_s(properties)
+        self.revoke_timeout_s = min(settings.kafka_revoke_timeout_s, 0.8 * interval_s)
+        """Longest time to finish jobs before their partition is revoked. A worker that does not poll within the interval loses
+        its place in the group; a fifth of it is left for the commit."""
+        self.pause_after_s = min(PAUSE_AFTER_S, 0.25 * interval_s)
+        """Time without room for a further request after which the partitions are paused, so that the worker polls again well
+        within the interval."""
+
+    def make_producer(self) -> Producer:
+        """Return a new producer of responses and dead letters.
+
+        Raises:
+            SettingsError: librdkafka refuses a property.
+        """
+        return make_client(Producer, producer_properties(self._settings) | {"error_cb": self._on_error}, self._settings)
