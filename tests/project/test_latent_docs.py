@@ -170,8 +170,8 @@ def test_diffusers_takes_the_latent_of_qwen_image(diffusers: Any, encode_photo: 
     with torch.inference_mode():
         own = pipeline._encode_vae_image(pixels.unsqueeze(2), generator=None)
     torch.testing.assert_close(scaled, own, atol=2e-3, rtol=0)  # the PNG has 8 bits
-    torch.testing.assert_close(shown["image"], vae.decode(latent.unsqueeze(2)).sample[:, :, 0], atol=1e-4, rtol=1e-4)
-    assert (shown["image"] - pixels).abs().mean() < 0.2
+    torch.testing.assert_close(shown["decoded"], vae.decode(latent.unsqueeze(2)).sample[:, :, 0], atol=1e-4, rtol=1e-4)
+    assert (shown["decoded"] - pixels).abs().mean() < 0.2
 
     start, image = shown["start"], shown["image"]
     size = {"height": 8 * start.shape[2], "width": 8 * start.shape[3]}
@@ -242,4 +242,4 @@ def test_shift_is_that_of_its_pipeline(diffusers: Any, folder: Path) -> None:
         image = vae.decode(latent).sample
     shown = run(snippets("diffusers: SD, SDXL, SD3, Flux"))
     torch.testing.assert_close(shown["scaled"], own)
-    torch.testing.assert_close(shown["image"], image, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shown["decoded"], image, atol=1e-5, rtol=1e-5)
