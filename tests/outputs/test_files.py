@@ -209,8 +209,12 @@ for number in range(10**9):
 
 def test_killed_writer_leaves_no_partial_file(tmp_path: Path) -> None:
     """At any moment each file is whole, and the metadata belong to the files beside them."""
-    seen = 0
-    for pause in (0.05, 0.11, 0.17, 0.23):
+    described = 0  # metadata are absent between the removal of the old ones and the last rename
+    kills = 0
+    while kills < 4 or not described:
+        kills += 1
+        assert kills < 40, "no kill left metadata behind"
+        pause = 0.05 + 0.06 * (kills % 4) + 0.001 * kills  # another moment of a write each time
         command = [sys.executable, "-c", WRITER, str(tmp_path)]
         with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
@@ -221,7 +225,7 @@ def test_killed_writer_leaves_no_partial_file(tmp_path: Path) -> None:
             data = (tmp_path / name).read_bytes()
             assert data == data[:8] * 200_000
         if (tmp_path / "latent.pt.json").exists():
-            seen += 1
+            described += 1
             stated = json.loads((tmp_path / "latent.pt.json").read_bytes())["sha256"]
             for name in ("latent.pt", "scaled.png"):
                 assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == stated
