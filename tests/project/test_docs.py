@@ -8,6 +8,7 @@ output, except times, versions, folders and fractions; `...` stands for any text
 
 from __future__ import annotations
 
+import ast
 import doctest
 import json
 import os
@@ -423,6 +424,28 @@ def test_files_that_the_map_names_exist() -> None:
     """Each module on the map is in the project, or in its package: `kafka/jobs.py` is `latent_encoder/kafka/jobs.py`."""
     named = re.findall(r"`([\w/]+\.py)`", PAGES["docs/code-map.md"].text)
     assert [name for name in named if not any((folder / name).exists() for folder in (PROJECT, OUR_PACKAGE))] == []
+
+
+def test_names_on_the_map_are_in_their_files() -> None:
+    """A class, function or constant that the map places in a file is defined there."""
+    text = PAGES["docs/code-map.md"].text
+    places = re.findall(r"((?:`[\w.]+`(?:, | and )?)+) in `([\w/]+\.py)`", text)
+    assert len(places) > 8
+    for names, file in places:
+        path = next(path for path in (PROJECT / file, PROJECT / "latent_encoder" / file) if path.exists())
+        defined = {name for node in ast.walk(ast.parse(path.read_text("utf-8"))) for name in names_defined_by(node)}
+        wanted = {part for name in re.findall(r"`([\w.]+)`", names) for part in name.split(".")}
+        assert wanted <= defined, f"{file} has no {wanted - defined}"
+
+
+def names_defined_by(node: ast.AST) -> list[str]:
+    """Return the names that a node of a module's tree defines."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+    return []
 
 
 @pytest.mark.parametrize("name", PAGES)
