@@ -1,15 +1,24 @@
 #!/usr/bin/env bash
 # All checks: format, lint, types, tests. CI runs this script, too.
 # Arguments go to pytest: scripts/check.sh -k images
+# --quick: only the tests that take less than a minute together, and no linters
 # --comfyui-tree DIR (several times, if wanted): instead, the core of the tests on that ComfyUI tree: scripts/check.sh --comfyui-tree DIR
 set -euo pipefail
 
 wrong_usage() { printf 'Error: %s.\n' "$*" >&2; exit 2; }
 
-trees=() arguments=()
+# The tests without a broker, a setup, other VAEs than the tiny one, and the commands of the pages.
+QUICK=(
+    tests/{test_requests,test_errors,test_config,test_geometry,test_service}.py tests/images
+    tests/kafka/test_{lanes,decisions,timers,properties}.py tests/standalone/test_inputs.py tests/vae/test_winograd.py
+    tests/project/test_{imports,words,schemas,deploy,dashboard,docs}.py
+)
+
+trees=() arguments=() quick=''
 while (($#)); do
     case $1 in
         --comfyui-tree) trees+=("${2:-}"); shift ;;
+        --quick) quick=yes ;;
         --comfyui-tree=*) trees+=("${1#*=}") ;;
         *) arguments+=("$1") ;;
     esac
@@ -43,6 +52,9 @@ run_on_trees() {
 if ((${#trees[@]})); then
     run_on_trees
     exit
+fi
+if [[ -n $quick ]]; then
+    exec "$bin/python" -m pytest -q "${QUICK[@]}" -k 'not commands_of and not first_command' "${arguments[@]}"
 fi
 
 "$bin/ruff" format --check .

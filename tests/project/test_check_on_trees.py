@@ -53,6 +53,16 @@ def check(folder: Path, *arguments: str | Path) -> tuple[subprocess.CompletedPro
     return done, [line.split("|") for line in log.read_text().splitlines()]
 
 
+def test_quick_check_runs_a_subset_of_the_tests(tmp_path: Path) -> None:
+    """Only pytest runs, on files that exist; other arguments go to it."""
+    done, calls = check(tmp_path, "--quick", "-x")
+    assert (done.returncode, done.stderr, [name for name, *_ in calls]) == (0, "", ["python"])
+    files = [argument for argument in calls[0][-1].split() if argument.startswith("tests/")]
+    assert len(files) > 10
+    assert [file for file in files if not (PROJECT / file).exists()] == []
+    assert calls[0][-1].endswith(" -x")
+
+
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     return tree(tmp_path / "good")
