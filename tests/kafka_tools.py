@@ -29,7 +29,6 @@ from service import LatentEncoder
 from tests.held_encodes import Gate
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
 
-SECONDS_LONG = {"image_path": str(IMAGES / "astronaut.png"), "megapixels": 3.5}  # a request that takes some, with the tiny VAE
 QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
 
 

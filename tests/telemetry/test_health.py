@@ -30,7 +30,7 @@ from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
 from tests.broker.ports import free_ports
 from tests.helpers import IMAGES, RunMain
-from tests.kafka_tools import SECONDS_LONG, Bench, read_responses, wait_until
+from tests.kafka_tools import Bench, read_responses, wait_until
 
 ALIVE = {"poll_loop": "ok", "steps": "ok", "threads": "ok"}
 
@@ -201,14 +201,15 @@ def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder
 
 def test_worker_with_a_hung_encode_is_not_alive(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
     """A worker is not alive while an encode takes longer than ENCODE_TIMEOUT_S, and alive again once it ends."""
-    responses = bench.responses
-    with bench.worker(encoder, bench.settings(settings, encode_timeout_s=0.5)) as worker:
+    responses, gate = bench.responses, bench.gate()
+    with gate.holding(), bench.worker(encoder, bench.settings(settings, encode_timeout_s=0.5)) as worker:
         health = worker.handler.health
         wait_until(lambda: health.ready().ok, "ready")
         assert health.alive().ok
-        bench.send({"request_id": "r", **SECONDS_LONG})
+        bench.send({"request_id": "r"})
         wait_until(lambda: health.alive().parts["steps"].startswith("encode takes "), "the hung encode")
         assert health.ready().ok
+        gate.open()
         read_responses(responses, 1)
         wait_until(lambda: health.alive().ok, "the end of it")
         worker.handler.stop()

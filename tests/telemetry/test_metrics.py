@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,30 +9,14 @@ import pytest
 from prometheus_client import REGISTRY
 
 from config import Settings
-from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.kafka.jobs import RecordJob
 from latent_encoder.kafka.records import Incoming
 from latent_encoder.kafka.telemetry import ConsumerLag
-from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.telemetry.metrics import CONSUMER_LAG
 from service import LatentEncoder
-from tests.helpers import PATIENCE_S
 from tests.kafka_tools import Bench, Events, read_responses, wait_until
 
 Value = Callable[..., float]
-
-
-class GatedEncoder(LatentEncoder):
-    """An encoder that begins no encode before its gate is open: a test need not rely on an encode that takes long."""
-
-    def __init__(self, settings: Settings, runtime: ComfyRuntime) -> None:
-        super().__init__(settings, runtime)
-        self.waiting, self.gate = threading.Event(), threading.Event()
-
-    def encode_prepared(self, prepared: Prepared) -> Encoded:
-        self.waiting.set()
-        assert self.gate.wait(PATIENCE_S)
-        return super().encode_prepared(prepared)
 
 
 @pytest.fixture
@@ -98,15 +81,15 @@ def test_every_way_that_a_request_can_end_is_counted(
 
 def test_dropped_requests_are_counted(bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value) -> None:
     """A request that was taken and not begun when the worker stops counts as dropped."""
-    gated = GatedEncoder(settings, encoder.runtime)
-    with bench.worker(gated, bench.settings(settings)) as worker:
+    gate = bench.gate()
+    with gate.holding(), bench.worker(encoder, bench.settings(settings)) as worker:
         bench.send({"request_id": "first"})
         bench.send({"request_id": "second"})
         wait_until(lambda: grown("latent_encoder_stage_seconds_count", "scale") == 2, "both prepared")
-        wait_until(gated.waiting.is_set, "the first encode")
+        gate.wait()
         worker.handler.stop()
         wait_until(lambda: grown("latent_encoder_requests_total", "dropped", "") == 1, "the second one dropped")
-        gated.gate.set()
+        gate.open()
     assert grown("latent_encoder_requests_total", "dropped", "") == 1
     assert grown("latent_encoder_requests_total", "success", "") == 1
 
@@ -117,13 +100,13 @@ def test_lag_is_what_waits(bench: Bench, encoder: LatentEncoder, settings: Setti
     def lag() -> float | None:
         return REGISTRY.get_sample_value("latent_encoder_consumer_lag", {"topic": bench.request_topic, "partition": "0"})
 
-    gated = GatedEncoder(settings, encoder.runtime)
-    with bench.worker(gated, bench.settings(settings)):
+    gate = bench.gate()
+    with gate.holding(), bench.worker(encoder, bench.settings(settings)):
         bench.send({"request_id": "long"})
         for n in range(4):
             bench.send({"request_id": f"r{n}"})
         wait_until(lambda: lag() == 5, "five behind")
-        gated.gate.set()
+        gate.open()
         bench.wait_for_commit({0: 5})
         wait_until(lambda: lag() == 0, "nothing behind")
 
