@@ -29,7 +29,7 @@ from latent_encoder.kafka.jobs import Partition, RecordJob
 from latent_encoder.kafka.lanes import Lanes
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
-from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, read_request, sender_of
+from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
 from latent_encoder.kafka.timers import Timers
 from latent_encoder.kafka.topics import TopicWatch
 from latent_encoder.kafka.transactions import PublishInTransaction
@@ -219,8 +219,10 @@ class KafkaHandler:
         try:
             job.request = read_request(job.record, self._settings)
         except RequestError as exc:
+            job.sender = sender_of(job.record, self._settings.kafka_max_message_bytes)
             self._request_failed(job, exc)
         else:
+            job.sender = Sender(job.request.request_id, job.request.correlation_id)
             self._begin(job)
 
     def _begin(self, job: RecordJob) -> None:
@@ -237,8 +239,7 @@ class KafkaHandler:
             self._carry_out(job, decisions.after_success(job, result, self._settings, self._clock()))
 
     def _request_failed(self, job: RecordJob, error: RequestError) -> None:
-        sender = sender_of(job.record, self._settings.kafka_max_message_bytes)
-        log_failure(error, request_id=sender.request_id, attempt=job.attempts, **job.record.place)
+        log_failure(error, request_id=job.sender.request_id, attempt=job.attempts, **job.record.place)
         jitter = random.uniform(1 - decisions.JITTER, 1 + decisions.JITTER)  # noqa: S311  # nothing secret depends on it
         self._carry_out(job, decisions.after_failure(job, error, self._settings, self._clock(), jitter))
 
@@ -267,7 +268,7 @@ class KafkaHandler:
         if not job.dropped:
             self._lanes.acknowledged(job)
             self._lag.acknowledged(job)
-            telemetry.acknowledged(job, self._settings)
+            telemetry.acknowledged(job)
 
     def _refused(self, job: RecordJob, refused: Sequence[RefusedRecord], undelivered: tuple[Outgoing, ...]) -> None:
         if job.dropped:

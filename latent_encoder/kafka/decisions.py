@@ -15,7 +15,7 @@ from config import Settings
 from errors import KafkaFailed, MessageUnusable, RequestError, ResponseRefused
 from latent_encoder.kafka.connection import kafka_failed
 from latent_encoder.kafka.jobs import RecordJob
-from latent_encoder.kafka.records import Outgoing, RefusedRecord, dead_letter, response_record, sender_of
+from latent_encoder.kafka.records import Outgoing, RefusedRecord, dead_letter, response_record
 from models import ErrorResponse, Response, ResponseMessage, SuccessResponse
 
 MAX_BACKOFF_S = 60.0
@@ -67,8 +67,7 @@ Decision = Retry | Finish | Replace | Stop
 
 def after_success(job: RecordJob, response: SuccessResponse, settings: Settings, now: datetime) -> Finish:
     """Decide about a job whose files are written."""
-    assert job.request is not None, "only a valid request is encoded"
-    return Finish(response, (_response(job, response, job.request.correlation_id, settings, now),))
+    return Finish(response, (_response(job, response, settings, now),))
 
 
 def after_failure(job: RecordJob, error: RequestError, settings: Settings, now: datetime, jitter: float) -> Retry | Finish:
@@ -80,11 +79,10 @@ def after_failure(job: RecordJob, error: RequestError, settings: Settings, now: 
     """
     if error.retryable and job.attempts <= settings.kafka_max_retries:
         return Retry(backoff_s(job.attempts, settings) * jitter)
-    sender = sender_of(job.record, settings.kafka_max_message_bytes)
     records: tuple[Outgoing, ...] = ()
-    if sender.request_id is not None:
-        response = ErrorResponse.of(error, sender.request_id, now)
-        records += (_response(job, response, sender.correlation_id, settings, now),)
+    if job.sender.request_id is not None:
+        response = ErrorResponse.of(error, job.sender.request_id, now)
+        records += (_response(job, response, settings, now),)
     dead_lettered = error.retryable or isinstance(error, MessageUnusable)
     if dead_lettered:
         records += (dead_letter(job.record, error, job.attempts, settings),)
@@ -143,6 +141,6 @@ def late(settings: Settings) -> str:
     return f"No acknowledgement within KAFKA_ACK_TIMEOUT_S={settings.kafka_ack_timeout_s:g}"
 
 
-def _response(job: RecordJob, response: Response, correlation_id: str | None, settings: Settings, now: datetime) -> Outgoing:
-    message = ResponseMessage.of(response, correlation_id, now)
+def _response(job: RecordJob, response: Response, settings: Settings, now: datetime) -> Outgoing:
+    message = ResponseMessage.of(response, job.sender.correlation_id, now)
     return response_record(job.record, message, settings.kafka_response_topic)

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from errors import RequestError
-from latent_encoder.kafka.records import Incoming, Outgoing
+from latent_encoder.kafka.records import Incoming, Outgoing, Sender
 from models import EncodeRequest, SuccessResponse
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class RecordJob:
     record: Incoming
     request: EncodeRequest | None = None
     """None if the record holds no valid request."""
+    sender: Sender = Sender(None, None)  # noqa: RUF009  # it is frozen
+    """The ids that a response is addressed with, as far as the record has them; set when the record is read."""
     taken_at: float = field(default_factory=monotonic)
     """Seconds of the monotonic clock."""
     span: Span | None = None

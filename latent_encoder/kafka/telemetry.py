@@ -9,7 +9,7 @@ from typing import Any
 from config import Settings
 from latent_encoder.kafka.decisions import TOPIC_GONE
 from latent_encoder.kafka.jobs import Partition, RecordJob
-from latent_encoder.kafka.records import RefusedRecord, sender_of
+from latent_encoder.kafka.records import RefusedRecord
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import (
@@ -45,13 +45,12 @@ def taken(job: RecordJob, settings: Settings) -> None:
     job.span = tracing.begin(f"process {record.topic}", record.headers, attributes)
 
 
-def acknowledged(job: RecordJob, settings: Settings) -> None:
+def acknowledged(job: RecordJob) -> None:
     """Report that the broker acknowledged the response, the dead letter, or both."""
     result = job.result
     assert result is not None, "an acknowledged job has a result"
-    sender = job.request or sender_of(job.record, settings.kafka_max_message_bytes)
     seconds = time.monotonic() - job.taken_at
-    event: dict[str, Any] = {"request_id": sender.request_id, "correlation_id": sender.correlation_id}
+    event: dict[str, Any] = {"request_id": job.sender.request_id, "correlation_id": job.sender.correlation_id}
     if isinstance(result, SuccessResponse):
         error, code = None, ""
         event |= {"outcome": "success", "redelivered": job.redelivered, "latent": result.latent_file_path}

@@ -35,7 +35,7 @@ from latent_encoder.kafka.decisions import (
     if_overdue,
 )
 from latent_encoder.kafka.jobs import RecordJob
-from latent_encoder.kafka.records import ATTEMPTS, ERROR_CODE, Incoming, Outgoing
+from latent_encoder.kafka.records import ATTEMPTS, ERROR_CODE, Incoming, Outgoing, sender_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 RECORD = Incoming("requests", 2, 7, None, b"key", b'{"request_id": "r1", "image_path": "a.png"}', (("trace", b"1"),))
@@ -49,7 +49,8 @@ SETTINGS = Settings(
 
 
 def job(attempts: int = 1, value: bytes | None = RECORD.value) -> RecordJob:
-    return RecordJob(replace(RECORD, value=value), attempts=attempts)
+    record = replace(RECORD, value=value)
+    return RecordJob(record, sender=sender_of(record, SETTINGS.kafka_max_message_bytes), attempts=attempts)
 
 
 def finished(decision: object) -> Finish:
