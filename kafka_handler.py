@@ -33,7 +33,7 @@ from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
 from latent_encoder.kafka.schedule import to_begin
-from latent_encoder.kafka.starts import NotesCommit, Starts
+from latent_encoder.kafka.starts import Starts
 from latent_encoder.kafka.timers import Timers
 from latent_encoder.kafka.topics import TopicWatch
 from latent_encoder.kafka.transactions import PublishInTransaction
@@ -57,9 +57,6 @@ MOST_SET_ASIDE = 32
 
 LAST_NOTES_S = 2.0
 """Longest time to remove the notes of requests that are left to other workers: one commit, which takes milliseconds."""
-
-NOTES_AGAIN_AFTER_S = 1.0
-"""Wait before notes that were refused are committed again: about as long as a rebalance, during which commits are refused."""
 
 TOPICS_RETRY_S = 1.0
 """Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
@@ -94,7 +91,7 @@ class KafkaHandler:
 
         self._clients = Clients(settings, self._broker, self._on_statistics, self._on_commit)
         self._consumer = self._clients.consumer
-        self._starts = Starts(self._consumer, settings.kafka_max_crashes, self._events.posted(self._notes_committed))
+        self._starts = Starts(self._consumer, settings.kafka_max_crashes)
         self._commits = OffsetCommits(self._consumer, self._timers, self._stop_because)
         self._publisher = self._make_publisher()
         held = Holdings(self._lanes, self._publisher, self._starts)
@@ -123,7 +120,7 @@ class KafkaHandler:
             KafkaFailed: the worker cannot go on. The offset of a request without a response is not committed.
         """
         self._stages = Stages(encoder, self._events.posted(self._encoded), self.health)
-        self.health.needs([*self._stages.threads, *self._publisher.threads, *self._starts.threads])
+        self.health.needs([*self._stages.threads, *self._publisher.threads])
         self.health.ready_if("model", None)
         INFO.info({"version": VERSION, **encoder.versions})
         try:
@@ -137,7 +134,6 @@ class KafkaHandler:
             self._settle_notes()
             self._stages.close()
             self._publisher.close()
-            self._starts.close()
             self._consumer.close()
             log.info("stopped")
 
@@ -210,12 +206,11 @@ class KafkaHandler:
         self._publisher.poll()
         self._events.run(timeout)
         self._timers.run_due()
-        self._begin_jobs()
         for job in self._lanes.ready():
             if not self._starts.committing(job.partition):
                 job.sent(time.monotonic())
                 self._publisher.publish(job)
-        self._starts.commit(self._lanes.sending)
+        self._begin_jobs()
 
     def _begin_jobs(self) -> None:
         """Begin the jobs whose turn it is, each when the broker has the note of its start."""
@@ -227,6 +222,7 @@ class KafkaHandler:
             else:
                 job.note()
                 self._starts.begin(job)
+        self._starts.commit(self._lanes.sending)
         for job in jobs:
             if job.state is State.NOTING and self._starts.noted(job):
                 self._begin(job)
@@ -364,15 +360,6 @@ class KafkaHandler:
         telemetry.dropped(job)
         if self.health.alive().ok and not job.blamed:
             self._starts.end(job)
-
-    def _notes_committed(self, commit: NotesCommit, error: KafkaError | None) -> None:
-        if error is None:
-            self._starts.settle(commit, confirmed=True)
-        elif is_fatal(error):
-            self._stop_because(kafka_failed("Cannot commit the notes of requests that were begun", error))
-        else:
-            log.warning("notes of starts refused", reason=error.str(), error_code=error.name())
-            self._timers.after(NOTES_AGAIN_AFTER_S, partial(self._starts.settle, commit, confirmed=False))
 
     def _topic_recreated(self, topic_id: str) -> None:
         """Read the new topic from its beginning; requests of the old one get their responses, and no offset is committed."""
