@@ -22,6 +22,8 @@ GPU_OUT_OF_MEMORY = 2
 
 _OUT_OF_MEMORY_TEXT = re.compile("DefaultCPUAllocator|(CUDA|HIP|XPU|MPS backend)( error:)? out of memory")
 
+_NO_MEMORY_FOR_LIBRARY = re.compile("failed to map segment|[Cc]annot allocate memory")  # the C library's words
+
 
 class ErrorCode(StrEnum):
     """The `error_code` of an error response."""
@@ -166,6 +168,8 @@ def outside_cause(exc: BaseException) -> str | None:
     if isinstance(exc, RuntimeError) and "can't start new thread" in str(exc):
         return "no further thread can be started; raise the limit of processes (ulimit -u, or the container's pids limit)"
     if isinstance(exc, ImportError):
+        if _NO_MEMORY_FOR_LIBRARY.search(str(exc)):
+            return OUT_OF_MEMORY
         return f"a package cannot be imported ({one_line(exc)}); run ./setup_comfyui.sh, which installs what is missing"
     if isinstance(exc, OSError) or type(exc).__name__ == "KafkaException":  # the client is not imported here
         return one_line(exc)

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from config import VARIABLES, env_file_variables, environment_variables
 from latent_encoder.suggestions import closest
+from latent_encoder.telemetry.logs import get_logger
+
+log = get_logger("latent_encoder")
 
 TYPING_ERROR = 0.8
 """The least likeness (0 to 1) of a misspelt name in `.env`: one letter wrong. `MEGAPIXEL` is 0.95 like its setting,
@@ -40,6 +43,12 @@ def unknown_variables() -> list[UnknownVariable]:
         OSError, UnicodeDecodeError: `.env` cannot be read.
     """
     return [*_of_env_file(), *_of_environment()]
+
+
+def warn_of_unknown_variables() -> None:
+    """Log the variables that are no settings but were probably meant as one."""
+    if unknown := unknown_variables():
+        log.warning("variables are no settings", variables=[str(variable) for variable in unknown])
 
 
 def _of_env_file() -> Iterator[UnknownVariable]:

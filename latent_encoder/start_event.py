@@ -24,8 +24,7 @@ LIMITS = ("kafka_", "max_", "shutdown_timeout_s", "encode_timeout_s", "vae_cache
 
 
 def log_start(settings: Settings, encoder: LatentEncoder) -> None:
-    """Log that a worker has loaded its parts, and with which settings; warn of variables that are probably misspelt."""
-    unknown = [str(variable) for variable in unknown_variables()]
+    """Log that a worker has loaded its parts, and with which settings."""
     log.info(
         "started",
         version=VERSION,
@@ -42,17 +41,10 @@ def log_start(settings: Settings, encoder: LatentEncoder) -> None:
         memory_limit_bytes=None if math.isinf(limit := memory_limit()) else int(limit),
         settings=changed_settings(settings),
         properties=sorted(read_property_file(settings.kafka_client_config)) if settings.kafka_client_config else [],
-        unknown_variables=unknown,
+        unknown_variables=[str(variable) for variable in unknown_variables()],
     )
-    warn_of_unknown_variables()
     if overridden := overridden_properties(settings):
         log.warning("settings win over properties in KAFKA_CLIENT_CONFIG", properties=overridden)
-
-
-def warn_of_unknown_variables() -> None:
-    """Log the variables that are no settings but were probably meant as one."""
-    if unknown := unknown_variables():
-        log.warning("variables are no settings", variables=[str(variable) for variable in unknown])
 
 
 def limits(settings: Settings) -> dict[str, int | float]:

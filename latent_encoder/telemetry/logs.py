@@ -114,7 +114,7 @@ def log_stray_exceptions() -> None:
     def of_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
             name = args.thread.name if args.thread else ""
-            log.error("a thread ended by an unexpected error", thread=name, exc_info=args.exc_value)
+            log.error("a thread ended by an unexpected error", thread_name=name, exc_info=args.exc_value)
 
     def of_nobody(args: sys.UnraisableHookArgs) -> None:
         log.error("an unexpected error was ignored", exc_info=args.exc_value)

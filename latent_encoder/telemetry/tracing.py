@@ -6,6 +6,7 @@ configuration is OpenTelemetry's own: https://opentelemetry.io/docs/specs/otel/c
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,8 @@ except ImportError:
     INSTALLED = False
 else:
     INSTALLED = True
+    # It logs a header that is no valid baggage, with its content. Headers of requests stay out of the log.
+    logging.getLogger("opentelemetry.baggage").setLevel(logging.ERROR)
 
 log = get_logger("latent_encoder.tracing")
 

@@ -36,8 +36,8 @@ comfy_import
 images.features
 images.input_folder : images.jpeg_markers
 access
-telemetry
 setting_names
+telemetry
 config
 secret_files
 requests
