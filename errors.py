@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import ClassVar
 
+from latent_encoder.masking import masked
+
 OUT_OF_MEMORY = "memory ran out; ask for fewer megapixels or give the service more memory"
 
 GPU_OUT_OF_MEMORY = 2
@@ -31,6 +33,8 @@ _GPU_LOST_TEXT = re.compile(
 )
 
 _OUT_OF_MEMORY_TEXT = re.compile("DefaultCPUAllocator|(CUDA|HIP|XPU|MPS backend)( error:)? out of memory")
+
+_NO_MEMORY_FOR_LIBRARY = re.compile("failed to map segment|[Cc]annot allocate memory")  # the C library's words
 
 
 class ErrorCode(StrEnum):
@@ -189,9 +193,27 @@ def is_device_lost(exc: BaseException) -> bool:
     return code in GPU_LOST or _GPU_LOST_TEXT.search(str(exc)) is not None
 
 
+def outside_cause(exc: BaseException) -> str | None:
+    """Return the reason of an exception whose cause is outside of our code, such as a full disk; None for every other one."""
+    if is_out_of_memory(exc):
+        return OUT_OF_MEMORY
+    if isinstance(exc, RuntimeError) and "can't start new thread" in str(exc):
+        return "no further thread can be started; raise the limit of processes (ulimit -u, or the container's pids limit)"
+    if isinstance(exc, ImportError):
+        if _NO_MEMORY_FOR_LIBRARY.search(str(exc)):
+            return OUT_OF_MEMORY
+        return f"a package cannot be imported ({one_line(exc)}); run ./setup_comfyui.sh, which installs what is missing"
+    if isinstance(exc, OSError) or type(exc).__name__ == "KafkaException":  # the client is not imported here
+        return one_line(exc)
+    return None
+
+
 def one_line(exc: BaseException, limit: int = 300) -> str:
-    """Return the text of a foreign exception, or its class name if it has none, on one line of at most `limit` characters."""
-    text = " ".join(str(exc).split()) or type(exc).__name__
+    """Return the text of a foreign exception, or its class name if it has none, on one line of at most `limit` characters.
+
+    It holds no secret: a cut could leave the beginning of one, so secrets are masked before it.
+    """
+    text = " ".join(masked(str(exc)).split()) or type(exc).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

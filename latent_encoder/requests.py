@@ -12,6 +12,7 @@ from uuid import uuid4
 from pydantic import ValidationError
 
 from errors import InvalidRequest, MessageUnusable, one_line
+from latent_encoder.masking import masked
 from latent_encoder.suggestions import closest
 from models import EncodeRequest
 
@@ -66,18 +67,26 @@ def usable_text(fields: Mapping[str, Any], name: Literal["request_id", "correlat
     return value
 
 
-def descriptions(exc: ValidationError, name: Callable[[str], str] = str) -> list[str]:
-    """Return each fault that pydantic found as `field: reason (got value)`; `name` turns a field into the name to show."""
-    return [_description(dict(error), name) for error in exc.errors(include_url=False)]
+def descriptions(
+    exc: ValidationError, name: Callable[[str], str] = str, hides: Callable[[str, object], bool] = lambda _field, _value: False
+) -> list[str]:
+    """Return each fault that pydantic found as `field: reason (got value)`; `name` turns a field into the name to show.
+
+    `hides` tells of a field and its value if the value must not be shown.
+    """
+    return [_description(dict(error), name, hides) for error in exc.errors(include_url=False)]
 
 
-def _description(error: Mapping[str, Any], name: Callable[[str], str]) -> str:
+def _description(error: Mapping[str, Any], name: Callable[[str], str], hides: Callable[[str, object], bool]) -> str:
+    field, given = str(error["loc"][0]), error["input"]
     reason = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] != "missing":
-        value = _SHORT.repr(error["input"])
+    if hides(field, given):
+        reason += " (the value is not shown, because it may be a secret)"
+    elif error["type"] != "missing":
+        value = masked(_SHORT.repr(masked(given) if isinstance(given, str) else given))  # first masked, then cut
         shown = value if len(value) <= LONGEST_VALUE else value[: LONGEST_VALUE - 1] + "…"
         reason += f" (got {shown}{_suggestion(error)})"
-    return f"{name(str(error['loc'][0]))}: {reason}"
+    return f"{name(field)}: {reason}"
 
 
 def _suggestion(error: Mapping[str, Any]) -> str:
