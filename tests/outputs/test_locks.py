@@ -111,7 +111,7 @@ def test_only_one_holds_a_lock(tmp_path: Path) -> None:
 
 
 def test_left_over_files_are_removed(tmp_path: Path) -> None:
-    """Those of a killed process are removed; those of a living one and other hidden files stay."""
+    """The files of a killed process are removed; a living one's and other hidden files stay."""
     (tmp_path / ".latent-encoder-notes").touch()
     with opened(tmp_path) as folder:
         with holder(tmp_path) as process:
