@@ -40,8 +40,8 @@ from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.roundtrip import compare
 from latent_encoder.outputs.stored_responses import (
     StoredFiles,
-    metadata_in,
-    read_metadata_file,
+    look,
+    owners_in,
     read_stored,
     refuse_files_of_another,
     stored_in,
@@ -160,7 +160,7 @@ class LatentEncoder:
         """
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
         files = _files_of(request)
-        there = read_metadata_file(files, self._outputs)
+        replaceable, owners = look(files, self._outputs)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode():
             with timed(timings, "load_vae"):
@@ -170,14 +170,14 @@ class LatentEncoder:
             with timed(timings, "scale"):
                 scaled = scale_image(self.runtime, image.pixels, request, vae.cells.factor)
         prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
-        refuse_files_of_another(request, files, there)
+        refuse_files_of_another(request, files, owners)
         self._leftovers.remove(files.folder)
         return Prepared(
             request=request,
             files=files,
             vae=vae,
             origin=origin,
-            replaceable=checksum(there) if there is not None else None,
+            replaceable=replaceable,
             fingerprint=fingerprint(request, files, image.sha256, vae, self.runtime),
             image_sha256=image.sha256,
             image_notes=image.notes,
@@ -250,7 +250,7 @@ class LatentEncoder:
             OutputDirNotWritable: they must stay, but are of another input.
         """
         request, files = prepared.request, prepared.files
-        refuse_files_of_another(request, files, metadata_in(folder, files))
+        refuse_files_of_another(request, files, owners_in(folder, files))
         stored = stored_in(folder, files)
         if stored is None or not stored.complete:
             return None

@@ -48,9 +48,10 @@ class OutputFolder:
                 raise OSError(errno.EINVAL, "Not a regular file")
             return file.read()
 
-    def names(self) -> list[str]:
-        """Return the names of all entries of the folder."""
-        return os.listdir(self.descriptor)  # noqa: PTH208  # a Path would be looked up again
+    def names(self) -> Iterator[str]:
+        """Yield the names of all entries of the folder."""
+        with os.scandir(self.descriptor) as entries:
+            yield from (entry.name for entry in entries)
 
     def has_folder(self, name: str) -> bool:
         """Return whether the name is that of a folder."""

@@ -47,13 +47,15 @@ class Leftovers:
 
 def remove_abandoned(folder: OutputFolder) -> None:
     """Remove the hidden files that killed processes left in the folder. Those that a process uses stay."""
-    removed = [name for name in folder.names() if (hidden := HIDDEN.fullmatch(name)) and _removed(folder, name, hidden)]
+    found = [hidden for name in folder.names() if (hidden := HIDDEN.fullmatch(name))]
+    removed = [hidden for hidden in found if _removed(folder, hidden)]
     if removed:
         log.info("removed the temporary files of a process that was killed", folder=str(folder.path), files=len(removed))
 
 
-def _removed(folder: OutputFolder, name: str, hidden: re.Match[str]) -> bool:
+def _removed(folder: OutputFolder, hidden: re.Match[str]) -> bool:
     """Remove a hidden file if no process uses it, and return whether it was removed."""
+    name = hidden[0]
     lock = f"{PREFIX}{hidden['key']}{LOCK}" if hidden["ending"] == REPLACED else name
     try:
         descriptor = folder.open(lock, os.O_RDWR | (os.O_CREAT if lock != name else 0))

@@ -40,6 +40,11 @@ class OutputFiles:
         """Name of the file that the request has in every format of its latent."""
         return self.scaled_image.name
 
+    @property
+    def metadata_of_all_formats(self) -> tuple[str, ...]:
+        """Names of the metadata files of the request in each format of its latent; the formats share the images."""
+        return tuple(f"{self.latent.stem}{suffix}.json" for suffix in SUFFIXES.values())
+
     @classmethod
     def of(cls, latent: Path) -> OutputFiles:
         """Return the paths of all files of a request by its latent's path: `latent_X.pt` has `preview_X.png`."""

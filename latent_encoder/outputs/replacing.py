@@ -35,11 +35,8 @@ class Replacement:
     def remove(self, name: str) -> None:
         """Remove the file of that name if it exists."""
         hidden = self._hidden_name()
-        try:
-            self._folder.rename(name, hidden)
-        except FileNotFoundError:
-            return
-        self._former.append((name, hidden))
+        if self._hide(name, hidden):
+            self._former.append((name, hidden))
 
     def place(self, temporary: str, name: str) -> None:
         """Give a file that name. If there is another one, the name leads to one of the two at every moment."""
@@ -53,8 +50,16 @@ class Replacement:
         except FileNotFoundError:
             return None
         except OSError:  # the file system has no hard links, or the file is another user's
-            self._folder.rename(name, hidden)
+            return hidden if self._hide(name, hidden) else None
         return hidden
+
+    def _hide(self, name: str, hidden: str) -> bool:
+        """Give the file the hidden name, and return whether there was one."""
+        try:
+            self._folder.rename(name, hidden)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _hidden_name(self) -> str:
         hidden = f"{PREFIX}{self._key}-{len(self._former)}{REPLACED}"

@@ -65,7 +65,7 @@ def stored_in(folder: OutputFolder, files: OutputFiles) -> StoredFiles | None:
     end belong to the files that were read.
     """
     for _ in range(READS):
-        data = metadata_in(folder, files)
+        data = metadata_in(folder, files.metadata.name)
         if data is None:
             return None
         try:
@@ -74,50 +74,62 @@ def stored_in(folder: OutputFolder, files: OutputFiles) -> StoredFiles | None:
             return None
         stated: dict[Path, str] = {getattr(files, name): sha256 for name, sha256 in metadata.sha256_by_file.items()}
         whole = frozenset(path for path in stated if _is_whole(folder, path.name, stated[path]))
-        if metadata_in(folder, files) == data:
+        if metadata_in(folder, files.metadata.name) == data:
             return StoredFiles(files, metadata, checksum(data), whole)
     return None
 
 
-def metadata_in(folder: OutputFolder, files: OutputFiles) -> bytes | None:
-    """Return the content of the metadata file, or None if it cannot be read."""
+def metadata_in(folder: OutputFolder, name: str) -> bytes | None:
+    """Return the content of a metadata file, or None if it cannot be read."""
     try:
-        return folder.read(files.metadata.name)
+        return folder.read(name)
     except OSError:
         return None
 
 
-def read_metadata_file(files: OutputFiles, allowed: AllowedFolders) -> bytes | None:
-    """Return the content of the metadata file, or None if it cannot be read.
+def owners_in(folder: OutputFolder, files: OutputFiles) -> frozenset[str]:
+    """Return the request ids in the metadata files of these names, in any format of the latent and of any version."""
+    contents = (metadata_in(folder, name) for name in files.metadata_of_all_formats)
+    return frozenset(owner for content in contents if (owner := _owner(content)) is not None)
+
+
+def _owner(metadata: bytes | None) -> str | None:
+    try:
+        fields = json.loads(metadata or b"null")
+    except (ValueError, RecursionError):
+        return None
+    owner = fields.get("request_id") if isinstance(fields, dict) else None
+    return owner if isinstance(owner, str) else None
+
+
+def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, frozenset[str]]:
+    """Return the checksum of the metadata file, None if there is none, and the `owners_in` the folder.
 
     Raises:
         AccessDenied: the folder is none of those that are allowed.
     """
     try:
         with allowed.open_folder(str(files.folder)) as descriptor:
-            return metadata_in(OutputFolder(files.folder, descriptor), files)
+            folder = OutputFolder(files.folder, descriptor)
+            content = metadata_in(folder, files.metadata.name)
+            return checksum(content) if content is not None else None, owners_in(folder, files)
     except OSError:
-        return None
+        return None, frozenset()
 
 
-def refuse_files_of_another(request: EncodeRequest, files: OutputFiles, metadata: bytes | None) -> None:
+def refuse_files_of_another(request: EncodeRequest, files: OutputFiles, owners: Collection[str]) -> None:
     """Refuse a request whose files would replace those of another request id.
 
     Ids with the same file names are rare: two that differ only in case, on a file system that ignores it, or two with the same
-    checksum. `metadata` is the content of the metadata file, which another version may have written.
+    checksum. `owners` are the ids in the metadata files that are there.
 
     Raises:
-        InvalidRequest: the metadata name another request id.
+        InvalidRequest: one of them is another id.
     """
-    try:
-        owner = json.loads(metadata or b"null")
-    except (ValueError, RecursionError):
-        return
-    owner = owner.get("request_id") if isinstance(owner, dict) else None
-    if owner not in (None, request.request_id):
+    if others := sorted(set(owners) - {request.request_id}):
         raise InvalidRequest(
-            f"Invalid request: request_id: {files.metadata} belongs to the request {str(owner)[:80]!r}, whose files would be "
-            "replaced; use another request_id or output_dir, or move those files"
+            f"Invalid request: request_id: {files.latent} and the files beside it belong to the request "
+            f"{others[0][:80]!r}, and would be replaced; use another request_id or output_dir, or move those files"
         )
 
 

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -26,7 +28,7 @@ from errors import OutputDirNotWritable
 from latent_encoder.access import ANYWHERE
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.files import StagedFiles, prepare_output_folder, space_needed
-from latent_encoder.outputs.folder import open_output_folder
+from latent_encoder.outputs.folder import OutputFolder, open_output_folder
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.png import png_bytes
 from models import FileFormat
@@ -182,6 +184,63 @@ def test_failed_rename_is_undone(gone: int, former: dict[str, str], tmp_path: Pa
             staged.publish()
     assert caught.value.errno == errno.ENOENT
     assert contents(tmp_path) == former
+
+
+@dataclass(frozen=True)
+class FailingFolder(OutputFolder):
+    """A folder whose file system refuses some of the changes, counted from the first one on."""
+
+    refused: Container[int] = ()
+    changes: Iterator[int] = field(default_factory=count)
+
+    def _change(self) -> None:
+        if next(self.changes) in self.refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def link(self, name: str, new: str) -> None:
+        self._change()
+        super().link(name, new)
+
+    def rename(self, name: str, new: str) -> None:
+        self._change()
+        super().rename(name, new)
+
+    def flush(self) -> None:
+        self._change()
+        super().flush()
+
+
+def publish_with(path: Path, refused: Container[int]) -> OutputDirNotWritable | None:
+    """Publish a set of files in a `FailingFolder`, and return the error."""
+    with open_output_folder(path, ANYWHERE) as folder:
+        failing = FailingFolder(folder.path, folder.descriptor, refused)
+        with StagedFiles(failing) as staged:
+            for name in NAMES:
+                staged.add_or_remove(name, None if name == "preview.png" else b"new")
+            try:
+                staged.publish()
+            except OutputDirNotWritable as exc:
+                return exc
+    return None
+
+
+@pytest.mark.parametrize("former", [{}, dict.fromkeys(NAMES, "old")], ids=["nothing", "a whole set"])
+@pytest.mark.parametrize("step", range(9))
+def test_every_step_can_fail(step: int, former: dict[str, str], tmp_path: Path) -> None:
+    """Whichever change is refused, one whole set is there afterwards. If undoing fails too, no metadata describe a mix."""
+    new = {name: "new" for name in NAMES if name != "preview.png"}
+    for name, text in former.items():
+        (tmp_path / name).write_text(text)
+    error = publish_with(tmp_path, [step])
+    assert contents(tmp_path) == (new if error is None else former)
+    assert error is None or error.errno == errno.ENOSPC
+
+    for name, text in former.items():
+        (tmp_path / name).write_text(text)
+    error = publish_with(tmp_path, range(step, 100))
+    there = {name: text for name, text in contents(tmp_path).items() if name in NAMES}
+    assert NAMES[-1] not in there or there in (former, new)
+    assert error is None or there == former or "files of this attempt stay there" in str(error)
 
 
 def test_a_name_is_never_without_its_file(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -22,9 +23,12 @@ from latent_encoder.outputs.files import StagedFiles
 from latent_encoder.outputs.folder import open_output_folder
 from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.outputs.stored_responses import read_stored
+from latent_encoder.stages import Stages
+from latent_encoder.standalone.engines import ImageJob
+from latent_encoder.telemetry.health import Health
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
-from tests.helpers import IMAGES, PROJECT, VAE, request_for
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, request_for
 
 RECORD, ANOTHER = "AAAAAAAAAAAAAAAAAAAAAA/0/7", "AAAAAAAAAAAAAAAAAAAAAA/0/8"
 
@@ -179,8 +183,10 @@ def test_files_of_another_request_are_refused(worker: Worker, request_of_image: 
     before = {path.name: path.read_bytes() for path in files.folder.iterdir()}
 
     assert encoder.stored_response(request_of_image) is None
+    with pytest.raises(InvalidRequest, match=r"\.latent and the files beside it belong to"):  # it shares the scaled image
+        encoder.prepare(request_of_image.model_copy(update={"latent_format": "comfy"}))
     for refused in (lambda: encoder.prepare(request_of_image), lambda: encoder.write(result)):
-        with pytest.raises(InvalidRequest, match=r"request_id: .*\.json belongs to the request 'TEST'"):
+        with pytest.raises(InvalidRequest, match=r"request_id: .*\.pt and the files beside it belong to the request 'TEST'"):
             refused()
     assert {path.name: path.read_bytes() for path in files.folder.iterdir()} == before
 
@@ -202,6 +208,31 @@ def test_formats_of_one_request_share_its_images(worker: Worker, settings: Setti
     responses = [worker().encode(request) for request in requests]
     assert len({response.scaled_image_path for response in responses}) == 1
     assert all(whole(response) for response in responses)
+
+
+def test_stages_hand_the_record_on(worker: Worker, request_of_image: EncodeRequest, image: Path) -> None:
+    """The files of a record are written with its identity, and are its response when it comes again."""
+    results: SimpleQueue[SuccessResponse | BaseException] = SimpleQueue()
+    stages = Stages[ImageJob](worker(), lambda _, result: results.put(result), Health(60))
+
+    def deliver() -> tuple[SuccessResponse | BaseException, bool]:
+        job = DeliveredJob(0, request_of_image, threading.Event())
+        stages.submit(job)
+        return results.get(timeout=PATIENCE_S), job.redelivered
+
+    first, redelivered = deliver()
+    assert isinstance(first, SuccessResponse)
+    assert (first.metadata.origin, redelivered) == (RECORD, False)
+    change(image)
+    assert deliver() == (first, True)
+    stages.close()
+
+
+@dataclass(eq=False)
+class DeliveredJob(ImageJob):
+    """A job of a Kafka record."""
+
+    origin: str = RECORD  # type: ignore[assignment]
 
 
 ROUNDS = 40
@@ -259,9 +290,11 @@ def test_reader_sees_one_set_or_none(worker: Worker, request_of_image: EncodeReq
     for number in range(150):
         with open_output_folder(files.folder, ANYWHERE) as folder, StagedFiles(folder) as staged:
             for name, data in sets[number % 2].items():
-                staged.add(name, data)
+                staged.add(name, data + b" " * number if name == files.metadata.name else data)  # no two are equal
             staged.publish()
     done.set()
     reader.join()
     assert seen.keys() <= {(False, False), (True, True)}
-    assert seen[True, True]
+    stored = read_stored(files, ANYWHERE)
+    assert stored is not None
+    assert stored.complete
