@@ -74,7 +74,10 @@ class RequestError(LatentEncoderError):
 
 
 class InvalidRequest(RequestError):
-    """A field of the request is missing, of the wrong type or out of range. The text names the field."""
+    """A field of the request is missing, of the wrong type, out of range, or names another request's files.
+
+    The text names the field.
+    """
 
     code = ErrorCode.INVALID_REQUEST
 
@@ -135,6 +138,11 @@ class OutputDirNotWritable(RequestError):
 
     code = ErrorCode.OUTPUT_DIR_NOT_WRITABLE
     retryable = True
+
+    @property
+    def errno(self) -> int | None:
+        """The system's error number, for example `errno.ENOSPC` for a full disk; None if the system refused nothing."""
+        return self.__cause__.errno if isinstance(self.__cause__, OSError) else None
 
 
 class MessageUnusable(RequestError):

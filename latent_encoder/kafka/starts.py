@@ -128,7 +128,7 @@ class Starts:
     def taken(self, job: RecordJob) -> None:
         """Set the identity of a job that was just taken, and its count of crashes."""
         record = job.record
-        job.origin = f"{self.topic_id or record.topic}/{record.partition}/{record.offset}"
+        job.origin = self.topic_id and f"{self.topic_id}/{record.partition}/{record.offset}"
         job.max_crashes = self._max_crashes
         bookmark = self._bookmark(job)
         if bookmark is not None:

@@ -19,7 +19,7 @@ from latent_encoder.requests import parse_request, read_fields, request_id_of, u
 from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files found in folders; a file that is named may have any name
-OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the beginnings of the names that outputs/files.py gives
+OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the beginnings of the names that outputs/names.py gives
 STDIN = "-"
 IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
 """The fields that a lasting id is made of, with the image's path: a request that differs in one of them has another id."""
