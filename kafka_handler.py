@@ -25,8 +25,10 @@ from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
 from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
 from latent_encoder.kafka.decisions import Decision, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
+from latent_encoder.kafka.guards import client_faults, harmless
 from latent_encoder.kafka.jobs import Partition, RecordJob
 from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.limits import report_limits
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
@@ -50,6 +52,9 @@ IDLE_POLL_S = 0.2
 
 TOPICS_RETRY_S = 1.0
 """Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
+
+CLOSE_TIMEOUT_S = 5.0
+"""Longest time to end a transaction and to leave the group at the end. A broker that is there takes milliseconds."""
 
 
 class KafkaHandler:
@@ -93,6 +98,7 @@ class KafkaHandler:
 
     # The life of a worker.
 
+    @client_faults()
     def run(self, encoder: LatentEncoder) -> bool:
         """Serve requests until `stop` is called.
 
@@ -108,6 +114,7 @@ class KafkaHandler:
         INFO.info({"version": VERSION, **encoder.versions})
         try:
             self._wait_for_topics()
+            report_limits(self._settings)
             self._assignment.subscribe(self._settings.kafka_request_topic)
             while not self._stopping:
                 self._turn()
@@ -115,8 +122,9 @@ class KafkaHandler:
         finally:
             self._lanes.drop()
             self._stages.close()
-            self._publisher.close()
-            self._consumer.close()
+            deadline = time.monotonic() + CLOSE_TIMEOUT_S
+            self._publisher.close(deadline)
+            self._clients.close(deadline)
             log.info("stopped")
 
     def stop(self) -> None:
@@ -288,11 +296,12 @@ class KafkaHandler:
         while any(self._lanes.jobs(partitions)) and time.monotonic() < deadline and self._stop_reason is None:
             self._work(BUSY_POLL_S)
         if self._stop_reason is None:
-            self._publisher.before_revoke(partitions)
+            self._publisher.before_revoke(partitions, deadline)
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
         self._commits.on_commit(error, partitions)
 
+    @harmless("statistics of the client cannot be used")
     def _on_statistics(self, statistics: str) -> None:
         """Take the consumer's statistics (its `stats_cb`), which come every second."""
         found = json.loads(statistics)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from errors import OutputDirNotWritable
+from errors import InvalidRequest, OutputDirNotWritable, in_utf8
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.latent_files import SUFFIXES
@@ -56,8 +56,16 @@ def output_files(output_dir: str, image_path: str, request_id: str, latent_forma
     """Return the paths of a request's files: `latent_<stem>_<request_id>.pt`, with the suffix of the format, and the others.
 
     `stem` is the name of the image file without its suffix. Stem and request id are made safe by `safe_name`.
+
+    Raises:
+        InvalidRequest: the folder is relative, and the working folder has a name that no response can hold.
     """
     folder = absolute(output_dir)
+    if (shown := in_utf8(str(folder))) != str(folder):
+        raise InvalidRequest(
+            f"Invalid request: output_dir: its absolute path is not UTF-8, so no response can hold it (got {shown}); "
+            "give an absolute path, or start the service in another folder"
+        )
     limit = (_longest_name(folder) - LONGEST_FRAME) // 2
     unique = f"{safe_name(Path(image_path).stem, limit)}_{safe_name(request_id, limit)}"
     return OutputFiles.of(folder / f"latent_{unique}{SUFFIXES[latent_format]}")
