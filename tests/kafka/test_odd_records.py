@@ -16,6 +16,7 @@ from latent_encoder.kafka.guards import client_faults, harmless
 from latent_encoder.kafka.limits import DEAD_LETTER_HEADERS, LARGEST_RESPONSE, faults_of
 from latent_encoder.kafka.records import Incoming, omitted, revived
 from service import LatentEncoder
+from tests.helpers import IMAGES, VAE, RunMain
 from tests.kafka.odd_records import send_odd
 from tests.kafka_tools import Bench, Events, MakeBench, client_config, read_responses, wait_until
 
@@ -228,3 +229,47 @@ def test_client_that_refuses_a_call_is_one_line(bench: Bench) -> None:
     with pytest.raises(Exception, match=r"^The Kafka client cannot go on: .* \(_INVALID_ARG\)\.$") as caught, client_faults():
         consumer.subscribe(["^["])
     assert isinstance(caught.value.__cause__, KafkaException)
+
+
+def test_trace_context_that_no_propagator_can_read_stops_nothing(
+    bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
+) -> None:
+    """A propagator that raises costs the request its parent span, not its response."""
+    propagate = pytest.importorskip("opentelemetry.propagate")
+    textmap = pytest.importorskip("opentelemetry.propagators.textmap")
+
+    class Strict(textmap.TextMapPropagator):  # type: ignore[misc, name-defined]
+        def extract(self, carrier: Any, *_: Any, **__: Any) -> Any:
+            raise ValueError(carrier)
+
+        def inject(self, *_: Any, **__: Any) -> None: ...
+
+        @property
+        def fields(self) -> set[str]:
+            return set()
+
+    before = propagate.get_global_textmap()
+    propagate.set_global_textmap(Strict())
+    try:
+        with bench.worker(encoder, bench.settings(settings)):
+            bench.send({"request_id": "r"}, headers=(("traceparent", b"\xff"),))
+            (response,) = read_responses(bench.responses, 1)
+    finally:
+        propagate.set_global_textmap(before)
+    assert response["status"] == "success"
+    assert events("trace context cannot be read, the request begins a trace of its own")
+
+
+def test_response_that_no_json_can_hold_is_refused_before_the_encode(run_main: RunMain, tmp_path: Path) -> None:
+    """In a working folder that is not UTF-8, a relative output folder is an error response; an absolute one works."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    odd.mkdir()
+    image = str(IMAGES / "photo.jpg")
+    arguments = ["--image_path", image, "--vae_model_name", VAE, "--megapixels", "0.01", "--output_dir"]
+    # A shell changes the folder, because a process of the tests starts in `tmp_path`.
+    there = ["sh", "-c", 'cd "$0" && exec "$@"', str(odd)]
+    refused = run_main(*arguments, "output", prefix=there)
+    assert json.loads(refused.stdout)["error_code"] == "INVALID_REQUEST"
+    assert "caf\\xe9/output" in json.loads(refused.stdout)["error_message"]
+    done = run_main(*arguments, str(tmp_path / "output"), prefix=there)
+    assert json.loads(done.stdout)["status"] == "success"
