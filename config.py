@@ -140,7 +140,10 @@ class Settings(BaseSettings):
         "none is taken until one succeeds; 0 turns this off.",
     )
     kafka_max_message_bytes: int = Field(
-        1_048_576, ge=1, description="Largest request message, in bytes; larger ones become dead letters."
+        1_048_576,
+        ge=1,
+        description="Largest request message, in bytes; larger ones become dead letters. "
+        "Reading one may take 26 times its size of memory.",
     )
     kafka_ack_timeout_s: float = Field(
         60.0,

@@ -35,6 +35,10 @@ _GPU_LOST_TEXT = re.compile(
 _OUT_OF_MEMORY_TEXT = re.compile("DefaultCPUAllocator|(CUDA|HIP|XPU|MPS backend)( error:)? out of memory")
 
 _NO_MEMORY_FOR_LIBRARY = re.compile("failed to map segment|[Cc]annot allocate memory")  # the C library's words
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+SURROGATES_OF_BYTES = 0xDC00
+"""The surrogate for a byte that is not UTF-8 is this much above it, by PEP 383."""
 
 
 class ErrorCode(StrEnum):
@@ -55,7 +59,10 @@ class ErrorCode(StrEnum):
 
 
 class LatentEncoderError(Exception):
-    """The base of every error that this service raises on purpose. Its text is written for the user."""
+    """The base of every error that this service raises on purpose. Its text is written for the user, in UTF-8."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(in_utf8(text))
 
 
 class SetupError(LatentEncoderError):
@@ -216,12 +223,28 @@ def outside_cause(exc: BaseException) -> str | None:
     return None
 
 
+def in_utf8(text: str) -> str:
+    r"""Return the text with each lone surrogate, which UTF-8 lacks, written out.
+
+    Python reads a byte of a file's name that is not UTF-8 as such a character: `\xff` stands for the byte 255.
+    """
+    return _LONE_SURROGATE.sub(lambda found: _written_out(ord(found[0])), text)
+
+
+def _written_out(surrogate: int) -> str:
+    byte = surrogate - SURROGATES_OF_BYTES
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else f"\\u{surrogate:04x}"
+
+
 def one_line(exc: BaseException, limit: int = 300) -> str:
     """Return the text of a foreign exception, or its class name if it has none, on one line of at most `limit` characters.
 
     It holds no secret: a cut could leave the beginning of one, so secrets are masked before it.
     """
-    text = " ".join(masked(str(exc)).split()) or type(exc).__name__
+    try:
+        text = in_utf8(" ".join(masked(str(exc)).split())) or type(exc).__name__
+    except Exception:  # an exception whose text cannot be made
+        text = type(exc).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

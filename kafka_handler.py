@@ -27,8 +27,10 @@ from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
 from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
 from latent_encoder.kafka.decisions import Decision, Failure, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
+from latent_encoder.kafka.guards import client_faults, harmless
 from latent_encoder.kafka.jobs import Partition, RecordJob, State
 from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.limits import report_limits
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
@@ -60,6 +62,9 @@ LAST_NOTES_S = 2.0
 
 TOPICS_RETRY_S = 1.0
 """Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
+
+CLOSE_TIMEOUT_S = 5.0
+"""Longest time to end a transaction and to leave the group at the end. A broker that is there takes milliseconds."""
 
 
 class KafkaHandler:
@@ -110,6 +115,7 @@ class KafkaHandler:
 
     # The life of a worker.
 
+    @client_faults()
     def run(self, encoder: LatentEncoder) -> bool:
         """Serve requests until `stop` is called.
 
@@ -125,6 +131,7 @@ class KafkaHandler:
         INFO.info({"version": VERSION, **encoder.versions})
         try:
             self._wait_for_topics()
+            report_limits(self._settings)
             self._assignment.subscribe(self._settings.kafka_request_topic)
             while not self._stopping:
                 self._turn()
@@ -133,8 +140,9 @@ class KafkaHandler:
             self._lanes.drop()
             self._settle_notes()
             self._stages.close()
-            self._publisher.close()
-            self._consumer.close()
+            deadline = time.monotonic() + CLOSE_TIMEOUT_S
+            self._publisher.close(deadline)
+            self._clients.close(deadline)
             log.info("stopped")
 
     def stop(self) -> None:
@@ -379,11 +387,12 @@ class KafkaHandler:
             self._work(BUSY_POLL_S)
         self._settle_notes(partitions)
         if self._stop_reason is None:
-            self._publisher.before_revoke(partitions)
+            self._publisher.before_revoke(partitions, deadline)
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
         self._commits.on_commit(error, partitions)
 
+    @harmless("statistics of the client cannot be used")
     def _on_statistics(self, statistics: str) -> None:
         """Take the consumer's statistics (its `stats_cb`), which come every second."""
         found = json.loads(statistics)

@@ -98,7 +98,8 @@ class Bench:
         self.group = f"{name}-group"
         self.admin = AdminClient({**QUIET, "bootstrap.servers": bootstrap_servers})
         self._closing: list[Callable[[], object]] = []
-        self._producer = Producer({**QUIET, "bootstrap.servers": bootstrap_servers, "linger.ms": 0})
+        sender = {"linger.ms": 0, "message.max.bytes": 100_000_000}  # bytes; the topic decides
+        self._producer = Producer({**QUIET, "bootstrap.servers": bootstrap_servers, **sender})
 
     def create(self, *names: str, config: Mapping[str, str] | None = None, partitions: int | None = None) -> None:
         """Create the named topics, or the three of the test if none is named."""

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import InvalidRequest, in_utf8
 from latent_encoder.access import absolute
 from latent_encoder.outputs.folder import reported
 from latent_encoder.outputs.latent_files import SUFFIXES
@@ -57,8 +58,16 @@ def output_files(output_dir: str, image_path: str, request_id: str, latent_forma
     """Return the paths of a request's files: `latent_<stem>_<request_id>.pt`, with the suffix of the format, and the others.
 
     `stem` is the name of the image file without its suffix, made safe by `safe_name`; `safe_id` makes the request id safe.
+
+    Raises:
+        InvalidRequest: the folder is relative, and the working folder has a name that no response can hold.
     """
     folder = absolute(output_dir)
+    if (shown := in_utf8(str(folder))) != str(folder):
+        raise InvalidRequest(
+            f"Invalid request: output_dir: its absolute path is not UTF-8, so no response can hold it (got {shown}); "
+            "give an absolute path, or start the service in another folder"
+        )
     limit = (_longest_name(folder) - LONGEST_FRAME) // 2
     unique = f"{safe_name(Path(image_path).stem, limit)}_{safe_id(request_id, limit)}"
     return OutputFiles.of(folder / f"latent_{unique}{SUFFIXES[latent_format]}")

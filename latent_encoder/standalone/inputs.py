@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import NAMESPACE_URL, uuid5
 
-from errors import LatentEncoderError, MessageUnusable, RequestError
+from errors import LatentEncoderError, MessageUnusable, RequestError, in_utf8
 from latent_encoder.access import absolute
 from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
 from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
@@ -194,4 +194,4 @@ def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inp
     # A field that came later changes no id of a request that does not use it.
     used = {name for name in CONTENT_FIELDS if getattr(item, name) != EncodeRequest.model_fields[name].default}
     asked = item.model_dump_json(include=IN_LASTING_IDS | used)
-    return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, f"{absolute(item.image_path)} {asked}"))})
+    return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, in_utf8(f"{absolute(item.image_path)} {asked}")))})

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from config import VERSION, SettingsError
-from errors import RequestError
+from errors import RequestError, one_line
 from latent_encoder.masking import masked
 from latent_encoder.telemetry.logs import get_logger
 
@@ -96,7 +96,11 @@ def begin(name: str, headers: Iterable[tuple[str, bytes | None]], attributes: Ma
     """Start the span of a request, a child of the one in the headers; return None if OpenTelemetry is not installed."""
     if not INSTALLED:
         return None
-    parent = propagate.extract({key: value.decode("utf-8", "replace") for key, value in headers if value is not None})
+    try:
+        parent = propagate.extract({key: value.decode("utf-8", "replace") for key, value in headers if value is not None})
+    except Exception as exc:  # of the propagator that OTEL_PROPAGATORS names
+        log.warning("trace context cannot be read, the request begins a trace of its own", reason=one_line(exc))
+        parent = None
     return trace.get_tracer(NAME, VERSION).start_span(name, parent, trace.SpanKind.CONSUMER, dict(attributes))
 
 
