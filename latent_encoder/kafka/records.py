@@ -133,10 +133,15 @@ def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
         raise MessageUnusable(
             f"The headers of the record cannot be read: {record.headers_fault}. Send it with header names in UTF-8."
         )
-    fields = _read_fields(record.value, settings.kafka_max_message_bytes)
-    if fields.get("request_id") is None:
-        fields["request_id"] = _id_of_place(record)
-    return parse_request(fields, settings.request_defaults)
+    try:
+        fields = _read_fields(record.value, settings.kafka_max_message_bytes)
+        if fields.get("request_id") is None:
+            fields["request_id"] = _id_of_place(record)
+        return parse_request(fields, settings.request_defaults)
+    except RequestError:
+        raise
+    except Exception as exc:  # one record that nobody thought of ends no worker
+        raise MessageUnusable(f"The message cannot be read: {type(exc).__name__}: {one_line(exc)}.") from exc
 
 
 def sender_of(record: Incoming, max_bytes: int) -> Sender:
@@ -147,7 +152,7 @@ def sender_of(record: Incoming, max_bytes: int) -> Sender:
     """
     try:
         fields = _read_fields(record.value, max_bytes)
-    except MessageUnusable:
+    except Exception:  # MessageUnusable, or a fault that `read_request` reports
         value = record.value or b""
         return Sender(find_text(value, "request_id"), find_text(value, "correlation_id"))
     return Sender(usable_text(fields, "request_id") or _id_of_place(record), usable_text(fields, "correlation_id"))
