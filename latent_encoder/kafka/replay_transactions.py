@@ -30,6 +30,10 @@ CALL_TIMEOUT_S = 1.0
 PATIENCE_S = 30.0
 """Longest wait for a broker that is away: one that is started again takes some seconds."""
 
+REFRESH_MS = 1000
+"""Milliseconds between two looks at the broker. After a lost connection, librdkafka's `send_offsets_to_transaction` waits until
+something else makes a new one, whatever its own timeout is; by default that takes up to five minutes."""
+
 UNDONE = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._MSG_TIMED_OUT}
 """Errors of records that the broker did not refuse: their transaction was aborted, or the broker is away."""
 
@@ -44,8 +48,12 @@ def replay_producer_properties(settings: Settings) -> Properties:
         SettingsError: the file of further properties cannot be used.
     """
     timeout_ms = int(TRANSACTION_TIMEOUT_S * 1000)
-    own = {"transactional.id": replay_group(settings), "transaction.timeout.ms": timeout_ms, "message.timeout.ms": timeout_ms}
-    return producer_properties(settings, transactional=False) | own
+    return producer_properties(settings, transactional=False) | {
+        "transactional.id": replay_group(settings),
+        "transaction.timeout.ms": timeout_ms,
+        "message.timeout.ms": timeout_ms,
+        "topic.metadata.refresh.interval.ms": REFRESH_MS,
+    }
 
 
 class ReplayTransactions:
