@@ -31,8 +31,8 @@ PATIENCE_S = 30.0
 """Longest wait for a broker that is away: one that is started again takes some seconds."""
 
 REFRESH_MS = 1000
-"""Milliseconds between two looks at the broker. After a lost connection, `send_offsets_to_transaction` of librdkafka 2.16 waits
-for one that something else makes, whatever its own timeout is; by default that takes up to five minutes."""
+"""Milliseconds between two looks at the broker. After a lost connection, `send_offsets_to_transaction` of librdkafka 2.16
+waits for one that something else makes, whatever its own timeout is; by default that takes up to five minutes."""
 
 UNDONE = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._MSG_TIMED_OUT}
 """Errors of records that the broker did not refuse: their transaction was aborted, or the broker is away."""
