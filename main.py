@@ -32,7 +32,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     \b
     standalone  encodes images; a JSON response for each
     kafka       responds to requests from a topic until SIGTERM
-    dlq-replay  sends dead letters back to their topic
+    dlq-replay  sends dead letters back to their topic, each once
     health      shows the health of the worker on this machine
     inspect     shows the content of latent files
     doctor      checks the installation
