@@ -22,11 +22,12 @@ from latent_encoder.kafka import decisions, telemetry
 from latent_encoder.kafka.assignment import Assignment
 from latent_encoder.kafka.clients import Clients
 from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
-from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
+from latent_encoder.kafka.connection import BrokerState, is_fatal
 from latent_encoder.kafka.decisions import Decision, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
 from latent_encoder.kafka.jobs import Partition, RecordJob
 from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.membership import Membership, refused_membership
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
@@ -109,6 +110,7 @@ class KafkaHandler:
         try:
             self._wait_for_topics()
             self._assignment.subscribe(self._settings.kafka_request_topic)
+            Membership(self._settings, self._consumer, self._timers, self._stop_because).confirm()
             while not self._stopping:
                 self._turn()
             return self._finish()
@@ -301,7 +303,7 @@ class KafkaHandler:
 
     def _consumer_error(self, error: KafkaError) -> None:
         if is_fatal(error):
-            self._stop_because(kafka_failed(f"Cannot consume topic {self._settings.kafka_request_topic}", error))
+            self._stop_because(refused_membership(error, self._settings))
         else:
             log.warning("consumer error", reason=error.str(), error_code=error.name())
 

@@ -31,6 +31,9 @@ from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
 
 QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
 
+both_protocols = pytest.mark.parametrize("protocol", ["classic", "consumer"])
+"""Runs a test with each group protocol; the value is that of KAFKA_GROUP_PROTOCOL."""
+
 
 @dataclass
 class Topic:
@@ -326,6 +329,16 @@ def client_config(folder: Path, **properties: object) -> Path:
     return file
 
 
-def quick_failover(folder: Path) -> dict[str, str]:
-    """Return the environment of a worker whose group notices within 2 s that it has died."""
+def as_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as the environment of a process."""
+    return {name.upper(): str(value) for name, value in settings.items()}
+
+
+def quick_failover(folder: Path, protocol: str = "classic") -> dict[str, str]:
+    """Return the environment of a worker whose group notices within seconds that it has died.
+
+    In the protocol `consumer` the broker has the session timeout: 3 s for the brokers that are started here.
+    """
+    if protocol == "consumer":
+        return {"KAFKA_GROUP_PROTOCOL": protocol}
     return {"KAFKA_CLIENT_CONFIG": str(client_config(folder, session_timeout_ms=2000, heartbeat_interval_ms=500))}

@@ -8,7 +8,7 @@ from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from config import Settings
 from latent_encoder.kafka.connection import BrokerState
-from latent_encoder.kafka.properties import consumer_properties, make_client, poll_interval_s, producer_properties
+from latent_encoder.kafka.properties import make_client, member_properties, poll_interval_s, producer_properties
 
 PAUSE_AFTER_S = 2.0
 """Longest `pause_after_s`. After a pause librdkafka takes up to a second to fetch again, which short encodes would notice."""
@@ -32,7 +32,7 @@ class Clients:
         self._settings = settings
         self._on_error = broker.on_error
         callbacks = {"error_cb": self._on_error, "stats_cb": on_statistics, "on_commit": on_commit}
-        properties = consumer_properties(settings) | callbacks
+        properties = member_properties(settings) | callbacks
         self.consumer = make_client(Consumer, properties, settings)
         interval_s = poll_interval_s(properties)
         self.revoke_timeout_s = min(settings.kafka_revoke_timeout_s, 0.8 * interval_s)

@@ -28,8 +28,11 @@ FATAL = {
 
 
 def is_fatal(error: KafkaError) -> bool:
-    """Return whether the worker has to stop: access is refused, or another worker took its place."""
-    return bool(error.fatal()) or error.code() in FATAL
+    """Return whether the worker has to stop: access is refused, or another worker took its place.
+
+    A consumer reports its fatal errors with the code `_FATAL`, and `fatal()` false.
+    """
+    return bool(error.fatal()) or error.code() == KafkaError._FATAL or error.code() in FATAL
 
 
 def kafka_failed(fact: str, error: KafkaError) -> KafkaFailed:

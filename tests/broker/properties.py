@@ -27,7 +27,7 @@ def single_node() -> Properties:
         "group.min.session.timeout.ms": "1000",
         "group.consumer.min.session.timeout.ms": "1000",
         "group.consumer.min.heartbeat.interval.ms": "200",
-        "group.consumer.session.timeout.ms": "6000",
+        "group.consumer.session.timeout.ms": "3000",
         "group.consumer.heartbeat.interval.ms": "500",
         # The controller takes a killed broker for alive for this long.
         "broker.session.timeout.ms": "3000",

@@ -14,7 +14,7 @@ from errors import KafkaFailed
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
 from tests.helpers import RunMain
-from tests.kafka_tools import Bench, Events, read_responses, wait_until
+from tests.kafka_tools import Bench, Events, as_environment, read_responses, wait_until
 
 
 @pytest.fixture
@@ -35,10 +35,6 @@ def credentials(broker: ApacheKafka, password: str | None = None) -> dict[str, A
         "kafka_sasl_password": password or broker.password,
         "kafka_ssl_ca_location": str(broker.ca_file),
     }
-
-
-def as_environment(settings: dict[str, Any]) -> dict[str, str]:
-    return {name.upper(): str(value) for name, value in settings.items()}
 
 
 def test_passwords_and_tls(secure: ApacheKafka, bench: Bench) -> None:
