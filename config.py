@@ -109,6 +109,18 @@ class Settings(BaseSettings):
         le=3600,
         description="Seconds before the first retry; doubled each time, up to 60, and varied at random by a quarter.",
     )
+    kafka_max_crashes: int = Field(
+        2,
+        ge=0,
+        description="Crashes of workers by one request after which it is still tried again; then it gets an error response "
+        "and becomes a dead letter.",
+    )
+    kafka_breaker_failures: int = Field(
+        5,
+        ge=0,
+        description="Requests in a row whose failure shows that the machine is broken, for example a full disk, after which "
+        "none is taken until one succeeds; 0 turns this off.",
+    )
     kafka_max_message_bytes: int = Field(
         1_048_576, ge=1, description="Largest request message, in bytes; larger ones become dead letters."
     )

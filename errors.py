@@ -18,6 +18,18 @@ OUT_OF_MEMORY = "memory ran out; ask for fewer megapixels or give the service mo
 GPU_OUT_OF_MEMORY = 2
 """The error code for memory that ran out in CUDA (`cudaErrorMemoryAllocation`) and HIP (`hipErrorOutOfMemory`)."""
 
+GPU_LOST = {46, 100, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
+"""The error codes of CUDA, and of HIP, that leave the process without a usable device: for example 700, an illegal address.
+
+Source: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html ("the process must be terminated and
+relaunched"); 46, 100 and 999 mean that no device is available any more.
+"""
+
+_GPU_LOST_TEXT = re.compile(
+    "(CUDA|HIP) error: (an illegal memory access|device-side assert|unspecified launch failure|misaligned address"
+    "|an illegal instruction|uncorrectable|no CUDA-capable device|the launch timed out|unknown error)"
+)
+
 _OUT_OF_MEMORY_TEXT = re.compile("DefaultCPUAllocator|(CUDA|HIP|XPU|MPS backend)( error:)? out of memory")
 
 
@@ -35,6 +47,7 @@ class ErrorCode(StrEnum):
     OUTPUT_DIR_NOT_WRITABLE = "OUTPUT_DIR_NOT_WRITABLE"
     MESSAGE_UNUSABLE = "MESSAGE_UNUSABLE"
     RESPONSE_REFUSED = "RESPONSE_REFUSED"
+    REQUEST_CRASHES_WORKER = "REQUEST_CRASHES_WORKER"
 
 
 class LatentEncoderError(Exception):
@@ -105,6 +118,10 @@ class EncodingFailed(RequestError):
     retryable = True
 
 
+class DeviceLost(EncodingFailed):
+    """The GPU failed in a way that only a new process can recover from. Every later request of this process fails too."""
+
+
 class UnexpectedError(EncodingFailed):
     """A fault of ours: an exception that no code expects. It is the `__cause__`."""
 
@@ -128,18 +145,25 @@ class ResponseRefused(RequestError):
     code = ErrorCode.RESPONSE_REFUSED
 
 
+class RequestCrashesWorker(RequestError):
+    """The request was begun by several workers, and none of them lived to report a result. It becomes a dead letter too."""
+
+    code = ErrorCode.REQUEST_CRASHES_WORKER
+
+
 class KafkaFailed(LatentEncoderError):
     """Kafka mode cannot go on: access was refused, the producer was fenced, or a dead letter was refused."""
 
 
 def as_request_error(exc: BaseException) -> RequestError:
-    """Return `exc` if it is a `RequestError`, else a new one that it caused: out of memory, or an `UnexpectedError`."""
+    """Return `exc` if it is a `RequestError`, else a new one that it caused.
+
+    That is out of memory, a lost device, or an `UnexpectedError`.
+    """
     if isinstance(exc, RequestError):
         return exc
-    error = (
-        EncodingFailed(f"Request failed: {OUT_OF_MEMORY}")
-        if is_out_of_memory(exc)
-        else UnexpectedError(f"Unexpected error, please report it with the service's log: {one_line(exc)}")
+    error = _known("Request failed", exc) or UnexpectedError(
+        f"Unexpected error, please report it with the service's log: {one_line(exc)}"
     )
     error.__cause__ = exc
     return error
@@ -157,6 +181,14 @@ def is_out_of_memory(exc: BaseException) -> bool:
     return kind == "OutOfMemoryError" or out_of_memory_code or _OUT_OF_MEMORY_TEXT.search(str(exc)) is not None
 
 
+def is_device_lost(exc: BaseException) -> bool:
+    """Return whether `exc` is an error of a GPU after which only a new process can use it."""
+    if not isinstance(exc, RuntimeError) or is_out_of_memory(exc):
+        return False
+    code = getattr(exc, "error_code", None) if type(exc).__name__ == "AcceleratorError" else None
+    return code in GPU_LOST or _GPU_LOST_TEXT.search(str(exc)) is not None
+
+
 def one_line(exc: BaseException, limit: int = 300) -> str:
     """Return the text of a foreign exception, or its class name if it has none, on one line of at most `limit` characters."""
     text = " ".join(str(exc).split()) or type(exc).__name__
@@ -168,13 +200,20 @@ def translated(error: type[RequestError], failed: str) -> Iterator[None]:
     """Turn every exception of foreign code inside into `error`; its text begins with `failed`, for example `Encoding failed`.
 
     Raises:
-        RequestError: of the given class, or `EncodingFailed` if memory ran out.
+        RequestError: of the given class; `EncodingFailed` if memory ran out, `DeviceLost` if the GPU needs a new process.
     """
     try:
         yield
     except RequestError:
         raise
     except Exception as exc:
-        if is_out_of_memory(exc):
-            raise EncodingFailed(f"{failed}: {OUT_OF_MEMORY}") from exc
-        raise error(f"{failed}: {one_line(exc)}") from exc
+        raise _known(failed, exc) or error(f"{failed}: {one_line(exc)}") from exc
+
+
+def _known(failed: str, exc: BaseException) -> EncodingFailed | None:
+    """Return the error for memory that ran out or a device that is lost; its text begins with `failed`."""
+    if is_out_of_memory(exc):
+        return EncodingFailed(f"{failed}: {OUT_OF_MEMORY}")
+    if is_device_lost(exc):
+        return DeviceLost(f"{failed}: the device needs a new process, restart the service ({one_line(exc)})")
+    return None

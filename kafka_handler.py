@@ -8,6 +8,7 @@ work beside it and put their events into its queue.
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -17,20 +18,23 @@ from functools import partial
 from confluent_kafka import KafkaError, TopicPartition
 
 from config import VERSION, Settings
-from errors import KafkaFailed, RequestError, as_request_error
+from errors import DeviceLost, KafkaFailed, RequestError, as_request_error
 from latent_encoder.kafka import decisions, telemetry
-from latent_encoder.kafka.assignment import Assignment
+from latent_encoder.kafka.assignment import Assignment, Holdings
+from latent_encoder.kafka.breaker import Breaker, accused
 from latent_encoder.kafka.clients import Clients
 from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
 from latent_encoder.kafka.connection import BrokerState, is_fatal
-from latent_encoder.kafka.decisions import Decision, Finish, Replace, Retry, Stop
+from latent_encoder.kafka.decisions import Decision, Failure, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
-from latent_encoder.kafka.jobs import Partition, RecordJob
+from latent_encoder.kafka.jobs import Partition, RecordJob, State
 from latent_encoder.kafka.lanes import Lanes
 from latent_encoder.kafka.membership import Membership, refused_membership
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
+from latent_encoder.kafka.schedule import to_begin
+from latent_encoder.kafka.starts import NotesCommit, Starts
 from latent_encoder.kafka.timers import Timers
 from latent_encoder.kafka.topics import TopicWatch
 from latent_encoder.kafka.transactions import PublishInTransaction
@@ -48,6 +52,15 @@ BUSY_POLL_S = 0.01
 
 IDLE_POLL_S = 0.2
 """Poll timeout while none are held: the longest delay until a stop is noticed."""
+
+MOST_SET_ASIDE = 32
+"""Most jobs of a partition that wait for a retry, or behind one. More would fill the memory, so the partition is paused."""
+
+LAST_NOTES_S = 2.0
+"""Longest time to remove the notes of requests that are left to other workers: one commit, which takes milliseconds."""
+
+NOTES_AGAIN_AFTER_S = 1.0
+"""Wait before notes that were refused are committed again: about as long as a rebalance, during which commits are refused."""
 
 TOPICS_RETRY_S = 1.0
 """Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
@@ -67,19 +80,26 @@ class KafkaHandler:
         self.health = Health(settings.encode_timeout_s)
         self._broker = BrokerState(settings.kafka_bootstrap_servers)
         self._readiness = Readiness(self.health, self._broker, settings.kafka_consumer_group)
-        self._lanes = Lanes(telemetry.dropped)
+        self._lanes = Lanes(self._dropped)
         self._lag = telemetry.ConsumerLag()
         self._events = Events()
         self._timers = Timers()
+        self._breaker = Breaker(settings)
+        self._vaes: set[str] = set()
+        """Names of the VAEs that have encoded here."""
         self._full_since = 0.0
         self._stopping = False
+        self._stop_by = math.inf
+        """Time by which a worker that stops has to end, in seconds of the monotonic clock."""
         self._stop_reason: KafkaFailed | None = None
 
         self._clients = Clients(settings, self._broker, self._on_statistics, self._on_commit)
         self._consumer = self._clients.consumer
+        self._starts = Starts(self._consumer, settings.kafka_max_crashes, self._events.posted(self._notes_committed))
         self._commits = OffsetCommits(self._consumer, self._timers, self._stop_because)
         self._publisher = self._make_publisher()
-        self._assignment = Assignment(self._consumer, self._lanes, self._publisher, self._readiness, self._before_revoke)
+        held = Holdings(self._lanes, self._publisher, self._starts)
+        self._assignment = Assignment(self._consumer, held, self._readiness, self._before_revoke)
 
     def _make_publisher(self) -> Publisher:
         events = PublisherEvents(
@@ -89,8 +109,8 @@ class KafkaHandler:
             failed=self._events.posted(self._stop_because),
         )
         if self._settings.kafka_transactional_id:
-            return PublishInTransaction(self._consumer, self._clients.make_producer, events)
-        return PublishThenCommit(self._commits, self._clients.make_producer(), events)
+            return PublishInTransaction(self._consumer, self._clients.make_producer, self._starts.position_after, events)
+        return PublishThenCommit(self._commits, self._clients.make_producer(), self._starts.position_after, events)
 
     # The life of a worker.
 
@@ -104,7 +124,7 @@ class KafkaHandler:
             KafkaFailed: the worker cannot go on. The offset of a request without a response is not committed.
         """
         self._stages = Stages(encoder, self._events.posted(self._encoded), self.health)
-        self.health.needs([*self._stages.threads, *self._publisher.threads])
+        self.health.needs([*self._stages.threads, *self._publisher.threads, *self._starts.threads])
         self.health.ready_if("model", None)
         INFO.info({"version": VERSION, **encoder.versions})
         try:
@@ -116,8 +136,10 @@ class KafkaHandler:
             return self._finish()
         finally:
             self._lanes.drop()
+            self._settle_notes()
             self._stages.close()
             self._publisher.close()
+            self._starts.close()
             self._consumer.close()
             log.info("stopped")
 
@@ -137,33 +159,40 @@ class KafkaHandler:
 
     def _finish(self) -> bool:
         """Finish the jobs whose encode has begun, for SHUTDOWN_TIMEOUT_S at most; return False if that was too short."""
-        deadline = time.monotonic() + self._settings.shutdown_timeout_s
+        self._stop_by = time.monotonic() + self._settings.shutdown_timeout_s
         self._readiness.group_fault = "stopping"
         self._lanes.drop_unstarted()
         self._readiness.update()
         log.info("stopping", in_flight=len(self._lanes))
-        while (self._lanes or not self._publisher.settled) and time.monotonic() < deadline:
+        while (self._lanes or not self._publisher.settled) and time.monotonic() < self._stop_by:
             self._turn()
         unfinished = len(self._lanes)
         if unfinished:
             log.error("stopped before all was answered; it will be delivered again", unfinished=unfinished)
         return not unfinished
 
+    def _settle_notes(self, partitions: Collection[Partition] | None = None) -> None:
+        """Remove the notes of requests of these partitions, or of all, that are left to other workers."""
+        deadline = time.monotonic() + LAST_NOTES_S
+        while self._starts.pending(partitions) and time.monotonic() < deadline:
+            self._work(BUSY_POLL_S)
+
     # One turn of the loop.
 
     def _turn(self) -> None:
         timeout = BUSY_POLL_S if self._lanes else IDLE_POLL_S
         if not self._full:
-            self._assignment.pause(pause=False)
+            self._assignment.pause(self._lanes.crowded(MOST_SET_ASIDE))
             self._poll(timeout)
             self._full_since = time.monotonic()
             self._work(0)
         else:
             if time.monotonic() - self._full_since > self._clients.pause_after_s:
-                self._assignment.pause(pause=True)
+                self._assignment.pause(self._assignment.partitions)
                 self._poll(0)
             self._work(timeout)
         IN_FLIGHT.set(len(self._lanes))
+        self.health.ready_if("machine", self._breaker.fault)
         self._readiness.update()
         self._check_overdue()
         self._raise_stop_reason()
@@ -171,7 +200,11 @@ class KafkaHandler:
     @property
     def _full(self) -> bool:
         """No further request may be taken."""
-        return self._stopping or len(self._lanes) >= self._settings.kafka_prefetch
+        return (
+            self._stopping
+            or self._lanes.in_hand >= self._settings.kafka_prefetch
+            or not self._breaker.takes(list(self._lanes.jobs()), time.monotonic())
+        )
 
     def _work(self, timeout: float) -> None:
         """Do everything except polling the consumer: acknowledgements, events, timers, jobs whose turn it is."""
@@ -179,9 +212,33 @@ class KafkaHandler:
         self._publisher.poll()
         self._events.run(timeout)
         self._timers.run_due()
+        self._begin_jobs()
         for job in self._lanes.ready():
-            job.sent(time.monotonic())
-            self._publisher.publish(job)
+            if not self._starts.committing(job.partition):
+                job.sent(time.monotonic())
+                self._publisher.publish(job)
+        self._starts.commit(self._lanes.sending)
+
+    def _begin_jobs(self) -> None:
+        """Begin the jobs whose turn it is, each when the broker has the note of its start."""
+        now = time.monotonic()
+        jobs = sorted(self._lanes.jobs(), key=lambda job: job.taken_at)
+        for job in self._to_begin(jobs, now):
+            if job.condemned:
+                self._begin(job)
+            else:
+                job.note()
+                self._starts.begin(job)
+        for job in jobs:
+            if job.state is State.NOTING and self._starts.noted(job):
+                self._begin(job)
+
+    def _to_begin(self, jobs: Sequence[RecordJob], now: float) -> Sequence[RecordJob]:
+        if self._stopping:
+            return ()
+        if self._breaker.fault is not None:
+            return self._breaker.to_try(jobs, now)
+        return to_begin(jobs, self._settings.kafka_prefetch, now)
 
     def _check_overdue(self) -> None:
         """Look for jobs that a reachable broker does not acknowledge in time, for example because its disk is full."""
@@ -218,6 +275,7 @@ class KafkaHandler:
         """Begin the job of a record, or decide about it at once if it holds no valid request."""
         telemetry.taken(job, self._settings)
         self._lanes.add(job)
+        self._starts.taken(job)
         try:
             job.request = read_request(job.record, self._settings)
         except RequestError as exc:
@@ -225,7 +283,6 @@ class KafkaHandler:
             self._request_failed(job, exc)
         else:
             job.sender = Sender(job.request.request_id, job.request.correlation_id)
-            self._begin(job)
 
     def _begin(self, job: RecordJob) -> None:
         job.begin()
@@ -238,21 +295,40 @@ class KafkaHandler:
         if isinstance(result, BaseException):
             self._request_failed(job, as_request_error(result))
         else:
+            self._encode_succeeded(job, result)
             self._carry_out(job, decisions.after_success(job, result, self._settings, self._clock()))
+
+    def _encode_succeeded(self, job: RecordJob, response: SuccessResponse) -> None:
+        """Take the success as a sign that the machine works, unless the response was stored."""
+        if job.redelivered:
+            return
+        self._vaes.add(response.metadata.vae_model_name)
+        if self._breaker.succeeded():
+            for other in self._lanes.jobs():
+                other.forgive()
 
     def _request_failed(self, job: RecordJob, error: RequestError) -> None:
         log_failure(error, request_id=job.sender.request_id, attempt=job.attempts, **job.record.place)
-        jitter = random.uniform(1 - decisions.JITTER, 1 + decisions.JITTER)  # noqa: S311  # nothing secret depends on it
-        self._carry_out(job, decisions.after_failure(job, error, self._settings, self._clock(), jitter))
+        job.blamed = isinstance(error, DeviceLost)
+        fault = accused(error, job, self._settings, self._vaes)
+        self._breaker.failed(job, fault, time.monotonic())
+        failure = Failure(
+            error,
+            self._clock(),
+            random.uniform(1 - decisions.JITTER, 1 + decisions.JITTER),  # noqa: S311  # nothing secret depends on it
+            accuses_machine=fault is not None,
+            machine_broken=self._breaker.fault is not None,
+        )
+        self._carry_out(job, decisions.after_failure(job, failure, self._settings))
 
     def _carry_out(self, job: RecordJob, decision: Decision) -> None:
         match decision:
             case Finish(result, records, dead_lettered):
                 job.finish(result, records, dead_lettered=dead_lettered)
             case Retry(after_s):
-                job.wait()
+                job.wait(time.monotonic() + after_s)
+                self._starts.end(job)
                 RETRIES.inc()
-                self._later(after_s, job, partial(self._begin, job))
                 if self._stopping:
                     self._lanes.drop_unstarted()
             case Replace(finish, after_s):
@@ -269,6 +345,7 @@ class KafkaHandler:
     def _acknowledged(self, job: RecordJob) -> None:
         if not job.dropped:
             self._lanes.acknowledged(job)
+            self._starts.acknowledged(job)
             self._lag.acknowledged(job)
             telemetry.acknowledged(job)
 
@@ -282,13 +359,40 @@ class KafkaHandler:
         if not job.dropped:
             self._later(decisions.RESEND_AFTER_S, job, job.resend)
 
+    # Other events.
+
+    def _dropped(self, job: RecordJob) -> None:
+        """Note that a job is left to another worker, which is no crash unless a step hangs or the job lost the device."""
+        telemetry.dropped(job)
+        if self.health.alive().ok and not job.blamed:
+            self._starts.end(job)
+
+    def _notes_committed(self, commit: NotesCommit, error: KafkaError | None) -> None:
+        if error is None:
+            self._starts.settle(commit, confirmed=True)
+        elif is_fatal(error):
+            self._stop_because(kafka_failed("Cannot commit the notes of requests that were begun", error))
+        else:
+            log.warning("notes of starts refused", reason=error.str(), error_code=error.name())
+            self._timers.after(NOTES_AGAIN_AFTER_S, partial(self._starts.settle, commit, confirmed=False))
+
+    def _topic_recreated(self, topic_id: str) -> None:
+        """Read the new topic from its beginning; requests of the old one get their responses, and no offset is committed."""
+        log.error("request topic was created again, reading it from its beginning", topic=self._settings.kafka_request_topic)
+        for job in self._lanes.jobs():
+            job.orphaned = True
+        self._starts.restart(topic_id, self._assignment.partitions)
+        self._publisher.forget(self._assignment.partitions)
+        self._assignment.read_from_start()
+
     # Callbacks of the consumer, made while it is polled.
 
     def _before_revoke(self, partitions: Collection[Partition]) -> None:
         """Finish and commit the jobs of partitions that are about to be revoked, in time for the rebalance."""
-        deadline = time.monotonic() + self._clients.revoke_timeout_s
+        deadline = min(time.monotonic() + self._clients.revoke_timeout_s, self._stop_by)
         while any(self._lanes.jobs(partitions)) and time.monotonic() < deadline and self._stop_reason is None:
             self._work(BUSY_POLL_S)
+        self._settle_notes(partitions)
         if self._stop_reason is None:
             self._publisher.before_revoke(partitions)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
+from errors import RequestCrashesWorker
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
@@ -44,6 +45,10 @@ class Job(Protocol):
     @property
     def dropped(self) -> bool:
         """The owner no longer wants a result."""
+
+    @property
+    def condemned(self) -> bool:
+        """The request may get a stored response and no encode, because it crashed too many workers."""
 
 
 J = TypeVar("J", bound=Job)
@@ -130,6 +135,11 @@ class Stages(Generic[J]):
     def _prepare(self, job: J, request: Any) -> Prepared | SuccessResponse:
         """Prepare the encode, or return the stored response of a request that came before."""
         stored = self._encoder.stored_response(request) if self._reuse else None
+        if stored is None and job.condemned:
+            raise RequestCrashesWorker(
+                "Every worker that began this request died or hung before it ended. Look for the cause in the workers' logs: "
+                "most often memory runs out. Ask for fewer megapixels or give the workers more memory."
+            )
         job.redelivered = stored is not None
         return stored or self._encoder.prepare(request)
 

@@ -25,6 +25,7 @@ from confluent_kafka.cimpl import NewTopic
 from config import Settings
 from kafka_handler import KafkaHandler
 from latent_encoder.kafka.records import Headers, Incoming
+from latent_encoder.kafka.starts import parse_notes
 from service import LatentEncoder
 from tests.held_encodes import Gate
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
@@ -173,10 +174,17 @@ class Bench:
         return self.topic(self.dlq_topic)
 
     def committed(self) -> dict[int, int]:
-        """Return the group's committed offset of each partition that has one."""
+        """Return the group's committed offset of each partition in which a request is done; beside 0 are notes alone."""
+        return {place.partition: place.offset for place in self._offsets() if place.offset > 0}
+
+    def notes(self) -> dict[int, int]:
+        """Return the notes of starts beside the group's committed offsets, of all partitions together."""
+        return {offset: count for place in self._offsets() for offset, count in parse_notes(place.metadata)[1].items()}
+
+    def _offsets(self) -> list[TopicPartition]:
         wanted = [TopicPartition(self.request_topic, n) for n in range(self.partitions)]
         found = self.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(self.group, wanted)])[self.group].result()
-        return {place.partition: place.offset for place in found.topic_partitions if place.offset >= 0}
+        return list(found.topic_partitions)
 
     def wait_for_commit(self, expected: Mapping[int, int], patience: float = PATIENCE_S) -> None:
         """Wait until the group's offsets are these."""
@@ -199,6 +207,15 @@ class Bench:
     def process(self, *arguments: str, **environment: str) -> Iterator[Process]:
         """Run a worker as a process, and kill it at the end if it is still there."""
         process = Process(self, [PROJECT / "main.py", "--mode", "kafka", *arguments], environment)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+    @contextmanager
+    def faulty_process(self, **environment: str) -> Iterator[Process]:
+        """Run a worker as a process that some requests kill or hang (`faulty_encodes.py`)."""
+        process = Process(self, ["-m", "tests.faulty_encodes", "--mode", "kafka"], environment)
         try:
             yield process
         finally:

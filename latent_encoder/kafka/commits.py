@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from errors import KafkaFailed
 from latent_encoder.kafka.connection import is_fatal, kafka_failed
 from latent_encoder.kafka.jobs import Partition, RecordJob
-from latent_encoder.kafka.publishers import PublisherEvents, next_offset, produce
+from latent_encoder.kafka.publishers import PositionAfter, PublisherEvents, produce
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 from latent_encoder.kafka.timers import Timers
 from latent_encoder.telemetry.logs import get_logger
@@ -30,14 +30,14 @@ class OffsetCommits:
         self._consumer = consumer
         self._timers = timers
         self._failed = failed
-        self._unconfirmed: dict[Partition, int] = {}
+        self._unconfirmed: dict[Partition, TopicPartition] = {}
 
     def __len__(self) -> int:
         return len(self._unconfirmed)
 
     def add(self, offset: TopicPartition) -> None:
         """Commit an offset."""
-        self._unconfirmed[offset.topic, offset.partition] = offset.offset
+        self._unconfirmed[offset.topic, offset.partition] = offset
         self._commit([offset])
 
     def settle(self, partitions: Collection[Partition]) -> None:
@@ -77,7 +77,7 @@ class OffsetCommits:
     def _confirm(self, partition: TopicPartition) -> None:
         """Forget an offset, unless a later one of the partition is under way."""
         place = (partition.topic, partition.partition)
-        if self._unconfirmed.get(place) == partition.offset:
+        if place in self._unconfirmed and self._unconfirmed[place].offset == partition.offset:
             del self._unconfirmed[place]
 
     def _commit_again(self) -> None:
@@ -91,7 +91,7 @@ class OffsetCommits:
             self.on_commit(exc.args[0], offsets)
 
     def _offsets(self, partitions: Collection[Partition]) -> list[TopicPartition]:
-        return [TopicPartition(*place, offset) for place, offset in self._unconfirmed.items() if place in partitions]
+        return [offset for place, offset in self._unconfirmed.items() if place in partitions]
 
 
 class PublishThenCommit:
@@ -99,8 +99,11 @@ class PublishThenCommit:
 
     threads: Sequence[threading.Thread] = ()
 
-    def __init__(self, commits: OffsetCommits, producer: Producer, events: PublisherEvents) -> None:
+    def __init__(
+        self, commits: OffsetCommits, producer: Producer, position_after: PositionAfter, events: PublisherEvents
+    ) -> None:
         self._commits = commits
+        self._position_after = position_after
         self._producer = producer
         self._events = events
 
@@ -129,8 +132,9 @@ class PublishThenCommit:
         if refused:
             self._events.refused(job, refused, tuple(record for record, _ in refused))
             return
-        if not job.dropped:
-            self._commits.add(next_offset(job))
+        position = None if job.dropped else self._position_after(job)
+        if position is not None:
+            self._commits.add(position)
         self._events.acknowledged(job)
 
     def poll(self) -> None:

@@ -12,7 +12,7 @@ from datetime import datetime
 from confluent_kafka import KafkaError
 
 from config import Settings
-from errors import KafkaFailed, MessageUnusable, RequestError, ResponseRefused
+from errors import DeviceLost, KafkaFailed, MessageUnusable, RequestCrashesWorker, RequestError, ResponseRefused
 from latent_encoder.kafka.connection import kafka_failed
 from latent_encoder.kafka.jobs import RecordJob
 from latent_encoder.kafka.records import Outgoing, RefusedRecord, dead_letter, response_record
@@ -70,20 +70,39 @@ def after_success(job: RecordJob, response: SuccessResponse, settings: Settings,
     return Finish(response, (_response(job, response, settings, now),))
 
 
-def after_failure(job: RecordJob, error: RequestError, settings: Settings, now: datetime, jitter: float) -> Retry | Finish:
+@dataclass(frozen=True)
+class Failure:
+    """A failed attempt, or a record without a valid request."""
+
+    error: RequestError
+    moment: datetime
+    jitter: float
+    """A factor between 1 - JITTER and 1 + JITTER for the wait."""
+    accuses_machine: bool = False
+    """The machine may be at fault, so another attempt can help."""
+    machine_broken: bool = False
+    """The breaker is open, so a failure that accuses the machine does not count."""
+
+
+def after_failure(job: RecordJob, failure: Failure, settings: Settings) -> Retry | Finish | Stop:
     """Decide about a job whose attempt failed, or whose record holds no valid request.
 
-    A retryable error gets KAFKA_MAX_RETRIES further attempts. Any other error is final. A final error becomes an error
-    response if the request has an id, and a dead letter if it was retryable or the message unusable.
-    `jitter` is a factor between 1 - JITTER and 1 + JITTER.
+    A lost device stops the worker. A retryable error gets KAFKA_MAX_RETRIES further attempts, and any number while the machine
+    is broken. Any other error is final. A final error becomes an error response if the request has an id, and a dead letter if
+    another attempt could have helped, or if the message is unusable or crashes workers.
     """
-    if error.retryable and job.attempts <= settings.kafka_max_retries:
-        return Retry(backoff_s(job.attempts, settings) * jitter)
+    error, now = failure.error, failure.moment
+    if isinstance(error, DeviceLost):
+        return Stop(KafkaFailed(f"{error}."))
+    retryable = error.retryable or failure.accuses_machine
+    uncounted = failure.accuses_machine and failure.machine_broken
+    if retryable and (uncounted or job.counted_attempts <= settings.kafka_max_retries):
+        return Retry(backoff_s(job.counted_attempts, settings) * failure.jitter)
     records: tuple[Outgoing, ...] = ()
     if job.sender.request_id is not None:
         response = ErrorResponse.of(error, job.sender.request_id, now)
         records += (_response(job, response, settings, now),)
-    dead_lettered = error.retryable or isinstance(error, MessageUnusable)
+    dead_lettered = retryable or isinstance(error, MessageUnusable | RequestCrashesWorker)
     if dead_lettered:
         records += (dead_letter(job.record, error, job.attempts, settings),)
     return Finish(error, records, dead_lettered)
@@ -91,7 +110,7 @@ def after_failure(job: RecordJob, error: RequestError, settings: Settings, now: 
 
 def backoff_s(attempts: int, settings: Settings) -> float:
     """Return the seconds to wait after that many attempts: KAFKA_RETRY_BACKOFF_S, doubled after each further one."""
-    doubled = min(attempts - 1, 64)  # 2**64 s is longer than any wait, and a float has room for it
+    doubled = min(max(attempts, 1) - 1, 64)  # 2**64 s is longer than any wait, and a float has room for it
     return min(settings.kafka_retry_backoff_s * 2.0**doubled, MAX_BACKOFF_S)
 
 

@@ -1,11 +1,12 @@
 """A request that a worker holds, and the states that it goes through from its record to the acknowledged response.
 
-    WAITING ──begin──> SUBMITTED ──finish──> FINISHED ──sent──> SENT ──acknowledged──> ACKNOWLEDGED
-       ^                   │                    ^                 │
-       └───────wait────────┘                    └─────resend──────┘
+    WAITING ──note──> NOTING ──begin──> SUBMITTED ──finish──> FINISHED ──sent──> SENT ──acknowledged──> ACKNOWLEDGED
+       ^                                    │                    ^                 │
+       └────────────────wait────────────────┘                    └─────resend──────┘
 
-`finish` leads to FINISHED also from WAITING, for an invalid request, and from SENT, for records that were refused. `drop`
-leads from every state before ACKNOWLEDGED to DROPPED.
+`begin` leads to SUBMITTED also from WAITING, for a request that may not be encoded any more. `finish` leads to FINISHED also
+from WAITING, for an invalid request, and from SENT, for records that were refused. `drop` leads from every state before
+ACKNOWLEDGED to DROPPED.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class State(Enum):
 
     WAITING = auto()
     """Taken from its topic, or waiting for its next attempt."""
+    NOTING = auto()
+    """About to begin: the broker does not have the note of its start yet (`starts.py`)."""
     SUBMITTED = auto()
     """Handed to the stages."""
     FINISHED = auto()
@@ -44,7 +47,8 @@ class State(Enum):
 
 
 _LEADS_TO = {
-    State.WAITING: {State.SUBMITTED, State.FINISHED, State.DROPPED},
+    State.WAITING: {State.NOTING, State.SUBMITTED, State.FINISHED, State.DROPPED},
+    State.NOTING: {State.SUBMITTED, State.DROPPED},
     State.SUBMITTED: {State.WAITING, State.FINISHED, State.DROPPED},
     State.FINISHED: {State.SENT, State.DROPPED},
     State.SENT: {State.FINISHED, State.ACKNOWLEDGED, State.DROPPED},
@@ -67,10 +71,24 @@ class RecordJob:
     """The ids that a response is addressed with, as far as the record has them; set when the record is read."""
     taken_at: float = field(default_factory=monotonic)
     """Seconds of the monotonic clock."""
+    origin: str | None = None
+    """The record's identity, `topic id/partition/offset`: another record of a topic created again has another one."""
+    orphaned: bool = False
+    """The record's topic was deleted: the request gets its response, and there is no offset to commit."""
     span: Span | None = None
     """OpenTelemetry's span of the request, if OpenTelemetry is installed."""
     attempts: int = 0
     """Count of attempts that were begun."""
+    forgiven: int = 0
+    """Count of attempts that failed while the machine was broken; they do not count for KAFKA_MAX_RETRIES."""
+    due_at: float = 0.0
+    """Time before which the next attempt does not begin, in seconds of the monotonic clock."""
+    crashes: int = 0
+    """Count of earlier starts, by any worker, that ended neither in a result nor in a failed attempt."""
+    blamed: bool = False
+    """The worker ends because of this attempt, which counts as a crash."""
+    max_crashes: int = 0
+    """The most `crashes` after which the request is encoded again."""
     encoding: bool = False
     """The encode of this attempt has begun, so finishing it costs less than a new delivery."""
     redelivered: bool = False
@@ -81,6 +99,8 @@ class RecordJob:
     """The records that the broker has to acknowledge before the offset is committed."""
     dead_lettered: bool = False
     """A dead letter is, or was, among `records`."""
+    notes: dict[int, int] = field(default_factory=dict)
+    """The notes of other starts (`starts.py`) that are committed with the offset behind this record."""
     sent_at: float | None = None
     """Seconds of the monotonic clock; None unless SENT."""
     overdue: bool = False
@@ -98,17 +118,52 @@ class RecordJob:
     @property
     def unstarted(self) -> bool:
         """Nothing is lost by leaving the job to another worker: no encode has begun and no result is known."""
-        return self.state in (State.WAITING, State.SUBMITTED) and not self.encoding
+        return self.state in (State.WAITING, State.NOTING, State.SUBMITTED) and not self.encoding
+
+    @property
+    def begun(self) -> bool:
+        """An attempt is under way, or about to begin."""
+        return self.state in (State.NOTING, State.SUBMITTED)
+
+    @property
+    def retrying(self) -> bool:
+        """The job waits for another attempt."""
+        return self.state is State.WAITING and self.attempts > 0
+
+    @property
+    def suspect(self) -> bool:
+        """The request was in a worker that crashed, so it runs alone: if it crashes this one too, no other is suspected."""
+        return self.crashes > 0
+
+    @property
+    def condemned(self) -> bool:
+        """The request crashed too many workers to be encoded again."""
+        return self.crashes > self.max_crashes
+
+    @property
+    def counted_attempts(self) -> int:
+        """Count of attempts for KAFKA_MAX_RETRIES."""
+        return self.attempts - self.forgiven
+
+    def note(self) -> None:
+        """Wait until the broker has the note of this start."""
+        self._enter(State.NOTING)
 
     def begin(self) -> None:
         """Start an attempt."""
         self._enter(State.SUBMITTED)
         self.attempts += 1
 
-    def wait(self) -> None:
-        """Wait for the next attempt, after one that failed."""
+    def wait(self, until: float) -> None:
+        """Wait for the next attempt, after one that failed; `until` is in seconds of the monotonic clock."""
         self._enter(State.WAITING)
         self.encoding = False
+        self.due_at = until
+
+    def forgive(self) -> None:
+        """Begin to count the attempts anew, because the machine was at fault, and let the next one begin at once."""
+        self.forgiven = self.attempts
+        self.due_at = 0.0
 
     def finish(self, result: SuccessResponse | RequestError, records: tuple[Outgoing, ...], *, dead_lettered: bool) -> None:
         """Take the final result and the records that report it; also instead of records that were refused."""

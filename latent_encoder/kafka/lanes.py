@@ -32,6 +32,23 @@ class Lanes:
         """Append a job to the lane of its partition."""
         self._lanes.setdefault(job.partition, deque()).append(job)
 
+    @property
+    def in_hand(self) -> int:
+        """Count of the jobs for KAFKA_PREFETCH: without those that wait for a retry, and those finished behind another job."""
+        return sum(not self._set_aside(job) for job in self.jobs())
+
+    def crowded(self, limit: int) -> set[Partition]:
+        """Return the partitions in which that many jobs or more do not count for KAFKA_PREFETCH."""
+        return {place for place, lane in self._lanes.items() if sum(map(self._set_aside, lane)) >= limit}
+
+    def _set_aside(self, job: RecordJob) -> bool:
+        return job.retrying or (job.state is State.FINISHED and self._lanes[job.partition][0] is not job)
+
+    @property
+    def sending(self) -> set[Partition]:
+        """The partitions whose first job is published and not acknowledged."""
+        return {job.partition for job in self._heads() if job.state is State.SENT}
+
     def ready(self) -> list[RecordJob]:
         """Return the jobs whose turn it is to be published: finished, and first of their lane."""
         return [job for job in self._heads() if job.state is State.FINISHED]

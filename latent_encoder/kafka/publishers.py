@@ -16,6 +16,9 @@ from errors import KafkaFailed
 from latent_encoder.kafka.jobs import Partition, RecordJob
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 
+PositionAfter = Callable[[RecordJob], TopicPartition | None]
+"""Returns the offset to commit with the response of a job; None if there is none to commit."""
+
 
 @dataclass(frozen=True)
 class PublisherEvents:
@@ -69,8 +72,3 @@ def produce(producer: Producer, record: Outgoing, delivered: Callable[[Outgoing,
         delivered(record, error)
 
     producer.produce(record.topic, value=record.value, key=record.key, headers=list(record.headers), on_delivery=on_delivery)
-
-
-def next_offset(job: RecordJob) -> TopicPartition:
-    """Return the position behind the job's record, which is the offset to commit."""
-    return TopicPartition(job.record.topic, job.record.partition, job.record.offset + 1)

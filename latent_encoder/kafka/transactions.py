@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from errors import KafkaFailed, one_line
 from latent_encoder.kafka.connection import FATAL, is_fatal, kafka_failed
 from latent_encoder.kafka.jobs import Partition, RecordJob
-from latent_encoder.kafka.publishers import PublisherEvents, next_offset, produce
+from latent_encoder.kafka.publishers import PositionAfter, PublisherEvents, produce
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import COMMITS
@@ -42,19 +42,26 @@ class PublishInTransaction:
     meanwhile (KIP-447).
     """
 
-    def __init__(self, consumer: Consumer, make_producer: Callable[[], Producer], events: PublisherEvents) -> None:
+    def __init__(
+        self,
+        consumer: Consumer,
+        make_producer: Callable[[], Producer],
+        position_after: PositionAfter,
+        events: PublisherEvents,
+    ) -> None:
         self._consumer = consumer
         self._make_producer = make_producer
         self._producer = make_producer()
+        self._position_after = position_after
         self._events = events
         self._closing = threading.Event()
-        self._inbox: SimpleQueue[tuple[RecordJob, Any] | None] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[RecordJob, TopicPartition | None, Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="transactions", daemon=True)
         self.threads: Sequence[threading.Thread] = (self._thread,)
         self._thread.start()
 
     def publish(self, job: RecordJob) -> None:
-        self._inbox.put((job, self._consumer.consumer_group_metadata()))
+        self._inbox.put((job, self._position_after(job), self._consumer.consumer_group_metadata()))
 
     def poll(self) -> None:
         """Serve events between transactions, for example a refused login; the calls of a transaction serve their own."""
@@ -88,12 +95,12 @@ class PublishInTransaction:
         except Exception as exc:
             self._events.failed(KafkaFailed(f"A transaction failed: {one_line(exc)}"))
 
-    def _publish(self, job: RecordJob, group_metadata: Any) -> None:
+    def _publish(self, job: RecordJob, position: TopicPartition | None, group_metadata: Any) -> None:
         if job.dropped:
             return
         refused: list[RefusedRecord] = []
         try:
-            self._transact(job, group_metadata, refused)
+            self._transact(job, position, group_metadata, refused)
         except KafkaException as exc:
             error: KafkaError = exc.args[0]
             if error.code() in FATAL:
@@ -114,7 +121,9 @@ class PublishInTransaction:
         COMMITS.labels("ok").inc()
         self._events.acknowledged(job)
 
-    def _transact(self, job: RecordJob, group_metadata: Any, refused: list[RefusedRecord]) -> None:
+    def _transact(
+        self, job: RecordJob, position: TopicPartition | None, group_metadata: Any, refused: list[RefusedRecord]
+    ) -> None:
         def delivered(record: Outgoing, error: KafkaError | None) -> None:
             if error is not None and error.code() not in UNDONE:
                 refused.append((record, error))
@@ -122,7 +131,8 @@ class PublishInTransaction:
         self._producer.begin_transaction()
         for record in job.records:
             produce(self._producer, record, delivered)
-        self._producer.send_offsets_to_transaction([next_offset(job)], group_metadata, CALL_TIMEOUT_S)
+        if position is not None:
+            self._producer.send_offsets_to_transaction([position], group_metadata, CALL_TIMEOUT_S)
         self._while_away(lambda: self._producer.commit_transaction(CALL_TIMEOUT_S))
 
     def _undone(self, job: RecordJob, error: KafkaError) -> bool:

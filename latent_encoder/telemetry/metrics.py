@@ -37,6 +37,7 @@ IN_FLIGHT = Gauge("latent_encoder_in_flight", "Requests that this worker holds."
 RETRIES = Counter("latent_encoder_retries", "Attempts that failed and are made again.")
 DEAD_LETTERS = Counter("latent_encoder_dead_letters", "Acknowledged dead letters.", ["error_code"])
 REDELIVERIES = Counter("latent_encoder_redeliveries", "Requests that got the stored response of an earlier delivery.")
+BREAKER_OPEN = Gauge("latent_encoder_breaker_open", "1 while the machine counts as broken and no requests are taken, else 0.")
 COMMITS = Counter("latent_encoder_commits", "Commits of an offset that the broker confirmed or refused.", ["result"])
 REBALANCES = Counter("latent_encoder_rebalances", "Partitions were assigned, revoked or lost.", ["event"])
 CONSUMER_LAG = Gauge(

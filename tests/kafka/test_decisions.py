@@ -19,12 +19,14 @@ from errors import (
     InvalidRequest,
     MessageUnusable,
     OutputDirNotWritable,
+    RequestCrashesWorker,
     RequestError,
     ResponseRefused,
 )
 from latent_encoder.kafka.decisions import (
     JITTER,
     MAX_BACKOFF_S,
+    Failure,
     Finish,
     Replace,
     Retry,
@@ -59,7 +61,7 @@ def finished(decision: object) -> Finish:
 
 
 def failed(error: RequestError, attempts: int = 1, value: bytes | None = RECORD.value, jitter: float = 1.0) -> Any:
-    return after_failure(job(attempts, value), error, SETTINGS, NOW, jitter)
+    return after_failure(job(attempts, value), Failure(error, NOW, jitter), SETTINGS)
 
 
 def by_topic(finish: Finish) -> dict[str, Outgoing]:
@@ -115,7 +117,7 @@ def test_unusable_message_is_a_dead_letter(value: bytes | None, expected: list[s
 def test_wait_is_bounded_and_never_shrinks(attempts: int, base: float, jitter: float) -> None:
     """No count of attempts makes a wait longer than the limit and its jitter, or shorter than the wait before."""
     settings = SETTINGS.model_copy(update={"kafka_retry_backoff_s": base, "kafka_max_retries": attempts})
-    decision = after_failure(job(attempts), OutputDirNotWritable("Full."), settings, NOW, jitter)
+    decision = after_failure(job(attempts), Failure(OutputDirNotWritable("Full."), NOW, jitter), settings)
     assert isinstance(decision, Retry)
     assert 0 <= decision.after_s <= MAX_BACKOFF_S * (1 + JITTER)
     assert backoff_s(attempts, settings) <= backoff_s(attempts + 1, settings)
@@ -193,4 +195,4 @@ def test_every_error_class_has_a_decision() -> None:
     for cls in classes.values():
         finish = finished(failed(cls("It failed."), attempts=3))
         assert topics(finish) == (["dlq", "responses"] if finish.dead_lettered else ["responses"])
-        assert finish.dead_lettered == (cls.retryable or issubclass(cls, MessageUnusable))
+        assert finish.dead_lettered == (cls.retryable or issubclass(cls, MessageUnusable | RequestCrashesWorker))

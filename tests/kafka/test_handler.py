@@ -10,9 +10,11 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 import pytest
+from prometheus_client import REGISTRY
 
 from config import VERSION, Settings
 from errors import ErrorCode, KafkaFailed
+from kafka_handler import MOST_SET_ASIDE
 from models import Metadata
 from service import LatentEncoder
 from tests.helpers import IMAGES, VAE, load_latent
@@ -336,15 +338,34 @@ def test_missing_topics_are_created_where_that_is_wanted(
     assert [len(topics[name].partitions) for name in (bench.request_topic, bench.response_topic, bench.dlq_topic)] == [3, 3, 3]
 
 
-def test_no_more_requests_are_held_than_prefetch_says(
+def test_no_more_requests_are_held_than_prefetch_says(bench: Bench, encoder: LatentEncoder, settings: Settings) -> None:
+    """While one is encoded, KAFKA_PREFETCH of thirty waiting requests are in flight."""
+    for n in range(30):
+        bench.send({"request_id": f"r{n}"})
+    gate = bench.gate()
+    with gate.holding(), bench.worker(encoder, bench.settings(settings, kafka_prefetch=3)):
+        gate.wait()
+        wait_until(lambda: in_flight() == 3, "three in flight")
+        time.sleep(1)
+        assert in_flight() == 3
+        gate.open()
+
+
+def test_requests_that_wait_for_a_retry_are_bounded(
     bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events
 ) -> None:
-    """While one cannot be written, at most KAFKA_PREFETCH of thirty waiting requests are prepared."""
+    """Beyond KAFKA_PREFETCH, at most MOST_SET_ASIDE requests of a partition wait for a retry."""
     (bench.folder / "file").touch()
-    for n in range(30):
-        bench.send({"request_id": f"r{n}", "output_dir": str(bench.folder / "file")})
-    changes = {"kafka_prefetch": 3, "kafka_max_retries": 1000, "kafka_retry_backoff_s": 0.05}
+    for n in range(MOST_SET_ASIDE + 30):
+        bench.send({"request_id": f"r{n}", "output_dir": str(bench.folder / "file" / "folder")})
+    changes = {"kafka_prefetch": 3, "kafka_max_retries": 1000, "kafka_retry_backoff_s": 0.5}
     with bench.worker(encoder, bench.settings(settings, **changes)):
-        wait_until(lambda: len(events("request failed")) > 12, "attempts")
-        assert {event["request_id"] for event in events("request failed")} == {"r0", "r1", "r2"}
+        wait_until(lambda: len(events("request failed")) > 2 * MOST_SET_ASIDE, "attempts")
+        failed = {event["request_id"] for event in events("request failed")}
+    assert MOST_SET_ASIDE <= len(failed) <= MOST_SET_ASIDE + 3
+    assert failed == {f"r{n}" for n in range(len(failed))}
     assert bench.committed() == {}
+
+
+def in_flight() -> float | None:
+    return REGISTRY.get_sample_value("latent_encoder_in_flight")

@@ -93,7 +93,7 @@ def test_job_goes_through_its_states() -> None:
     job, states = job_at(0, 0), []
     for step in (
         job.begin,
-        job.wait,
+        lambda: job.wait(0.0),
         job.begin,
         lambda: finish(job),
         lambda: job.sent(1.0),
@@ -126,7 +126,7 @@ def test_step_that_a_state_does_not_allow_is_an_error() -> None:
     with pytest.raises(AssertionError, match="WAITING cannot become SENT"):
         unfinished.sent(0.0)
     for job in (done, dropped):
-        for step in (job.begin, job.wait, job.resend, job.acknowledged, job.drop):
+        for step in (job.begin, lambda job=job: job.wait(0.0), job.resend, job.acknowledged, job.drop):
             with pytest.raises(AssertionError, match="cannot become"):
                 step()
 
@@ -137,5 +137,5 @@ def test_next_attempt_counts_as_unstarted() -> None:
     job.begin()
     job.encoding = True
     assert not job.unstarted
-    job.wait()
+    job.wait(0.0)
     assert job.unstarted
