@@ -24,7 +24,7 @@ from latent_encoder.kafka.assignment import Assignment, Holdings
 from latent_encoder.kafka.breaker import Breaker, accused
 from latent_encoder.kafka.clients import Clients
 from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
-from latent_encoder.kafka.connection import BrokerState, is_fatal
+from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
 from latent_encoder.kafka.decisions import Decision, Failure, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
 from latent_encoder.kafka.jobs import Partition, RecordJob, State
