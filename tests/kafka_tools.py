@@ -27,6 +27,7 @@ from kafka_handler import KafkaHandler
 from latent_encoder.kafka.records import Headers, Incoming
 from latent_encoder.kafka.starts import parse_notes
 from service import LatentEncoder
+from tests.broker import ApacheKafka
 from tests.held_encodes import Gate
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
 
@@ -349,6 +350,18 @@ def client_config(folder: Path, **properties: object) -> Path:
 def as_environment(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return settings as the environment of a process."""
     return {name.upper(): str(value) for name, value in settings.items()}
+
+
+def sasl_settings(broker: ApacheKafka, password: str | None = None) -> dict[str, Any]:
+    """Return the settings for the listener with passwords."""
+    return {
+        "kafka_bootstrap_servers": broker.secure_bootstrap_servers,
+        "kafka_security_protocol": "SASL_SSL",
+        "kafka_sasl_mechanism": "SCRAM-SHA-512",
+        "kafka_sasl_username": broker.username,
+        "kafka_sasl_password": password or broker.password,
+        "kafka_ssl_ca_location": str(broker.ca_file),
+    }
 
 
 def quick_failover(folder: Path, protocol: str = "classic") -> dict[str, str]:

@@ -10,7 +10,7 @@ from confluent_kafka.cimpl import NewTopic  # `confluent_kafka.admin` exports it
 
 from config import Settings
 from errors import KafkaFailed
-from latent_encoder.kafka.connection import BrokerState
+from latent_encoder.kafka.connection import BrokerState, kafka_failed
 from latent_encoder.kafka.properties import admin_properties, make_client
 from latent_encoder.telemetry.logs import get_logger
 
@@ -52,12 +52,13 @@ class TopicWatch:
         """Ask the broker for the topics, and create missing ones if that is wanted; return False if it is away.
 
         Raises:
-            KafkaFailed: the broker refuses to create a topic.
+            KafkaFailed: the broker refuses to create a topic, or to show one.
         """
         try:
             existing = self._consumer.list_topics(timeout=LIST_TIMEOUT_S).topics.keys()
             self._broker.observed(up=True)
             missing = frozenset(topics_of(self._settings)) - existing
+            self._refuse_hidden(missing)
             if missing and self._settings.kafka_create_topics:
                 create_topics(self._settings, missing)
                 missing = frozenset()
@@ -68,6 +69,16 @@ class TopicWatch:
             log.warning("waiting for topics: create them, or set KAFKA_CREATE_TOPICS=true", missing=sorted(missing))
         self.missing = missing
         return not missing
+
+    def _refuse_hidden(self, missing: Collection[str]) -> None:
+        """Raise KafkaFailed if one of these topics is missing because this user may not see it.
+
+        The broker leaves such topics out of a list; asked for one by name, it reports the reason.
+        """
+        for name in sorted(missing):
+            error = self._consumer.list_topics(name, timeout=LIST_TIMEOUT_S).topics[name].error
+            if error is not None and error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                raise kafka_failed(f"Topic {name} may not be used by this user", error)
 
 
 def create_topics(settings: Settings, names: Collection[str]) -> None:
