@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from errors import LatentEncoderError, one_line
+from latent_encoder.masking import keep_secret
 from latent_encoder.requests import descriptions
+from latent_encoder.secret_files import file_variable, secrets_in_files, source_of
+from latent_encoder.suggestions import closest
 from models import (
     MAX_MEGAPIXELS,
     MIN_MEGAPIXELS,
@@ -56,6 +60,22 @@ def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
+def _without_credentials(servers: str) -> str:
+    if "@" in servers:
+        raise ValueError("must be host:port without credentials; KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD are for those")
+    return servers
+
+
+def _passed_on_whole(secret: SecretStr | None) -> SecretStr | None:
+    """Refuse a secret that cannot be handed to librdkafka, which takes UTF-8 up to the first NUL character."""
+    value = secret.get_secret_value() if secret else ""
+    if "\0" in value:
+        raise ValueError("must not have a NUL character")
+    if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("must be UTF-8")
+    return secret
+
+
 def _default_of(request_field: str, description: str) -> Any:
     """Return the setting that gives this field of a request its default. Its own default is the model's."""
     return Field(EncodeRequest.model_fields[request_field].default, description=description)
@@ -67,6 +87,7 @@ def _listed(choices: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
+Secret = Annotated[SecretStr | None, AfterValidator(_passed_on_whole)]
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)]
 
 
@@ -74,7 +95,12 @@ class Settings(BaseSettings):
     """All settings. The environment variable of each is its name in capitals; an empty one counts as not set."""
 
     model_config = SettingsConfigDict(
-        frozen=True, env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore"
+        frozen=True,
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        hide_input_in_errors=True,
     )
 
     mode: Literal["standalone", "kafka", "dlq-replay", "health", "inspect", "doctor"] = Field(
@@ -84,7 +110,9 @@ class Settings(BaseSettings):
         "`inspect` shows the content of latent files; `doctor` checks the installation.",
     )
 
-    kafka_bootstrap_servers: Text = Field("localhost:9092", description="Kafka brokers, `host:port`, comma-separated.")
+    kafka_bootstrap_servers: Annotated[Text, AfterValidator(_without_credentials)] = Field(
+        "localhost:9092", description="Kafka brokers, `host:port`, comma-separated."
+    )
     kafka_request_topic: TopicName = Field("latent-encoder-requests", description="Topic that requests are consumed from.")
     kafka_response_topic: TopicName = Field("latent-encoder-responses", description="Topic that responses are produced to.")
     kafka_dlq_topic: TopicName = Field("latent-encoder-requests-dlq", description="Topic of the dead letters.")
@@ -122,7 +150,10 @@ class Settings(BaseSettings):
         "none is taken until one succeeds; 0 turns this off.",
     )
     kafka_max_message_bytes: int = Field(
-        1_048_576, ge=1, description="Largest request message, in bytes; larger ones become dead letters."
+        1_048_576,
+        ge=1,
+        description="Largest request message, in bytes; larger ones become dead letters. "
+        "Reading one may take 26 times its size of memory.",
     )
     kafka_ack_timeout_s: float = Field(
         60.0,
@@ -151,11 +182,11 @@ class Settings(BaseSettings):
     kafka_security_protocol: Annotated[
         Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] | None, BeforeValidator(_upper)
     ] = Field(None, description="`SSL`, `SASL_PLAINTEXT` or `SASL_SSL`; `PLAINTEXT` if not set.")
-    kafka_sasl_mechanism: Text | None = Field(
-        None, description="`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`, `GSSAPI` or `OAUTHBEARER`."
-    )
+    kafka_sasl_mechanism: Annotated[
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER"] | None, BeforeValidator(_upper)
+    ] = Field(None, description="`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`, `GSSAPI` or `OAUTHBEARER`.")
     kafka_sasl_username: Text | None = Field(None, description="User for SASL.")
-    kafka_sasl_password: SecretStr | None = Field(None, description="Password for SASL.")
+    kafka_sasl_password: Secret = Field(None, description="Password for SASL.")
     kafka_ssl_ca_location: Path | None = Field(
         None, description="PEM file of the authorities that sign the brokers' certificates."
     )
@@ -163,7 +194,7 @@ class Settings(BaseSettings):
         None, description="PEM file of the service's certificate, for mutual TLS."
     )
     kafka_ssl_key_location: Path | None = Field(None, description="PEM file of that certificate's private key.")
-    kafka_ssl_key_password: SecretStr | None = Field(None, description="Password of the private key.")
+    kafka_ssl_key_password: Secret = Field(None, description="Password of the private key.")
     kafka_client_config: Path | None = Field(
         None,
         description="File of further librdkafka properties, one `name=value` a line; unsafe ones are refused.",
@@ -263,6 +294,14 @@ class Settings(BaseSettings):
     )
     vae_cache_size: int = Field(2, ge=1, description="VAEs that stay loaded; the least recently used is dropped first.")
 
+    @model_validator(mode="after")
+    def _keep_secrets(self) -> Self:
+        """Keep the secrets out of every log and message from now on."""
+        for field in SECRETS:
+            if secret := getattr(self, field):
+                keep_secret(secret.get_secret_value())
+        return self
+
     @property
     def request_defaults(self) -> dict[str, Any]:
         """The values of the fields that a request leaves out."""
@@ -271,6 +310,29 @@ class Settings(BaseSettings):
 
 REQUEST_SETTINGS = tuple(name for name in EncodeRequest.model_fields if name in Settings.model_fields)
 """The fields of a request whose default is a setting."""
+
+SECRETS = tuple(name for name, field in Settings.model_fields.items() if SecretStr in get_args(field.annotation))
+"""The settings whose value is never shown. A variable can name a file that holds it: `secret_files.py`."""
+
+ACCESS = ("kafka_sasl_", "kafka_ssl_", "kafka_security_")
+"""The beginnings of the settings among which a secret may be put in the wrong place."""
+
+
+LONGEST_WORD = 4
+"""Characters of a value that is no secret: `TLS`, `MTLS`. No password of four characters is worth hiding."""
+
+
+def _variables() -> dict[str, FieldInfo]:
+    found = {}
+    for name, field in Settings.model_fields.items():
+        found[name] = field
+        if name in SECRETS:
+            found[file_variable(name)] = FieldInfo(default=None, description=f"File that holds {name.upper()}, in its place.")
+    return found
+
+
+VARIABLES: Mapping[str, FieldInfo] = _variables()
+"""All variables by their names in lower case: the settings, and after each secret the variable of its file."""
 
 
 def load_settings(overrides: Mapping[str, Any]) -> Settings:
@@ -287,29 +349,37 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
 
 def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """Return the settings and a list of faults; a setting that cannot be used keeps its default."""
-    given, faults = _given(overrides), _env_file_faults()
+    given, faults, sources = _given(overrides), _env_file_faults(), _variable_sources()
     if faults:
         given["_env_file"] = None
+    for variables in sources.values():
+        for field in SECRETS:
+            keep_secret(variables.get(field) or "")  # before a fault of any setting is described
+    secrets, secret_faults = secrets_in_files((field for field in SECRETS if field not in given), sources)
+    given = {**secrets, **given}
     try:
         settings = Settings(**given)
     except ValidationError as exc:
-        faults += descriptions(exc, name=str.upper)
+        faults += descriptions(exc, name=str.upper, hides=_hides)
         wrong = {str(error["loc"][0]) for error in exc.errors()}
         settings = Settings(**given | {name: Settings.model_fields[name].default for name in wrong})
+    faults += secret_faults
     return settings, faults or _contradictions(settings)
 
 
 def origins_of(overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Return the source of each setting: `command line`, `environment`, `.env` or `default`."""
-    sources: dict[str, Mapping[str, Any]] = {
-        "command line": _given(overrides),
-        "environment": EnvSettingsSource(Settings).env_vars,
-        ".env": env_file_variables() if not _env_file_faults() else {},
-    }
-    return {
+    """Return the source of each setting: `command line`, `environment`, `.env` or `default`; of a secret also its file."""
+    variables = _variable_sources()
+    sources: dict[str, Mapping[str, Any]] = {"command line": _given(overrides), **variables}
+    origins = {
         field: next((origin for origin, values in sources.items() if field in values), "default")
         for field in Settings.model_fields
     }
+    for field in SECRETS:
+        source = source_of(file_variable(field), variables)
+        if source and origins[field] == "default":
+            origins[field] = f"file of {file_variable(field).upper()}, {source}"
+    return origins
 
 
 def env_file_variables() -> Mapping[str, str | None]:
@@ -319,6 +389,32 @@ def env_file_variables() -> Mapping[str, str | None]:
         OSError, UnicodeDecodeError: the file cannot be read.
     """
     return DotEnvSettingsSource(Settings).env_vars
+
+
+def environment_variables() -> Mapping[str, str | None]:
+    """Return the variables of the environment, settings or not, by their names in lower case. Empty ones are left out."""
+    return EnvSettingsSource(Settings).env_vars
+
+
+def _variable_sources() -> dict[str, Mapping[str, str | None]]:
+    """Return the variables of the environment, and those of `.env` if it can be read."""
+    return {"environment": environment_variables(), ".env": env_file_variables() if not _env_file_faults() else {}}
+
+
+def _hides(field: str, value: object) -> bool:
+    """Return whether a fault must not show this value: it is a secret, or may be one in the place of another setting.
+
+    A short value, or one that resembles an allowed value, is shown: `TLS` is a mistake that one wants to see.
+    """
+    if field in SECRETS or (field == "kafka_bootstrap_servers" and "@" in str(value)):
+        return True
+    return field.startswith(ACCESS) and len(str(value)) > LONGEST_WORD and closest(str(value), _choices(field)) is None
+
+
+def _choices(field: str) -> list[str]:
+    """Return the values that a setting allows; none if it is not a choice."""
+    annotation = Settings.model_fields[field].annotation
+    return [choice for part in get_args(annotation) for choice in get_args(part)]
 
 
 def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import ClassVar
 
+from latent_encoder.masking import masked
+
 OUT_OF_MEMORY = "memory ran out; ask for fewer megapixels or give the service more memory"
 
 GPU_OUT_OF_MEMORY = 2
@@ -31,6 +33,12 @@ _GPU_LOST_TEXT = re.compile(
 )
 
 _OUT_OF_MEMORY_TEXT = re.compile("DefaultCPUAllocator|(CUDA|HIP|XPU|MPS backend)( error:)? out of memory")
+
+_NO_MEMORY_FOR_LIBRARY = re.compile("failed to map segment|[Cc]annot allocate memory")  # the C library's words
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+SURROGATES_OF_BYTES = 0xDC00
+"""The surrogate for a byte that is not UTF-8 is this much above it, by PEP 383."""
 
 
 class ErrorCode(StrEnum):
@@ -51,7 +59,10 @@ class ErrorCode(StrEnum):
 
 
 class LatentEncoderError(Exception):
-    """The base of every error that this service raises on purpose. Its text is written for the user."""
+    """The base of every error that this service raises on purpose. Its text is written for the user, in UTF-8."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(in_utf8(text))
 
 
 class SetupError(LatentEncoderError):
@@ -70,7 +81,10 @@ class RequestError(LatentEncoderError):
 
 
 class InvalidRequest(RequestError):
-    """A field of the request is missing, of the wrong type or out of range. The text names the field."""
+    """A field of the request is missing, of the wrong type, out of range, or names another request's files.
+
+    The text names the field.
+    """
 
     code = ErrorCode.INVALID_REQUEST
 
@@ -132,6 +146,11 @@ class OutputDirNotWritable(RequestError):
     code = ErrorCode.OUTPUT_DIR_NOT_WRITABLE
     retryable = True
 
+    @property
+    def errno(self) -> int | None:
+        """The system's error number, for example `errno.ENOSPC` for a full disk; None if the system refused nothing."""
+        return self.__cause__.errno if isinstance(self.__cause__, OSError) else None
+
 
 class MessageUnusable(RequestError):
     """A Kafka record, or a line of a list, holds no request: it is too large, or no JSON object in UTF-8."""
@@ -189,9 +208,43 @@ def is_device_lost(exc: BaseException) -> bool:
     return code in GPU_LOST or _GPU_LOST_TEXT.search(str(exc)) is not None
 
 
+def outside_cause(exc: BaseException) -> str | None:
+    """Return the reason of an exception whose cause is outside of our code, such as a full disk; None for every other one."""
+    if is_out_of_memory(exc):
+        return OUT_OF_MEMORY
+    if isinstance(exc, RuntimeError) and "can't start new thread" in str(exc):
+        return "no further thread can be started; raise the limit of processes (ulimit -u, or the container's pids limit)"
+    if isinstance(exc, ImportError):
+        if _NO_MEMORY_FOR_LIBRARY.search(str(exc)):
+            return OUT_OF_MEMORY
+        return f"a package cannot be imported ({one_line(exc)}); run ./setup_comfyui.sh, which installs what is missing"
+    if isinstance(exc, OSError) or type(exc).__name__ == "KafkaException":  # the client is not imported here
+        return one_line(exc)
+    return None
+
+
+def in_utf8(text: str) -> str:
+    r"""Return the text with each lone surrogate, which UTF-8 lacks, written out.
+
+    Python reads a byte of a file's name that is not UTF-8 as such a character: `\xff` stands for the byte 255.
+    """
+    return _LONE_SURROGATE.sub(lambda found: _written_out(ord(found[0])), text)
+
+
+def _written_out(surrogate: int) -> str:
+    byte = surrogate - SURROGATES_OF_BYTES
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else f"\\u{surrogate:04x}"
+
+
 def one_line(exc: BaseException, limit: int = 300) -> str:
-    """Return the text of a foreign exception, or its class name if it has none, on one line of at most `limit` characters."""
-    text = " ".join(str(exc).split()) or type(exc).__name__
+    """Return the text of a foreign exception, or its class name if it has none, on one line of at most `limit` characters.
+
+    It holds no secret: a cut could leave the beginning of one, so secrets are masked before it.
+    """
+    try:
+        text = in_utf8(" ".join(masked(str(exc)).split())) or type(exc).__name__
+    except Exception:  # an exception whose text cannot be made
+        text = type(exc).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

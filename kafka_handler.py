@@ -24,17 +24,19 @@ from latent_encoder.kafka.assignment import Assignment, Holdings
 from latent_encoder.kafka.breaker import Breaker, accused
 from latent_encoder.kafka.clients import Clients
 from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
-from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
+from latent_encoder.kafka.connection import BrokerState, is_fatal
 from latent_encoder.kafka.decisions import Decision, Failure, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
+from latent_encoder.kafka.guards import client_faults, harmless
 from latent_encoder.kafka.jobs import Partition, RecordJob, State
 from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.limits import report_limits
 from latent_encoder.kafka.membership import Membership, refused_membership
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
 from latent_encoder.kafka.schedule import to_begin
-from latent_encoder.kafka.starts import NotesCommit, Starts
+from latent_encoder.kafka.starts import Starts
 from latent_encoder.kafka.timers import Timers
 from latent_encoder.kafka.topics import TopicWatch
 from latent_encoder.kafka.transactions import PublishInTransaction
@@ -59,11 +61,11 @@ MOST_SET_ASIDE = 32
 LAST_NOTES_S = 2.0
 """Longest time to remove the notes of requests that are left to other workers: one commit, which takes milliseconds."""
 
-NOTES_AGAIN_AFTER_S = 1.0
-"""Wait before notes that were refused are committed again: about as long as a rebalance, during which commits are refused."""
-
 TOPICS_RETRY_S = 1.0
 """Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
+
+CLOSE_TIMEOUT_S = 5.0
+"""Longest time to end a transaction and to leave the group at the end. A broker that is there takes milliseconds."""
 
 
 class KafkaHandler:
@@ -95,7 +97,7 @@ class KafkaHandler:
 
         self._clients = Clients(settings, self._broker, self._on_statistics, self._on_commit)
         self._consumer = self._clients.consumer
-        self._starts = Starts(self._consumer, settings.kafka_max_crashes, self._events.posted(self._notes_committed))
+        self._starts = Starts(self._consumer, settings.kafka_max_crashes)
         self._commits = OffsetCommits(self._consumer, self._timers, self._stop_because)
         self._publisher = self._make_publisher()
         held = Holdings(self._lanes, self._publisher, self._starts)
@@ -114,6 +116,7 @@ class KafkaHandler:
 
     # The life of a worker.
 
+    @client_faults()
     def run(self, encoder: LatentEncoder) -> bool:
         """Serve requests until `stop` is called.
 
@@ -124,11 +127,12 @@ class KafkaHandler:
             KafkaFailed: the worker cannot go on. The offset of a request without a response is not committed.
         """
         self._stages = Stages(encoder, self._events.posted(self._encoded), self.health)
-        self.health.needs([*self._stages.threads, *self._publisher.threads, *self._starts.threads])
+        self.health.needs([*self._stages.threads, *self._publisher.threads])
         self.health.ready_if("model", None)
         INFO.info({"version": VERSION, **encoder.versions})
         try:
             self._wait_for_topics()
+            report_limits(self._settings)
             self._assignment.subscribe(self._settings.kafka_request_topic)
             Membership(self._settings, self._consumer, self._timers, self._stop_because).confirm()
             while not self._stopping:
@@ -138,9 +142,9 @@ class KafkaHandler:
             self._lanes.drop()
             self._settle_notes()
             self._stages.close()
-            self._publisher.close()
-            self._starts.close()
-            self._consumer.close()
+            deadline = time.monotonic() + CLOSE_TIMEOUT_S
+            self._publisher.close(deadline)
+            self._clients.close(deadline)
             log.info("stopped")
 
     def stop(self) -> None:
@@ -212,12 +216,11 @@ class KafkaHandler:
         self._publisher.poll()
         self._events.run(timeout)
         self._timers.run_due()
-        self._begin_jobs()
         for job in self._lanes.ready():
             if not self._starts.committing(job.partition):
                 job.sent(time.monotonic())
                 self._publisher.publish(job)
-        self._starts.commit(self._lanes.sending)
+        self._begin_jobs()
 
     def _begin_jobs(self) -> None:
         """Begin the jobs whose turn it is, each when the broker has the note of its start."""
@@ -229,6 +232,7 @@ class KafkaHandler:
             else:
                 job.note()
                 self._starts.begin(job)
+        self._starts.commit(self._lanes.sending)
         for job in jobs:
             if job.state is State.NOTING and self._starts.noted(job):
                 self._begin(job)
@@ -367,15 +371,6 @@ class KafkaHandler:
         if self.health.alive().ok and not job.blamed:
             self._starts.end(job)
 
-    def _notes_committed(self, commit: NotesCommit, error: KafkaError | None) -> None:
-        if error is None:
-            self._starts.settle(commit, confirmed=True)
-        elif is_fatal(error):
-            self._stop_because(kafka_failed("Cannot commit the notes of requests that were begun", error))
-        else:
-            log.warning("notes of starts refused", reason=error.str(), error_code=error.name())
-            self._timers.after(NOTES_AGAIN_AFTER_S, partial(self._starts.settle, commit, confirmed=False))
-
     def _topic_recreated(self, topic_id: str) -> None:
         """Read the new topic from its beginning; requests of the old one get their responses, and no offset is committed."""
         log.error("request topic was created again, reading it from its beginning", topic=self._settings.kafka_request_topic)
@@ -394,11 +389,12 @@ class KafkaHandler:
             self._work(BUSY_POLL_S)
         self._settle_notes(partitions)
         if self._stop_reason is None:
-            self._publisher.before_revoke(partitions)
+            self._publisher.before_revoke(partitions, deadline)
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
         self._commits.on_commit(error, partitions)
 
+    @harmless("statistics of the client cannot be used")
     def _on_statistics(self, statistics: str) -> None:
         """Take the consumer's statistics (its `stats_cb`), which come every second."""
         found = json.loads(statistics)

@@ -168,6 +168,8 @@ class Metadata(LatentFacts):
     fingerprint: str
     preview_sha256: str | None = None
     roundtrip: Roundtrip | None = None
+    request_id: str | None = None
+    origin: str | None = None
 
     @property
     def sha256_by_file(self) -> dict[str, str]:

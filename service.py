@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from config import Settings
-from errors import ImageNotFound, RequestError, SetupError, as_request_error
-from latent_encoder.access import AllowedFolders
+from errors import ImageNotFound, OutputDirNotWritable, RequestError, SetupError, as_request_error
+from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Size, cropped, size_of
@@ -24,19 +25,28 @@ from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_file
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.files import (
     WRITING,
-    OutputFiles,
     StagedFiles,
-    open_output_folder,
-    output_files,
     prepare_output_folder,
     space_needed,
 )
+from latent_encoder.outputs.folder import OutputFolder, open_output_folder
 from latent_encoder.outputs.latent_files import latent_bytes
-from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of
+from latent_encoder.outputs.leftovers import Leftovers
+from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of, of_tiles
+from latent_encoder.outputs.names import OutputFiles, output_files
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
+from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.roundtrip import compare
-from latent_encoder.outputs.stored_responses import read_stored, success_response
+from latent_encoder.outputs.stored_responses import (
+    StoredFiles,
+    look,
+    owners_in,
+    read_stored,
+    refuse_files_of_another,
+    stored_in,
+    success_response,
+)
 from latent_encoder.telemetry.logs import get_logger, log_failure
 from latent_encoder.telemetry.steps import timed
 from latent_encoder.torch_threads import usable_cpus
@@ -45,7 +55,7 @@ from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.encoding import encode_image
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.model_folders import search_model_folders
-from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, Timings
+from models import EncodeRequest, ErrorResponse, Metadata, Response, SuccessResponse, Timings
 
 log = get_logger("latent_encoder")
 
@@ -66,6 +76,8 @@ class LatentEncoder:
         self._clock = clock
         self._images = ImageLimits.of(settings)
         self._outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
+        self._leftovers = Leftovers(self._outputs)
+        self._own = Publications()
         self.vaes = VaeCache(runtime, settings)
         self.tried_nodes: tuple[str, ...] = ()
         """Ids of the ComfyUI nodes that ran on a test image during `set_up`."""
@@ -132,15 +144,23 @@ class LatentEncoder:
                 "If every request names a VAE, WARMUP=false starts without one."
             ) from exc
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of killed processes from OUTPUT_DIR. In other folders it happens at their first use."""
+        self._leftovers.remove(absolute(self._settings.output_dir))
+
     # The three stages of `encode`. Each may run in its own thread, while the other stages work on other requests.
 
-    def prepare(self, request: EncodeRequest) -> Prepared:
+    def prepare(self, request: EncodeRequest, origin: str | None = None) -> Prepared:
         """Load the VAE, load the image, scale it, and check that the output folder can be written to.
+
+        `origin` is the identity of the Kafka record that holds the request: topic id, partition and offset.
 
         Raises:
             RequestError: a step failed; the class says which.
         """
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
+        files = _files_of(request)
+        replaceable, owners = look(files, self._outputs)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode():
             with timed(timings, "load_vae"):
@@ -149,12 +169,15 @@ class LatentEncoder:
                 image = load_image(self.runtime, request.image_path, self._images)
             with timed(timings, "scale"):
                 scaled = scale_image(self.runtime, image.pixels, request, vae.cells.factor)
-        files = _files_of(request)
         prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
+        refuse_files_of_another(request, files, owners)
+        self._leftovers.remove(files.folder)
         return Prepared(
             request=request,
             files=files,
             vae=vae,
+            origin=origin,
+            replaceable=replaceable,
             fingerprint=fingerprint(request, files, image.sha256, vae, self.runtime),
             image_sha256=image.sha256,
             image_notes=image.notes,
@@ -181,11 +204,17 @@ class LatentEncoder:
     def write(self, encoded: Encoded) -> SuccessResponse:
         """Write the latent, the scaled image, the preview and the roundtrip image if they are set, and last the metadata.
 
+        If another process wrote the files of this request meanwhile, these stay, and the response is theirs.
+
         Raises:
-            AccessDenied, OutputDirNotWritable: the files cannot be written. None of them is left behind.
+            AccessDenied, InvalidRequest, OutputDirNotWritable: the files cannot be written. None of them is left behind.
         """
         prepared, files, comparison = encoded.prepared, encoded.prepared.files, encoded.comparison
-        with WRITING, open_output_folder(files.folder, self._outputs) as folder, StagedFiles(folder) as staged:
+        with (
+            WRITING,
+            open_output_folder(files.folder, self._outputs) as folder,
+            StagedFiles(folder, files.shared_name) as staged,
+        ):
             with timed(prepared.timings, "save"):
                 scaled_image = png_bytes(prepared.scaled)
                 facts = latent_facts(encoded, self.runtime, scaled_image)
@@ -201,16 +230,50 @@ class LatentEncoder:
                 staged.add_or_remove(files.preview.name, preview)
                 staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
             metadata = metadata_of(encoded, facts, latent, preview, self._clock())
-            staged.add(files.metadata.name, metadata.model_dump_json(indent=2).encode() + b"\n")
-            staged.publish()
+            described = metadata.model_dump_json(indent=2).encode() + b"\n"
+            staged.add(files.metadata.name, described)
+            stored = staged.publish(partial(self._stored_meanwhile, folder, prepared))
+            if stored is not None:
+                return success_response(prepared.request, files, stored.metadata, stored.whole)
+            self._own.add(files.metadata, checksum(described))
         return success_response(prepared.request, files, metadata, self._wanted(files))
 
-    def stored_response(self, request: EncodeRequest) -> SuccessResponse | None:
-        """Return the response that this request got before, if all files asked for are still there, whole and of this input.
+    def _stored_meanwhile(self, folder: OutputFolder, prepared: Prepared) -> StoredFiles | None:
+        """Return the files that this request's names have and that must stay; None if there are none. Nobody publishes now.
 
-        Checksums decide if the files are whole, the fingerprint in the metadata decides if they are of this input. An image
-        that is gone counts as unchanged, because the sender may remove it after the first response. A preview or roundtrip
-        image of the earlier run is named if it is whole, even if it is not asked for now.
+        Files that were there before the preparation are replaced, as those of this process are. Files that another process
+        published since may be those of a response that was sent: for example, this process was stopped, and its partition has
+        gone to another worker.
+
+        Raises:
+            InvalidRequest: they are those of another request id.
+            OutputDirNotWritable: they must stay, but are of another input.
+        """
+        request, files = prepared.request, prepared.files
+        refuse_files_of_another(request, files, owners_in(folder, files))
+        stored = stored_in(folder, files)
+        if stored is None or not stored.complete:
+            return None
+        if stored.are_of_record(prepared.origin):
+            return stored
+        replaceable = stored.metadata_sha256 == prepared.replaceable
+        if self._answers(stored, prepared.fingerprint) and not (replaceable and prepared.origin is None):
+            return stored
+        if replaceable or self._own.has(files.metadata, stored.metadata_sha256):
+            return None
+        raise OutputDirNotWritable(
+            f"Cannot write to output folder: {files.folder} (another process has written other files of the request "
+            f"{request.request_id!r} meanwhile, {files.metadata.name} among them; send the request again to replace them)"
+        )
+
+    def stored_response(self, request: EncodeRequest, origin: str | None = None) -> SuccessResponse | None:
+        """Return the response that this request got before, if its files are still there, whole and of this input.
+
+        Checksums decide if the files are whole. They are of this input if they were written for the same record, the one with
+        this `origin`: then image and VAE are not read, because they may have changed since. Otherwise the fingerprint in the
+        metadata decides, and all files asked for now must be there. An image that is gone counts as unchanged, because the
+        sender may remove it after the first response. A preview or roundtrip image of the earlier run is named if it is whole,
+        even if it is not asked for now.
 
         Raises:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
@@ -218,16 +281,32 @@ class LatentEncoder:
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
         files = _files_of(request)
         stored = read_stored(files, self._outputs)
-        if stored is None or not self._wanted(files) <= stored.whole:
+        if stored is None or not stored.are_of(request):
             return None
+        if stored.are_of_record(origin):
+            return success_response(request, files, stored.metadata, stored.whole)
+        # The image is not read if files are missing: reading and the VAE take time.
+        if not self._wanted(files) <= stored.whole:
+            return None
+        if not self._answers(stored, self._fingerprint_now(request, files, stored.metadata)):
+            return None
+        return success_response(request, files, stored.metadata, stored.whole)
+
+    def _fingerprint_now(self, request: EncodeRequest, files: OutputFiles, stored: Metadata) -> str:
+        """Return the fingerprint of a request with the image and the VAE as they are now."""
         try:
             image_sha256 = checksum(read_file(request.image_path, self._images))
         except ImageNotFound:
-            image_sha256 = stored.metadata.image_sha256
-        vae = self.vaes.get(request.vae_model_name)
-        if stored.metadata.fingerprint != fingerprint(request, files, image_sha256, vae, self.runtime):
-            return None
-        return success_response(request, files, stored.metadata, stored.whole)
+            image_sha256 = stored.image_sha256
+        return fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name), self.runtime)
+
+    def _answers(self, stored: StoredFiles, expected: str) -> bool:
+        """Return whether stored files have the expected fingerprint, and are all that are asked for now.
+
+        A latent that was encoded in tiles is one only if OOM_POLICY still allows tiles.
+        """
+        tiles = [of_tiles(expected)] if self._settings.oom_policy == "tile" else []
+        return stored.metadata.fingerprint in (expected, *tiles) and self._wanted(stored.files) <= stored.whole
 
     def _wanted(self, files: OutputFiles) -> frozenset[Path]:
         """Return the files that a request gets under these settings, except the metadata."""
@@ -246,6 +325,7 @@ def ready_encoder(settings: Settings) -> LatentEncoder:
         SetupError: `LatentEncoder.set_up` or `LatentEncoder.warm_up` failed.
     """
     encoder = LatentEncoder.set_up(settings)
+    encoder.remove_leftovers()
     if settings.warmup:
         encoder.warm_up()
     return encoder

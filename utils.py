@@ -110,15 +110,25 @@ def _find_extra_node(comfyui: Path, node_id: str) -> type:
 
 def _load_custom_nodes(comfyui: Path, package: str) -> dict[str, type]:
     """Return the node classes of a package in `custom_nodes/`, by node id."""
-    folder = comfyui / "custom_nodes"
-    path = next((path for path in (folder / package, folder / f"{package}.py") if path.exists()), None)
-    if path is None:
-        raise SetupError(f"No custom node package {package!r} in {folder}; CUSTOM_NODES names it.")
+    path = custom_node_path(comfyui, package)
     try:
         with isolated(path, comfyui):
             return _node_classes(_import_node_package(package, path))
     except Exception as exc:
         raise SetupError(f"The custom node package {path} cannot be loaded: {one_line(exc)}") from exc
+
+
+def custom_node_path(comfyui: Path, package: str) -> Path:
+    """Return the folder or the module of a package in `custom_nodes/`.
+
+    Raises:
+        SetupError: there is none.
+    """
+    folder = comfyui / "custom_nodes"
+    path = next((path for path in (folder / package, folder / f"{package}.py") if path.exists()), None)
+    if path is None:
+        raise SetupError(f"No custom node package {package!r} in {folder}; CUSTOM_NODES names it.")
+    return path
 
 
 def _import_node_package(package: str, path: Path) -> ModuleType:

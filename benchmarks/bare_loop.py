@@ -23,8 +23,10 @@ import torch
 from config import Settings
 from latent_encoder.access import ANYWHERE
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
-from latent_encoder.outputs.files import OutputFiles, StagedFiles, open_output_folder, output_files
+from latent_encoder.outputs.files import StagedFiles
+from latent_encoder.outputs.folder import open_output_folder
 from latent_encoder.outputs.latent_files import latent_bytes
+from latent_encoder.outputs.names import OutputFiles, output_files
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.loaded_vae import LoadedVae

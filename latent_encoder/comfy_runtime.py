@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from latent_encoder.images.features import ENDINGS, Feature, ImageNote, decoder_
 from latent_encoder.images.input_folder import Ending, InputFolders
 from latent_encoder.installer.comfy_packages import unsatisfied_packages
 from latent_encoder.releases import TESTED
-from utils import add_extra_model_paths, find_path, import_custom_nodes_minimal
+from utils import add_extra_model_paths, custom_node_path, find_path, import_custom_nodes_minimal
 
 
 class Vae(Protocol):
@@ -66,6 +67,8 @@ class ComfyRuntime:
         self.path = path
         self._folder_paths = importlib.import_module("folder_paths")
         self.nodes = import_custom_nodes_minimal(path, NODE_IDS, custom_nodes)
+        self.custom_nodes = {name: checksum_of_package(custom_node_path(path, name)) for name in sorted(set(custom_nodes))}
+        """Checksum of the code of each custom node package that is loaded: a package may change ComfyUI's own functions."""
         self.version = imported_version()
         self.device = str(importlib.import_module("comfy.model_management").vae_device())
         self._vae_loader = self._node("VAELoader", "vae_name")
@@ -225,6 +228,17 @@ def load_runtime(comfyui_path: Path, device: str, precision: str, custom_nodes: 
         import_nodes(path, device, precision)
         add_extra_model_paths(path)
         return ComfyRuntime(path, custom_nodes)
+
+
+def checksum_of_package(place: Path) -> str:
+    """Return the SHA-256 of the Python files of a node package, with their names, in hexadecimal."""
+    files = sorted(place.resolve().rglob("*.py")) if place.is_dir() else [place]
+    total = hashlib.sha256()
+    for file in files:
+        name = str(file.relative_to(place.resolve())) if place.is_dir() else file.name
+        content = file.read_bytes() if file.is_file() else b""
+        total.update(f"{name} {hashlib.sha256(content).hexdigest()} ".encode("utf-8", "surrogateescape"))
+    return total.hexdigest()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
-from errors import KafkaFailed, SetupError, one_line
+from errors import KafkaFailed, LatentEncoderError, SetupError, one_line, outside_cause
 from latent_encoder.access import log_missing_limits
 from latent_encoder.cli.parsing import fail
 from latent_encoder.exits import (
@@ -29,7 +29,8 @@ from latent_encoder.exits import (
     end_by_signal,
     stop_on_signals,
 )
-from latent_encoder.telemetry.logs import LogStyle, get_logger
+from latent_encoder.masking import masked
+from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_exceptions
 from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, stdout_on_stderr
 
 if TYPE_CHECKING:
@@ -70,25 +71,35 @@ def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
 
 def serve(settings: Settings) -> NoReturn:
     """Run Kafka mode until a signal: the first SIGTERM or SIGINT ends it after the work in flight, the second at once."""
+    log_stray_exceptions()
     log_missing_limits(settings)
     try:
         finished = _served(settings)
     except SettingsError as exc:
-        raise click.UsageError(f"A setting cannot be used. {exc}") from exc
-    except (SetupError, KafkaFailed) as exc:
-        complain(f"Error: {exc} Requests without a response are not committed.")
-        finished = False
-    except Exception:
-        log.exception("stopped by an unexpected error, please report it; nothing was lost")
+        raise click.UsageError(f"A setting cannot be used. {exc}") from None
+    except Exception as exc:
+        complain(f"Error: {_reason(exc)} Requests without a response are not committed.")
         finished = False
     logging.shutdown()
     # Python's own way out would wait for an encode that nobody needs any more, or crash: an encode cannot be interrupted.
     end_at_once(0 if finished else EXIT_SERVICE_FAILED)
 
 
+def _reason(exc: Exception) -> str:
+    """Return the reason why the service ends, as sentences. The traceback of an error that may be ours goes to the log."""
+    if isinstance(exc, LatentEncoderError):
+        return str(exc)
+    if cause := outside_cause(exc):
+        log.debug("the service ends", exc_info=exc)
+        return f"The service cannot go on: {cause.removesuffix('.')}."
+    log.error("stopped by an unexpected error", exc_info=exc)
+    return f"Unexpected error, please report it with the log: {type(exc).__name__}: {one_line(exc).removesuffix('.')}."
+
+
 def _served(settings: Settings) -> bool:
     """Respond to requests until a signal. Return whether all work in flight was finished."""
     from kafka_handler import KafkaHandler
+    from latent_encoder.start_event import log_start
     from latent_encoder.telemetry import tracing
     from latent_encoder.telemetry.http_server import http_server
     from service import ready_encoder
@@ -99,6 +110,7 @@ def _served(settings: Settings) -> bool:
         # In a thread that ends, and OpenMP's threads with it: see stages.py.
         with handler.health.busy("start"), ThreadPoolExecutor(max_workers=1) as thread:
             encoder = thread.submit(ready_encoder, settings).result()
+        log_start(settings, encoder)
         return handler.run(encoder)
 
 
@@ -169,7 +181,7 @@ def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any])
                 origins_of(given),
                 faults=faults,
                 as_json=given["as_json"],
-                echo=lambda text: click.echo(encodable(text, encoding), file=stdout),
+                echo=lambda text: click.echo(encodable(masked(text), encoding), file=stdout),
             )
     except OSError as exc:
         fail(f"Cannot write the report to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)

@@ -39,6 +39,10 @@ class Job(Protocol):
     def request(self) -> EncodeRequest | None: ...
 
     @property
+    def origin(self) -> str | None:
+        """Identity of the Kafka record: topic id, partition and offset. None outside of Kafka."""
+
+    @property
     def span(self) -> Span | None:
         """OpenTelemetry's span of the request, if OpenTelemetry is installed."""
 
@@ -134,14 +138,14 @@ class Stages(Generic[J]):
 
     def _prepare(self, job: J, request: Any) -> Prepared | SuccessResponse:
         """Prepare the encode, or return the stored response of a request that came before."""
-        stored = self._encoder.stored_response(request) if self._reuse else None
+        stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
         if stored is None and job.condemned:
             raise RequestCrashesWorker(
                 "Every worker that began this request died or hung before it ended. Look for the cause in the workers' logs: "
                 "most often memory runs out. Ask for fewer megapixels or give the workers more memory."
             )
         job.redelivered = stored is not None
-        return stored or self._encoder.prepare(request)
+        return stored or self._encoder.prepare(request, job.origin)
 
     def _encode(self, job: J, prepared: Prepared) -> Encoded:
         job.encoding = True

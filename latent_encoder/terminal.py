@@ -14,6 +14,8 @@ from typing import TextIO
 
 import click
 
+from latent_encoder.masking import masked
+
 STDOUT, STDERR = 1, 2  # file descriptors
 
 ASCII_MARKS = str.maketrans({"✓": "+", "✗": "x", "…": "..."})
@@ -46,9 +48,9 @@ def encodable(text: str, encoding: str) -> str:
 
 
 def complain(text: str) -> None:
-    """Write a line to standard error. If that fails, the exit status is the only report left."""
+    """Write a line without secrets to standard error. If that fails, the exit status is the only report left."""
     with suppress(OSError):
-        click.echo(text, err=True)
+        click.echo(masked(text), err=True)
 
 
 def complain_at_once(text: str) -> None:

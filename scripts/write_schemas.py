@@ -61,6 +61,13 @@ DLQ_HEADERS = {
     kafka_records.SERVICE_VERSION: "Version of the service.",
 }
 
+# The headers of a dead letter that its topic refused for its size.
+OMISSIONS = {
+    kafka_records.VALUE_OMITTED: "Bytes of the value, which is left out.",
+    kafka_records.KEY_OMITTED: "Bytes of the key, which is left out.",
+    kafka_records.HEADERS_OMITTED: "Bytes of the record's headers, which are left out; `unreadable` if a name is not UTF-8.",
+}
+
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
@@ -262,7 +269,7 @@ def json_message(schema: str, *, title: str, description: str, headers: str, key
 
 
 def dead_letter_message() -> Document:
-    added = {name: {"type": "string", "description": meaning} for name, meaning in DLQ_HEADERS.items()}
+    added = {name: {"type": "string", "description": meaning} for name, meaning in (DLQ_HEADERS | OMISSIONS).items()}
     return {
         "title": "Dead letter",
         "description": "A record of the request topic, unchanged, with headers that state the reason and its former place.",
@@ -270,7 +277,7 @@ def dead_letter_message() -> Document:
         "headers": {
             "type": "object",
             "description": "Those of the record, untouched, and these after them: UTF-8, numbers in decimal digits.",
-            "required": list(added),
+            "required": list(DLQ_HEADERS),
             "properties": added,
         },
         "payload": {"description": "The value of the record, byte for byte; none if it has none."},

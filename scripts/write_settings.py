@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from config import PROJECT_DIR, Settings
+from config import PROJECT_DIR, VARIABLES
 
 ENV_EXAMPLE = PROJECT / ".env.example"
 PAGE = PROJECT / "docs" / "configuration.md"
@@ -26,12 +26,12 @@ TABLE = re.compile(r"(?<=\|---\|---\|---\|\n)(\| `[A-Z_]+` \|.*\n)+")
 
 def main() -> None:
     header, _, _ = ENV_EXAMPLE.read_text(encoding="utf-8").partition("\n\n")
-    ENV_EXAMPLE.write_text("\n\n".join((header, *map(env_entry, Settings.model_fields.items()))) + "\n", encoding="utf-8")
-    table = "".join(map(table_row, Settings.model_fields.items()))
+    ENV_EXAMPLE.write_text("\n\n".join((header, *map(env_entry, VARIABLES.items()))) + "\n", encoding="utf-8")
+    table = "".join(map(table_row, VARIABLES.items()))
     page, tables = TABLE.subn(lambda _: table, PAGE.read_text(encoding="utf-8"))
     assert tables == 1, f"{PAGE} has {tables} tables of settings"
     PAGE.write_text(page, encoding="utf-8")
-    print(f"{len(Settings.model_fields)} settings written to {ENV_EXAMPLE.name} and {PAGE.relative_to(PROJECT)}")
+    print(f"{len(VARIABLES)} variables written to {ENV_EXAMPLE.name} and {PAGE.relative_to(PROJECT)}")
 
 
 def env_entry(setting: tuple[str, FieldInfo]) -> str:

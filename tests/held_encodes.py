@@ -1,8 +1,9 @@
 """Encodes that begin when a test lets them: no test has to assume that an encode takes long.
 
-    python -m tests.held_encodes GATE_FOLDER [OPTIONS OF main.py]
+    python -m tests.held_encodes GATE_FOLDER STAGE [OPTIONS OF main.py]
 
-The command runs `main.py` with its encodes held. The encode is the real one; only its beginning is delayed.
+The command runs `main.py` with its encodes held, or with `STAGE` another stage: a method of `LatentEncoder`. The stage is the
+real one; only its beginning is delayed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from latent_encoder.outputs.encoded import Encoded, Prepared
 from service import LatentEncoder
 from tests.helpers import PATIENCE_S, PROJECT
 
@@ -27,10 +28,15 @@ class Gate:
     """A gate before each encode, shared between processes by files in a folder. It is closed at first."""
 
     folder: Path
+    stage: str = "encode_prepared"
 
     @property
     def _begun(self) -> Path:
         return self.folder / "begun"
+
+    @property
+    def _ended(self) -> Path:
+        return self.folder / "ended"
 
     @property
     def _open(self) -> Path:
@@ -39,26 +45,36 @@ class Gate:
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Hold the encodes of this process."""
-        encode, begun, is_open = LatentEncoder.encode_prepared, self._begun, self._open
+        run, begun, is_open, ended = getattr(LatentEncoder, self.stage), self._begun, self._open, self._ended
 
-        def held(self: LatentEncoder, prepared: Prepared) -> Encoded:
+        def held(self: LatentEncoder, work: Any) -> Any:
             begun.touch()
             while not is_open.exists():
                 time.sleep(POLL_S)
-            return encode(self, prepared)
+            try:
+                return run(self, work)
+            finally:
+                ended.touch()
 
-        LatentEncoder.encode_prepared = held  # type: ignore[method-assign]
+        setattr(LatentEncoder, self.stage, held)
         try:
             yield
         finally:
             self.open()
-            LatentEncoder.encode_prepared = encode  # type: ignore[method-assign]
+            setattr(LatentEncoder, self.stage, run)
 
     def wait(self) -> None:
         """Wait until an encode is held."""
+        self._wait_for(self._begun)
+
+    def wait_for_end(self) -> None:
+        """Wait until an encode that was held has ended, with a result or not."""
+        self._wait_for(self._ended)
+
+    def _wait_for(self, file: Path) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while not self._begun.exists():
-            assert time.monotonic() < deadline, "no encode has begun"
+        while not file.exists():
+            assert time.monotonic() < deadline, f"no {self.stage} has {file.name}"
             time.sleep(POLL_S)
 
     def open(self) -> None:
@@ -67,7 +83,7 @@ class Gate:
 
 
 if __name__ == "__main__":
-    _, folder, *arguments = sys.argv
+    _, folder, stage, *arguments = sys.argv
     sys.argv = [str(PROJECT / "main.py"), *arguments]
-    with Gate(Path(folder)).holding():
+    with Gate(Path(folder), stage).holding():
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from config import Settings
+from config import VARIABLES, Settings
 from latent_encoder.requests import parse_request
 from models import EncodeRequest
 from tests.trees import PINNED_TREE, PROJECT, TINY_VAE, TREE, VAE
@@ -52,7 +52,7 @@ def clean_environment() -> dict[str, str]:
 
     PYTHONUNBUFFERED is left out: with it, Python has nothing to flush at its end, and tests of a failing flush show nothing.
     """
-    variables = {"PYTHONUNBUFFERED", *(name.upper() for name in Settings.model_fields)}
+    variables = {"PYTHONUNBUFFERED", *(name.upper() for name in VARIABLES)}
     return {name: value for name, value in os.environ.items() if name not in variables} | PROCESS_SETTINGS
 
 

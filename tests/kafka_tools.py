@@ -102,7 +102,8 @@ class Bench:
         self.group = f"{name}-group"
         self.admin = AdminClient({**QUIET, "bootstrap.servers": bootstrap_servers})
         self._closing: list[Callable[[], object]] = []
-        self._producer = Producer({**QUIET, "bootstrap.servers": bootstrap_servers, "linger.ms": 0})
+        sender = {"linger.ms": 0, "message.max.bytes": 100_000_000}  # bytes; the topic decides
+        self._producer = Producer({**QUIET, "bootstrap.servers": bootstrap_servers, **sender})
 
     def create(self, *names: str, config: Mapping[str, str] | None = None, partitions: int | None = None) -> None:
         """Create the named topics, or the three of the test if none is named."""
@@ -225,17 +226,17 @@ class Bench:
     @contextmanager
     def held_process(self, gate: Gate, **environment: str) -> Iterator[Process]:
         """Run a worker as a process whose encodes the gate holds, and kill it at the end if it is still there."""
-        process = Process(self, ["-m", "tests.held_encodes", gate.folder, "--mode", "kafka"], environment)
+        process = Process(self, ["-m", "tests.held_encodes", gate.folder, gate.stage, "--mode", "kafka"], environment)
         try:
             yield process
         finally:
             process.kill()
 
-    def gate(self) -> Gate:
-        """Return a closed gate for the encodes of a worker; a test needs at most one."""
+    def gate(self, stage: str = "encode_prepared") -> Gate:
+        """Return a closed gate for the encodes of a worker, or for another stage; a test needs at most one."""
         folder = self.folder / "gate"
         folder.mkdir()
-        return Gate(folder)
+        return Gate(folder, stage)
 
     def close(self) -> None:
         for close in self._closing:

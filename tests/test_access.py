@@ -25,7 +25,8 @@ from errors import AccessDenied, ErrorCode, ImageInvalid, ImageNotFound, OutputD
 from latent_encoder import access
 from latent_encoder.access import ANYWHERE, MOST_SYMLINKS, AllowedFolders, absolute, resolved
 from latent_encoder.images.source import ImageLimits, read_file
-from latent_encoder.outputs.files import StagedFiles, open_output_folder
+from latent_encoder.outputs.files import StagedFiles
+from latent_encoder.outputs.folder import open_output_folder
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import IMAGES, PATIENCE_S, TINY_VAE, RunMain, request_for

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from config import PROJECT_DIR, VERSION, Settings, SettingsError, load_settings
+from config import PROJECT_DIR, VARIABLES, VERSION, Settings, SettingsError, load_settings
 
 SPECIFIED = (
     "MODE",
@@ -33,7 +33,7 @@ SPECIFIED = (
 def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove `.env` and all variables except those that a test sets."""
     monkeypatch.chdir(tmp_path)
-    for name in Settings.model_fields:
+    for name in VARIABLES:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
@@ -133,10 +133,7 @@ def shown_default(field: FieldInfo) -> str:
 
 def test_env_example_lists_every_variable_with_its_default_and_meaning() -> None:
     """The file has every setting in the code's order, word for word."""
-    expected = [
-        f"# {field.description}\n#{name.upper()}={shown_default(field)}".rstrip()
-        for name, field in Settings.model_fields.items()
-    ]
+    expected = [f"# {field.description}\n#{name.upper()}={shown_default(field)}".rstrip() for name, field in VARIABLES.items()]
     text = (PROJECT_DIR / ".env.example").read_text(encoding="utf-8")
     assert text.split("\n\n", 1)[1].strip().split("\n\n") == expected
 
@@ -144,7 +141,7 @@ def test_env_example_lists_every_variable_with_its_default_and_meaning() -> None
 def test_table_of_the_documentation_is_the_code() -> None:
     """The table has the variable, the default and the description of each setting."""
     expected = []
-    for name, field in Settings.model_fields.items():
+    for name, field in VARIABLES.items():
         default = f"`{shown_default(field)}`" if shown_default(field) else ""
         expected.append(f"| `{name.upper()}` | {default} | {field.description} |".replace("|  |", "| |"))
     page = (PROJECT_DIR / "docs" / "configuration.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from errors import ErrorCode, InvalidRequest, RequestError, translated
+from errors import ErrorCode, InvalidRequest, RequestError, one_line, translated
 
 
 def error_classes(base: type[RequestError] = RequestError) -> list[type[RequestError]]:
@@ -41,6 +41,25 @@ def test_foreign_exception_becomes_one_line() -> None:
     assert isinstance(caught.value.__cause__, ForeignError)
     with pytest.raises(InvalidRequest, match=r"^Step: StopIteration$"), translated(InvalidRequest, "Step"):
         raise StopIteration
+
+
+@pytest.mark.parametrize("error", error_classes())
+def test_text_of_an_error_is_utf8(error: type[RequestError]) -> None:
+    r"""A byte of a file name that is not UTF-8 is written `\xff`, any other lone surrogate `\ud800`."""
+    assert str(error("caf\udce9 \ud800 é \U0001f600")) == "caf\\xe9 \\ud800 é \U0001f600"
+
+
+def test_text_of_a_foreign_exception_is_utf8_or_its_class() -> None:
+    """An exception whose text cannot be made has the name of its class."""
+    assert one_line(OSError("a\udcff")) == "a\\xff"
+    assert one_line(Unprintable()) == "Unprintable"
+
+
+class Unprintable(Exception):
+    """An exception that fails when it is printed."""
+
+    def __str__(self) -> str:
+        raise ValueError
 
 
 class ForeignError(Exception):

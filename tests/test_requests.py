@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import ErrorCode, InvalidRequest
-from latent_encoder.requests import parse_request, request_id_of
+from latent_encoder.requests import MOST_CANDIDATES, SEARCHED_BYTES, find_text, parse_request, request_id_of
 from models import EncodeRequest
 
 IMAGE = {"image_path": "photo.jpg"}
@@ -117,3 +118,46 @@ def test_deep_or_large_value_is_described(value: object) -> None:
     """Python's own `repr` fails on values that are nested about as deeply as JSON may be."""
     with pytest.raises(InvalidRequest, match=r"^Invalid request: megapixels: Input should be a valid number \(got .{1,80}\)$"):
         parse_request({**IMAGE, "megapixels": value}, {})
+
+
+LARGE = 8 * 2**20
+"""Bytes of a large message."""
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (b'{"request_id": "a", "pad": "' + b"x" * LARGE, "a"),
+        (b'{"pad": "' + b"x" * LARGE + b'", "request_id": "a"', "a"),
+        (b'{"request_id": "a", "pad": "' + b"x" * LARGE + b'", "request_id": "a"', "a"),
+        (b'{"request_id": "a", "pad": "' + b"x" * LARGE + b'", "request_id": "b"', None),
+        (b'{"pad": "' + b"x" * LARGE + b'", "request_id": "a", "end": "' + b"x" * LARGE, None),
+        (b'"request_id": "' * (LARGE // 15), None),
+        (b'"request_id": "' + b'\\"' * (LARGE // 2), None),
+        (b'"request_id"' + b" " * LARGE, None),
+        (b"".join(b'"request_id": "%d\x01"' % n for n in range(LARGE // 20)), None),
+    ],
+    ids=["first", "last", "both", "two", "middle", "many", "open", "spaces", "damaged"],
+)
+def test_id_of_a_large_message_is_found_in_little_memory(message: bytes, expected: str | None) -> None:
+    """Only the beginning and the end are searched, so 8 MiB take less than 2 MB."""
+    tracemalloc.start()
+    try:
+        assert find_text(message, "request_id") == expected
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("place", [SEARCHED_BYTES - 20, SEARCHED_BYTES, 2 * SEARCHED_BYTES - 60])
+def test_id_is_found_anywhere_in_a_short_message(place: int) -> None:
+    """A message of twice the searched length is searched as a whole, also where the two parts meet."""
+    message = b"x" * place + b'"correlation_id": "c"'
+    assert find_text(message + b"x" * (2 * SEARCHED_BYTES - len(message)), "correlation_id") == "c"
+
+
+def test_message_with_many_ids_has_none() -> None:
+    """Beyond MOST_CANDIDATES different texts, none is tried, even if only one is valid."""
+    invalid = b"".join(b'"request_id": "\\ud800%d" ' % n for n in range(MOST_CANDIDATES - 1))
+    assert find_text(invalid + b'"request_id": "a"', "request_id") == "a"
+    assert find_text(invalid + b'"request_id": "\\ud800", "request_id": "a"', "request_id") is None

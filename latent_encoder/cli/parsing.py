@@ -18,6 +18,7 @@ from config import Settings
 from errors import one_line
 from latent_encoder.cli.completion import COMPLETE_VAR, normalised
 from latent_encoder.exits import EXIT_INTERRUPTED, EXIT_SERVICE_FAILED
+from latent_encoder.masking import masked
 from latent_encoder.suggestions import closest
 from latent_encoder.terminal import complain, drop_unwritten, forced_colours, open_closed_streams
 
@@ -71,8 +72,7 @@ class Command(cloup.Command):
             return super().main(args, complete_var=COMPLETE_VAR, **extra)
         except Exception as exc:
             if "--debug" in args:
-                with suppress(OSError):
-                    traceback.print_exc()
+                complain("".join(traceback.format_exception(exc)).rstrip())
                 fail("Unexpected error, please report it with the traceback above.", EXIT_SERVICE_FAILED)
             reason = one_line(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {one_line(exc)}"
             fail(f"Unexpected error: {reason}. Run again with --debug for details.", EXIT_SERVICE_FAILED)
@@ -99,6 +99,7 @@ def _wrong_usage_shown() -> Iterator[None]:
     try:
         yield
     except click.UsageError as exc:
+        exc.message = masked(exc.message)  # type: ignore[misc]  # it is final for subclasses
         with suppress(OSError):
             exc.show()
         sys.exit(exc.exit_code)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import psutil
 
+from latent_encoder.container import CGROUP_LIMIT, memory_limit
 from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
 
 OLDEST_PYTHON, TESTED_PYTHONS = (3, 11), ("3.11", "3.12", "3.13")
 
 PEAK_AT_MEGAPIXELS, PEAK_GB = (1.0, 4.0, 16.0), (1.4, 1.9, 4.4)
 """Peak memory of an encode with the full-size VAE in float32 on a CPU, measured: docs/encode_benchmark.png has the curve."""
-
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""The container's memory limit in bytes, or `max`: docs.kernel.org/admin-guide/cgroup-v2.html."""
 
 
 def check_python(_: Installation) -> Iterator[Check]:
@@ -37,15 +33,9 @@ def check_memory(installation: Installation) -> Iterator[Check]:
     """Compare the available memory with the need of an encode of MEGAPIXELS on a CPU."""
     megapixels = installation.settings.megapixels
     needed = float(np.interp(megapixels, PEAK_AT_MEGAPIXELS, PEAK_GB))
-    available = min(psutil.virtual_memory().available, _container_limit()) / 1e9
+    available = min(psutil.virtual_memory().available, memory_limit(CGROUP_LIMIT)) / 1e9
     found = f"{available:.1f} GB available; MEGAPIXELS={megapixels:g} takes about {needed:.1f} GB to encode on a CPU"
     if available < needed:
         yield warning("memory", found, "End other programs, ask for fewer megapixels, or give the container more memory.")
     else:
         yield tick("memory", found)
-
-
-def _container_limit() -> float:
-    """Return the memory limit of the container's control group in bytes; infinity if there is none."""
-    text = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
-    return math.inf if text == "max" else float(text)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import Settings, env_file_variables
+from config import VARIABLES, Settings, env_file_variables
 from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
-from latent_encoder.suggestions import closest
-
-TYPING_ERROR = 0.8
-"""The least likeness (0 to 1) of a misspelt name: one letter wrong. `MEGAPIXEL` is 0.95 like its setting, `VAE_MODEL` 0.78."""
+from latent_encoder.setting_names import UnknownVariable, unknown_variables
 
 
 def check_faults(installation: Installation) -> Iterator[Check]:
@@ -36,19 +33,20 @@ def check_set(installation: Installation) -> Iterator[Check]:
 
 
 def check_env_file(_: Installation) -> Iterator[Check]:
-    """Yield a warning for each variable in `.env` that is no setting but resembles one."""
+    """Yield a warning for each variable, in `.env` or the environment, that was probably meant as a setting."""
+    try:
+        yield from map(_unknown, unknown_variables())
+    except (OSError, UnicodeDecodeError):
+        return  # `check_faults` reports it
     if not Path(".env").is_file():
         yield tick(".env", f"none in {Path.cwd()}")
         return
-    try:
-        variables = env_file_variables()
-    except (OSError, UnicodeDecodeError):
-        return  # `check_faults` reports it
-    unknown = variables.keys() - Settings.model_fields.keys()
-    for name in sorted(unknown):
-        if similar := closest(name, Settings.model_fields, TYPING_ERROR):
-            yield warning(".env", f"{name.upper()} is no setting", f"Did you mean {similar.upper()}?")
-    yield tick(".env", f"{Path('.env').absolute()} sets {len(variables) - len(unknown)} settings")
+    yield tick(".env", f"{Path('.env').absolute()} sets {len(env_file_variables().keys() & VARIABLES.keys())} settings")
+
+
+def _unknown(variable: UnknownVariable) -> Check:
+    advice = f"Did you mean {variable.meant}?" if variable.meant else "docs/configuration.md lists all settings."
+    return warning(variable.source, f"{variable.name} is no setting", advice)
 
 
 def _shown(settings: Settings, field: str) -> str:

@@ -27,7 +27,8 @@ from latent_encoder.inspection.findings import Inspection, inspect_latent
 from latent_encoder.inspection.images import Painter
 from latent_encoder.inspection.text import as_json as json_line
 from latent_encoder.inspection.text import as_text, drawing, printable, unreadable_as_json
-from latent_encoder.outputs.files import StagedFiles, open_output_folder
+from latent_encoder.outputs.files import StagedFiles
+from latent_encoder.outputs.folder import open_output_folder
 from latent_encoder.terminal import complain, encodable, takes_colours
 
 

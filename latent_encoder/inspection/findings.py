@@ -12,8 +12,8 @@ import torch
 from pydantic import ValidationError
 
 from errors import one_line
-from latent_encoder.outputs.files import OutputFiles
 from latent_encoder.outputs.latent_files import read_latent_file
+from latent_encoder.outputs.names import OutputFiles
 from models import FileFormat, Metadata
 
 FileState = Literal["ok", "differs", "missing"]

@@ -53,9 +53,8 @@ def accused(error: RequestError, job: RecordJob, settings: Settings, vaes: Colle
     if isinstance(error, VaeModelNotFound) and request.vae_model_name in vaes:
         return "model folder"
     if isinstance(error, OutputDirNotWritable):
-        cause = error.__cause__
-        full = not isinstance(cause, OSError) or cause.errno in BROKEN_VOLUME
-        return f"output folder {request.output_dir}" if full or _below(request.output_dir, settings.output_dir) else None
+        ours = error.errno is not None and _below(request.output_dir, settings.output_dir)
+        return f"output folder {request.output_dir}" if ours or error.errno in BROKEN_VOLUME else None
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
@@ -49,3 +51,12 @@ class Clients:
             SettingsError: librdkafka refuses a property.
         """
         return make_client(Producer, producer_properties(self._settings) | {"error_cb": self._on_error}, self._settings)
+
+    def close(self, deadline: float) -> None:
+        """Leave the group, and return at the deadline (monotonic clock, s) at the latest.
+
+        Without a broker that responds, librdkafka would go on for minutes.
+        """
+        closing = threading.Thread(target=self.consumer.close, name="close", daemon=True)
+        closing.start()
+        closing.join(max(0.0, deadline - time.monotonic()))

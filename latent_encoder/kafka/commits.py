@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
@@ -10,7 +12,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from errors import KafkaFailed
 from latent_encoder.kafka.connection import is_fatal, kafka_failed
 from latent_encoder.kafka.jobs import Partition, RecordJob
-from latent_encoder.kafka.publishers import PositionAfter, PublisherEvents, produce
+from latent_encoder.kafka.publishers import Delivered, PositionAfter, PublisherEvents, produce
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 from latent_encoder.kafka.timers import Timers
 from latent_encoder.telemetry.logs import get_logger
@@ -20,6 +22,14 @@ log = get_logger("latent_encoder.kafka")
 
 COMMIT_AGAIN_AFTER_S = 1.0
 """Wait before a refused commit is repeated. A commit is refused during a rebalance, which takes about that long."""
+
+LEAST_SETTLE_S = 0.5
+"""Shortest time to wait for the confirmation of a last commit, also if the deadline has passed: a broker that is there takes
+milliseconds."""
+
+FIRST_WAIT_S = 0.05
+"""Wait before a last commit that the broker has not taken is repeated, doubled each time: it may be looking for the group's
+coordinator, or be in the middle of a rebalance."""
 
 
 class OffsetCommits:
@@ -31,6 +41,8 @@ class OffsetCommits:
         self._timers = timers
         self._failed = failed
         self._unconfirmed: dict[Partition, TopicPartition] = {}
+        self._repeating = False
+        """A repetition is due; further refusals wait for the same one."""
 
     def __len__(self) -> int:
         return len(self._unconfirmed)
@@ -40,17 +52,35 @@ class OffsetCommits:
         self._unconfirmed[offset.topic, offset.partition] = offset
         self._commit([offset])
 
-    def settle(self, partitions: Collection[Partition]) -> None:
-        """Commit the unconfirmed offsets of these partitions and wait for the broker."""
-        offsets = self._offsets(partitions)
-        if not offsets:
-            return
+    def settle(self, partitions: Collection[Partition], deadline: float) -> None:
+        """Commit the unconfirmed offsets of these partitions, and wait until the broker has them or the deadline has passed.
+
+        `deadline` is in seconds of the monotonic clock. A synchronous commit has no timeout: without a response of the broker
+        it takes minutes.
+        """
+        deadline = max(deadline, time.monotonic() + LEAST_SETTLE_S)
+        wait = FIRST_WAIT_S
+        while offsets := self._offsets(partitions):
+            self._commit(offsets)
+            if self._taken(offsets, deadline - time.monotonic()):
+                return
+            if time.monotonic() + wait > deadline:
+                unconfirmed = {offset.partition: offset.offset for offset in offsets}
+                log.warning("last commit is not confirmed, its requests may be delivered again", offsets=unconfirmed)
+                return
+            time.sleep(wait)
+            wait *= 2
+
+    def _taken(self, offsets: list[TopicPartition], timeout_s: float) -> bool:
+        """Ask the broker if it has taken these offsets; it responds to this question after the commit before it."""
+        places = [TopicPartition(offset.topic, offset.partition) for offset in offsets]
         try:
-            confirmed = self._consumer.commit(offsets=offsets, asynchronous=False)
-        except KafkaException as exc:
-            self.on_commit(exc.args[0], offsets)
-        else:
-            self.on_commit(None, confirmed or [])
+            committed = self._consumer.committed(places, timeout_s)
+        except KafkaException:
+            return False
+        for partition in committed:
+            self._confirm(partition)
+        return not self._offsets([(offset.topic, offset.partition) for offset in offsets])
 
     def forget(self, partitions: Collection[Partition]) -> None:
         """Forget the unconfirmed offsets of these partitions."""
@@ -71,7 +101,8 @@ class OffsetCommits:
                 place = {"topic": partition.topic, "partition": partition.partition, "offset": partition.offset}
                 log.warning("commit refused", reason=refusal.str(), error_code=refusal.name(), **place)
                 again = True
-        if again:
+        if again and not self._repeating:
+            self._repeating = True
             self._timers.after(COMMIT_AGAIN_AFTER_S, self._commit_again)
 
     def _confirm(self, partition: TopicPartition) -> None:
@@ -81,6 +112,7 @@ class OffsetCommits:
             del self._unconfirmed[place]
 
     def _commit_again(self) -> None:
+        self._repeating = False
         if self._unconfirmed:
             self._commit(self._offsets(self._unconfirmed.keys()))
 
@@ -106,6 +138,8 @@ class PublishThenCommit:
         self._position_after = position_after
         self._producer = producer
         self._events = events
+        self._unsent: deque[tuple[RecordJob, Outgoing, Delivered]] = deque()
+        """Records that the producer's queue had no room for, in order."""
 
     def publish(self, job: RecordJob) -> None:
         refused: list[RefusedRecord] = []
@@ -121,11 +155,21 @@ class PublishThenCommit:
 
         if not job.records:
             self._published(job, refused)
-        for record in job.records:
+        self._unsent.extend((job, record, delivered) for record in job.records)
+        self._send()
+
+    def _send(self) -> None:
+        """Hand the unsent records to the producer until its queue is full; `poll` goes on as soon as it has room."""
+        while self._unsent:
+            job, record, delivered = self._unsent[0]
             try:
-                produce(self._producer, record, delivered)
+                if not job.dropped:
+                    produce(self._producer, record, delivered)
+            except BufferError:
+                return
             except KafkaException as exc:
                 delivered(record, exc.args[0])
+            self._unsent.popleft()
 
     def _published(self, job: RecordJob, refused: list[RefusedRecord]) -> None:
         """Commit the job, or report the records that were refused; the others arrived and are not published again."""
@@ -139,9 +183,10 @@ class PublishThenCommit:
 
     def poll(self) -> None:
         self._producer.poll(0)
+        self._send()
 
-    def before_revoke(self, partitions: Collection[Partition]) -> None:
-        self._commits.settle(partitions)
+    def before_revoke(self, partitions: Collection[Partition], deadline: float) -> None:
+        self._commits.settle(partitions, deadline)
 
     def forget(self, partitions: Collection[Partition]) -> None:
         self._commits.forget(partitions)
@@ -150,5 +195,5 @@ class PublishThenCommit:
     def settled(self) -> bool:
         return not len(self._commits)
 
-    def close(self) -> None:
+    def close(self, deadline: float) -> None:  # noqa: ARG002  # nothing is waited for
         self._producer.purge()

@@ -6,7 +6,7 @@ The functions are pure: they read no clock, draw no random number and change not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from confluent_kafka import KafkaError
@@ -15,7 +15,7 @@ from config import Settings
 from errors import DeviceLost, KafkaFailed, MessageUnusable, RequestCrashesWorker, RequestError, ResponseRefused
 from latent_encoder.kafka.connection import kafka_failed
 from latent_encoder.kafka.jobs import RecordJob
-from latent_encoder.kafka.records import Outgoing, RefusedRecord, dead_letter, response_record
+from latent_encoder.kafka.records import Outgoing, RefusedRecord, dead_letter, response_record, smaller
 from models import ErrorResponse, Response, ResponseMessage, SuccessResponse
 
 MAX_BACKOFF_S = 60.0
@@ -29,6 +29,12 @@ RESEND_AFTER_S = 1.0
 
 TOPIC_GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
 """Errors of a broker that lost a topic, or got it back a moment ago."""
+
+TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
+"""Errors of a record that is over the limit of its topic, or of the topic's segments."""
+
+REFUSED_RECORD = TOO_LARGE | {KafkaError.INVALID_RECORD, KafkaError.INVALID_MSG, KafkaError._INVALID_ARG, KafkaError._BAD_MSG}
+"""Errors that concern one record: its size, or bytes that cannot be produced."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,9 @@ def after_refusal(
 ) -> Replace | Stop:
     """Decide about a job some of whose records the broker refused; `undelivered` are those not acknowledged yet.
 
-    A topic that is gone may come back. A response that its topic finds too large becomes a dead letter. Every other
-    refusal stops the worker, because the record would be lost.
+    A topic that is gone may come back. A response that its topic refuses for its size or content becomes a dead letter, and
+    a dead letter is published without its largest part. Every other refusal stops the worker, because the record would be
+    lost.
     """
     assert job.result is not None, "only a finished job is published"
     finish = Finish(job.result, undelivered, job.dead_lettered)
@@ -128,18 +135,23 @@ def after_refusal(
         is_response = record.topic == settings.kafka_response_topic
         if error.code() in TOPIC_GONE:
             continue
-        if not (is_response and error.code() == KafkaError.MSG_SIZE_TOO_LARGE):
+        instead = None if is_response else smaller(record)
+        if error.code() not in REFUSED_RECORD or not (is_response or instead):
             kind = "response" if is_response else "dead letter"
             return Stop(kafka_failed(f"Topic {record.topic} refused a {kind}", error))
-        finish = _instead_of_response(job, finish, record, error, settings)
+        if instead is None:
+            finish = _instead_of_response(job, finish, record, error, settings)
+        else:
+            finish = replace(finish, records=tuple(instead if other is record else other for other in finish.records))
     return Replace(finish)
 
 
 def _instead_of_response(
     job: RecordJob, finish: Finish, response: Outgoing, refusal: KafkaError, settings: Settings
 ) -> Finish:
-    """Replace a response that is too large by a dead letter, unless the job has one."""
-    error = ResponseRefused(f"Topic {response.topic} refused the response: {refusal.str()}. Raise its max.message.bytes.")
+    """Replace a response that its topic refuses by a dead letter, unless the job has one."""
+    advice = " Raise its max.message.bytes." if refusal.code() in TOO_LARGE else ""
+    error = ResponseRefused(f"Topic {response.topic} refused the response: {refusal.str()}.{advice}")
     others = tuple(record for record in finish.records if record is not response)
     instead = () if finish.dead_lettered else (dead_letter(job.record, error, job.attempts, settings),)
     return Finish(error, others + instead, dead_lettered=True)

@@ -69,10 +69,10 @@ class RecordJob:
     """None if the record holds no valid request."""
     sender: Sender = Sender(None, None)  # noqa: RUF009  # it is frozen
     """The ids that a response is addressed with, as far as the record has them; set when the record is read."""
+    origin: str | None = None
+    """Identity of the record, `topic id/partition/offset`: files that were written for it hold its response."""
     taken_at: float = field(default_factory=monotonic)
     """Seconds of the monotonic clock."""
-    origin: str | None = None
-    """The record's identity, `topic id/partition/offset`: another record of a topic created again has another one."""
     orphaned: bool = False
     """The record's topic was deleted: the request gets its response, and there is no offset to commit."""
     span: Span | None = None

@@ -27,7 +27,8 @@ NEEDS = "KAFKA_GROUP_PROTOCOL=consumer needs Apache Kafka 4.0 or newer with that
 
 def refused_membership(error: KafkaError, settings: Settings) -> KafkaFailed:
     """Return the exception for an error of the consumer that stops the worker, with the next step if it is known."""
-    failure = kafka_failed(f"Cannot consume topic {settings.kafka_request_topic}", error)
+    place = f"topic {settings.kafka_request_topic} in group {settings.kafka_consumer_group}"
+    failure = kafka_failed(f"Cannot consume {place}", error)
     text = error.str()
     if settings.kafka_group_protocol == "consumer" and "API version not supported" in text:
         return KafkaFailed(f"{failure} {NEEDS}")

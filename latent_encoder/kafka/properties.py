@@ -6,8 +6,8 @@ https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md
 
 from __future__ import annotations
 
-import configparser
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,8 @@ from pydantic import SecretStr
 
 from config import Settings, SettingsError
 from errors import one_line
+from latent_encoder.kafka.property_file import ALIASES, is_secret, read_property_file
+from latent_encoder.masking import HIDDEN, keep_secret
 
 Properties = dict[str, Any]
 Client = TypeVar("Client", Consumer, Producer, AdminClient)
@@ -26,6 +28,7 @@ Client = TypeVar("Client", Consumer, Producer, AdminClient)
 AT_LEAST_ONCE = "an offset would be committed before its request has a response"
 IN_ORDER = "responses could be lost or sent twice when the connection breaks"
 OWN_SETTING = "there is a setting for it: "
+NO_TEXT = "the client takes an object of Python for it, not text"
 REFUSED = {
     "enable.auto.commit": AT_LEAST_ONCE,
     "auto.commit.enable": AT_LEAST_ONCE,
@@ -52,6 +55,14 @@ REFUSED = {
     "group.id": OWN_SETTING + "KAFKA_CONSUMER_GROUP",
     "group.protocol": OWN_SETTING + "KAFKA_GROUP_PROTOCOL",
     "transactional.id": OWN_SETTING + "KAFKA_TRANSACTIONAL_ID",
+    "default.topic.config": NO_TEXT,
+    "error_cb": NO_TEXT,
+    "logger": NO_TEXT,
+    "oauth_cb": NO_TEXT,
+    "on_commit": NO_TEXT,
+    "on_delivery": NO_TEXT,
+    "stats_cb": NO_TEXT,
+    "throttle_cb": NO_TEXT,
 }
 
 CLASSIC_ONLY = {
@@ -73,8 +84,17 @@ DEFAULT_MAX_POLL_INTERVAL_MS = 300_000
 SYSLOG_CRITICAL = 2
 """librdkafka's log level that leaves out its message about each attempt to connect."""
 
-SECTION = "properties"
-"""The section header that `configparser` demands and a properties file lacks."""
+ACCESS = ("sasl.", "ssl.", "security.")
+"""The beginnings of the properties among which a secret may be put in the wrong place."""
+
+SHORTEST_MASKED = 5
+"""Characters of a value that an error of librdkafka must not show. Shorter ones are words of the errors, such as `true`."""
+
+SEEN_OF_VALUE = 60
+"""Characters of a value to look for in an error of librdkafka, which has room for some hundred."""
+
+INVALID_VALUE = re.compile(r'(?<=Invalid value )"[^"]*("|\Z) ?|(?<=Invalid value) (for .*?"): .*', re.DOTALL)
+"""The value in librdkafka's two messages about an invalid one: `Invalid value "rar" for …`, `Invalid value for …: rar`."""
 
 
 def consumer_properties(settings: Settings) -> Properties:
@@ -157,14 +177,48 @@ def make_client(kind: Callable[..., Client], properties: Properties, settings: S
     """
     try:
         return kind(properties, logger=logging.getLogger("librdkafka"))
-    except (KafkaException, ValueError, TypeError) as exc:
-        text = one_line(exc.args[0].str() if isinstance(exc, KafkaException) else exc)
-        for secret in (settings.kafka_sasl_password, settings.kafka_ssl_key_password):
-            text = text.replace(secret.get_secret_value(), "***") if secret else text
-        raise SettingsError(f"Kafka client: {text}") from exc
+    except Exception as exc:
+        # Not `from exc`: its text has the value. `SystemError` and others come from values that the client does not expect.
+        raise SettingsError(f"Kafka client: {_refusal(exc, properties, settings)}") from None
+
+
+def _refusal(exc: Exception, properties: Properties, settings: Settings) -> str:
+    """Return librdkafka's reason on one line: without values that may be secrets, and with the line that it is about."""
+    reason = exc.args[0].str() if isinstance(exc, KafkaException) else str(exc.__cause__ or exc)
+    in_file = read_property_file(settings.kafka_client_config) if settings.kafka_client_config else {}
+    about = [f"{name}, line {found.line}" for name, found in in_file.items() if _is_about(reason, name, found.value)]
+    place = f" ({'; '.join(about)} of KAFKA_CLIENT_CONFIG={settings.kafka_client_config})" if about else ""
+    hidden = {str(value) for name, value in properties.items() if name.startswith(ACCESS) or is_secret(name)}
+    shown = INVALID_VALUE.sub(lambda found: f" {found[2]}" if found[2] else "", reason)
+    for value in sorted({*hidden, *(found.value for found in in_file.values())}, key=len, reverse=True):
+        if len(value) >= SHORTEST_MASKED and value not in properties:
+            shown = shown.replace(value, HIDDEN)
+    return one_line(ValueError(shown)) + place
+
+
+def _is_about(reason: str, name: str, value: str) -> bool:
+    """Return whether a reason of librdkafka names a property, or has its value; librdkafka cuts long values."""
+    named = re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", reason)
+    return named is not None or (len(value) >= SHORTEST_MASKED and value[:SEEN_OF_VALUE] in reason)
+
+
+def overridden_properties(settings: Settings) -> list[str]:
+    """Return the properties in the file that a setting overrides with another value."""
+    in_file, given = _from_file(settings.kafka_client_config), _from_settings(settings)
+    return [name for name, value in in_file.items() if given.get(ALIASES.get(name, name), value) != value]
 
 
 def _common(settings: Settings) -> Properties:
+    # The worker logs once that its broker is away. librdkafka would log it at every attempt to connect.
+    quiet = {} if settings.log_level == "DEBUG" else {"log_level": SYSLOG_CRITICAL}
+    given = _from_settings(settings)
+    further = {
+        name: value for name, value in _from_file(settings.kafka_client_config).items() if ALIASES.get(name, name) not in given
+    }
+    return {"client.id": "latent-encoder", **quiet, **further, **given}
+
+
+def _from_settings(settings: Settings) -> Properties:
     named = {
         "bootstrap.servers": settings.kafka_bootstrap_servers,
         "security.protocol": settings.kafka_security_protocol,
@@ -176,31 +230,21 @@ def _common(settings: Settings) -> Properties:
         "ssl.key.location": settings.kafka_ssl_key_location,
         "ssl.key.password": settings.kafka_ssl_key_password,
     }
-    given = {name: _plain(value) for name, value in named.items() if value is not None}
-    # The worker logs once that its broker is away. librdkafka would log it at every attempt to connect.
-    quiet = {} if settings.log_level == "DEBUG" else {"log_level": SYSLOG_CRITICAL}
-    return {"client.id": "latent-encoder", **quiet, **_from_file(settings.kafka_client_config), **given}
+    return {name: _plain(value) for name, value in named.items() if value is not None}
 
 
 def _plain(value: str | Path | SecretStr) -> str:
-    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+    if not isinstance(value, SecretStr):
+        return str(value)
+    keep_secret(value.get_secret_value())  # settings that were copied with a change did not keep it
+    return value.get_secret_value()
 
 
 def _from_file(path: Path | None) -> Properties:
-    """Read a file of `name=value` lines, in which lines that start with `#` are comments."""
+    """Return the properties of the file, all of them texts."""
     if path is None:
         return {}
-    parser = configparser.ConfigParser(
-        delimiters=("=",), comment_prefixes=("#",), interpolation=None, default_section=SECTION, empty_lines_in_values=False
-    )
-    parser.optionxform = str  # type: ignore[assignment]  # by default names are changed to lower case
-    try:
-        parser.read_string(f"[{SECTION}]\n{path.read_text(encoding='utf-8')}", str(path))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise SettingsError(f"KAFKA_CLIENT_CONFIG: {path} cannot be read ({one_line(exc)}).") from exc
-    except configparser.Error as exc:
-        raise SettingsError(f"KAFKA_CLIENT_CONFIG: {path} is not a file of name=value lines.") from exc
-    properties = dict(parser.defaults())
+    properties = {name: found.value for name, found in read_property_file(path).items()}
     _refuse(path, properties, REFUSED)
     return properties
 

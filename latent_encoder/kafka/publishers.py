@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from confluent_kafka import KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from errors import KafkaFailed
+from errors import KafkaFailed, one_line
 from latent_encoder.kafka.jobs import Partition, RecordJob
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 
@@ -46,8 +46,11 @@ class Publisher(Protocol):
     def poll(self) -> None:
         """Serve the acknowledgements that came in."""
 
-    def before_revoke(self, partitions: Collection[Partition]) -> None:
-        """Commit the acknowledged jobs of these partitions before they are given away."""
+    def before_revoke(self, partitions: Collection[Partition], deadline: float) -> None:
+        """Commit the acknowledged jobs of these partitions before they are given away.
+
+        `deadline` is in seconds of the monotonic clock.
+        """
 
     def forget(self, partitions: Collection[Partition]) -> None:
         """Commit nothing more on these partitions, which belong to another worker now."""
@@ -56,19 +59,35 @@ class Publisher(Protocol):
     def settled(self) -> bool:
         """Every acknowledged job is committed."""
 
-    def close(self) -> None:
-        """Stop; records that are under way may or may not arrive."""
+    def close(self, deadline: float) -> None:
+        """Stop, soon after `deadline` (monotonic clock, s) at the latest; records that are under way may or may not arrive."""
 
 
-def produce(producer: Producer, record: Outgoing, delivered: Callable[[Outgoing, KafkaError | None], None]) -> None:
-    """Hand a record to the producer, which calls `delivered` with None once the broker has it, or with its refusal.
+Delivered = Callable[[Outgoing, KafkaError | None], None]
+"""The call by which a producer reports on a record: with None once the broker has it, or with its refusal."""
+
+
+def produce(producer: Producer, record: Outgoing, delivered: Delivered) -> None:
+    """Hand a record to the producer, which calls `delivered`.
 
     Raises:
         KafkaException: the producer does not take the record.
-        BufferError: the producer's queue is full.
+        BufferError: the producer's queue is full; it has room again after deliveries.
     """
 
     def on_delivery(error: KafkaError | None, _: Message) -> None:
         delivered(record, error)
 
-    producer.produce(record.topic, value=record.value, key=record.key, headers=list(record.headers), on_delivery=on_delivery)
+    try:
+        producer.produce(
+            record.topic, value=record.value, key=record.key, headers=list(record.headers), on_delivery=on_delivery
+        )
+    except KafkaException:
+        raise
+    except BufferError as exc:
+        if len(producer):
+            raise
+        # The queue is empty, so waiting would not help: its `queue.buffering.max.kbytes` is below the size of this record.
+        raise KafkaException(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE, "larger than the producer's queue")) from exc
+    except Exception as exc:  # the client cannot make a record of these bytes
+        raise KafkaException(KafkaError(KafkaError._INVALID_ARG, one_line(exc))) from exc

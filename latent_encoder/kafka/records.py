@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from operator import methodcaller
+from typing import Any, cast
 from uuid import NAMESPACE_URL, uuid5
 
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, KafkaError, Message
 
 from config import VERSION, Settings
-from errors import MessageUnusable, RequestError
-from latent_encoder.requests import parse_request, read_fields, usable_text
+from errors import MessageUnusable, RequestError, one_line
+from latent_encoder.requests import find_text, parse_request, read_fields, usable_text
 from models import EncodeRequest, ResponseMessage
 
 Headers = tuple[tuple[str, bytes | None], ...]
@@ -43,10 +41,26 @@ DLQ_HEADERS = (
     SERVICE_VERSION,
 )
 
+# The headers of a dead letter that lacks a part of its record, with the count of bytes that the part had.
+VALUE_OMITTED = "dlq.value.omitted"
+KEY_OMITTED = "dlq.key.omitted"
+HEADERS_OMITTED = "dlq.headers.omitted"
+OMISSIONS = (VALUE_OMITTED, KEY_OMITTED, HEADERS_OMITTED)
+UNREADABLE = "unreadable"
+"""The content of HEADERS_OMITTED if the headers could not be read, so that their size is unknown."""
+
+_headers_of = methodcaller("headers")
+"""The call of `Message.headers`. For a name that is not UTF-8 the client returns a damaged list beside its exception. Python
+checks that for a call from C, and raises; its own calls skip the check once they are optimised.
+"""
+
 
 @dataclass(frozen=True)
 class Incoming:
-    """A record as it was consumed. `timestamp` is in milliseconds of Unix time, or None if the record has none."""
+    """A record as it was consumed. `timestamp` is in milliseconds of Unix time, or None if the record has none.
+
+    `headers_fault` is the reason why the headers could not be read; they are empty then.
+    """
 
     topic: str
     partition: int
@@ -55,6 +69,7 @@ class Incoming:
     key: bytes | None
     value: bytes | None
     headers: Headers
+    headers_fault: str | None = None
 
     @classmethod
     def of(cls, message: Message) -> Incoming:
@@ -64,6 +79,7 @@ class Incoming:
         assert topic is not None
         assert partition is not None
         assert offset is not None
+        headers, fault = _read_headers(message)
         return cls(
             topic=topic,
             partition=partition,
@@ -71,7 +87,8 @@ class Incoming:
             timestamp=None if kind == TIMESTAMP_NOT_AVAILABLE else timestamp,
             key=_bytes(message.key()),
             value=_bytes(message.value()),
-            headers=tuple((name, _bytes(value)) for name, value in cast(RawHeaders, message.headers() or ())),
+            headers=headers,
+            headers_fault=fault,
         )
 
     @property
@@ -108,25 +125,36 @@ def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
     A request without an id gets one made of its topic, partition and offset, so a second delivery has the same id.
 
     Raises:
-        MessageUnusable: the record holds no JSON object, or is larger than `KAFKA_MAX_MESSAGE_BYTES`.
+        MessageUnusable: the record holds no JSON object, is larger than `KAFKA_MAX_MESSAGE_BYTES`, or has headers that cannot
+            be read.
         InvalidRequest: a field is missing, of the wrong type or out of range.
     """
-    fields = _read_fields(record.value, settings.kafka_max_message_bytes)
-    if fields.get("request_id") is None:
-        fields["request_id"] = _id_of_place(record)
-    return parse_request(fields, settings.request_defaults)
+    if record.headers_fault is not None:
+        raise MessageUnusable(
+            f"The headers of the record cannot be read: {record.headers_fault}. Send it with header names in UTF-8."
+        )
+    try:
+        fields = _read_fields(record.value, settings.kafka_max_message_bytes)
+        if fields.get("request_id") is None:
+            fields["request_id"] = _id_of_place(record)
+        return parse_request(fields, settings.request_defaults)
+    except RequestError:
+        raise
+    except Exception as exc:  # one record that nobody thought of ends no worker
+        raise MessageUnusable(f"The message cannot be read: {type(exc).__name__}: {one_line(exc)}.") from exc
 
 
 def sender_of(record: Incoming, max_bytes: int) -> Sender:
     """Return the ids of a request that may be invalid.
 
-    An unusable message has an id only if exactly one can be found in it. For example, a message that was cut off after
-    `"request_id": "a"` has the id `a`.
+    An unusable message has an id only if exactly one can be found in it (`find_text`). For example, a message that was cut off
+    after `"request_id": "a"` has the id `a`.
     """
     try:
         fields = _read_fields(record.value, max_bytes)
-    except MessageUnusable:
-        return Sender(_find_id(record, "request_id"), _find_id(record, "correlation_id"))
+    except Exception:  # MessageUnusable, or a fault that `read_request` reports
+        value = record.value or b""
+        return Sender(find_text(value, "request_id"), find_text(value, "correlation_id"))
     return Sender(usable_text(fields, "request_id") or _id_of_place(record), usable_text(fields, "correlation_id"))
 
 
@@ -140,20 +168,6 @@ def _read_fields(value: bytes | None, max_bytes: int) -> dict[str, Any]:
     if len(value) > max_bytes:
         raise MessageUnusable(f"The message has {len(value)} bytes, more than KAFKA_MAX_MESSAGE_BYTES={max_bytes}.")
     return read_fields(value)
-
-
-def _find_id(record: Incoming, name: Literal["request_id", "correlation_id"]) -> str | None:
-    found = {usable_text({name: value}, name) for value in _strings(record.value or b"", name)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _strings(value: bytes, name: str) -> Iterator[str]:
-    """Yield every JSON string that follows that name, at any depth of the message."""
-    for literal in re.findall(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % name.encode(), value):
-        try:
-            yield json.loads(literal)
-        except ValueError:
-            continue  # the string itself is damaged: not UTF-8, or with a control character
 
 
 def response_record(record: Incoming, message: ResponseMessage, topic: str) -> Outgoing:
@@ -176,18 +190,65 @@ def dead_letter(record: Incoming, error: RequestError, attempts: int, settings: 
         GROUP: settings.kafka_consumer_group,
         ATTEMPTS: attempts,
         SERVICE_VERSION: VERSION,
-    }
+    } | ({} if record.headers_fault is None else {HEADERS_OMITTED: UNREADABLE})
     headers = record.headers + tuple((name, str(value).encode()) for name, value in added.items())
     return Outgoing(settings.kafka_dlq_topic, record.key, record.value, headers)
 
 
-def revived(record: Incoming) -> Outgoing | None:
-    """Return the record that a dead letter was made of, for its original topic; None if the record is no dead letter."""
-    headers = dict(record.headers)
-    if any(headers.get(name) is None for name in DLQ_HEADERS):
+def smaller(letter: Outgoing) -> Outgoing | None:
+    """Return a dead letter without its largest part, which is the value, the key, or the headers of its record.
+
+    A header has the count of bytes that are left out. Return None if nothing is left that could be left out.
+    """
+    original, own = _split(letter.headers)
+    sizes = {
+        VALUE_OMITTED: len(letter.value or b""),
+        KEY_OMITTED: len(letter.key or b""),
+        HEADERS_OMITTED: sum(len(name.encode()) + len(value or b"") for name, value in original),
+    }
+    largest = max(sizes, key=lambda part: sizes[part])
+    if not sizes[largest]:
         return None
-    kept = tuple(header for header in record.headers if header[0] not in DLQ_HEADERS)
+    marked = (*own, (largest, str(sizes[largest]).encode()))
+    if largest == VALUE_OMITTED:
+        return replace(letter, value=None, headers=original + marked)
+    if largest == KEY_OMITTED:
+        return replace(letter, key=None, headers=original + marked)
+    return replace(letter, headers=marked)
+
+
+def omitted(record: Incoming) -> dict[str, str]:
+    """Return the parts that a dead letter lacks: of VALUE_OMITTED, KEY_OMITTED and HEADERS_OMITTED those in its headers."""
+    _, own = _split(record.headers)
+    return {name: (value or b"").decode() for name, value in own if name in OMISSIONS}
+
+
+def revived(record: Incoming) -> Outgoing | None:
+    """Return the record that a dead letter was made of, for its original topic.
+
+    Headers that the dead letter lacks are missing in it. Return None if the record is no dead letter, or one that lacks the
+    value or the key.
+    """
+    headers = dict(record.headers)
+    if any(headers.get(name) is None for name in DLQ_HEADERS) or omitted(record).keys() & {VALUE_OMITTED, KEY_OMITTED}:
+        return None
+    kept = tuple(header for header in record.headers if header[0] not in (*DLQ_HEADERS, *OMISSIONS))
     return Outgoing((headers[ORIGINAL_TOPIC] or b"").decode(), record.key, record.value, kept)
+
+
+def _split(headers: Headers) -> tuple[Headers, Headers]:
+    """Return the headers of the original record, and those that its dead letter added, which begin with ERROR_CODE."""
+    last = max((n for n, (name, _) in enumerate(headers) if name == ERROR_CODE), default=len(headers))
+    return headers[:last], headers[last:]
+
+
+def _read_headers(message: Message) -> tuple[Headers, str | None]:
+    """Return the headers of a message, or none and the reason. Call it once: a second call would return damaged headers."""
+    try:
+        found = cast(RawHeaders, _headers_of(message) or ())
+        return tuple((name, _bytes(value)) for name, value in found), None
+    except Exception as exc:  # SystemError, caused by UnicodeDecodeError
+        return (), one_line(exc.__cause__ or exc)
 
 
 def _bytes(value: str | bytes | None) -> bytes | None:

@@ -12,12 +12,11 @@ and created again: then offset and notes are those of other records.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from time import monotonic
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
 
 from latent_encoder.kafka.jobs import Partition, RecordJob
 from latent_encoder.telemetry.logs import get_logger
@@ -33,8 +32,11 @@ MOST_NOTED = 100
 READ_TIMEOUT_S = 10.0
 """Timeout of reading the notes: a rebalance waits for it, and the coordinator has responded a moment ago."""
 
-CLOSE_TIMEOUT_S = 1.0
-"""Longest wait for a commit that is under way while the worker stops. It may wait for a broker that is away."""
+CONFIRM_TIMEOUT_S = 0.5
+"""Longest wait of the loop for a confirmation: long beside a round trip, short enough for a stop to be noticed soon."""
+
+AGAIN_AFTER_S = 0.5
+"""Wait before notes that were not confirmed are committed again: the broker is away, or the group is in a rebalance."""
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Bookmark:
     wanted: Counts = field(default_factory=dict)
     """The notes that the broker should have."""
     committing: bool = False
+    """Notes were sent to the broker, and are not confirmed."""
 
     def due(self) -> Counts:
         """Return the notes to commit beside `offset`."""
@@ -60,43 +63,25 @@ class _Bookmark:
     @property
     def stale(self) -> bool:
         """The broker has other notes than it should."""
-        return self.offset is not None and self.due() != self.committed
-
-
-@dataclass(frozen=True)
-class NotesCommit:
-    """A commit of notes alone."""
-
-    bookmark: _Bookmark
-    position: TopicPartition
-    notes: Counts
+        return self.offset is not None and (self.committing or self.due() != self.committed)
 
 
 class Starts:
-    """The notes of this worker. A thread commits them, because the loop must not wait for the broker.
+    """The notes of this worker. For the thread that polls.
 
-    While a note is being committed, the job at the head of its partition is not published, and the other way round. Of two
-    commits that are under way at once, the older one could arrive last and take the offset back.
+    A commit of notes is confirmed by reading it back. The client reports commits only to a worker that polls for records, and
+    a worker that is full does not. Until then the response at the head of the partition is not published: in a transaction its
+    offset travels on another connection, and the older offset could arrive last.
     """
 
-    def __init__(
-        self, consumer: Consumer, max_crashes: int, committed: Callable[[NotesCommit, KafkaError | None], None]
-    ) -> None:
-        """Start the thread, which calls `committed` with the outcome of each commit; the loop then calls `settle`."""
+    def __init__(self, consumer: Consumer, max_crashes: int, now: Callable[[], float] = monotonic) -> None:
         self._consumer = consumer
         self._max_crashes = max_crashes
-        self._report = committed
+        self._now = now
+        self._again_at = 0.0
         self.topic_id: str | None = None
         """Id of the request topic, if its broker gives topics ids."""
         self._bookmarks: dict[Partition, _Bookmark] = {}
-        self._inbox: SimpleQueue[NotesCommit | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="starts", daemon=True)
-        self._thread.start()
-
-    @property
-    def threads(self) -> tuple[threading.Thread, ...]:
-        """The thread without which no request begins."""
-        return (self._thread,)
 
     # Partitions come and go.
 
@@ -143,7 +128,7 @@ class Starts:
     def taken(self, job: RecordJob) -> None:
         """Set the identity of a job that was just taken, and its count of crashes."""
         record = job.record
-        job.origin = f"{self.topic_id or record.topic}/{record.partition}/{record.offset}"
+        job.origin = self.topic_id and f"{self.topic_id}/{record.partition}/{record.offset}"
         job.max_crashes = self._max_crashes
         bookmark = self._bookmark(job)
         if bookmark is not None:
@@ -200,47 +185,46 @@ class Starts:
     # Commits of notes alone.
 
     def committing(self, place: Partition) -> bool:
-        """Return whether a note of this partition is being committed."""
+        """Return whether notes of this partition were sent and are not confirmed."""
         return place in self._bookmarks and self._bookmarks[place].committing
 
     def pending(self, partitions: Collection[Partition] | None = None) -> bool:
-        """Return whether notes of these partitions, or of all, have to be committed or are being committed."""
-        return any(
-            bookmark.stale or bookmark.committing
-            for place, bookmark in self._bookmarks.items()
-            if partitions is None or place in partitions
-        )
+        """Return whether notes of these partitions, or of all, have to be committed."""
+        return any(bookmark.stale for place, bookmark in self._bookmarks.items() if partitions is None or place in partitions)
 
     def commit(self, publishing: Collection[Partition]) -> None:
-        """Begin to commit the notes that changed, except of partitions with a response on its way."""
-        for place, bookmark in self._bookmarks.items():
-            if bookmark.stale and not bookmark.committing and place not in publishing:
-                assert bookmark.offset is not None
-                notes = bookmark.due()
-                bookmark.committing = True
-                self._inbox.put(NotesCommit(bookmark, self._position(place, bookmark.offset, notes), notes))
+        """Commit the notes that changed, except of partitions with a response on its way. Wait CONFIRM_TIMEOUT_S at most.
 
-    def settle(self, commit: NotesCommit, *, confirmed: bool) -> None:
-        """Take the outcome of a commit. Notes that were refused are committed again by a later `commit`."""
-        commit.bookmark.committing = False
-        if confirmed:
-            commit.bookmark.committed = commit.notes
+        Notes that the broker does not confirm are committed again by a later call.
+        """
+        stale = {place: bookmark for place, bookmark in self._bookmarks.items() if bookmark.stale and place not in publishing}
+        if not stale or self._now() < self._again_at:
+            return
+        for bookmark in stale.values():
+            bookmark.committing = True
+        try:
+            self._consumer.commit(offsets=[self._noted_position(*item) for item in stale.items()], asynchronous=True)
+            found = self._consumer.committed([TopicPartition(*place) for place in stale], timeout=CONFIRM_TIMEOUT_S)
+        except KafkaException as exc:
+            log.debug("notes of starts are not confirmed", reason=exc.args[0].str(), error_code=exc.args[0].name())
+        else:
+            for position in found:
+                self._confirm(position)
+        if any(bookmark.committing for bookmark in stale.values()):
+            self._again_at = self._now() + AGAIN_AFTER_S
 
-    def close(self) -> None:
-        """End the thread."""
-        self._inbox.put(None)
-        self._thread.join(CLOSE_TIMEOUT_S)
+    def _confirm(self, found: TopicPartition) -> None:
+        bookmark = self._bookmarks[found.topic, found.partition]
+        notes = parse_notes(found.metadata)[1]
+        if found.offset == bookmark.offset and notes == bookmark.due():
+            bookmark.committed, bookmark.committing = notes, False
+
+    def _noted_position(self, place: Partition, bookmark: _Bookmark) -> TopicPartition:
+        assert bookmark.offset is not None, "a note has an offset, that of its record"
+        return self._position(place, bookmark.offset, bookmark.due())
 
     def _position(self, place: Partition, offset: int, notes: Counts) -> TopicPartition:
         return TopicPartition(*place, offset, metadata=format_notes(self.topic_id, notes))
-
-    def _run(self) -> None:
-        while (commit := self._inbox.get()) is not None:
-            try:
-                (confirmed,) = self._consumer.commit(offsets=[commit.position], asynchronous=False)
-                self._report(commit, confirmed.error)
-            except KafkaException as exc:
-                self._report(commit, exc.args[0])
 
 
 def format_notes(topic_id: str | None, notes: Counts) -> str:

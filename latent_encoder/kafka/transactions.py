@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from errors import KafkaFailed, one_line
 from latent_encoder.kafka.connection import FATAL, is_fatal, kafka_failed
 from latent_encoder.kafka.jobs import Partition, RecordJob
-from latent_encoder.kafka.publishers import PositionAfter, PublisherEvents, produce
+from latent_encoder.kafka.publishers import Delivered, PositionAfter, PublisherEvents, produce
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import COMMITS
@@ -29,8 +30,8 @@ RETRY_S = 0.2
 AWAY = {KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._WAIT_COORD}
 """Errors of calls while no coordinator can be reached."""
 
-UNDONE = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._MSG_TIMED_OUT}
-"""Errors of records whose transaction was aborted for another reason; the broker did not refuse these records."""
+UNDONE = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._MSG_TIMED_OUT, KafkaError._STATE}
+"""Errors of records whose transaction failed for another reason; the broker did not refuse these records."""
 
 Result = TypeVar("Result")
 
@@ -67,7 +68,7 @@ class PublishInTransaction:
         """Serve events between transactions, for example a refused login; the calls of a transaction serve their own."""
         self._producer.poll(0)
 
-    def before_revoke(self, partitions: Collection[Partition]) -> None:
+    def before_revoke(self, partitions: Collection[Partition], deadline: float) -> None:
         """Do nothing: an acknowledged job is committed."""
 
     def forget(self, partitions: Collection[Partition]) -> None:
@@ -77,11 +78,11 @@ class PublishInTransaction:
     def settled(self) -> bool:
         return True
 
-    def close(self) -> None:
+    def close(self, deadline: float) -> None:
         self._closing.set()
         self._inbox.put(None)
-        # The call in progress and the abort after it have a timeout each. The worker ends even if a call hangs.
-        self._thread.join(2 * CALL_TIMEOUT_S)
+        # The worker ends also if a call does not: a transaction that stays open is aborted by the broker.
+        self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         try:
@@ -106,7 +107,8 @@ class PublishInTransaction:
             if error.code() in FATAL:
                 raise
             log.warning("transaction failed", reason=error.str(), error_code=error.name(), **job.record.place)
-            if not self._undone(job, error):
+            abort = isinstance(exc, _NotProduced) or error.txn_requires_abort()
+            if not self._undone(job, abort=abort):
                 self._committed(job)
                 return
             COMMITS.labels("refused").inc()
@@ -130,14 +132,28 @@ class PublishInTransaction:
 
         self._producer.begin_transaction()
         for record in job.records:
-            produce(self._producer, record, delivered)
+            self._produce(record, delivered)
         if position is not None:
             self._producer.send_offsets_to_transaction([position], group_metadata, CALL_TIMEOUT_S)
         self._while_away(lambda: self._producer.commit_transaction(CALL_TIMEOUT_S))
 
-    def _undone(self, job: RecordJob, error: KafkaError) -> bool:
-        """End a transaction that failed. Return False if the broker committed it all the same."""
-        if error.txn_requires_abort():
+    def _produce(self, record: Outgoing, delivered: Delivered) -> None:
+        """Hand a record to the producer; wait while its queue is full."""
+        while not self._closing.is_set():
+            try:
+                produce(self._producer, record, delivered)
+            except BufferError:
+                self._producer.poll(RETRY_S)
+            except KafkaException as exc:
+                delivered(record, exc.args[0])
+                raise _NotProduced(*exc.args) from exc
+            else:
+                return
+        raise _Closing
+
+    def _undone(self, job: RecordJob, *, abort: bool) -> bool:
+        """End a transaction that failed, by an abort if that can be. Return False if the broker committed it all the same."""
+        if abort:
             try:
                 self._producer.abort_transaction(CALL_TIMEOUT_S)
             except KafkaException as exc:
@@ -168,3 +184,7 @@ class PublishInTransaction:
 
 class _Closing(Exception):
     """The worker stops while a transaction waits for the broker."""
+
+
+class _NotProduced(KafkaException):
+    """The producer did not take a record, so the transaction can be aborted."""

@@ -8,7 +8,7 @@ import torch
 
 from latent_encoder.geometry import Size
 from latent_encoder.images.features import ImageNote
-from latent_encoder.outputs.files import OutputFiles
+from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.outputs.roundtrip import Comparison
 from latent_encoder.vae.encoding import EncodedImage
 from latent_encoder.vae.loaded_vae import LoadedVae
@@ -22,6 +22,11 @@ class Prepared:
     request: EncodeRequest
     files: OutputFiles
     vae: LoadedVae
+    origin: str | None
+    """Identity of the Kafka record that holds the request: topic id, partition and offset; None outside of Kafka."""
+    replaceable: str | None
+    """Checksum of the metadata file that was there when the preparation began, None if there was none: its files may be
+    replaced. Files that another process published later may be those of a response that was sent."""
     fingerprint: str
     """Checksum of everything that decides the files' content and place: `metadata.fingerprint`."""
     image_sha256: str

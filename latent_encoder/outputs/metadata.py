@@ -11,9 +11,12 @@ import torch
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import size_of
 from latent_encoder.outputs.encoded import Encoded
-from latent_encoder.outputs.files import OutputFiles
+from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.vae.loaded_vae import LoadedVae
 from models import CONTENT_FIELDS, EncodeRequest, LatentFacts, Metadata, Timings, utc_timestamp
+
+RESULT_VERSION = 1
+"""Raised with each change of ours that gives other numbers or pixels for the same input, so that they are computed anew."""
 
 STATED_OTHERWISE = ("vae_model_name", "latent_format")
 """Fields of a request that a fingerprint has in another form: the VAE as its checksum, the format as the path's suffix."""
@@ -62,28 +65,44 @@ def metadata_of(encoded: Encoded, facts: LatentFacts, latent: bytes, preview: by
         timestamp=utc_timestamp(moment),
         timings_ms=Timings(**prepared.timings),
         latent_sha256=checksum(latent),
-        fingerprint=prepared.fingerprint,
+        fingerprint=of_tiles(prepared.fingerprint) if encoded.image.tiled else prepared.fingerprint,
         preview_sha256=checksum(preview) if preview is not None else None,
         roundtrip=encoded.comparison and encoded.comparison.roundtrip,
+        request_id=prepared.request.request_id,
+        origin=prepared.origin,
     )
 
 
 def fingerprint(request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae, runtime: ComfyRuntime) -> str:
     """Return the SHA-256 of everything that decides content and place of the files.
 
-    If the fingerprint in stored metadata is equal to that of a new request, the files beside them are its result.
+    If the fingerprint in stored metadata is equal to that of a new request, the files beside them are its result. For a latent
+    that was encoded in tiles the metadata have `of_tiles` of it.
+
+    Left out is what changes only the order of additions: the count of threads, and the model of the CPU or GPU. torch counts,
+    because a release may change a kernel; its build does not.
     """
     parts = (
+        RESULT_VERSION,
         image_sha256,
         vae.sha256 or vae.name,
         vae.dtype,
         vae.encoder,
+        vae.compiled,
+        vae.device.partition(":")[0],
         *(getattr(request, name) for name in CONTENT_FIELDS if name not in STATED_OTHERWISE),
         runtime.version,
         runtime.decoder,
+        runtime.custom_nodes,
+        torch.__version__.partition("+")[0],
         str(files.latent),
     )
     return checksum(json.dumps(parts).encode())
+
+
+def of_tiles(fingerprint: str) -> str:
+    """Return the fingerprint of the same request if its latent is encoded in tiles, which gives other numbers."""
+    return checksum(f"{fingerprint} in tiles".encode())
 
 
 def checksum(data: bytes) -> str:

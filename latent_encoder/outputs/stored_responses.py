@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from errors import InvalidRequest
 from latent_encoder.access import AllowedFolders
-from latent_encoder.outputs.files import OutputFiles, OutputFolder
+from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.metadata import checksum
+from latent_encoder.outputs.names import OutputFiles
 from models import EncodeRequest, Metadata, SuccessResponse
+
+READS = 3
+"""Attempts to read files that another process replaces meanwhile. It replaces them once, so the second attempt succeeds."""
 
 
 @dataclass(frozen=True)
 class StoredFiles:
     """The files that an earlier run left."""
 
+    files: OutputFiles
     metadata: Metadata
+    metadata_sha256: str
+    """Checksum of the metadata file."""
     whole: frozenset[Path]
     """The files that are there and have the checksum that the metadata state."""
+
+    @property
+    def complete(self) -> bool:
+        """True if latent and scaled image, which every response names, are whole."""
+        return {self.files.latent, self.files.scaled_image} <= self.whole
+
+    def are_of(self, request: EncodeRequest) -> bool:
+        """Return whether they are not another request's. The metadata of older versions have no request id."""
+        return self.metadata.request_id in (None, request.request_id)
+
+    def are_of_record(self, origin: str | None) -> bool:
+        """Return whether they were written for this Kafka record, and so may be those of a response that was sent."""
+        return origin is not None and self.metadata.origin == origin and self.complete
 
 
 def read_stored(files: OutputFiles, allowed: AllowedFolders) -> StoredFiles | None:
@@ -31,12 +53,84 @@ def read_stored(files: OutputFiles, allowed: AllowedFolders) -> StoredFiles | No
     """
     try:
         with allowed.open_folder(str(files.folder)) as descriptor:
-            folder = OutputFolder(files.folder, descriptor)
-            metadata = Metadata.model_validate_json(folder.read(files.metadata.name))
-            stated: dict[Path, str] = {getattr(files, name): sha256 for name, sha256 in metadata.sha256_by_file.items()}
-            return StoredFiles(metadata, frozenset(path for path in stated if _is_whole(folder, path.name, stated[path])))
-    except (OSError, ValidationError):
+            return stored_in(OutputFolder(files.folder, descriptor), files)
+    except OSError:
         return None
+
+
+def stored_in(folder: OutputFolder, files: OutputFiles) -> StoredFiles | None:
+    """Return the stored files of these names in an open folder, or None if their metadata cannot be read.
+
+    Another process may replace them meanwhile. It takes the metadata away first, so metadata that are still the same at the
+    end belong to the files that were read.
+    """
+    for _ in range(READS):
+        data = metadata_in(folder, files.metadata.name)
+        if data is None:
+            return None
+        try:
+            metadata = Metadata.model_validate_json(data)
+        except ValidationError:
+            return None
+        stated: dict[Path, str] = {getattr(files, name): sha256 for name, sha256 in metadata.sha256_by_file.items()}
+        whole = frozenset(path for path in stated if _is_whole(folder, path.name, stated[path]))
+        if metadata_in(folder, files.metadata.name) == data:
+            return StoredFiles(files, metadata, checksum(data), whole)
+    return None
+
+
+def metadata_in(folder: OutputFolder, name: str) -> bytes | None:
+    """Return the content of a metadata file, or None if it cannot be read."""
+    try:
+        return folder.read(name)
+    except OSError:
+        return None
+
+
+def owners_in(folder: OutputFolder, files: OutputFiles) -> frozenset[str]:
+    """Return the request ids in the metadata files of these names, in any format of the latent and of any version."""
+    contents = (metadata_in(folder, name) for name in files.metadata_of_all_formats)
+    return frozenset(owner for content in contents if (owner := _owner(content)) is not None)
+
+
+def _owner(metadata: bytes | None) -> str | None:
+    try:
+        fields = json.loads(metadata or b"null")
+    except (ValueError, RecursionError):
+        return None
+    owner = fields.get("request_id") if isinstance(fields, dict) else None
+    return owner if isinstance(owner, str) else None
+
+
+def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, frozenset[str]]:
+    """Return the checksum of the metadata file, None if there is none, and the `owners_in` the folder.
+
+    Raises:
+        AccessDenied: the folder is none of those that are allowed.
+    """
+    try:
+        with allowed.open_folder(str(files.folder)) as descriptor:
+            folder = OutputFolder(files.folder, descriptor)
+            content = metadata_in(folder, files.metadata.name)
+            return checksum(content) if content is not None else None, owners_in(folder, files)
+    except OSError:
+        return None, frozenset()
+
+
+def refuse_files_of_another(request: EncodeRequest, files: OutputFiles, owners: Collection[str]) -> None:
+    """Refuse a request whose files would replace those of another request id.
+
+    Ids with the same file names are rare: two that differ only in case, on a file system that ignores it, or two with the same
+    checksum. `owners` are the ids in the metadata files that are there.
+
+    Raises:
+        InvalidRequest: one of them is another id.
+    """
+    if others := sorted(set(owners) - {request.request_id}):
+        raise InvalidRequest(
+            f"Invalid request: request_id: {files.latent} and the files beside it belong to the request "
+            f"{others[0][:80]!r}, and would be replaced; use another request_id or output_dir, or move those files"
+        )
 
 
 def success_response(

@@ -32,6 +32,7 @@ class ImageJob:
     encoding: bool = False
     redelivered: bool = False
     span: None = None
+    origin: None = None
     condemned: bool = False
 
     @property

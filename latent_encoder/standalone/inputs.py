@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import NAMESPACE_URL, uuid5
 
-from errors import LatentEncoderError, MessageUnusable, RequestError
+from errors import LatentEncoderError, MessageUnusable, RequestError, in_utf8
 from latent_encoder.access import absolute
 from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
 from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files found in folders; a file that is named may have any name
-OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the beginnings of the names that outputs/files.py gives
+OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the beginnings of the names that outputs/names.py gives
 STDIN = "-"
 IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
 """The fields that a lasting id is made of, with the image's path: a request that differs in one of them has another id."""
@@ -194,4 +194,4 @@ def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inp
     # A field that came later changes no id of a request that does not use it.
     used = {name for name in CONTENT_FIELDS if getattr(item, name) != EncodeRequest.model_fields[name].default}
     asked = item.model_dump_json(include=IN_LASTING_IDS | used)
-    return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, f"{absolute(item.image_path)} {asked}"))})
+    return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, in_utf8(f"{absolute(item.image_path)} {asked}")))})

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TextIO
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import FilteringBoundLogger, Processor
 
 from config import Settings
 from errors import RequestError, UnexpectedError, one_line
-from latent_encoder.terminal import takes_colours
+from latent_encoder.masking import masked
+from latent_encoder.terminal import complain, takes_colours
 
 ERASE_LINE = "\r\x1b[K"
+
+OUR_FIELDS = ("level", "logger", "timestamp")
+"""The fields of every event whose values are ours: a secret such as `info` must not change them."""
 
 AT_THE_DESK = ("standalone", "inspect", "doctor")
 """The modes whose result a person waits for."""
@@ -65,8 +71,9 @@ def log_failure(error: RequestError, **fields: Any) -> None:
 def configure_logging(level: str, log_format: str, tracebacks: bool = True, *, beside_bar: bool = False) -> None:
     """Send all log events, and Python's warnings, to standard error.
 
-    `log_format` is `json` or `text`. Without `tracebacks`, an exception is logged as one line. With `beside_bar`, another
-    process draws a progress bar on the same terminal.
+    Tracebacks have no values of variables, and known secrets are masked. `log_format` is `json` or `text`. Without
+    `tracebacks`, an exception is logged as one line. With `beside_bar`, another process draws a progress bar on the same
+    terminal.
     """
     as_json = log_format == "json"
     renderer: Processor = (
@@ -86,13 +93,54 @@ def configure_logging(level: str, log_format: str, tracebacks: bool = True, *, b
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *([] if tracebacks else [_without_traceback]),
-                *([structlog.processors.dict_tracebacks] if as_json else []),
+                TRACEBACK_AS_FIELDS if as_json else structlog.processors.format_exc_info,
+                _without_secrets,
                 renderer,
             ],
         )
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(capture=True)
+
+
+TRACEBACK_AS_FIELDS = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
+"""The traceback of a JSON event. structlog's default adds the local variables of each frame: settings, properties, headers."""
+
+
+def log_stray_exceptions() -> None:
+    """Log exceptions that end a thread or that nobody can catch, instead of printing them as Python does."""
+    log = get_logger("latent_encoder")
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            name = args.thread.name if args.thread else ""
+            log.error("a thread ended by an unexpected error", thread_name=name, exc_info=args.exc_value)
+
+    def of_nobody(args: sys.UnraisableHookArgs) -> None:
+        log.error("an unexpected error was ignored", exc_info=args.exc_value)
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_nobody
+
+
+def _without_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Mask secrets in the values of an event."""
+    for name, value in event.items():
+        if name not in OUR_FIELDS:
+            event[name] = _masked_value(value)
+    return event
+
+
+def _masked_value(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, Mapping):
+        return {masked(key) if isinstance(key, str) else key: _masked_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_masked_value(inner) for inner in value]
+    text = repr(value)  # as the renderers show it
+    return value if masked(text) == text else masked(text)
 
 
 def _without_traceback(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -118,6 +166,12 @@ class StderrHandler(logging.StreamHandler[TextIO]):
             if self._beside_bar and self.stream.isatty():
                 self.stream.write(ERASE_LINE)  # the other process soon draws the bar again
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name is Python's
+        """Report an event that cannot be written in one line; Python's own report shows its arguments."""
+        exc = sys.exception()
+        if not isinstance(exc, OSError):  # nobody reads this stream any more
+            complain(f"Error: A log event of {record.name} cannot be written ({type(exc).__name__}).")
 
 
 def _bars_cleared() -> AbstractContextManager[None]:

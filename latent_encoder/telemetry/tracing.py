@@ -6,14 +6,17 @@ configuration is OpenTelemetry's own: https://opentelemetry.io/docs/specs/otel/c
 
 from __future__ import annotations
 
+import logging
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from config import VERSION, SettingsError
-from errors import RequestError
+from errors import RequestError, one_line
+from latent_encoder.masking import masked
 from latent_encoder.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ except ImportError:
     INSTALLED = False
 else:
     INSTALLED = True
+    # It logs a header that is no valid baggage, with its content. Headers of requests stay out of the log.
+    logging.getLogger("opentelemetry.baggage").setLevel(logging.ERROR)
 
 log = get_logger("latent_encoder.tracing")
 
@@ -91,7 +96,11 @@ def begin(name: str, headers: Iterable[tuple[str, bytes | None]], attributes: Ma
     """Start the span of a request, a child of the one in the headers; return None if OpenTelemetry is not installed."""
     if not INSTALLED:
         return None
-    parent = propagate.extract({key: value.decode("utf-8", "replace") for key, value in headers if value is not None})
+    try:
+        parent = propagate.extract({key: value.decode("utf-8", "replace") for key, value in headers if value is not None})
+    except Exception as exc:  # of the propagator that OTEL_PROPAGATORS names
+        log.warning("trace context cannot be read, the request begins a trace of its own", reason=one_line(exc))
+        parent = None
     return trace.get_tracer(NAME, VERSION).start_span(name, parent, trace.SpanKind.CONSUMER, dict(attributes))
 
 
@@ -111,8 +120,15 @@ def step(name: str) -> Iterator[None]:
     if not INSTALLED or not trace.get_current_span().get_span_context().is_valid:
         yield
         return
-    with trace.get_tracer(NAME, VERSION).start_as_current_span(name):
-        yield
+    tracer = trace.get_tracer(NAME, VERSION)
+    with tracer.start_as_current_span(name, record_exception=False, set_status_on_exception=False) as span:
+        try:
+            yield
+        except Exception as exc:
+            text = masked("".join(traceback.format_exception(exc)))
+            span.record_exception(exc, {"exception.message": masked(str(exc)), "exception.stacktrace": text})
+            span.set_status(trace.StatusCode.ERROR, f"{type(exc).__name__}: {masked(str(exc))}")
+            raise
 
 
 def end(span: Span | None, error: RequestError | None) -> None:
@@ -121,5 +137,5 @@ def end(span: Span | None, error: RequestError | None) -> None:
         return
     if error is not None:
         span.set_attribute("error.type", error.code)
-        span.set_status(trace.StatusCode.ERROR, str(error))
+        span.set_status(trace.StatusCode.ERROR, masked(str(error)))
     span.end()

@@ -55,6 +55,11 @@ class VaeCache:
             self._loaded[key] = cached  # as the most recently used
             return cached[1]
 
+    def loaded(self, name: str) -> LoadedVae | None:
+        """Return the VAE of that name if it is in the cache. Its place in the cache and the metrics stay as they are."""
+        with self._lock:
+            return next((vae for _, vae in self._loaded.values() if vae.name == name), None)
+
     def _load(self, name: str, files: Sequence[Path], stamp: Stamp) -> LoadedVae:
         """Load a VAE after making room for it. Damaged files are refused first, because they must evict no sound VAE."""
         check_vae_files(name, files)

@@ -61,6 +61,11 @@ class LoadedVae:
         """The name of its encoder in the metadata."""
         return _kind(self.single_frame)
 
+    @property
+    def compiled(self) -> bool:
+        """True if its encoder is compiled, which changes the order of additions."""
+        return self.single_frame is not None and self.single_frame.compiled
+
     def encode(self, runtime: ComfyRuntime, pixels: torch.Tensor, oom_policy: OomPolicy) -> Encoding:
         """Encode an image, float32 `[1, height, width, 3]` in [0, 1], with VAEEncode. One thread at a time encodes.
 

@@ -59,6 +59,7 @@ class SingleFrameEncoder(nn.Module):
             UnknownArchitecture: the model is of another class, or has an unknown part.
         """
         super().__init__()
+        self.compiled = compiled
         activate = torch.compile(norm_silu, dynamic=True) if compiled else norm_silu
         try:
             self.patch = _patch_side(model)

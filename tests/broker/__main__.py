@@ -14,6 +14,7 @@ from confluent_kafka.cimpl import NewTopic
 from tests.broker import ApacheKafka, BrokerError, Tansu, choose_local
 
 TOPICS = ["latent-encoder-requests", "latent-encoder-responses", "latent-encoder-requests-dlq"]
+CONFIG = {"latent-encoder-requests-dlq": {"max.message.bytes": "10485760"}}  # a dead letter is larger than its request
 
 
 @click.command()
@@ -49,7 +50,9 @@ def start(port: int, data_dir: Path | None) -> ApacheKafka | Tansu:
 def create_topics(bootstrap_servers: str, partitions: int) -> None:
     """Create those of the service's topics that do not exist yet."""
     admin = AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 4})
-    for created in admin.create_topics([NewTopic(topic, partitions, 1) for topic in TOPICS]).values():
+    for created in admin.create_topics(
+        [NewTopic(topic, partitions, 1, config=CONFIG.get(topic, {})) for topic in TOPICS]
+    ).values():
         try:
             created.result()
         except KafkaException as error:

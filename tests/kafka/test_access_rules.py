@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import AclBindingFilter, ConfigResource
-from confluent_kafka.admin._acl import AclOperation, AclPermissionType
+from confluent_kafka.admin._acl import AclBindingFilter, AclOperation, AclPermissionType
+from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 from pydantic import SecretStr
 
@@ -21,7 +21,7 @@ from service import LatentEncoder
 from tests.broker import ApacheKafka
 from tests.broker.maven import class_path, java_and_maven_are_here
 from tests.helpers import PROJECT, RunMain
-from tests.kafka_tools import Bench, Events, MakeBench, as_environment, read_responses, sasl_settings, wait_until
+from tests.kafka_tools import Bench, MakeBench, as_environment, read_responses, sasl_settings, wait_until
 
 pytestmark = pytest.mark.skipif(not java_and_maven_are_here(), reason="needs Java 17 or newer and Maven")
 
@@ -157,25 +157,28 @@ def test_each_rule_is_needed(
     bench = make_bench(servers=strict.bootstrap_servers)
     shell(WORKER + TRANSACTIONS, bench)
     changes = credentials | {"kafka_sasl_password": SecretStr(strict.password), "kafka_group_protocol": protocol}
-    transactional = {"kafka_transactional_id": f"{bench.group}-0"}
+    transactional: dict[str, str] = {"kafka_transactional_id": f"{bench.group}-0"}
     bench.send({"request_id": "r"})
 
     def failure_without(kind: ResourceType, name: str, operation: AclOperation, **own: str) -> str:
-        rules = AclBindingFilter(kind, name, ResourcePatternType.ANY, None, None, operation, AclPermissionType.ANY)
+        """Return the error with which a worker ends while there is no rule for that operation."""
+        any_pattern, user = ResourcePatternType.ANY, f"User:{strict.username}"
+        rules = AclBindingFilter(kind, name, any_pattern, user, "*", operation, AclPermissionType.ALLOW)
         taken = bench.admin.delete_acls([rules])[rules].result()
-        assert taken
+        assert len(taken) == 1
         with bench.worker(encoder, bench.settings(settings, **changes | own)) as worker:
             failure = worker.failure()
-        if not isinstance(failure, KafkaFailed):
-            raise failure
         for restored in bench.admin.create_acls(taken).values():
             restored.result()
+        assert isinstance(failure, KafkaFailed)
         return str(failure)
 
-    TOPIC, GROUP = ResourceType.TOPIC, ResourceType.GROUP
-    assert bench.response_topic in failure_without(TOPIC, bench.response_topic, AclOperation.WRITE)
-    print(failure_without(TOPIC, bench.response_topic, AclOperation.WRITE, **transactional))
-    print(failure_without(GROUP, bench.group, AclOperation.READ))
-    print(failure_without(GROUP, bench.group, AclOperation.READ, **transactional))
-    print(failure_without(ResourceType.TRANSACTIONAL_ID, bench.group, AclOperation.WRITE, **transactional))
-    print(failure_without(TOPIC, bench.request_topic, AclOperation.READ))
+    topic, group = ResourceType.TOPIC, ResourceType.GROUP
+    for name in (bench.request_topic, bench.response_topic, bench.dlq_topic):
+        operation = AclOperation.READ if name == bench.request_topic else AclOperation.WRITE
+        assert f"Topic {name} may not be used by this user" in failure_without(topic, name, operation)
+    for own in ({}, transactional):
+        assert f"in group {bench.group}: " in failure_without(group, bench.group, AclOperation.READ, **own)
+    failure = failure_without(ResourceType.TRANSACTIONAL_ID, bench.group, AclOperation.WRITE, **transactional)
+    assert "Transactional Id authorization failed" in failure
+    assert bench.committed() == {}

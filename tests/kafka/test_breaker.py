@@ -49,7 +49,7 @@ def not_writable(number: int) -> OutputDirNotWritable:
         (not_writable(errno.EROFS), "/output/deep", "output folder /output/deep"),
         (not_writable(errno.EACCES), "/output/deep", "output folder /output/deep"),
         (not_writable(errno.ENOTDIR), "/elsewhere", None),
-        (OutputDirNotWritable("Too little space."), "/elsewhere", "output folder /elsewhere"),
+        (OutputDirNotWritable("Another process has them."), "/output", None),
         (EncodingFailed("No latent."), "/output", "encoder"),
         (UnexpectedError("No latent."), "/output", "encoder"),
         (VaeModelNotFound("It is gone."), "/output", "model folder"),

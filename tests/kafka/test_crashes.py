@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import pytest
 from config import Settings
 from models import Metadata
 from service import LatentEncoder
-from tests.helpers import load_latent
+from tests.helpers import IMAGES, PROJECT, load_latent
 from tests.kafka_tools import MakeBench, both_protocols, quick_failover, read_responses, request_ids, wait_until
 
 REQUESTS = 200
@@ -99,3 +103,48 @@ def test_zombie_answers_nothing(
         responses.take(2)
         bench.wait_for_commit({0: 2})
         zombie.wait_for("request answered")
+
+
+def test_zombie_replaces_no_file_of_the_response(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
+    """A worker that wakes up with its files ready to be written leaves those that the response names, of another image."""
+    bench = make_bench()
+    image = bench.folder / "image.jpg"
+    shutil.copy(IMAGES / "photo.jpg", image)
+    bench.send({"request_id": "r", "image_path": str(image)})
+    gate = bench.gate("write")
+    with bench.held_process(gate, **quick_failover(bench.folder)) as zombie:
+        gate.wait()
+        zombie.signal(signal.SIGSTOP)
+        shutil.copy(IMAGES / "grey.png", image)
+        with bench.worker(encoder, bench.settings(settings)):
+            (response,) = read_responses(bench.responses, 1)
+            bench.wait_for_commit({0: 1})
+            gate.open()
+            zombie.signal(signal.SIGCONT)
+            gate.wait_for_end()
+    assert response["metadata"]["image_sha256"] == sha256(image)
+    assert response["metadata"]["latent_sha256"] == sha256(Path(response["latent_file_path"]))
+    assert response["metadata"]["scaled_image_sha256"] == sha256(Path(response["scaled_image_path"]))
+    assert_whole(bench.folder / "output")
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_start_removes_the_temporary_files_of_a_killed_worker(make_bench: MakeBench) -> None:
+    """A worker that starts removes them from OUTPUT_DIR, before it has a request."""
+    bench = make_bench()
+    output = bench.folder / "output"
+    output.mkdir()
+    writing = "from tests.outputs.test_locks import HOLDER; exec(HOLDER)"
+    with subprocess.Popen(
+        [sys.executable, "-c", writing, output], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as killed:
+        assert killed.stdout is not None
+        killed.stdout.readline()
+        killed.kill()
+    assert len(list(output.iterdir())) == 2
+    with bench.process(WARMUP="false") as worker:
+        worker.wait_for("removed the temporary files of a process that was killed")
+        assert list(output.iterdir()) == []

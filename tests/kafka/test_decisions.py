@@ -37,7 +37,17 @@ from latent_encoder.kafka.decisions import (
     if_overdue,
 )
 from latent_encoder.kafka.jobs import RecordJob
-from latent_encoder.kafka.records import ATTEMPTS, ERROR_CODE, Incoming, Outgoing, sender_of
+from latent_encoder.kafka.records import (
+    ATTEMPTS,
+    ERROR_CODE,
+    Incoming,
+    Outgoing,
+    dead_letter,
+    omitted,
+    revived,
+    sender_of,
+    smaller,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 RECORD = Incoming("requests", 2, 7, None, b"key", b'{"request_id": "r1", "image_path": "a.png"}', (("trace", b"1"),))
@@ -162,10 +172,40 @@ def test_response_that_is_too_large_becomes_a_dead_letter(dead_lettered: bool) -
     assert isinstance(decision.finish.result, ResponseRefused)
 
 
+def test_dead_letter_that_is_too_large_loses_its_parts_one_by_one() -> None:
+    """The largest goes first; a dead letter that has nothing left to lose stops the worker."""
+    published = job(attempts=3)
+    letter = dead_letter(published.record, OutputDirNotWritable("Full."), 3, SETTINGS)
+    lost: list[str] = []
+    while True:
+        published.finish(OutputDirNotWritable("Full."), (letter,), dead_lettered=True)
+        published.sent(0.0)
+        decision = after_refusal(published, [(letter, KafkaError(KafkaError.MSG_SIZE_TOO_LARGE))], (letter,), SETTINGS)
+        if isinstance(decision, Stop):
+            break
+        (letter,) = decision.finish.records
+        lost.append(letter.headers[-1][0])
+    assert lost == ["dlq.value.omitted", "dlq.headers.omitted", "dlq.key.omitted"]
+    assert (letter.key, letter.value, letter.headers[0][0]) == (None, None, ERROR_CODE)
+    assert "refused a dead letter" in str(decision.reason)
+
+
+def test_dead_letter_of_a_dead_letter_is_its_own() -> None:
+    """Headers of an earlier dead letter, which lacked its value, do not make the new one lack it."""
+    earlier = smaller(dead_letter(RECORD, OutputDirNotWritable("Full."), 3, SETTINGS))
+    assert earlier is not None
+    record = replace(RECORD, headers=earlier.headers, offset=9)
+    letter = dead_letter(record, MessageUnusable("No JSON."), 0, SETTINGS)
+    consumed = replace(record, value=letter.value, headers=letter.headers)
+    assert omitted(consumed) == {}
+    again = revived(consumed)
+    assert again is not None
+    assert (again.value, again.headers) == (RECORD.value, RECORD.headers)
+
+
 @pytest.mark.parametrize(
     ("topic", "code", "kind"),
     [
-        ("dlq", KafkaError.MSG_SIZE_TOO_LARGE, "dead letter"),
         ("dlq", KafkaError.TOPIC_AUTHORIZATION_FAILED, "dead letter"),
         ("responses", KafkaError.TOPIC_AUTHORIZATION_FAILED, "response"),
     ],

@@ -16,6 +16,7 @@ from latent_encoder.kafka.properties import (
     consumer_properties,
     make_client,
     member_properties,
+    overridden_properties,
     producer_properties,
 )
 from tests.helpers import RunMain
@@ -147,6 +148,66 @@ def test_file_that_cannot_be_used_is_named(text: str | None, reason: str, tmp_pa
     file = tmp_path / "none.properties" if text is None else properties_file(tmp_path, text)
     with pytest.raises(SettingsError, match=f"KAFKA_CLIENT_CONFIG: {file} {reason}"):
         producer_properties(settings(kafka_client_config=file))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("client.id=x\n  client.rack=y", "line 2: begins with a space; a value cannot go on in the next line"),
+        ("client.id=x\n\tclient.rack=y", "line 2: begins with a space"),
+        ("[consumer]\nclient.id=x", r"line 1: sections in \[brackets\] are not known"),
+        ("; a comment", "line 1: a comment begins with #, not with ;"),
+        ("! a comment", "line 1: a comment begins with #, not with !"),
+        ("client.id: x", "line 1: has no ="),
+        ("=x", "line 1: the part before = is no property"),
+        ("Client.Id=x", "line 1: Client.Id is no property: names have lower-case letters"),
+        ("SGVsbG8K==", "line 1: the part before = is no property"),
+        ("client.id=x\n# again\nclient.id=x", "line 3: client.id was set in line 1"),
+        ("sasl.mechanism=PLAIN\nsasl.mechanisms=GSSAPI", "line 2: sasl.mechanisms was set in line 1"),
+        ("client.id=", "line 1: client.id has no value"),
+        ("client.id=x \\\n", "line 1: client.id ends with a backslash"),
+        ("client.id=x # mine", "line 1: client.id has a comment behind its value"),
+        ("client.id=x ; mine", "line 1: client.id has a comment behind its value"),
+        ("client.id=x\0y", "line 1: has a control character"),
+        ("client.id=x\rclient.rack=y", "line 1: has a control character"),
+        ("max.poll.interval.ms=300s", "line 1: max.poll.interval.ms must be a whole number without a unit"),
+        ("max.poll.interval.ms=300000.5", "line 1: max.poll.interval.ms must be a whole number"),
+        ("max.poll.interval.ms=4295267296", "line 1: max.poll.interval.ms must be a whole number without a unit, at most"),
+        ("session.timeout.ms=0x10", "line 1: session.timeout.ms must be a whole number"),
+        ("session.timeout.ms=45_000", "line 1: session.timeout.ms must be a whole number"),
+        ("x\n" * 5, "line 1: has no =; line 2: has no =; line 3: has no =; and 2 more"),
+    ],
+)
+def test_no_line_is_left_out_or_read_in_another_way(text: str, reason: str, tmp_path: Path) -> None:
+    """A line that is no `name=value`, or whose value would be read differently, is refused with its number and the reason."""
+    file = properties_file(tmp_path, text)
+    with pytest.raises(SettingsError, match=rf"^KAFKA_CLIENT_CONFIG: {file} .*: {reason}"):
+        consumer_properties(settings(kafka_client_config=file))
+
+
+def test_lines_that_are_read(tmp_path: Path) -> None:
+    """A byte order mark, Windows' line ends, spaces around a name, indented comments and a missing last newline are fine."""
+    file = tmp_path / "client.properties"
+    file.write_bytes("\ufeffclient.id = Mine \r\n\r\n  # indented\r\nlinger.ms=0.5\nclient.rack=ä=b\u2028c".encode())
+    properties = producer_properties(settings(kafka_client_config=file))
+    assert (properties["client.id"], properties["linger.ms"], properties["client.rack"]) == ("Mine", "0.5", "ä=b\u2028c")
+
+
+def test_property_that_a_setting_overrides_is_told(tmp_path: Path) -> None:
+    """The setting wins, also over the other name of its property, and the property can be reported."""
+    file = properties_file(tmp_path, "sasl.mechanisms=GSSAPI\nsasl.username=same\n")
+    given = settings(kafka_client_config=file, kafka_sasl_mechanism="plain", kafka_sasl_username="same")
+    assert "sasl.mechanisms" not in consumer_properties(given)
+    assert overridden_properties(given) == ["sasl.mechanisms"]
+
+
+def test_line_of_a_refused_property_is_named(tmp_path: Path) -> None:
+    """The message has the file, the line and the property, and not the value."""
+    file = properties_file(tmp_path, f"client.id=x\nsecurity.protocol={SECRET}\n")
+    given = settings(kafka_client_config=file)
+    with pytest.raises(SettingsError, match=rf"security.protocol, line 2 of KAFKA_CLIENT_CONFIG={file}\)") as caught:
+        make_client(Consumer, consumer_properties(given), given)
+    assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("line", ["no.such.property=1", "session.timeout.ms=long", "compression.codec=rar"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -22,14 +27,8 @@ from hypothesis import strategies as st
 from errors import OutputDirNotWritable
 from latent_encoder.access import ANYWHERE
 from latent_encoder.geometry import Size
-from latent_encoder.outputs.files import (
-    StagedFiles,
-    open_output_folder,
-    output_files,
-    prepare_output_folder,
-    safe_name,
-    space_needed,
-)
+from latent_encoder.outputs.files import StagedFiles, prepare_output_folder, space_needed
+from latent_encoder.outputs.folder import OutputFolder, open_output_folder
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.png import png_bytes
 from models import FileFormat
@@ -40,56 +39,6 @@ from tests.helpers import PROJECT
 def staging(path: Path) -> Iterator[StagedFiles]:
     with open_output_folder(path, ANYWHERE) as folder, StagedFiles(folder) as staged:
         yield staged
-
-
-@given(st.text(), st.integers(10, 255))
-def test_safe_name_is_safe_and_short(text: str, limit: int) -> None:
-    """A safe name has only letters, digits, dot, underscore and dash, within the limit."""
-    safe = safe_name(text, limit)
-    assert len(safe) <= limit
-    assert all(character.isascii() and (character.isalnum() or character in "._-") for character in safe)
-
-
-@given(st.text(), st.text())
-def test_different_texts_keep_different_names(first: str, second: str) -> None:
-    """A checksum distinguishes texts whose safe characters are equal."""
-    assert (safe_name(first, 100) == safe_name(second, 100)) == (first == second)
-
-
-@given(st.from_regex(r"[A-Za-z0-9._-]{1,50}", fullmatch=True))
-def test_harmless_text_stays_as_it_is(text: str) -> None:
-    """A usual stem or UUID stays recognisable."""
-    assert safe_name(text, 100) == text
-
-
-def test_names_are_those_of_the_contract(tmp_path: Path) -> None:
-    """`latent_<stem>_<request_id>.pt`, `scaled_image_<stem>_<request_id>.png`, `<latent file name>.json`."""
-    files = output_files(str(tmp_path), "/data/photo.final.jpg", "123_abc")
-    assert files.latent == tmp_path / "latent_photo.final_123_abc.pt"
-    assert files.scaled_image == tmp_path / "scaled_image_photo.final_123_abc.png"
-    assert files.metadata == tmp_path / "latent_photo.final_123_abc.pt.json"
-
-
-def test_changed_name_has_eight_digits_of_its_checksum(tmp_path: Path) -> None:
-    """A name that file systems or shells cannot handle is made safe, and stays unique."""
-    checksum = hashlib.sha256("写真 1".encode()).hexdigest()[:8]
-    assert output_files(str(tmp_path), "写真 1.png", "a/../b").latent.name.startswith(f"latent____1-{checksum}_a_.._b-")
-
-
-def test_longest_names_can_be_written(tmp_path: Path) -> None:
-    """A stem and an id of any length give names that the file system takes."""
-    files = output_files(str(tmp_path / "not" / "yet" / "there"), "s" * 5000 + ".png", "r" * 5000)
-    prepare_output_folder(files.folder, ANYWHERE, 0)
-    for path in (files.latent, files.scaled_image, files.metadata):
-        path.touch()
-        assert len(path.name) <= os.pathconf(tmp_path, "PC_NAME_MAX")
-
-
-def test_relative_folder_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path starts at the working folder."""
-    monkeypatch.chdir(tmp_path)
-    for folder in ("./output", "output/there/..", f"/{tmp_path}/there/../output"):
-        assert output_files(folder, "x.png", "1").latent == tmp_path / "output" / "latent_x_1.pt"
 
 
 def test_nothing_appears_before_all_is_there(tmp_path: Path) -> None:
@@ -190,11 +139,166 @@ def test_renamed_folder_is_still_the_one_that_was_opened(tmp_path: Path) -> None
     assert (tmp_path / "b" / "x").read_bytes() == b"x"
 
 
+NAMES = ("latent.pt", "scaled.png", "preview.png", "latent.pt.json")
+
+
+def publish(path: Path, version: str) -> None:
+    """Publish a set of files: three with that content, and without the one in the middle, which is removed."""
+    with staging(path) as staged:
+        for name in NAMES:
+            staged.add_or_remove(name, None if name == "preview.png" else version.encode())
+        staged.publish()
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir() if file.is_file()}
+
+
+@pytest.mark.parametrize("former", [{}, dict.fromkeys(NAMES, "old")], ids=["nothing", "a whole set"])
+@pytest.mark.parametrize("obstacle", NAMES)
+def test_folder_in_the_way_changes_nothing(obstacle: str, former: dict[str, str], tmp_path: Path) -> None:
+    """Whichever name is that of a folder, the former files stay and no new one is left."""
+    before = {name: text for name, text in former.items() if name != obstacle}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / obstacle).mkdir()
+    with pytest.raises(OutputDirNotWritable, match=f"Is a directory: {obstacle}"):
+        publish(tmp_path, "new")
+    assert contents(tmp_path) == before
+    assert (tmp_path / obstacle).is_dir()
+
+
+@pytest.mark.parametrize("former", [{}, dict.fromkeys(NAMES, "old")], ids=["nothing", "a whole set"])
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_failed_rename_is_undone(gone: int, former: dict[str, str], tmp_path: Path) -> None:
+    """If one of the files cannot get its name, for example because somebody removed it, each name has its former file."""
+    for name, text in former.items():
+        (tmp_path / name).write_text(text)
+    temporaries: list[Path] = []
+    with staging(tmp_path) as staged:
+        for name in NAMES:
+            staged.add_or_remove(name, None if name == "preview.png" else b"new")
+            temporaries += set(tmp_path.glob(".latent-encoder-*.tmp")) - set(temporaries)
+        temporaries[gone].unlink()
+        with pytest.raises(OutputDirNotWritable, match="No such file") as caught:
+            staged.publish()
+    assert caught.value.errno == errno.ENOENT
+    assert contents(tmp_path) == former
+
+
+@dataclass(frozen=True)
+class FailingFolder(OutputFolder):
+    """A folder whose file system refuses some of the changes, counted from the first one on."""
+
+    refused: Container[int] = ()
+    changes: Iterator[int] = field(default_factory=count)
+
+    def _change(self) -> None:
+        if next(self.changes) in self.refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def link(self, name: str, new: str) -> None:
+        self._change()
+        super().link(name, new)
+
+    def rename(self, name: str, new: str) -> None:
+        self._change()
+        super().rename(name, new)
+
+    def flush(self) -> None:
+        self._change()
+        super().flush()
+
+
+def publish_with(path: Path, refused: Container[int]) -> OutputDirNotWritable | None:
+    """Publish a set of files in a `FailingFolder`, and return the error."""
+    with open_output_folder(path, ANYWHERE) as folder:
+        failing = FailingFolder(folder.path, folder.descriptor, refused)
+        with StagedFiles(failing) as staged:
+            for name in NAMES:
+                staged.add_or_remove(name, None if name == "preview.png" else b"new")
+            try:
+                staged.publish()
+            except OutputDirNotWritable as exc:
+                return exc
+    return None
+
+
+@pytest.mark.parametrize("former", [{}, dict.fromkeys(NAMES, "old")], ids=["nothing", "a whole set"])
+@pytest.mark.parametrize("step", range(9))
+def test_every_step_can_fail(step: int, former: dict[str, str], tmp_path: Path) -> None:
+    """Whichever change is refused, one whole set is there afterwards. If undoing fails too, no metadata describe a mix."""
+    new = {name: "new" for name in NAMES if name != "preview.png"}
+    for name, text in former.items():
+        (tmp_path / name).write_text(text)
+    error = publish_with(tmp_path, [step])
+    assert contents(tmp_path) == (new if error is None else former)
+    assert error is None or error.errno == errno.ENOSPC
+
+    for name, text in former.items():
+        (tmp_path / name).write_text(text)
+    error = publish_with(tmp_path, range(step, 100))
+    there = {name: text for name, text in contents(tmp_path).items() if name in NAMES}
+    assert NAMES[-1] not in there or there in (former, new)
+    assert error is None or there == former or "files of this attempt stay there" in str(error)
+
+
+def test_a_name_is_never_without_its_file(tmp_path: Path) -> None:
+    """While a set replaces another, a reader finds the former or the new latent."""
+    publish(tmp_path, "0")
+    done = threading.Event()
+    missed: list[OSError] = []
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                (tmp_path / "latent.pt").read_bytes()
+            except OSError as exc:
+                missed.append(exc)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(200):
+        publish(tmp_path, str(number))
+    done.set()
+    reader.join()
+    assert missed == []
+
+
+def test_file_system_that_cannot_flush_is_no_failure() -> None:
+    """A folder of processes cannot be flushed (EINVAL), as on some file systems; a closed descriptor still fails."""
+    with open_output_folder(Path("/proc/self/task"), ANYWHERE) as folder:
+        with pytest.raises(OSError, match=r".") as caught:
+            os.fsync(folder.descriptor)
+        assert caught.value.errno == errno.EINVAL
+        folder.flush()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        folder.flush()
+
+
+def test_full_disk_leaves_the_former_files(tmp_path: Path) -> None:
+    """A file that the system cuts off (RLIMIT_FSIZE stands for a full disk) leaves neither itself nor a temporary file."""
+    publish(tmp_path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OutputDirNotWritable) as caught:
+            publish(tmp_path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert caught.value.errno == errno.EFBIG
+    assert set(contents(tmp_path).values()) == {"old"}
+    assert len(contents(tmp_path)) == 3
+
+
 WRITER = """
 import hashlib, json, sys
 from pathlib import Path
 from latent_encoder.access import ANYWHERE
-from latent_encoder.outputs.files import StagedFiles, open_output_folder
+from latent_encoder.outputs.files import StagedFiles
+from latent_encoder.outputs.folder import open_output_folder
 for number in range(10**9):
     data = number.to_bytes(8, "big") * 200_000
     with open_output_folder(Path(sys.argv[1]), ANYWHERE) as folder, StagedFiles(folder) as staged:

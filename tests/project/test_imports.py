@@ -22,7 +22,7 @@ PACKAGE = "latent_encoder"
 LAYERS = """
 main
 modes
-cli : standalone : kafka_handler : doctor : inspection
+cli : standalone : kafka_handler : doctor : inspection : start_event
 stages : kafka : installer
 service
 outputs
@@ -36,13 +36,16 @@ comfy_import
 images.features
 images.input_folder : images.jpeg_markers
 access
+setting_names
 telemetry
 config
+secret_files
 requests
 models
 utils
-errors
-geometry : suggestions : terminal : exits : lazy_imports : isolation : releases : torch_threads : latent_encoder
+errors : terminal
+geometry : suggestions : exits : lazy_imports : isolation : releases : torch_threads : latent_encoder
+masking : small_files : container
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from latent_encoder.outputs.files import output_files
+from latent_encoder.outputs.names import output_files
 from latent_encoder.standalone.inputs import (
     OUR_IMAGES,
     ImageSelection,

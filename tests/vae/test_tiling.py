@@ -87,16 +87,21 @@ def test_tiles_are_used_if_allowed_and_reported(
     encode: Encode,
     tmp_path: Path,
 ) -> None:
-    """The latent is close to that of the whole image but not equal, and response and metadata have `tiled`."""
+    """The latent is close to that of the whole image but not equal, and response and metadata have `tiled`.
+
+    It is a stored response only as long as tiles are allowed.
+    """
     whole = encode("photo.jpg", megapixels=0.1, request_id="whole")
     assert whole.metadata.tiled is False
     short_of_memory(shortage, VAE)
     tiling = LatentEncoder(settings.model_copy(update={"oom_policy": "tile"}), encoder.runtime)
     tiling.vaes = encoder.vaes
     fields = {"megapixels": 0.1, "request_id": "tiled"}
-    tiled = tiling.encode(request_for(settings, tmp_path, "photo.jpg", fields))
+    request = request_for(settings, tmp_path, "photo.jpg", fields)
+    tiled = tiling.encode(request)
     assert tiled.metadata.tiled is True
     assert '"tiled":true' in tiled.model_dump_json()
+    assert (tiling.stored_response(request), encoder.stored_response(request)) == (tiled, None)
     expected, given = load_latent(whole.latent_file_path), load_latent(tiled.latent_file_path)
     assert given.shape == expected.shape
     assert not torch.equal(given, expected)
