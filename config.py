@@ -117,6 +117,16 @@ class Settings(BaseSettings):
     kafka_response_topic: TopicName = Field("latent-encoder-responses", description="Topic that responses are produced to.")
     kafka_dlq_topic: TopicName = Field("latent-encoder-requests-dlq", description="Topic of the dead letters.")
     kafka_consumer_group: Text = Field("latent-encoder-group", description="Consumer group of the service.")
+    kafka_group_protocol: Literal["classic", "consumer"] = Field(
+        "classic",
+        description="`classic`, or `consumer`: the group protocol of Apache Kafka 4.0 and newer, in which the broker assigns "
+        "the partitions.",
+    )
+    kafka_group_instance_id: Text | None = Field(
+        None,
+        description="Makes this worker a static member of its group: if it is back within the session timeout, "
+        "it keeps its partitions. Each worker needs an id of its own.",
+    )
     kafka_prefetch: int = Field(
         2, ge=1, description="Requests that a worker holds at a time: the one that is encoded, and those before and after it."
     )

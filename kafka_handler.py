@@ -24,13 +24,14 @@ from latent_encoder.kafka.assignment import Assignment, Holdings
 from latent_encoder.kafka.breaker import Breaker, accused
 from latent_encoder.kafka.clients import Clients
 from latent_encoder.kafka.commits import OffsetCommits, PublishThenCommit
-from latent_encoder.kafka.connection import BrokerState, is_fatal, kafka_failed
+from latent_encoder.kafka.connection import BrokerState, is_fatal
 from latent_encoder.kafka.decisions import Decision, Failure, Finish, Replace, Retry, Stop
 from latent_encoder.kafka.events import Events
 from latent_encoder.kafka.guards import client_faults, harmless
 from latent_encoder.kafka.jobs import Partition, RecordJob, State
 from latent_encoder.kafka.lanes import Lanes
 from latent_encoder.kafka.limits import report_limits
+from latent_encoder.kafka.membership import Membership, refused_membership
 from latent_encoder.kafka.progress import Progress
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Acknowledgements, Readiness
@@ -145,6 +146,7 @@ class KafkaHandler:
             self._wait_for_topics()
             report_limits(self._settings)
             self._assignment.subscribe(self._settings.kafka_request_topic)
+            Membership(self._settings, self._consumer, self._timers, self._stop_because).confirm()
             while not self._stopping:
                 self._turn()
             return self._finish()
@@ -417,7 +419,7 @@ class KafkaHandler:
 
     def _consumer_error(self, error: KafkaError) -> None:
         if is_fatal(error):
-            self._stop_because(kafka_failed(f"Cannot consume topic {self._settings.kafka_request_topic}", error))
+            self._stop_because(refused_membership(error, self._settings))
         else:
             log.warning("consumer error", reason=error.str(), error_code=error.name())
 

@@ -27,10 +27,14 @@ from kafka_handler import KafkaHandler
 from latent_encoder.kafka.records import Headers, Incoming
 from latent_encoder.kafka.starts import parse_notes
 from service import LatentEncoder
+from tests.broker import ApacheKafka
 from tests.held_encodes import Gate
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, clean_environment
 
 QUIET: dict[str, Any] = {"log_level": 0}  # brokers go away here on purpose
+
+both_protocols = pytest.mark.parametrize("protocol", ["classic", "consumer"])
+"""Runs a test with each group protocol; the value is that of KAFKA_GROUP_PROTOCOL."""
 
 
 @dataclass
@@ -344,6 +348,28 @@ def client_config(folder: Path, **properties: object) -> Path:
     return file
 
 
-def quick_failover(folder: Path) -> dict[str, str]:
-    """Return the environment of a worker whose group notices within 2 s that it has died."""
+def as_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as the environment of a process."""
+    return {name.upper(): str(value) for name, value in settings.items()}
+
+
+def sasl_settings(broker: ApacheKafka, password: str | None = None) -> dict[str, Any]:
+    """Return the settings for the listener with passwords."""
+    return {
+        "kafka_bootstrap_servers": broker.secure_bootstrap_servers,
+        "kafka_security_protocol": "SASL_SSL",
+        "kafka_sasl_mechanism": "SCRAM-SHA-512",
+        "kafka_sasl_username": broker.username,
+        "kafka_sasl_password": password or broker.password,
+        "kafka_ssl_ca_location": str(broker.ca_file),
+    }
+
+
+def quick_failover(folder: Path, protocol: str = "classic") -> dict[str, str]:
+    """Return the environment of a worker whose group notices within seconds that it has died.
+
+    In the protocol `consumer` the broker has the session timeout: 3 s for the brokers that are started here.
+    """
+    if protocol == "consumer":
+        return {"KAFKA_GROUP_PROTOCOL": protocol}
     return {"KAFKA_CLIENT_CONFIG": str(client_config(folder, session_timeout_ms=2000, heartbeat_interval_ms=500))}

@@ -12,8 +12,8 @@ from config import Settings
 from latent_encoder.kafka.connection import BrokerState
 from latent_encoder.kafka.properties import (
     STATISTICS_INTERVAL_MS,
-    consumer_properties,
     make_client,
+    member_properties,
     poll_interval_s,
     producer_properties,
 )
@@ -40,7 +40,7 @@ class Clients:
         self._settings = settings
         self._broker = broker
         callbacks = {"error_cb": broker.on_error, "stats_cb": on_statistics, "on_commit": on_commit}
-        properties = consumer_properties(settings) | callbacks
+        properties = member_properties(settings) | callbacks
         self.consumer = make_client(Consumer, properties, settings)
         interval_s = poll_interval_s(properties)
         self.revoke_timeout_s = min(settings.kafka_revoke_timeout_s, 0.8 * interval_s)

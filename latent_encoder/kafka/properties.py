@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,13 +47,13 @@ REFUSED = {
     "offset.store.method": "offsets belong to the broker",
     "message.max.bytes": "large dead letters would be dropped",
     "partition.assignment.strategy": "a rebalance would take every worker's partitions",
-    "group.protocol": "only the classic group protocol is supported",
     "enable.partition.eof": "it adds events that are no requests",
     "statistics.interval.ms": "the service watches its connections by it",
     "allow.auto.create.topics": OWN_SETTING + "KAFKA_CREATE_TOPICS",
     "bootstrap.servers": OWN_SETTING + "KAFKA_BOOTSTRAP_SERVERS",
     "metadata.broker.list": OWN_SETTING + "KAFKA_BOOTSTRAP_SERVERS",
     "group.id": OWN_SETTING + "KAFKA_CONSUMER_GROUP",
+    "group.protocol": OWN_SETTING + "KAFKA_GROUP_PROTOCOL",
     "transactional.id": OWN_SETTING + "KAFKA_TRANSACTIONAL_ID",
     "default.topic.config": NO_TEXT,
     "error_cb": NO_TEXT,
@@ -64,6 +64,13 @@ REFUSED = {
     "stats_cb": NO_TEXT,
     "throttle_cb": NO_TEXT,
 }
+
+CLASSIC_ONLY = {
+    "session.timeout.ms": "the broker's group.consumer.session.timeout.ms is in force",
+    "heartbeat.interval.ms": "the broker's group.consumer.heartbeat.interval.ms is in force",
+    "group.protocol.type": "it belongs to KAFKA_GROUP_PROTOCOL=classic",
+}
+"""The reason for each property that the file may not set with KAFKA_GROUP_PROTOCOL=consumer."""
 
 LARGEST_MESSAGE = 1_000_000_000
 """Bytes; librdkafka's maximum. The limit of the topic decides whether a record is too large."""
@@ -109,6 +116,22 @@ def consumer_properties(settings: Settings) -> Properties:
         "allow.auto.create.topics": False,
         "statistics.interval.ms": STATISTICS_INTERVAL_MS,
     }
+
+
+def member_properties(settings: Settings) -> Properties:
+    """Return the properties of a consumer that joins the group: those of a consumer, for the protocol of the settings.
+
+    Raises:
+        SettingsError: the file of further properties cannot be used.
+    """
+    properties = consumer_properties(settings)
+    if settings.kafka_group_instance_id:
+        properties["group.instance.id"] = settings.kafka_group_instance_id
+    if settings.kafka_group_protocol == "consumer":
+        _refuse(settings.kafka_client_config, properties, CLASSIC_ONLY, " together with KAFKA_GROUP_PROTOCOL=consumer")
+        del properties["partition.assignment.strategy"]  # the broker assigns
+        properties["group.protocol"] = "consumer"
+    return properties
 
 
 def producer_properties(settings: Settings, *, transactional: bool = True) -> Properties:
@@ -222,11 +245,11 @@ def _from_file(path: Path | None) -> Properties:
     if path is None:
         return {}
     properties = {name: found.value for name, found in read_property_file(path).items()}
-    _refuse(path, properties)
+    _refuse(path, properties, REFUSED)
     return properties
 
 
-def _refuse(path: Path, names: Iterable[str]) -> None:
-    refused = [f"{name} ({REFUSED[name]})" for name in names if name in REFUSED]
+def _refuse(path: Path | None, names: Iterable[str], reasons: Mapping[str, str], condition: str = "") -> None:
+    refused = ", ".join(f"{name} ({reasons[name]})" for name in names if name in reasons)
     if refused:
-        raise SettingsError(f"KAFKA_CLIENT_CONFIG: {path} may not set {', '.join(refused)}. Remove it from the file.")
+        raise SettingsError(f"KAFKA_CLIENT_CONFIG: {path} may not set {refused}{condition}. Remove it from the file.")

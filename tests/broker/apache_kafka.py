@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.broker.certificates import Certificates, write_certificates
@@ -33,8 +34,14 @@ class ApacheKafka(Broker):
     client_certificate: Path
     client_key: Path
 
-    def __init__(self, port: int | None = None, folder: Path | None = None) -> None:
-        """Start the broker on a given port or any, with the data of a given folder, which is kept, or with new data."""
+    def __init__(
+        self, port: int | None = None, folder: Path | None = None, properties: Mapping[str, str] | None = None
+    ) -> None:
+        """Start the broker on a given port or any, with the data of a given folder, which is kept, or with new data.
+
+        The given properties win over those of the tests.
+        """
+        self._given = properties or {}
         open_port, secure_port, mutual_tls_port, controller_port = free_ports(4)
         self._ports = {"PLAINTEXT": port or open_port, "SASL_SSL": secure_port, "SSL": mutual_tls_port}
         self._addresses = {name: f"127.0.0.1:{number}" for name, number in self._ports.items()}
@@ -105,7 +112,7 @@ class ApacheKafka(Broker):
         properties = single_node() | listeners("127.0.0.1", self._ports, self._addresses) | access_rules()
         properties |= tls("ssl", certificates, "required") | tls("sasl_ssl", certificates, "requested")
         properties |= passwords("sasl_ssl", self.username, self.password)
-        properties["log.dirs"] = str(self._folder / "data")
+        properties |= {"log.dirs": str(self._folder / "data"), **self._given}
         self._properties.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
 
         user = f"SCRAM-SHA-512=[name={self.username},password={self.password}]"

@@ -1,4 +1,4 @@
-"""Properties of a single Apache Kafka broker with little load, in a container or not."""
+"""Properties of Apache Kafka brokers with little load, in a container or not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def single_node() -> Properties:
         "group.min.session.timeout.ms": "1000",
         "group.consumer.min.session.timeout.ms": "1000",
         "group.consumer.min.heartbeat.interval.ms": "200",
-        "group.consumer.session.timeout.ms": "6000",
+        "group.consumer.session.timeout.ms": "3000",
         "group.consumer.heartbeat.interval.ms": "500",
         # The controller takes a killed broker for alive for this long.
         "broker.session.timeout.ms": "3000",
@@ -46,3 +46,25 @@ def listeners(host: str, ports: dict[str, int], advertised: dict[str, str]) -> P
             f"{name}:{'PLAINTEXT' if name == 'CONTROLLER' else name}" for name in ports
         ),
     }
+
+
+def cluster_node(node: int, ports: list[int], controller: str) -> Properties:
+    """Return the properties of one of three brokers that hold every partition; the second port is that of a controller."""
+    address = f"PLAINTEXT://127.0.0.1:{ports[0]}"
+    properties = single_node() | {
+        "node.id": str(node),
+        "listeners": address,
+        "advertised.listeners": address,
+        "controller.quorum.voters": controller,
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "default.replication.factor": "3",
+        "min.insync.replicas": "2",
+    }
+    for topic in ("offsets.topic", "transaction.state.log", "share.coordinator.state.topic"):
+        properties[f"{topic}.replication.factor"] = "3"
+    for topic in ("transaction.state.log", "share.coordinator.state.topic"):
+        properties[f"{topic}.min.isr"] = "2"
+    if len(ports) == 1:
+        return properties | {"process.roles": "broker"}
+    listener = f"CONTROLLER://127.0.0.1:{ports[1]}"
+    return properties | {"listeners": f"{address},{listener}", "advertised.listeners": f"{address},{listener}"}

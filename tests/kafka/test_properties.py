@@ -10,10 +10,12 @@ from confluent_kafka import Consumer, Producer
 
 from config import Settings, SettingsError
 from latent_encoder.kafka.properties import (
+    CLASSIC_ONLY,
     REFUSED,
     admin_properties,
     consumer_properties,
     make_client,
+    member_properties,
     overridden_properties,
     producer_properties,
 )
@@ -102,6 +104,35 @@ def test_property_that_would_break_the_guarantees_is_refused(name: str, tmp_path
     file = properties_file(tmp_path, f"client.id=x\n{name}=1\n")
     with pytest.raises(SettingsError, match=rf"KAFKA_CLIENT_CONFIG: .* may not set {name} \(.+\)"):
         consumer_properties(settings(kafka_client_config=file))
+
+
+def test_group_protocol_and_static_membership_are_the_workers_alone() -> None:
+    """A member has both properties, librdkafka takes them, and the readers of tools have neither."""
+    given = settings(kafka_group_protocol="consumer", kafka_group_instance_id="worker-0")
+    member, reader = member_properties(given), consumer_properties(given)
+    assert member.items() - reader.items() == {("group.protocol", "consumer"), ("group.instance.id", "worker-0")}
+    assert reader.items() - member.items() == {("partition.assignment.strategy", "cooperative-sticky")}
+    make_client(Consumer, member, given).close()
+    assert member_properties(settings()) == consumer_properties(settings())
+
+
+@pytest.mark.parametrize("name", sorted(CLASSIC_ONLY))
+def test_property_of_the_classic_protocol_is_refused_with_the_other(name: str, tmp_path: Path) -> None:
+    """The error has the names of the file, the property and the setting; with the classic protocol it is allowed."""
+    value = "consumer" if name == "group.protocol.type" else "3000"
+    file = properties_file(tmp_path, f"{name}={value}\n")
+    expected = rf"KAFKA_CLIENT_CONFIG: {file} may not set {name} \(.+\) together with KAFKA_GROUP_PROTOCOL=consumer"
+    with pytest.raises(SettingsError, match=expected):
+        member_properties(settings(kafka_client_config=file, kafka_group_protocol="consumer"))
+    classic = settings(kafka_client_config=file)
+    make_client(Consumer, member_properties(classic), classic).close()
+
+
+def test_assignor_of_the_broker_can_be_chosen(tmp_path: Path) -> None:
+    """The assignor is a property of the protocol `consumer`, and librdkafka takes it."""
+    file = properties_file(tmp_path, "group.remote.assignor=range\n")
+    given = settings(kafka_client_config=file, kafka_group_protocol="consumer")
+    make_client(Consumer, member_properties(given), given).close()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from config import Settings
 from errors import KafkaFailed
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
-from tests.kafka_tools import Bench, Events, MakeBench, client_config, read_responses, request_ids, wait_until
+from tests.kafka_tools import Bench, Events, MakeBench, both_protocols, client_config, read_responses, request_ids, wait_until
 
 apache_kafka = pytest.mark.usefixtures("apache_kafka")
 
@@ -29,8 +29,9 @@ def own(broker: Broker) -> Iterator[ApacheKafka]:
 
 
 @apache_kafka
+@both_protocols
 def test_workers_share_and_hand_over(
-    make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, events: Events
+    make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, events: Events, protocol: str
 ) -> None:
     """If one joins and one leaves in the middle of the work, every request gets one response."""
     bench = make_bench(partitions=4)
@@ -44,10 +45,10 @@ def test_workers_share_and_hand_over(
             bench.send({"request_id": f"r{n}"}, partition=n % 4)
         return len(events("request answered")) >= 5
 
-    with bench.process() as first:
+    with bench.process(KAFKA_GROUP_PROTOCOL=protocol) as first:
         assert not second_has_worked()
         responses.take(5)
-        with bench.worker(encoder, bench.settings(settings)):
+        with bench.worker(encoder, bench.settings(settings, kafka_group_protocol=protocol)):
             wait_until(second_has_worked, "the work of the second")
             first.signal(signal.SIGTERM)
             assert first.end() == 0
@@ -59,8 +60,9 @@ def test_workers_share_and_hand_over(
 
 
 @apache_kafka
+@both_protocols
 def test_work_on_a_revoked_partition_is_dropped_at_the_deadline(
-    make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
+    make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, protocol: str
 ) -> None:
     """It is not committed, and the new owner responds to it."""
     bench = make_bench(partitions=2)
@@ -68,9 +70,9 @@ def test_work_on_a_revoked_partition_is_dropped_at_the_deadline(
     for partition in range(2):
         bench.send({"request_id": f"r{partition}"}, partition=partition)
     gate = bench.gate()
-    with bench.held_process(gate, KAFKA_REVOKE_TIMEOUT_S="0") as first:
+    with bench.held_process(gate, KAFKA_REVOKE_TIMEOUT_S="0", KAFKA_GROUP_PROTOCOL=protocol) as first:
         gate.wait()
-        with bench.worker(encoder, bench.settings(settings)):
+        with bench.worker(encoder, bench.settings(settings, kafka_group_protocol=protocol)):
             first.wait_for("partitions revoked")
             assert first.events("partitions revoked")[0]["dropped"] == 1
             gate.open()

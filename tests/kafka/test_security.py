@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from confluent_kafka.admin._acl import AclBinding, AclOperation, AclPermissionType
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
@@ -14,7 +12,7 @@ from errors import KafkaFailed
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker
 from tests.helpers import RunMain
-from tests.kafka_tools import Bench, Events, read_responses, wait_until
+from tests.kafka_tools import Bench, Events, as_environment, read_responses, sasl_settings, wait_until
 
 
 @pytest.fixture
@@ -25,26 +23,10 @@ def secure(broker: Broker) -> ApacheKafka:
     return broker
 
 
-def credentials(broker: ApacheKafka, password: str | None = None) -> dict[str, Any]:
-    """Return the settings for the listener with passwords."""
-    return {
-        "kafka_bootstrap_servers": broker.secure_bootstrap_servers,
-        "kafka_security_protocol": "SASL_SSL",
-        "kafka_sasl_mechanism": "SCRAM-SHA-512",
-        "kafka_sasl_username": broker.username,
-        "kafka_sasl_password": password or broker.password,
-        "kafka_ssl_ca_location": str(broker.ca_file),
-    }
-
-
-def as_environment(settings: dict[str, Any]) -> dict[str, str]:
-    return {name.upper(): str(value) for name, value in settings.items()}
-
-
 def test_passwords_and_tls(secure: ApacheKafka, bench: Bench) -> None:
     """A request is served over SASL_SSL, and the log has no password even at level DEBUG."""
     bench.send({"request_id": "r"})
-    with bench.process(**as_environment(credentials(secure)), LOG_LEVEL="DEBUG") as process:
+    with bench.process(**as_environment(sasl_settings(secure)), LOG_LEVEL="DEBUG") as process:
         assert read_responses(bench.responses, 1)[0]["status"] == "success"
     assert secure.password not in process.log_file.read_text()
 
@@ -66,7 +48,7 @@ def test_client_certificate(secure: ApacheKafka, bench: Bench, encoder: LatentEn
 def test_wrong_password_ends_the_service(secure: ApacheKafka, bench: Bench) -> None:
     """The worker stops with status 3 and one message without the password, and nothing is consumed."""
     bench.send({"request_id": "r"})
-    with bench.process(**as_environment(credentials(secure, "wrong-secret"))) as process:
+    with bench.process(**as_environment(sasl_settings(secure, "wrong-secret"))) as process:
         assert process.end() == 3
     last = process.log()[-1]["event"]
     assert last.startswith(f"Error: The broker at {secure.secure_bootstrap_servers} refuses this service: ")
@@ -78,7 +60,7 @@ def test_wrong_password_ends_the_service(secure: ApacheKafka, bench: Bench) -> N
 
 def test_wrong_password_ends_a_replay(secure: ApacheKafka, bench: Bench, run_main: RunMain) -> None:
     """The error is a refused access, not an unreachable broker."""
-    environment = as_environment(credentials(secure, "wrong-secret")) | {"KAFKA_DLQ_TOPIC": bench.dlq_topic}
+    environment = as_environment(sasl_settings(secure, "wrong-secret")) | {"KAFKA_DLQ_TOPIC": bench.dlq_topic}
     done = run_main("--mode", "dlq-replay", env=environment)
     assert done.returncode == 3
     assert done.stderr.startswith(f"Error: The broker at {secure.secure_bootstrap_servers} refuses this service: ")
@@ -116,7 +98,7 @@ def test_topic_that_may_not_be_written_ends_the_service(
     )
     for created in bench.admin.create_acls([rule, everything_else]).values():
         created.result()
-    changes = credentials(secure) | {"kafka_sasl_password": SecretStr(secure.password)}
+    changes = sasl_settings(secure) | {"kafka_sasl_password": SecretStr(secure.password)}
     with bench.worker(encoder, bench.settings(settings, **changes)) as worker:
         bench.send({"request_id": "r"} if topic == "response_topic" else b"not JSON")
         failure = worker.failure()
