@@ -42,7 +42,7 @@ requests
 models
 utils
 errors
-geometry : suggestions : terminal : exits : lazy_imports : isolation : releases : torch_threads : latent_encoder
+geometry : suggestions : terminal : exits : lazy_imports : isolation : releases : torch_threads : torch_caches : latent_encoder
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 

@@ -1,0 +1,67 @@
+"""Tests of torch's caches of operations: bounded whatever the sizes of the images, in a process of its own each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from latent_encoder.torch_caches import CACHES, CAPACITY, limit_torch_caches
+from tests.helpers import PROJECT, VAE, clean_environment
+
+GROWTH = 2_000_000  # bytes; without a limit it is 28 MB, with it less than 0.3 MB
+CODE = 64_000_000  # bytes of address space; each of CAPACITY operations reserves 0.26 MB, each of torch's own 1024 too
+SIZES = tuple((160 + 16 * number, 128) for number in range(6))
+"""Sizes in pixels, of more operations together than CAPACITY."""
+
+
+@pytest.fixture
+def unlimited(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Return the environment of a user who has set no cache."""
+    for variables in CACHES:
+        for variable in variables:
+            monkeypatch.delenv(variable, raising=False)
+    return monkeypatch
+
+
+def test_memory_stays_if_all_sizes_differ(unlimited: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Memory in use and compiled code are the same after 100 encodes of different sizes as after 20."""
+    file = tmp_path / "samples.json"
+    command = ["-m", "benchmarks.memory_growth", "--vaes", "1", "--encodes", "100", "--every", "20", "--json", str(file)]
+    subprocess.run([sys.executable, *command], cwd=PROJECT, env=clean_environment(), check=True, capture_output=True)
+    (_, _, first), *_, (_, _, last) = json.loads(file.read_text())
+    assert last["in_use"] - first["in_use"] < GROWTH
+    assert 0 < last["code_mapped"] < CODE
+
+
+def operations_made(folder: Path, **environment: str) -> int:
+    """Return how many operations oneDNN made in a run over images of all SIZES, and of the first size again."""
+    images = [folder / f"{number}.png" for number in range(len(SIZES) + 1)]
+    for image, size in zip(images, (*SIZES, SIZES[0]), strict=True):
+        Image.new("RGB", size, "grey").save(image)
+    variables = {"VAE_MODEL_NAME": VAE, "DEVICE": "cpu", "ONEDNN_VERBOSE": "profile_create", **environment}
+    command = [PROJECT / "main.py", "--output_dir", folder / "output", "--force", "--megapixels", "0.02", *images]
+    done = subprocess.run(
+        [sys.executable, *command], env=clean_environment() | variables, check=True, capture_output=True, text=True
+    )
+    return done.stderr.count("create:cache_miss")
+
+
+def test_old_sizes_are_forgotten_unless_the_user_wants_more(unlimited: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run makes the operations of a size again that came long before; a size of the cache in the environment has priority."""
+    assert operations_made(tmp_path) > operations_made(tmp_path, ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")
+
+
+@pytest.mark.parametrize("given", [{}, {CACHES[0][1]: "7"}, {CACHES[1][0]: "7"}], ids=["nothing", "old name", "torch's"])
+def test_limit_respects_the_environment(given: Mapping[str, str], unlimited: pytest.MonkeyPatch) -> None:
+    """A cache gets CAPACITY if the environment sets it under none of its names."""
+    environment = dict(given)
+    unlimited.setattr("os.environ", environment)
+    limit_torch_caches()
+    expected = {variables[0]: str(CAPACITY) for variables in CACHES if not given.keys() & set(variables)}
+    assert environment == given | expected
