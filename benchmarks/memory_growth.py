@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from benchmarks.memory_parts import Parts, parts
 from benchmarks.soak_requests import VAES
 from config import Settings
 from latent_encoder.stages import Stages
+from latent_encoder.standalone.engines import ImageJob
 from latent_encoder.telemetry.health import Health
 from latent_encoder.telemetry.logs import configure_logging
 from latent_encoder.torch_caches import limit_torch_caches
@@ -32,29 +33,17 @@ LARGEST = 2  # times MIN_MEGAPIXELS: small, because the number of shapes counts 
 IN_FLIGHT = 4  # one in each stage, and one that waits: the default of KAFKA_PREFETCH
 MEGABYTE = 10**6
 
-COLUMNS = {name: MEGABYTE for name in ("resident", "anonymous", "of_files", "in_use", "held", "code", "code_mapped")} | dict.fromkeys(
-    ("arenas", "python_blocks", "python_objects", "threads"), 1
-)
+IN_MEGABYTES = ("resident", "anonymous", "of_files", "in_use", "held", "code", "code_mapped")
+COLUMNS = dict.fromkeys(IN_MEGABYTES, MEGABYTE) | dict.fromkeys(("arenas", "python_blocks", "python_objects", "threads"), 1)
 """The parts that the report shows, each with its unit."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One encode on its way through the stages."""
-
-    request: EncodeRequest
-    encoding: bool = False
-    redelivered: bool = False
-    dropped: bool = False
-    span: None = None
 
 
 class Encodes:
     """The stages of the service in this process, and the requests that they get."""
 
-    def __init__(self, folder: Path, vaes: tuple[str, ...], seed: int, *, one_shape: bool) -> None:
+    def __init__(self, folder: Path, vaes: tuple[str, ...], *, one_shape: bool) -> None:
         self._folder, self._vaes, self._one_shape = folder, vaes, one_shape
-        self._random = Random(seed)  # noqa: S311  # nothing secret depends on it
+        self._random = Random(0)  # noqa: S311  # nothing secret depends on it
         self._free = threading.Semaphore(IN_FLIGHT)
         self._number = 0
         settings = Settings(
@@ -63,7 +52,9 @@ class Encodes:
             allowed_input_dirs=(folder,),
             allowed_output_dirs=(folder,),
         )
-        self._stages = Stages[Job](LatentEncoder.set_up(settings), self._ended, Health(settings.encode_timeout_s), reuse=False)
+        self._stages = Stages[ImageJob](
+            LatentEncoder.set_up(settings), self._ended, Health(settings.encode_timeout_s), reuse=False
+        )
         self._failure: BaseException | None = None
 
     def run(self, count: int) -> None:
@@ -72,7 +63,7 @@ class Encodes:
             self._free.acquire()
             if self._failure is not None:
                 raise self._failure
-            self._stages.submit(Job(self._request()))
+            self._stages.submit(ImageJob(self._number, self._request(), threading.Event()))
         for _ in range(IN_FLIGHT):
             self._free.acquire()
         self._free.release(IN_FLIGHT)
@@ -93,7 +84,7 @@ class Encodes:
             request_id=str(self._number % (2 * IN_FLIGHT)),
         )
 
-    def _ended(self, _: Job, result: SuccessResponse | BaseException) -> None:
+    def _ended(self, _: ImageJob, result: SuccessResponse | BaseException) -> None:
         if isinstance(result, BaseException):
             self._failure = result
         self._free.release()
@@ -104,9 +95,8 @@ class Encodes:
 @click.option("--every", type=click.IntRange(min=1), default=100, show_default=True, help="Encodes between samples.")
 @click.option("--vaes", type=click.IntRange(1, len(VAES)), default=len(VAES), show_default=True, help="VAEs, in turn.")
 @click.option("--one-shape", is_flag=True, help="Images of one size for each VAE. Otherwise all sizes differ.")
-@click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all samples there.")
-def main(encodes: int, every: int, vaes: int, one_shape: bool, seed: int, json_file: Path | None) -> None:
+def main(encodes: int, every: int, vaes: int, one_shape: bool, json_file: Path | None) -> None:
     """Encode many images in this process, and show which part of its memory grows.
 
     Run it twice with one thing changed, for example with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 or MALLOC_ARENA_MAX=1 in the
@@ -117,7 +107,7 @@ def main(encodes: int, every: int, vaes: int, one_shape: bool, seed: int, json_f
     with TemporaryDirectory(prefix="memory-growth-") as folder:
         if vaes > 1:  # the first is bundled
             stock("make-vaes", Path(folder) / "models", "kl", "taesd")
-        running = Encodes(Path(folder), tuple(share.vae for share in VAES[:vaes]), seed, one_shape=one_shape)
+        running = Encodes(Path(folder), tuple(share.vae for share in VAES[:vaes]), one_shape=one_shape)
         samples = list(sampled(running, encodes, every))
     rows = [(str(count), f"{seconds:.0f}", *shown(sample)) for count, seconds, sample in samples]
     click.echo(markdown(("encodes", "seconds", *COLUMNS), rows))
@@ -136,7 +126,9 @@ def sampled(running: Encodes, encodes: int, every: int) -> Iterator[tuple[int, f
 
 
 def shown(sample: Parts) -> list[str]:
-    return [f"{getattr(sample, name) / unit:.1f}" if unit > 1 else str(getattr(sample, name)) for name, unit in COLUMNS.items()]
+    return [
+        f"{getattr(sample, name) / unit:.1f}" if unit > 1 else str(getattr(sample, name)) for name, unit in COLUMNS.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from benchmarks.process_memory import KIB
 
 LIBC = ctypes.CDLL(None)
 
-CODE = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ..x. \S+ \S+ 0 *(?!\[)\n(?:\w+: .*\n)*?Size: +(\d+) kB\n(?:\w+: .*\n)*?Rss: +(\d+) kB$", re.MULTILINE)
+CODE = re.compile(
+    r"^[0-9a-f]+-[0-9a-f]+ ..x. \S+ \S+ 0 *(?!\[)\n(?:\w+: .*\n)*?Size: +(\d+) kB\n(?:\w+: .*\n)*?Rss: +(\d+) kB$",
+    re.MULTILINE,
+)
 """An executable mapping of no file in `/proc/self/smaps`, with its size and its resident part."""
 
 
