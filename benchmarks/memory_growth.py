@@ -91,8 +91,10 @@ class Encodes:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--encodes", type=click.IntRange(min=1), default=1500, show_default=True)
-@click.option("--every", type=click.IntRange(min=1), default=100, show_default=True, help="Encodes between samples.")
+@click.option("--encodes", type=click.IntRange(min=1), default=900, show_default=True)
+@click.option(
+    "--every", type=click.IntRange(min=1), default=90, show_default=True, help="Encodes between samples, a multiple of VAEs."
+)
 @click.option("--vaes", type=click.IntRange(1, len(VAES)), default=len(VAES), show_default=True, help="VAEs, in turn.")
 @click.option("--one-shape", is_flag=True, help="Images of one size for each VAE. Otherwise all sizes differ.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all samples there.")
