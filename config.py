@@ -27,7 +27,7 @@ from models import (
     VaeModelName,
 )
 
-VERSION = "0.7.0"
+VERSION = "0.8.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
