@@ -161,6 +161,18 @@ class Settings(BaseSettings):
         description="Seconds for a reachable broker to acknowledge a response; after them, the delay is logged, "
         "and for a dead letter the service ends.",
     )
+    kafka_auth_timeout_s: float = Field(
+        120.0,
+        ge=0,
+        description="Seconds for which a broker that accepted the service once may refuse its login, or the token endpoint be "
+        "away, before the service ends; a first login that is refused ends it at once.",
+    )
+    kafka_stall_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds without a record from a partition with unread ones, while the worker has room, after which it is "
+        "not ready; after five times as long it is not alive.",
+    )
     kafka_revoke_timeout_s: float = Field(
         60.0,
         ge=0,

@@ -32,8 +32,9 @@ from latent_encoder.kafka.jobs import Partition, RecordJob, State
 from latent_encoder.kafka.lanes import Lanes
 from latent_encoder.kafka.limits import report_limits
 from latent_encoder.kafka.membership import Membership, refused_membership
+from latent_encoder.kafka.progress import Progress
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
-from latent_encoder.kafka.readiness import Readiness
+from latent_encoder.kafka.readiness import Acknowledgements, Readiness
 from latent_encoder.kafka.records import Incoming, Outgoing, RefusedRecord, Sender, read_request, sender_of
 from latent_encoder.kafka.schedule import to_begin
 from latent_encoder.kafka.starts import Starts
@@ -61,9 +62,6 @@ MOST_SET_ASIDE = 32
 LAST_NOTES_S = 2.0
 """Longest time to remove the notes of requests that are left to other workers: one commit, which takes milliseconds."""
 
-TOPICS_RETRY_S = 1.0
-"""Wait between two looks at the broker's topics: an operator creates them by hand, and one call a second is cheap."""
-
 CLOSE_TIMEOUT_S = 5.0
 """Longest time to end a transaction and to leave the group at the end. A broker that is there takes milliseconds."""
 
@@ -80,10 +78,9 @@ class KafkaHandler:
         self._settings = settings
         self._clock = clock
         self.health = Health(settings.encode_timeout_s)
-        self._broker = BrokerState(settings.kafka_bootstrap_servers)
+        self._broker = BrokerState(settings.kafka_bootstrap_servers, settings.kafka_auth_timeout_s)
         self._readiness = Readiness(self.health, self._broker, settings.kafka_consumer_group)
         self._lanes = Lanes(self._dropped)
-        self._lag = telemetry.ConsumerLag()
         self._events = Events()
         self._timers = Timers()
         self._breaker = Breaker(settings)
@@ -100,8 +97,22 @@ class KafkaHandler:
         self._starts = Starts(self._consumer, settings.kafka_max_crashes)
         self._commits = OffsetCommits(self._consumer, self._timers, self._stop_because)
         self._publisher = self._make_publisher()
-        held = Holdings(self._lanes, self._publisher, self._starts)
+        self._topics = TopicWatch(
+            settings, self._events.posted(self._topic_recreated), self._events.posted(self._stop_because)
+        )
+        self._progress = Progress(settings, self._consumer, self._broker, self._topics, self._lanes)
+        held = Holdings(self._lanes, self._publisher, self._starts, self._progress)
         self._assignment = Assignment(self._consumer, held, self._readiness, self._before_revoke)
+        self._add_parts()
+
+    def _add_parts(self) -> None:
+        """Make the worker ready only if the topics exist, responses are acknowledged and requests are fetched."""
+        acknowledgements = Acknowledgements(self._settings.kafka_ack_timeout_s)
+        self._readiness.add("topics", lambda: self._topics.fault)
+        self._readiness.add("responses", lambda: acknowledgements.fault(self._lanes.published))
+        self._readiness.add("fetch", lambda: self._progress.watchdog.fault)
+        if self._settings.kafka_transactional_id:
+            self._readiness.add("transactions", lambda: self._publisher.fault)
 
     def _make_publisher(self) -> Publisher:
         events = PublisherEvents(
@@ -127,7 +138,8 @@ class KafkaHandler:
             KafkaFailed: the worker cannot go on. The offset of a request without a response is not committed.
         """
         self._stages = Stages(encoder, self._events.posted(self._encoded), self.health)
-        self.health.needs([*self._stages.threads, *self._publisher.threads])
+        self._topics.start()
+        self.health.needs([*self._stages.threads, *self._publisher.threads, *self._topics.threads])
         self.health.ready_if("model", None)
         INFO.info({"version": VERSION, **encoder.versions})
         try:
@@ -142,6 +154,7 @@ class KafkaHandler:
             self._lanes.drop()
             self._settle_notes()
             self._stages.close()
+            self._topics.close()
             deadline = time.monotonic() + CLOSE_TIMEOUT_S
             self._publisher.close(deadline)
             self._clients.close(deadline)
@@ -152,14 +165,14 @@ class KafkaHandler:
         self._stopping = True
 
     def _wait_for_topics(self) -> None:
-        watch = TopicWatch(self._settings, self._consumer, self._broker)
-        while not self._stopping and not watch.all_exist():
-            if watch.missing:
-                self._readiness.group_fault = f"waiting for topics: {', '.join(sorted(watch.missing))}"
-            self._consumer.poll(TOPICS_RETRY_S)  # serves its callbacks
-            self.health.turn()
+        while not self._stopping and not self._topics.existed:
+            self._consumer.poll(IDLE_POLL_S)  # serves its callbacks
+            if self._topics.reached is not None:
+                self._broker.observed(up=self._topics.reached)
+            self._work(0)
             self._readiness.update()
             self._raise_stop_reason()
+        self._starts.topic_id = self._topics.topic_id
 
     def _finish(self) -> bool:
         """Finish the jobs whose encode has begun, for SHUTDOWN_TIMEOUT_S at most; return False if that was too short."""
@@ -185,6 +198,7 @@ class KafkaHandler:
 
     def _turn(self) -> None:
         timeout = BUSY_POLL_S if self._lanes else IDLE_POLL_S
+        self._progress.turn(room=not self._full, paused=self._assignment.paused)
         if not self._full:
             self._assignment.pause(self._lanes.crowded(MOST_SET_ASIDE))
             self._poll(timeout)
@@ -197,6 +211,7 @@ class KafkaHandler:
             self._work(timeout)
         IN_FLIGHT.set(len(self._lanes))
         self.health.ready_if("machine", self._breaker.fault)
+        self.health.stalled(self._progress.watchdog.hung)
         self._readiness.update()
         self._check_overdue()
         self._raise_stop_reason()
@@ -280,6 +295,7 @@ class KafkaHandler:
         telemetry.taken(job, self._settings)
         self._lanes.add(job)
         self._starts.taken(job)
+        self._progress.taken(job)
         try:
             job.request = read_request(job.record, self._settings)
         except RequestError as exc:
@@ -350,7 +366,6 @@ class KafkaHandler:
         if not job.dropped:
             self._lanes.acknowledged(job)
             self._starts.acknowledged(job)
-            self._lag.acknowledged(job)
             telemetry.acknowledged(job)
 
     def _refused(self, job: RecordJob, refused: Sequence[RefusedRecord], undelivered: tuple[Outgoing, ...]) -> None:
@@ -368,7 +383,7 @@ class KafkaHandler:
     def _dropped(self, job: RecordJob) -> None:
         """Note that a job is left to another worker, which is no crash unless a step hangs or the job lost the device."""
         telemetry.dropped(job)
-        if self.health.alive().ok and not job.blamed:
+        if "steps" not in self.health.alive().faults and not job.blamed:
             self._starts.end(job)
 
     def _topic_recreated(self, topic_id: str) -> None:
@@ -377,6 +392,7 @@ class KafkaHandler:
         for job in self._lanes.jobs():
             job.orphaned = True
         self._starts.restart(topic_id, self._assignment.partitions)
+        self._progress.restart()
         self._publisher.forget(self._assignment.partitions)
         self._assignment.read_from_start()
 
@@ -399,7 +415,7 @@ class KafkaHandler:
         """Take the consumer's statistics (its `stats_cb`), which come every second."""
         found = json.loads(statistics)
         self._broker.on_statistics(found["brokers"])
-        self._lag.observe(found["topics"])
+        self._progress.observe(found["topics"])
 
     def _consumer_error(self, error: KafkaError) -> None:
         if is_fatal(error):

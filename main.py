@@ -21,6 +21,7 @@ from latent_encoder.cli.options import CONTEXT, EPILOG, all_options
 from latent_encoder.cli.parsing import Command, refuse_options_of_other_modes
 from latent_encoder.setting_names import warn_of_unknown_variables
 from latent_encoder.telemetry.logs import LogStyle, configure_logging, log_style
+from latent_encoder.torch_caches import limit_torch_caches
 
 
 @cloup.command(cls=Command, epilog=EPILOG, context_settings=CONTEXT)
@@ -32,7 +33,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     \b
     standalone  encodes images; a JSON response for each
     kafka       responds to requests from a topic until SIGTERM
-    dlq-replay  sends dead letters back to their topic
+    dlq-replay  sends dead letters back to their topic, each once
     health      shows the health of the worker on this machine
     inspect     shows the content of latent files
     doctor      checks the installation
@@ -58,6 +59,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     refuse_options_of_other_modes(ctx, settings)
     style = log_style(settings, **{name: given[name] for name in ("quiet", "verbose", "debug")})
     configure_logging(*style)
+    limit_torch_caches()
     sys.exit(run(settings, faults, given, style))
 
 

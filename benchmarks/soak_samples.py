@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 import psutil
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 METRICS = ("latent_encoder_", "process_")
 TIMEOUT_S = 10.0
+SIXTHS = 6  # ten minutes each in an hour: long enough for each VAE to be loaded and dropped many times
 
 Series = tuple[str, Mapping[str, str], float]
 
@@ -53,23 +55,32 @@ def total(metrics: Sequence[Series], name: str, **labels: str) -> float:
 
 @dataclass(frozen=True)
 class Trend:
-    """A quantity over the soak: its medians over the first, the middle and the last fifth of the time."""
+    """A quantity over the soak, compared between the second and the last sixth of the time.
 
-    start: float
-    middle: float
-    end: float
+    The first sixth is left out, because the largest images and every combination of VAEs in memory come by chance.
+    """
+
+    sixths: tuple[float, ...]
+    """The median over each sixth."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Trend:
-        """Return the trend of at least one value, sampled at even distances."""
-        length = max(len(values) // 5, 1)
-        middle = (len(values) - length) // 2
-        return cls(median(values[:length]), median(values[middle : middle + length]), median(values[-length:]))
+        """Return the trend of at least SIXTHS values, sampled at even distances."""
+        ends = [len(values) * number // SIXTHS for number in range(SIXTHS + 1)]
+        return cls(tuple(median(values[start:end]) for start, end in pairwise(ends)))
+
+    @property
+    def start(self) -> float:
+        return self.sixths[1]
+
+    @property
+    def end(self) -> float:
+        return self.sixths[-1]
 
     @property
     def deviation(self) -> float:
-        """The change from the start to the middle or to the end, whichever is larger, as a part of the start."""
-        return max((self.middle, self.end), key=lambda value: abs(value - self.start)) / self.start - 1
+        """The change, as a part of the start."""
+        return self.end / self.start - 1
 
     @property
     def grew(self) -> bool:

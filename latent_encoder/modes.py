@@ -22,9 +22,9 @@ from latent_encoder.access import log_missing_limits
 from latent_encoder.cli.parsing import fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
-    EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
     EXIT_WRONG_USAGE,
+    SIGNAL_BASE,
     end_at_once,
     end_by_signal,
     stop_on_signals,
@@ -34,6 +34,7 @@ from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_except
 from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, stdout_on_stderr
 
 if TYPE_CHECKING:
+    from latent_encoder.kafka.replay import Selection
     from latent_encoder.standalone.inputs import ImageSelection
 
 log = get_logger("latent_encoder")
@@ -120,11 +121,20 @@ def _end_kafka_mode(number: int) -> NoReturn:
 
 
 def replay(settings: Settings, given: Mapping[str, Any]) -> int:
-    """Send dead letters back, with a line for each on standard output and the counts on standard error."""
-    from latent_encoder.kafka.replay import Replay, Selection
+    """Send dead letters back, with a line for each on standard output and the counts on standard error.
 
-    selection = Selection(frozenset(given["error_codes"]), given["since"], given["limit"])
-    run = Replay(settings, selection, given["dry_run"], report=click.echo)
+    The first SIGTERM or SIGINT ends the replay after the letters under way, the second ends it at once.
+    """
+    from latent_encoder.kafka.replay import Replay
+
+    run = Replay(settings, _selected_letters(settings, given), given["dry_run"], report=click.echo, rate=given["rate"])
+    signals: list[int] = []
+
+    def on_first_signal(number: int) -> None:
+        signals.append(number)
+        run.stop()
+
+    restore = stop_on_signals(on_first_signal, _end_replay)
     try:
         run.run()
     except SettingsError as exc:
@@ -133,10 +143,31 @@ def replay(settings: Settings, given: Mapping[str, Any]) -> int:
         fail(f"{exc} So far: {run.tally}.", EXIT_SERVICE_FAILED)
     except OSError as exc:
         fail(f"Cannot write to standard output ({exc.strerror}). So far: {run.tally}.", EXIT_SERVICE_FAILED)
-    except KeyboardInterrupt:
-        fail(f"Interrupted. So far: {run.tally}.", EXIT_INTERRUPTED)
+    finally:
+        restore()
+    if signals:
+        fail(f"Interrupted. So far: {run.tally}.", SIGNAL_BASE + signals[0])
     complain(f"Dead letters: {run.tally}.")
     return EXIT_ERROR_RESPONSE if run.tally.refused else 0
+
+
+def _selected_letters(settings: Settings, given: Mapping[str, Any]) -> Selection:
+    from latent_encoder.kafka.replay import Selection
+
+    for place in given["places"]:
+        if place.topic not in (None, settings.kafka_dlq_topic):
+            raise click.UsageError(f"--dead-letter names topic {place.topic}, not the topic {settings.kafka_dlq_topic}.")
+    if None not in (given["since"], given["until"]) and given["since"] >= given["until"]:
+        raise click.UsageError("--until must be later than --since.")
+    names = ("since", "until", "request_id", "limit", "again")
+    return Selection(frozenset(given["error_codes"]), places=given["places"], **{name: given[name] for name in names})
+
+
+def _end_replay(number: int) -> NoReturn:
+    complain_at_once(
+        "Error: Stopped at once by a second signal; the letters under way were sent and remembered, or neither.\n"
+    )
+    end_by_signal(number)
 
 
 def show_health(settings: Settings) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -127,8 +128,9 @@ class Stages(Generic[J]):
             with self._health.busy(self.threads[n].name), tracing.within(job.span):
                 result = stage(job, value)
         except BaseException as exc:  # `sys.exit` in foreign code would end the thread, and with it every later response
-            # Not kept in a variable: the traceback holds this frame, and would keep the job's tensors alive.
+            forget_variables(exc)
             self._report(job, exc)
+            del entry, job, value  # the traceback keeps this frame, too
         else:
             if not isinstance(result, SuccessResponse):
                 self._inboxes[n + 1].put((job, result))
@@ -153,3 +155,19 @@ class Stages(Generic[J]):
 
     def _write(self, _: J, encoded: Encoded) -> SuccessResponse:
         return self._encoder.write(encoded)
+
+
+def forget_variables(exc: BaseException) -> None:
+    """Clear the variables of the functions that an exception, its causes and its contexts ended; not those that still run.
+
+    Their tracebacks keep the functions' frames. The owner of a job keeps its exception until the response is published, which
+    may take minutes. Meanwhile a VAE that the cache drops, and the tensors of the image, would stay in memory.
+    """
+    waiting: list[BaseException | None] = [exc]
+    seen: set[int] = set()
+    while waiting:
+        current = waiting.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            traceback.clear_frames(current.__traceback__)
+            waiting += [current.__cause__, current.__context__]

@@ -57,8 +57,13 @@ DLQ_HEADERS = {
     kafka_records.ORIGINAL_OFFSET: "Its offset there.",
     kafka_records.ORIGINAL_TIMESTAMP: "Its timestamp there, in milliseconds of Unix time; empty if it has none.",
     kafka_records.GROUP: "Consumer group of the service.",
-    kafka_records.ATTEMPTS: "Number of attempts to encode it; 0 if it never came to that.",
+    kafka_records.ATTEMPTS: "Number of attempts to encode it, those before a replay included; 0 if it never came to that.",
     kafka_records.SERVICE_VERSION: "Version of the service.",
+}
+REPLAY_HEADERS = {
+    kafka_records.REQUEST_ID: "Id of the request, if it is known.",
+    kafka_records.REPLAYS: "Number of replays; absent before the first.",
+    kafka_records.REPLAY_OF: "Topic, partition and offset of the dead letter that was replayed; absent before the first.",
 }
 
 # The headers of a dead letter that its topic refused for its size.
@@ -269,7 +274,8 @@ def json_message(schema: str, *, title: str, description: str, headers: str, key
 
 
 def dead_letter_message() -> Document:
-    added = {name: {"type": "string", "description": meaning} for name, meaning in (DLQ_HEADERS | OMISSIONS).items()}
+    descriptions = DLQ_HEADERS | REPLAY_HEADERS | OMISSIONS
+    added = {name: {"type": "string", "description": meaning} for name, meaning in descriptions.items()}
     return {
         "title": "Dead letter",
         "description": "A record of the request topic, unchanged, with headers that state the reason and its former place.",

@@ -13,12 +13,18 @@ from config import VERSION, Settings
 from errors import ErrorCode
 from latent_encoder.cli.completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
 from latent_encoder.cli.parsing import Choice, Group, ManyValues, ModeArgument
+from latent_encoder.kafka.places import Places
 from models import FileFormat, Fit, UpscaleMethod
 
 METHODS, FORMATS, FITS = get_args(UpscaleMethod), get_args(FileFormat), get_args(Fit)
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 NOT_BOTH = mutually_exclusive.rephrased(error="--quiet does not go with --verbose or --debug.")
+
+MOMENT = click.DateTime(["%Y-%m-%dT%H:%M:%S%z"])
+
+MIN_RATE = 0.001
+"""Dead letters a second: one in 17 minutes. A lower one is probably a mistake, and zero would never end."""
 
 CONTEXT = cloup.Context.settings(
     help_option_names=["-h", "--help"],
@@ -42,6 +48,14 @@ def choice_of(field: str) -> Choice:
     return Choice(get_args(Settings.model_fields[field].annotation))
 
 
+def places(text: str) -> Places:
+    """Return the places of dead letters that a word names."""
+    try:
+        return Places.of(text)
+    except ValueError as exc:
+        raise click.BadParameter(f"{text!r}: {exc}.") from exc
+
+
 def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | None) -> None:
     """Print the script for the shell, and end."""
     if shell is not None and not ctx.resilient_parsing:
@@ -51,6 +65,7 @@ def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | No
 
 MODE = Group("Mode")
 IMAGES = Group("Images", "standalone")
+REQUEST = Group("One request", "standalone", "dlq-replay")
 MANY = Group("Many images", "standalone")
 PLACE = Group("Where files go", "standalone", "kafka", "inspect", "doctor")
 RESULTS = Group("Results", "standalone", "kafka", "doctor")
@@ -84,10 +99,11 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     IMAGES.option(
         "--input-list", metavar="FILE", shell_complete=files, help="Requests, one JSON object a line; - is standard input."
     ),
-    IMAGES.option(
+    REQUEST.option(
         "--request-id",
         metavar="ID",
-        help="Id of the request, part of the names of its files; for one image. Default: a new UUID.",
+        help="Id for the request of one image, part of the names of its files; by default a new UUID. In a replay, only dead "
+        "letters of the request with this id.",
     ),
     MANY.option("--force", is_flag=True, help="Encode images that have complete files already too."),
     MANY.option("--fail-fast", is_flag=True, help="Stop at the first image that fails."),
@@ -130,13 +146,25 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Only dead letters with this code; may be given several times.",
     ),
     DEAD_LETTERS.option(
-        "--since",
-        type=click.DateTime(["%Y-%m-%dT%H:%M:%S%z"]),
-        metavar="TIME",
-        help="Only dead letters written at 2026-11-23T12:00:00Z or later.",
+        "--since", type=MOMENT, metavar="TIME", help="Only dead letters written at 2026-11-23T12:00:00Z or later."
     ),
+    DEAD_LETTERS.option("--until", type=MOMENT, metavar="TIME", help="Only dead letters written before that time."),
+    DEAD_LETTERS.option(
+        "--dead-letter",
+        "places",
+        type=places,
+        metavar="PLACE",
+        multiple=True,
+        help="Only those at PARTITION, PARTITION/OFFSET or PARTITION/FIRST-LAST; may be given several times.",
+    ),
+    DEAD_LETTERS.option("--again", is_flag=True, help="Send dead letters that a replay has sent before too."),
     DEAD_LETTERS.option("--limit", type=click.IntRange(min=1), metavar="N", help="The most dead letters to send."),
-    DEAD_LETTERS.option("--dry-run", is_flag=True, help="Send nothing; list the chosen dead letters."),
+    DEAD_LETTERS.option(
+        "--rate", type=click.FloatRange(min=MIN_RATE), metavar="N", help="The most dead letters to send in a second."
+    ),
+    DEAD_LETTERS.option(
+        "--dry-run", is_flag=True, help="Send nothing; list the chosen dead letters, and those that were sent before."
+    ),
     PAGE.option("--html", is_flag=True, help="Write one page with images and histograms."),
     REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
     OUTPUT.option("--quiet", "-q", is_flag=True, help="Errors only: no progress bar, no summary, no warnings."),

@@ -9,6 +9,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
 from latent_encoder.kafka.jobs import Partition
 from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.progress import Progress
 from latent_encoder.kafka.publishers import Publisher
 from latent_encoder.kafka.readiness import Readiness
 from latent_encoder.kafka.starts import Starts
@@ -25,11 +26,13 @@ class Holdings:
     lanes: Lanes
     publisher: Publisher
     starts: Starts
+    progress: Progress
 
     def forget(self, partitions: Collection[Partition]) -> None:
         """Forget partitions that belong to another worker now."""
         self.publisher.forget(partitions)
         self.starts.forget(partitions)
+        self.progress.forget(partitions)
 
 
 class Assignment:
@@ -54,6 +57,10 @@ class Assignment:
     def partitions(self) -> frozenset[Partition]:
         return frozenset(self._mine)
 
+    @property
+    def paused(self) -> frozenset[Partition]:
+        return frozenset(self._paused)
+
     def subscribe(self, topic: str) -> None:
         """Join the consumer group for a topic; partitions come in later polls."""
         self._consumer.subscribe([topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -75,6 +82,7 @@ class Assignment:
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         consumer.incremental_assign(self._held.starts.open(partitions))
         consumer.resume(partitions)  # librdkafka keeps the pause of a partition that was taken away while it was paused
+        self._held.progress.assigned(self._held.starts.offsets(_keys(partitions)))
         self._mine |= _keys(partitions)
         self._readiness.group_fault = None
         REBALANCES.labels("assigned").inc()

@@ -10,7 +10,13 @@ from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
 
 from config import Settings
 from latent_encoder.kafka.connection import BrokerState
-from latent_encoder.kafka.properties import make_client, member_properties, poll_interval_s, producer_properties
+from latent_encoder.kafka.properties import (
+    STATISTICS_INTERVAL_MS,
+    make_client,
+    member_properties,
+    poll_interval_s,
+    producer_properties,
+)
 
 PAUSE_AFTER_S = 2.0
 """Longest `pause_after_s`. After a pause librdkafka takes up to a second to fetch again, which short encodes would notice."""
@@ -32,8 +38,8 @@ class Clients:
             SettingsError: librdkafka refuses a property.
         """
         self._settings = settings
-        self._on_error = broker.on_error
-        callbacks = {"error_cb": self._on_error, "stats_cb": on_statistics, "on_commit": on_commit}
+        self._broker = broker
+        callbacks = {"error_cb": broker.on_error, "stats_cb": on_statistics, "on_commit": on_commit}
         properties = member_properties(settings) | callbacks
         self.consumer = make_client(Consumer, properties, settings)
         interval_s = poll_interval_s(properties)
@@ -50,7 +56,9 @@ class Clients:
         Raises:
             SettingsError: librdkafka refuses a property.
         """
-        return make_client(Producer, producer_properties(self._settings) | {"error_cb": self._on_error}, self._settings)
+        callbacks = {"error_cb": self._broker.on_producer_error, "stats_cb": self._broker.on_producer_statistics}
+        properties = producer_properties(self._settings) | {"statistics.interval.ms": STATISTICS_INTERVAL_MS}
+        return make_client(Producer, properties | callbacks, self._settings)
 
     def close(self, deadline: float) -> None:
         """Leave the group, and return at the deadline (monotonic clock, s) at the latest.

@@ -130,6 +130,7 @@ class PublishThenCommit:
     """At least once. Everything runs in the thread that polls."""
 
     threads: Sequence[threading.Thread] = ()
+    fault: str | None = None
 
     def __init__(
         self, commits: OffsetCommits, producer: Producer, position_after: PositionAfter, events: PublisherEvents

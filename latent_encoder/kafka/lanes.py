@@ -49,6 +49,11 @@ class Lanes:
         """The partitions whose first job is published and not acknowledged."""
         return {job.partition for job in self._heads() if job.state is State.SENT}
 
+    @property
+    def published(self) -> list[RecordJob]:
+        """The jobs that wait for an acknowledgement, or for being published again."""
+        return [job for job in self._heads() if job.state in (State.FINISHED, State.SENT)]
+
     def ready(self) -> list[RecordJob]:
         """Return the jobs whose turn it is to be published: finished, and first of their lane."""
         return [job for job in self._heads() if job.state is State.FINISHED]

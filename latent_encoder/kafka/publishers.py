@@ -40,6 +40,9 @@ class Publisher(Protocol):
     threads: Sequence[threading.Thread]
     """The threads that it cannot work without."""
 
+    fault: str | None
+    """The reason why nothing can be published now, as far as it is known; None if all is well."""
+
     def publish(self, job: RecordJob) -> None:
         """Begin to publish `job.records` and return at once."""
 

@@ -1,4 +1,4 @@
-"""The records of the three topics: reading a request, making its response, making and reviving its dead letter."""
+"""The records of the three topics: reading a request, making its response, making its dead letter."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ HEADERS_OMITTED = "dlq.headers.omitted"
 OMISSIONS = (VALUE_OMITTED, KEY_OMITTED, HEADERS_OMITTED)
 UNREADABLE = "unreadable"
 """The content of HEADERS_OMITTED if the headers could not be read, so that their size is unknown."""
+# The headers that a replayed record has, and the dead letter that is made of it. A dead letter has the id if it is known.
+REQUEST_ID = "dlq.request.id"
+REPLAYS = "dlq.replays"
+REPLAY_OF = "dlq.replay.of"
+REPLAY_HEADERS = (REQUEST_ID, REPLAYS, REPLAY_OF)
+
+LONGEST_COUNT = 9
+"""Digits of the largest count that a header may have. Every client can write these headers, and no real count is larger."""
 
 _headers_of = methodcaller("headers")
 """The call of `Message.headers`. For a name that is not UTF-8 the client returns a damaged list beside its exception. Python
@@ -122,7 +130,8 @@ class Sender:
 def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
     """Return the request that a record holds.
 
-    A request without an id gets one made of its topic, partition and offset, so a second delivery has the same id.
+    A request without an id gets that of its header `dlq.request.id`, which a replay adds; without the header, one made of its
+    topic, partition and offset. So a second delivery and a replay have the same id.
 
     Raises:
         MessageUnusable: the record holds no JSON object, is larger than `KAFKA_MAX_MESSAGE_BYTES`, or has headers that cannot
@@ -136,7 +145,7 @@ def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
     try:
         fields = _read_fields(record.value, settings.kafka_max_message_bytes)
         if fields.get("request_id") is None:
-            fields["request_id"] = _id_of_place(record)
+            fields["request_id"] = _id_of_header(record) or _id_of_place(record)
         return parse_request(fields, settings.request_defaults)
     except RequestError:
         raise
@@ -154,8 +163,27 @@ def sender_of(record: Incoming, max_bytes: int) -> Sender:
         fields = _read_fields(record.value, max_bytes)
     except Exception:  # MessageUnusable, or a fault that `read_request` reports
         value = record.value or b""
-        return Sender(find_text(value, "request_id"), find_text(value, "correlation_id"))
-    return Sender(usable_text(fields, "request_id") or _id_of_place(record), usable_text(fields, "correlation_id"))
+        return Sender(find_text(value, "request_id") or _id_of_header(record), find_text(value, "correlation_id"))
+    request_id = usable_text(fields, "request_id") or _id_of_header(record) or _id_of_place(record)
+    return Sender(request_id, usable_text(fields, "correlation_id"))
+
+
+def header_text(record: Incoming, name: str) -> str | None:
+    """Return the last header of that name, or None if it is absent, empty or not UTF-8."""
+    try:
+        return (dict(record.headers).get(name) or b"").decode() or None
+    except UnicodeDecodeError:
+        return None
+
+
+def header_count(record: Incoming, name: str) -> int:
+    """Return the number in a header, 0 if it has none of at most `LONGEST_COUNT` digits."""
+    text = header_text(record, name) or ""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_COUNT else 0
+
+
+def _id_of_header(record: Incoming) -> str | None:
+    return usable_text({"request_id": header_text(record, REQUEST_ID)}, "request_id")
 
 
 def _id_of_place(record: Incoming) -> str:
@@ -177,7 +205,10 @@ def response_record(record: Incoming, message: ResponseMessage, topic: str) -> O
 
 
 def dead_letter(record: Incoming, error: RequestError, attempts: int, settings: Settings) -> Outgoing:
-    """Return the dead letter of a record: its key, value and headers untouched, and the headers of `DLQ_HEADERS`."""
+    """Return the dead letter of a record: its key, value and headers untouched, and the headers of `DLQ_HEADERS`.
+
+    It keeps the headers of a replay (`REPLAY_HEADERS`). Its attempts include those before the replay.
+    """
     cause = type(error.__cause__ or error)
     added = {
         ERROR_CODE: error.code,
@@ -188,10 +219,16 @@ def dead_letter(record: Incoming, error: RequestError, attempts: int, settings: 
         ORIGINAL_OFFSET: record.offset,
         ORIGINAL_TIMESTAMP: "" if record.timestamp is None else record.timestamp,
         GROUP: settings.kafka_consumer_group,
-        ATTEMPTS: attempts,
+        ATTEMPTS: header_count(record, ATTEMPTS) + attempts,
         SERVICE_VERSION: VERSION,
-    } | ({} if record.headers_fault is None else {HEADERS_OMITTED: UNREADABLE})
-    headers = record.headers + tuple((name, str(value).encode()) for name, value in added.items())
+    }
+    request_id = sender_of(record, settings.kafka_max_message_bytes).request_id
+    if request_id is not None:
+        added[REQUEST_ID] = request_id
+    if record.headers_fault is not None:
+        added[HEADERS_OMITTED] = UNREADABLE
+    kept = tuple((name, value) for name, value in record.headers if name not in added)
+    headers = kept + tuple((name, str(value).encode()) for name, value in added.items())
     return Outgoing(settings.kafka_dlq_topic, record.key, record.value, headers)
 
 
@@ -221,19 +258,6 @@ def omitted(record: Incoming) -> dict[str, str]:
     """Return the parts that a dead letter lacks: of VALUE_OMITTED, KEY_OMITTED and HEADERS_OMITTED those in its headers."""
     _, own = _split(record.headers)
     return {name: (value or b"").decode() for name, value in own if name in OMISSIONS}
-
-
-def revived(record: Incoming) -> Outgoing | None:
-    """Return the record that a dead letter was made of, for its original topic.
-
-    Headers that the dead letter lacks are missing in it. Return None if the record is no dead letter, or one that lacks the
-    value or the key.
-    """
-    headers = dict(record.headers)
-    if any(headers.get(name) is None for name in DLQ_HEADERS) or omitted(record).keys() & {VALUE_OMITTED, KEY_OMITTED}:
-        return None
-    kept = tuple(header for header in record.headers if header[0] not in (*DLQ_HEADERS, *OMISSIONS))
-    return Outgoing((headers[ORIGINAL_TOPIC] or b"").decode(), record.key, record.value, kept)
 
 
 def _split(headers: Headers) -> tuple[Headers, Headers]:

@@ -1,39 +1,45 @@
-"""`--mode dlq-replay`: sends the records of dead letters back to their original topic, unchanged, each once in a run.
+"""`--mode dlq-replay`: sends the records of dead letters back to their topic, each at most once in all replays.
 
-The dead letters stay in their topic. A run reads the topic from its start up to the end that it had when the run began. The
-producer is idempotent, so a broken connection neither loses a record nor sends it twice.
+The letters stay in their topic. A replay reads it twice, from its start to the end that it had at the beginning: first for
+the letters that are successors of others, then to choose and send. A successor is the letter of a record that was sent by a
+replay and failed again: only the last one of such a chain is ever sent.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, Producer
 
 from config import Settings
-from errors import ErrorCode, KafkaFailed
-from latent_encoder.kafka.connection import BrokerState, kafka_failed
-from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
-from latent_encoder.kafka.publishers import produce
-from latent_encoder.kafka.records import (
-    ERROR_CODE,
-    ERROR_MESSAGE,
-    ORIGINAL_OFFSET,
-    ORIGINAL_PARTITION,
-    ORIGINAL_TOPIC,
-    Incoming,
-    Outgoing,
-    revived,
-)
+from errors import ErrorCode
+from latent_encoder.kafka.connection import BrokerState
+from latent_encoder.kafka.letter_topic import LetterTopic, replay_group
+from latent_encoder.kafka.letters import Letter
+from latent_encoder.kafka.places import Places
+from latent_encoder.kafka.properties import Properties, consumer_properties, make_client
+from latent_encoder.kafka.records import Incoming, Outgoing
+from latent_encoder.kafka.replay_memory import Letters, ReplayMemory
+from latent_encoder.kafka.replay_transactions import ReplayTransactions, replay_producer_properties
 
-CONNECT_TIMEOUT_S = 10.0
-"""Timeout of the first call to the broker: a person waits for it, and a broker that is there takes under a second."""
+BATCH = 100
+"""The most letters of one transaction: with more, the time of a transaction no longer counts."""
 
-POLL_S = 0.5
-"""Poll timeout: the longest delay until an error of the connection is noticed."""
+BATCH_BYTES = 8 * 2**20
+"""Bytes of letters after which a transaction begins, so that large ones do not fill the memory."""
+
+BATCHES_A_SECOND = 10
+"""Transactions in a second of a replay with a rate, if that has so many letters: a burst is a tenth of them."""
+
+WAIT_S = 0.1
+"""Longest wait until a stop is noticed, while the rate allows no further letter."""
+
+LEFT_OUT = frozenset({ErrorCode.MESSAGE_UNUSABLE})
+"""Codes of letters that fail again whenever they are sent. They are sent only if their code is asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,151 +47,228 @@ class Selection:
     """The choice of dead letters to send back."""
 
     error_codes: frozenset[ErrorCode] = frozenset()
-    """Only dead letters with one of these codes; every code if empty."""
+    """Only dead letters with one of these codes; every code except those of `LEFT_OUT` if empty."""
     since: datetime | None = None
     """Only dead letters written at that time or later."""
+    until: datetime | None = None
+    """Only dead letters written before that time."""
+    request_id: str | None = None
+    """Only dead letters of the request with that id."""
+    places: tuple[Places, ...] = ()
+    """Only dead letters at one of these places."""
     limit: int | None = None
     """The largest count of dead letters."""
+    again: bool = False
+    """Also letters that were sent before and have no successor."""
 
-    def takes(self, record: Incoming) -> bool:
-        """Return whether the record is chosen; the limit is not considered."""
-        code = dict(record.headers).get(ERROR_CODE) or b""
-        written = record.timestamp or 0
-        return (not self.error_codes or code.decode() in self.error_codes) and (
-            self.since is None or written >= self.since.timestamp() * 1000
+    def takes(self, letter: Letter) -> bool:
+        """Return whether the letter is chosen; the limit, `again` and `LEFT_OUT` are not considered."""
+        written = letter.record.timestamp or 0
+        return (
+            (not self.error_codes or letter.error_code in self.error_codes)
+            and (self.since is None or written >= self.since.timestamp() * 1000)
+            and (self.until is None or written < self.until.timestamp() * 1000)
+            and (not self.places or any(places.have(letter.record) for places in self.places))
+            and (self.request_id is None or letter.request_id == self.request_id)
         )
 
 
 @dataclass
 class ReplayTally:
-    """The counts of records of a run."""
+    """The counts of records of a run. Those from `sent_before` to `not_whole` count letters that the selection takes."""
 
     read: int = 0
     foreign: int = 0
-    """Records of the topic that are no dead letters of this service."""
+    """Records of the topic that are no dead letters of this service, or those of another consumer group."""
+    sent_before: int = 0
+    """Letters that a replay has sent, successors or not."""
+    unusable: int = 0
+    """Letters with a code of `LEFT_OUT`."""
+    not_whole: int = 0
+    """Letters without the whole value of their record."""
     chosen: int = 0
     sent: int = 0
     refused: int = 0
 
     def __str__(self) -> str:
-        return f"{self.read} read, {self.foreign} foreign, {self.chosen} chosen, {self.sent} sent, {self.refused} refused"
+        return (
+            f"{self.read} read, {self.foreign} foreign, {self.sent_before} sent before, {self.unusable} unusable, "
+            f"{self.not_whole} not whole, {self.chosen} chosen, {self.sent} sent, {self.refused} refused"
+        )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A letter that is to be sent."""
+
+    letter: Letter
+    record: Outgoing
+    stretch: Letters
 
 
 @dataclass
 class Replay:
-    """One run. `report` is called with a line of JSON for each chosen dead letter."""
+    """One run. `report` is called with a line of JSON for each chosen dead letter; in a dry run, for each selected one."""
 
     settings: Settings
     selection: Selection
     dry_run: bool
     report: Callable[[str], None]
+    rate: float | None = None
+    """The most letters to send in a second."""
     tally: ReplayTally = field(default_factory=ReplayTally)
-    _unreported: list[str] = field(default_factory=list)
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """End after the letters under way. Safe in a signal handler."""
+        self.stopped = True
 
     def run(self) -> ReplayTally:
-        """Send the chosen dead letters back and wait until each is acknowledged.
+        """Send the chosen dead letters back, and remember them.
 
         Raises:
             SettingsError: librdkafka refuses a property.
-            KafkaFailed: the broker cannot be reached, refuses access, or has no such topic.
-            Exception: `report` raised it. The records sent before are acknowledged, and counted in the tally.
+            KafkaFailed: the broker cannot be reached, refuses access, or has no such topic; or another replay has begun.
+            Exception: `report` raised it. The records sent before are counted in the tally, and remembered.
         """
         broker = BrokerState(self.settings.kafka_bootstrap_servers)
         callbacks = {"error_cb": broker.on_error}
-        settings = self.settings
-        group = {"group.id": f"{settings.kafka_consumer_group}-dlq-replay", "enable.partition.eof": True}
-        consumer = make_client(Consumer, consumer_properties(settings) | group | callbacks, settings)
-        producer = make_client(Producer, producer_properties(settings, transactional=False) | callbacks, settings)
+        consumer = make_client(Consumer, self._reader_properties() | callbacks, self.settings)
+        topic = LetterTopic(self.settings, consumer, broker, lambda: self.stopped)
         try:
-            for record, original in self._dead_letters(consumer, broker):
-                self._send(producer, record, original)
-                producer.poll(0)
-                self._report()
+            topic.find()
+            if self.dry_run:
+                self._list(topic)
+            else:
+                producer = make_client(Producer, replay_producer_properties(self.settings) | callbacks, self.settings)
+                self._send_all(topic, ReplayTransactions(self.settings, producer, consumer, broker))
         finally:
             consumer.close()
-            while producer.flush(POLL_S) and broker.fatal is None:
-                pass
-        self._report()
         broker.check()
         return self.tally
 
-    def _dead_letters(self, consumer: Consumer, broker: BrokerState) -> Iterator[tuple[Incoming, Outgoing]]:
-        """Yield each chosen dead letter with its original record, up to the end that its partition had when the run began."""
-        ends = self._assign(consumer, broker)
-        while ends and self.tally.chosen != self.selection.limit:
-            message = consumer.poll(POLL_S)
-            broker.check()
-            if message is None:
-                continue
-            if self._is_past_end(message, ends):
-                ends.pop(message.partition() or 0, None)
-                continue
-            record = Incoming.of(message)
-            self.tally.read += 1
-            original = revived(record)
-            if original is None:
-                self.tally.foreign += 1
-            elif self.selection.takes(record):
+    def _reader_properties(self) -> Properties:
+        """Return the properties of a consumer that is no member of its group, whose offsets it only reads."""
+        properties = consumer_properties(self.settings)
+        properties.pop("group.instance.id", None)
+        return properties | {"group.id": replay_group(self.settings), "enable.partition.eof": True}
+
+    def _list(self, topic: LetterTopic) -> None:
+        self._memories = topic.memories()
+        for chosen in self._chosen(topic):
+            self._note(chosen.letter, "would be sent")
+
+    def _send_all(self, topic: LetterTopic, transactions: ReplayTransactions) -> None:
+        transactions.begin()
+        self._memories = topic.memories()
+        batch: list[Chosen] = []
+        size, due = 0, time.monotonic()
+        for chosen in self._chosen(topic):
+            batch.append(chosen)
+            size += len(chosen.letter.record.value or b"")
+            if len(batch) >= self._batch or size >= BATCH_BYTES:
+                due = self._send(transactions, batch, due)
+                batch, size = [], 0
+        self._send(transactions, batch, due)
+
+    @property
+    def _batch(self) -> int:
+        return BATCH if self.rate is None else max(1, min(BATCH, int(self.rate / BATCHES_A_SECOND)))
+
+    def _send(self, transactions: ReplayTransactions, batch: list[Chosen], due: float) -> float:
+        """Send letters when they are due, and return the time at which the next ones are."""
+        while time.monotonic() < due and not self.stopped:
+            time.sleep(min(WAIT_S, max(0.0, due - time.monotonic())))
+        begun = time.monotonic()
+        while batch and not self.stopped:
+            refused = transactions.send([chosen.record for chosen in batch], self._memories_after(batch))
+            if not refused:
+                self._sent(batch)
+                break
+            for record, error in refused:
+                (chosen,) = (chosen for chosen in batch if chosen.record is record)
+                batch.remove(chosen)
+                self._refused(chosen.letter, error.str())
+        return begun + (len(batch) / self.rate if self.rate else 0)
+
+    def _memories_after(self, batch: list[Chosen]) -> dict[int, ReplayMemory]:
+        memories = {n: memory.copy() for n, memory in self._memories.items()}
+        for chosen in batch:
+            memories[chosen.letter.record.partition].sent(chosen.stretch)
+        return memories
+
+    def _sent(self, batch: list[Chosen]) -> None:
+        self._memories = self._memories_after(batch)
+        self.tally.sent += len(batch)
+        for chosen in batch:
+            self._note(chosen.letter, "sent")
+
+    def _refused(self, letter: Letter, reason: str) -> None:
+        self.tally.refused += 1
+        self._note(letter, "refused", reason=reason)
+
+    def _chosen(self, topic: LetterTopic) -> Iterator[Chosen]:
+        """Yield each letter to send, and put every letter that waits into the memory of its partition."""
+        successors = self._successors(topic)
+        last_ends = {n: first for n, (first, _) in topic.marks.items()}
+        for letter in self._letters(topic):
+            partition, end = letter.record.partition, letter.record.offset + 1
+            stretch = Letters(last_ends[partition], end)
+            last_ends[partition] = end
+            if letter.is_whole:
+                self._memories[partition].read(stretch)
+            if self.selection.takes(letter) and self._is_to_be_sent(letter, successors):
                 self.tally.chosen += 1
-                yield record, original
+                yield Chosen(letter, letter.revived(), stretch)
+                if self.tally.chosen == self.selection.limit:
+                    return
 
-    def _is_past_end(self, message: Message, ends: dict[int, int]) -> bool:
-        error = message.error()
-        if error is not None:
-            if error.code() != KafkaError._PARTITION_EOF:
-                raise kafka_failed(f"Cannot read topic {self.settings.kafka_dlq_topic}", error)
+    def _letters(self, topic: LetterTopic) -> Iterator[Letter]:
+        """Yield the letters of our group."""
+        for record in topic.records():
+            self.tally.read += 1
+            letter = self._ours(record)
+            if letter is None:
+                self.tally.foreign += 1
+            else:
+                yield letter
+
+    def _ours(self, record: Incoming) -> Letter | None:
+        letter = Letter.of(record, self.settings)
+        return letter if letter is not None and letter.group == self.settings.kafka_consumer_group else None
+
+    def _successors(self, topic: LetterTopic) -> set[tuple[str, bytes]]:
+        """Return the place and the content of each letter that has a successor.
+
+        The content counts because every client can write the header: a forged one must not hold back another request.
+        """
+        letters = (self._ours(record) for record in topic.records())
+        return {(letter.replay_of, letter.content) for letter in letters if letter is not None and letter.replay_of}
+
+    def _is_to_be_sent(self, letter: Letter, successors: set[tuple[str, bytes]]) -> bool:
+        """Return whether a letter that the selection takes is to be sent; if it is not, count the reason."""
+        superseded = (letter.place, letter.content) in successors
+        sent = superseded or self._memories[letter.record.partition].was_sent(letter.record.offset)
+        if not letter.is_whole:
+            self.tally.not_whole += 1
+            self._list_only(letter, "cannot be sent", "the dead letter has not the whole value of its record")
+        elif sent and (superseded or not self.selection.again):
+            self.tally.sent_before += 1
+            self._list_only(letter, "sent before", "a later dead letter took its place" if superseded else None)
+        elif letter.error_code in LEFT_OUT and not self.selection.error_codes:
+            self.tally.unusable += 1
+            self._list_only(letter, "left out", f"it would fail again; --error-code {letter.error_code} chooses it")
+        elif letter.original.topic != self.settings.kafka_request_topic:
+            reason = f"its topic {letter.original.topic} is not the request topic {self.settings.kafka_request_topic}"
+            self._refused(letter, f"{reason}; --request-topic names another")
+        else:
             return True
-        return (message.offset() or 0) >= ends.get(message.partition() or 0, 0)
+        return False
 
-    def _assign(self, consumer: Consumer, broker: BrokerState) -> dict[int, int]:
-        """Begin to read every partition from its start; return the current end offset of each that is not empty."""
-        topic = self.settings.kafka_dlq_topic
-        try:
-            partitions = consumer.list_topics(topic, timeout=CONNECT_TIMEOUT_S).topics[topic].partitions
-            marks = {n: consumer.get_watermark_offsets(TopicPartition(topic, n), CONNECT_TIMEOUT_S) for n in partitions}
-        except KafkaException as exc:
-            consumer.poll(0)  # serves the error callback, which learns of a refused access
-            broker.check()
-            raise kafka_failed(f"Cannot read topic {topic} at {self.settings.kafka_bootstrap_servers}", exc.args[0]) from exc
-        if not partitions:
-            raise KafkaFailed(f"Topic {topic} does not exist; KAFKA_DLQ_TOPIC or --dlq-topic names another.")
-        filled = {n: mark for n, mark in marks.items() if mark[0] < mark[1]}
-        consumer.assign([TopicPartition(topic, n, low) for n, (low, _) in filled.items()])
-        return {n: high for n, (_, high) in filled.items()}
-
-    def _send(self, producer: Producer, record: Incoming, original: Outgoing) -> None:
+    def _list_only(self, letter: Letter, action: str, reason: str | None) -> None:
         if self.dry_run:
-            self._note(record, "would be sent")
-            return
+            self._note(letter, action, reason)
 
-        def delivered(_: Outgoing, error: KafkaError | None) -> None:
-            if error is None:
-                self.tally.sent += 1
-                self._note(record, "sent")
-            else:
-                self.tally.refused += 1
-                self._note(record, "refused", reason=error.str())
-
-        while True:
-            try:
-                produce(producer, original, delivered)
-            except BufferError:
-                producer.poll(POLL_S)  # the producer's queue is full
-            else:
-                return
-
-    def _note(self, record: Incoming, action: str, **more: str) -> None:
-        headers = {name: (value or b"").decode(errors="replace") for name, value in record.headers}
-        line = {
-            "action": action,
-            "dead_letter": f"{record.topic}/{record.partition}/{record.offset}",
-            "request": "/".join(headers[name] for name in (ORIGINAL_TOPIC, ORIGINAL_PARTITION, ORIGINAL_OFFSET)),
-            "error_code": headers[ERROR_CODE],
-            "error_message": headers[ERROR_MESSAGE],
-        }
-        self._unreported.append(json.dumps(line | more, ensure_ascii=False))
-
-    def _report(self) -> None:
-        """Report the results so far. Not from librdkafka's callbacks, where an exception would end the flush."""
-        while self._unreported:
-            self.report(self._unreported.pop(0))
+    def _note(self, letter: Letter, action: str, reason: str | None = None) -> None:
+        line = {"action": action, **letter.described(time.time() * 1000)}
+        self.report(json.dumps(line | ({"reason": reason} if reason else {}), ensure_ascii=False))

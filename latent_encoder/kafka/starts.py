@@ -123,6 +123,10 @@ class Starts:
         for place in partitions:
             self._bookmarks.pop(place, None)
 
+    def offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
+        """Return the offset to commit next in each of these partitions; None if it is not known yet."""
+        return {place: self._bookmarks[place].offset for place in partitions}
+
     # A request comes, begins and ends.
 
     def taken(self, job: RecordJob) -> None:

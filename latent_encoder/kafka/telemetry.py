@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from prometheus_client import Gauge
 
 from config import Settings
 from latent_encoder.kafka.decisions import TOPIC_GONE
 from latent_encoder.kafka.jobs import Partition, RecordJob
+from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.positions import Reading
 from latent_encoder.kafka.records import RefusedRecord
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import (
     CONSUMER_LAG,
     DEAD_LETTERS,
+    OLDEST_REQUEST,
     QUEUE_SECONDS,
     REDELIVERIES,
     REQUEST_SECONDS,
@@ -85,42 +90,40 @@ def dropped(job: RecordJob) -> None:
     tracing.end(job.span, None)
 
 
-class ConsumerLag:
-    """The count of records that wait in this worker's partitions, those in flight included.
+class Backlog:
+    """The metrics of the requests without a response in this worker's partitions, those in flight included."""
 
-    librdkafka's own `consumer_lag` is unknown before the first commit, and always if transactions commit the offsets.
-    So the offsets behind the last acknowledged jobs count too.
-    """
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """`now` returns seconds of a clock that never goes back."""
+        self._now = now
+        self._waiting: dict[Partition, tuple[int, float]] = {}
+        """The position of each partition with unread records, and the time at which the worker got there."""
 
-    def __init__(self) -> None:
-        self._next_offsets: dict[Partition, int] = {}
+    def observe(self, readings: Mapping[Partition, Reading], lanes: Lanes) -> None:
+        """Set the metrics of these partitions, and remove those of all others."""
+        before = self._waiting
+        self._waiting = {}
+        for gauge in (CONSUMER_LAG, OLDEST_REQUEST):
+            for labels in _shown(gauge) - {(topic, str(number)) for topic, number in readings}:
+                gauge.remove(*labels)
+        for place, reading in readings.items():
+            if reading.unread:
+                known = before.get(place)
+                self._waiting[place] = (
+                    known if known is not None and known[0] == reading.position else (reading.position, self._now())
+                )
+            held = list(lanes.jobs([place]))
+            CONSUMER_LAG.labels(*place).set(reading.unread + len(held))
+            OLDEST_REQUEST.labels(*place).set(self._age(place, held))
 
-    def acknowledged(self, job: RecordJob) -> None:
-        """Count a job, and all before it in its partition, as done."""
-        self._next_offsets[job.partition] = job.record.offset + 1
+    def _age(self, place: Partition, held: Sequence[RecordJob]) -> float:
+        """Return the age of the oldest request. The timestamp of a record that was not read yet is not known."""
+        if held:
+            timestamp = held[0].record.timestamp
+            return self._now() - held[0].taken_at if timestamp is None else max(0.0, time.time() - timestamp / 1000)
+        return self._now() - self._waiting[place][1] if place in self._waiting else 0.0
 
-    def observe(self, topics: Mapping[str, Any]) -> None:
-        """Set the metric from the `topics` of librdkafka's statistics.
 
-        The fields: https://github.com/confluentinc/librdkafka/blob/master/STATISTICS.md
-        """
-        lags = {
-            (name, number): partition["ls_offset"] - self._done((name, int(number)), partition)
-            for name, topic in topics.items()
-            for number, partition in topic["partitions"].items()
-            if partition["fetch_state"] == "active" and partition["ls_offset"] >= 0  # else not ours, or not known yet
-        }
-        shown = {
-            (sample.labels["topic"], sample.labels["partition"])
-            for family in CONSUMER_LAG.collect()
-            for sample in family.samples
-        }
-        for place in shown - lags.keys():
-            CONSUMER_LAG.remove(*place)
-        for place, lag in lags.items():
-            CONSUMER_LAG.labels(*place).set(lag)
-
-    def _done(self, place: Partition, partition: Mapping[str, int]) -> int:
-        """Return the offset behind the last done record; never past the end of the partition."""
-        done = max(partition["lo_offset"], partition["committed_offset"], self._next_offsets.get(place, 0))
-        return min(done, partition["ls_offset"])
+def _shown(gauge: Gauge) -> set[tuple[str, ...]]:
+    samples = (sample for family in gauge.collect() for sample in family.samples)
+    return {(sample.labels["topic"], sample.labels["partition"]) for sample in samples}

@@ -13,6 +13,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from errors import KafkaFailed, one_line
 from latent_encoder.kafka.connection import FATAL, is_fatal, kafka_failed
 from latent_encoder.kafka.jobs import Partition, RecordJob
+from latent_encoder.kafka.logins import LOGIN_REFUSED
 from latent_encoder.kafka.publishers import Delivered, PositionAfter, PublisherEvents, produce
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 from latent_encoder.telemetry.logs import get_logger
@@ -27,8 +28,8 @@ longest delay until a stop is noticed."""
 RETRY_S = 0.2
 """Wait between those calls: short beside an encode, long beside a round trip."""
 
-AWAY = {KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._WAIT_COORD}
-"""Errors of calls while no coordinator can be reached."""
+AWAY = {KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._WAIT_COORD, *LOGIN_REFUSED}
+"""Errors of calls while no coordinator can be reached. `BrokerState` decides if a refused login is final."""
 
 UNDONE = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._MSG_TIMED_OUT, KafkaError._STATE}
 """Errors of records whose transaction failed for another reason; the broker did not refuse these records."""
@@ -55,6 +56,7 @@ class PublishInTransaction:
         self._producer = make_producer()
         self._position_after = position_after
         self._events = events
+        self.fault: str | None = "not initialised yet"
         self._closing = threading.Event()
         self._inbox: SimpleQueue[tuple[RecordJob, TopicPartition | None, Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="transactions", daemon=True)
@@ -173,11 +175,15 @@ class PublishInTransaction:
         """Make a call, and repeat it while the broker is away."""
         while True:
             try:
-                return call()
+                result = call()
             except KafkaException as exc:
                 error: KafkaError = exc.args[0]
                 if is_fatal(error) or not (error.retriable() or error.code() in AWAY):
                     raise
+                self.fault = f"the coordinator does not respond ({error.str()})"
+            else:
+                self.fault = None
+                return result
             if self._closing.wait(RETRY_S):
                 raise _Closing
 

@@ -1,8 +1,8 @@
 """The health of a worker: it is alive, and it is ready.
 
-Alive means that the worker makes progress: the loop that polls turns, no step of a request takes longer than it may, and every
-thread that it needs runs. Ready means that it responds to requests now. External causes (a rebalance, a broker that is away,
-no requests) make a worker unready at most, because restarting it would not help.
+Alive means that the worker makes progress: the loop that polls turns, no step of a request takes longer than it may, every
+thread that it needs runs, and requests that wait are fetched. Ready means that it responds to requests now. External causes (a
+rebalance, a broker that is away, no requests) make a worker unready at most, because restarting it would not help.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ class HealthReport:
 
     @property
     def ok(self) -> bool:
-        return all(state == OK for state in self.parts.values())
+        return not self.faults
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """The parts that are not ok, with the reasons."""
+        return {part: state for part, state in self.parts.items() if state != OK}
 
 
 class Health:
@@ -41,6 +46,7 @@ class Health:
         self._last_turn: float | None = None
         self._busy: dict[str, float] = {}
         self._threads: tuple[threading.Thread, ...] = ()
+        self._stalled: str | None = None
         self._ready = {"model": "not loaded yet", "group": "not joined yet", "broker": "not reached yet"}
 
     def turn(self) -> None:
@@ -60,14 +66,25 @@ class Health:
         """Set the threads without which no request gets a response."""
         self._threads = tuple(threads)
 
+    def stalled(self, reason: str | None) -> None:
+        """Set the reason why nothing is fetched, though it could be; None if that is not so."""
+        self._stalled = reason
+
     def ready_if(self, part: str, reason: str | None) -> None:
-        """Set a part (`model`, `group` or `broker`) to ready, or to the reason why it is not."""
+        """Set a part, for example `model`, to ready, or to the reason why it is not."""
         self._ready[part] = reason or OK
         READY.labels(part).set(reason is None)
 
     def alive(self) -> HealthReport:
         """Report whether the worker makes progress."""
-        return HealthReport({"poll_loop": self._poll_loop(), "steps": self._steps(), "threads": self._dead_threads()})
+        return HealthReport(
+            {
+                "poll_loop": self._poll_loop(),
+                "steps": self._steps(),
+                "threads": self._dead_threads(),
+                "fetch": self._stalled or OK,
+            }
+        )
 
     def ready(self) -> HealthReport:
         """Report whether the worker responds to requests now."""

@@ -19,7 +19,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 
 WAITING_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 14400)
 
 INFO = Info("latent_encoder", "Versions of the service, ComfyUI and torch, and the device.")
-READY = Gauge("latent_encoder_ready", "1 if this part is ready, else 0: model, group, broker.", ["part"])
+READY = Gauge("latent_encoder_ready", "1 if this part of the worker is ready, else 0.", ["part"])
 
 REQUESTS = Counter(
     "latent_encoder_requests",
@@ -42,8 +42,16 @@ COMMITS = Counter("latent_encoder_commits", "Commits of an offset that the broke
 REBALANCES = Counter("latent_encoder_rebalances", "Partitions were assigned, revoked or lost.", ["event"])
 CONSUMER_LAG = Gauge(
     "latent_encoder_consumer_lag",
-    "Records that wait in this worker's partitions, those in flight included, as of the last fetch.",
+    "Requests without a response in this worker's partitions, those in flight included.",
     ["topic", "partition"],
+)
+OLDEST_REQUEST = Gauge(
+    "latent_encoder_oldest_request_seconds",
+    "Age of the oldest request without a response in this worker's partitions; 0 if there is none.",
+    ["topic", "partition"],
+)
+RECORDS_MISSED = Counter(
+    "latent_encoder_records_missed", "Offsets of the request topic that the broker deleted before they were read."
 )
 VAE_CACHE = Counter("latent_encoder_vae_cache", "Uses of a VAE that was loaded (hit) or had to be loaded (miss).", ["result"])
 

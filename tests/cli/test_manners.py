@@ -123,6 +123,9 @@ def test_option_of_another_mode_is_wrong_usage(
     values |= {
         "error_codes": "IMAGE_INVALID",
         "since": "2026-11-23T12:00:00Z",
+        "until": "2026-11-23T12:00:00Z",
+        "places": "0/1",
+        "rate": "5",
         "latent_format": "pt",
         "upscale_method": "area",
         "fit": "crop",

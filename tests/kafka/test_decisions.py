@@ -37,6 +37,7 @@ from latent_encoder.kafka.decisions import (
     if_overdue,
 )
 from latent_encoder.kafka.jobs import RecordJob
+from latent_encoder.kafka.letters import Letter
 from latent_encoder.kafka.records import (
     ATTEMPTS,
     ERROR_CODE,
@@ -44,7 +45,6 @@ from latent_encoder.kafka.records import (
     Outgoing,
     dead_letter,
     omitted,
-    revived,
     sender_of,
     smaller,
 )
@@ -198,9 +198,11 @@ def test_dead_letter_of_a_dead_letter_is_its_own() -> None:
     letter = dead_letter(record, MessageUnusable("No JSON."), 0, SETTINGS)
     consumed = replace(record, value=letter.value, headers=letter.headers)
     assert omitted(consumed) == {}
-    again = revived(consumed)
+    again = Letter.of(consumed, SETTINGS)
     assert again is not None
-    assert (again.value, again.headers) == (RECORD.value, RECORD.headers)
+    assert again.is_whole
+    sent_back = again.revived()
+    assert (sent_back.value, sent_back.headers[: len(RECORD.headers)]) == (RECORD.value, RECORD.headers)
 
 
 @pytest.mark.parametrize(

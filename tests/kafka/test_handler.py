@@ -158,7 +158,7 @@ def test_unusable_messages_are_dead_letters(bench: Bench, encoder: LatentEncoder
     assert [response["request_id"] for response in got] == [*ids, "good"]
     assert {response["error_code"] for response in got[:-1]} == {"MESSAGE_UNUSABLE"}
     assert got[-1]["status"] == "success"
-    for offset, (letter, (value, text, _)) in enumerate(zip(letters, UNUSABLE.values(), strict=True)):
+    for offset, (letter, (value, text, request_id)) in enumerate(zip(letters, UNUSABLE.values(), strict=True)):
         assert (letter.key, letter.value, letter.headers[:1]) == (b"k", value, headers)
         why = {name: (content or b"").decode() for name, content in letter.headers[1:]}
         assert text in why.pop("dlq.error.message")
@@ -178,6 +178,7 @@ def test_unusable_messages_are_dead_letters(bench: Bench, encoder: LatentEncoder
             "dlq.consumer.group": bench.group,
             "dlq.attempts": "0",
             "dlq.service.version": VERSION,
+            **({"dlq.request.id": request_id} if request_id else {}),
         }
 
 

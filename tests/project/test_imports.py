@@ -44,7 +44,7 @@ requests
 models
 utils
 errors : terminal
-geometry : suggestions : exits : lazy_imports : isolation : releases : torch_threads : latent_encoder
+geometry : suggestions : exits : lazy_imports : isolation : releases : torch_threads : torch_caches : latent_encoder
 masking : small_files : container
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.

@@ -32,7 +32,8 @@ from tests.broker.ports import free_ports
 from tests.helpers import IMAGES, RunMain
 from tests.kafka_tools import Bench, read_responses, wait_until
 
-ALIVE = {"poll_loop": "ok", "steps": "ok", "threads": "ok"}
+ALIVE = {"poll_loop": "ok", "steps": "ok", "threads": "ok", "fetch": "ok"}
+READY = dict.fromkeys(["model", "group", "broker", "topics", "responses", "fetch", "machine"], "ok")
 
 
 class Clock:
@@ -230,7 +231,7 @@ def test_worker_shows_health_and_metrics(bench: Bench, run_main: RunMain) -> Non
             "alive": True,
             "alive_parts": ALIVE,
             "ready": True,
-            "ready_parts": {"model": "ok", "group": "ok", "broker": "ok"},
+            "ready_parts": READY,
         }
         assert get(int(port), "/readyz")[0] == 200
         bench.send({"request_id": "r", "correlation_id": "c"})

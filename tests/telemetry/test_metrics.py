@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
 from config import Settings
 from latent_encoder.kafka.jobs import RecordJob
+from latent_encoder.kafka.lanes import Lanes
+from latent_encoder.kafka.positions import Reading
 from latent_encoder.kafka.records import Incoming
-from latent_encoder.kafka.telemetry import ConsumerLag
-from latent_encoder.telemetry.metrics import CONSUMER_LAG
+from latent_encoder.kafka.telemetry import Backlog
+from latent_encoder.telemetry.metrics import CONSUMER_LAG, OLDEST_REQUEST
 from service import LatentEncoder
 from tests.kafka_tools import Bench, Events, read_responses, wait_until
 
@@ -35,6 +36,7 @@ def grown() -> Value:
 def no_lag() -> Iterator[None]:
     yield
     CONSUMER_LAG.clear()
+    OLDEST_REQUEST.clear()
 
 
 def test_every_way_that_a_request_can_end_is_counted(
@@ -111,14 +113,32 @@ def test_lag_is_what_waits(bench: Bench, encoder: LatentEncoder, settings: Setti
         wait_until(lambda: lag() == 0, "nothing behind")
 
 
-def test_lag_of_a_partition_that_is_gone_is_forgotten() -> None:
-    """The metric has no value for a partition that another worker has now."""
-    mine = {"fetch_state": "active", "lo_offset": 2, "ls_offset": 9, "committed_offset": -1001}
-    partitions: dict[str, dict[str, Any]] = {"0": mine, "1": mine, "-1": {**mine, "fetch_state": "none"}}
-    lag = ConsumerLag()
-    lag.observe({"requests": {"partitions": partitions}})
-    partitions["0"] = {**mine, "fetch_state": "stopped"}
-    lag.acknowledged(RecordJob(Incoming("requests", 1, 4, None, None, b"{}", ())))
-    lag.observe({"requests": {"partitions": partitions}})
-    shown = {sample.labels["partition"]: sample.value for family in CONSUMER_LAG.collect() for sample in family.samples}
-    assert shown == {"1": 4}
+def test_backlog_of_a_partition_that_is_gone_is_forgotten() -> None:
+    """The metrics have no value for a partition that another worker has now."""
+    backlog, lanes = Backlog(), Lanes()
+    lanes.add(RecordJob(Incoming("requests", 1, 4, None, None, b"{}", ())))
+    readings = {("requests", number): Reading(position=5, start=0, end=9) for number in (0, 1)}
+    backlog.observe(readings, lanes)
+    del readings["requests", 0]
+    backlog.observe(readings, lanes)
+    for gauge, expected in ((CONSUMER_LAG, 5), (OLDEST_REQUEST, pytest.approx(0, abs=1))):
+        shown = {sample.labels["partition"]: sample.value for family in gauge.collect() for sample in family.samples}
+        assert shown == {"1": expected}
+
+
+def test_age_of_a_request_that_is_not_read_yet_is_the_time_of_its_worker() -> None:
+    """It grows from the moment at which the worker got to its position, and is 0 if nothing is left."""
+    seconds = 0.0
+    backlog = Backlog(lambda: seconds)
+
+    def age(position: int) -> float | None:
+        backlog.observe({("requests", 0): Reading(position, start=0, end=2)}, Lanes())
+        return REGISTRY.get_sample_value("latent_encoder_oldest_request_seconds", {"topic": "requests", "partition": "0"})
+
+    assert age(0) == 0
+    seconds = 30
+    assert age(0) == 30
+    assert age(1) == 0
+    seconds = 40
+    assert age(1) == 10
+    assert age(2) == 0
