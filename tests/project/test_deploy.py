@@ -53,8 +53,8 @@ def copied_from_the_project() -> list[str]:
 
 
 def container() -> Any:
-    """Return the only container of the Deployment's pods."""
-    (found,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
+    """Return the only container of the StatefulSet's pods."""
+    (found,) = manifest("StatefulSet")["spec"]["template"]["spec"]["containers"]
     return found
 
 
@@ -138,6 +138,14 @@ def test_keda_scales_by_the_requests_of_the_settings(settings_of: Any) -> None:
     assert [name for name, value in metadata.items() if not isinstance(value, str)] == []
 
 
+def test_ids_of_a_worker_are_its_pods_name() -> None:
+    """Transactional id and instance id come from the name of a pod, which a pod of a StatefulSet keeps."""
+    named = {"fieldRef": {"fieldPath": "metadata.name"}}
+    from_pod = {variable["name"] for variable in container()["env"] if variable["valueFrom"] == named}
+    assert from_pod == {"KAFKA_TRANSACTIONAL_ID", "KAFKA_GROUP_INSTANCE_ID"}
+    assert manifest("StatefulSet")["spec"]["podManagementPolicy"] == "Parallel"
+
+
 def test_no_more_workers_than_partitions() -> None:
     """KEDA's maximum equals the number of partitions that Compose creates and that the service creates."""
     (script,) = COMPOSE["services"]["topics"]["command"]
@@ -148,13 +156,13 @@ def test_no_more_workers_than_partitions() -> None:
 def test_grace_periods_exceed_the_shutdown_timeout() -> None:
     """Compose and Kubernetes wait longer than the service's own shutdown timeout before they kill a worker."""
     compose = int(COMPOSE["services"]["latent-encoder"]["stop_grace_period"].removesuffix("s"))
-    kubernetes = manifest("Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    kubernetes = manifest("StatefulSet")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert min(compose, kubernetes) > DEFAULTS.shutdown_timeout_s
 
 
 def test_manifests_refer_to_what_is_there() -> None:
-    """Each reference to a ConfigMap, Secret, volume or Deployment, and each selector of pods, has its target."""
-    pod = manifest("Deployment")["spec"]["template"]
+    """Each reference to a ConfigMap, Secret, volume or StatefulSet, and each selector of pods, has its target."""
+    pod = manifest("StatefulSet")["spec"]["template"]
     sources = {next(iter(source.values()))["name"] for source in container()["envFrom"]}
     secret = manifest("Secret")
     assert sources == {manifest("ConfigMap")["metadata"]["name"], secret["metadata"]["name"]}
@@ -165,10 +173,10 @@ def test_manifests_refer_to_what_is_there() -> None:
     claimed = [volume["persistentVolumeClaim"] for volume in pod["spec"]["volumes"] if "persistentVolumeClaim" in volume]
     assert claims == {claim["claimName"] for claim in claimed}
     assert {mount["name"] for mount in container()["volumeMounts"]} == {volume["name"] for volume in pod["spec"]["volumes"]}
-    for kind in ("Deployment", "PodDisruptionBudget"):
+    for kind in ("StatefulSet", "PodDisruptionBudget"):
         assert manifest(kind)["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
     scaled = manifest("ScaledObject")["spec"]
-    assert scaled["scaleTargetRef"]["name"] == manifest("Deployment")["metadata"]["name"]
+    assert scaled["scaleTargetRef"] == {"kind": "StatefulSet", "name": manifest("StatefulSet")["metadata"]["name"]}
     assert scaled["triggers"][0]["authenticationRef"]["name"] == manifest("TriggerAuthentication")["metadata"]["name"]
 
 
@@ -231,7 +239,7 @@ def test_image_runs_python_under_an_init_and_asks_it_for_its_health() -> None:
     service = [f"{folder}/.venv/bin/python", f"{folder}/main.py"]
     assert json_form("ENTRYPOINT") == ["/usr/bin/tini", "--", *service]
     assert json_form("HEALTHCHECK") == [*service, "--mode", "health"]
-    pod = manifest("Deployment")["spec"]["template"]["spec"]["securityContext"]
+    pod = manifest("StatefulSet")["spec"]["template"]["spec"]["securityContext"]
     assert list(instructions("USER")) == [[f"{pod['runAsUser']}:{pod['runAsGroup']}"]]
 
 
@@ -257,7 +265,7 @@ def test_port_is_one_everywhere() -> None:
     assert list(instructions("EXPOSE")) == [[port]]
     assert COMPOSE["services"]["latent-encoder"]["ports"] == [f"127.0.0.1:{port}:{port}"]
     assert container()["ports"] == [{"name": "http", "containerPort": int(port)}]
-    annotations = manifest("Deployment")["spec"]["template"]["metadata"]["annotations"]
+    annotations = manifest("StatefulSet")["spec"]["template"]["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == port
 
 
