@@ -72,7 +72,10 @@ class Parts:
 
 
 def parts() -> Parts:
-    """Return the parts of this process's memory now. Nothing may be in flight: `gc.get_objects` disturbs other threads."""
+    """Return the parts of this process's memory now.
+
+    Nothing may be in flight: `gc.get_objects` shows unfinished tuples, and the thread that makes one then fails.
+    """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     resident = {name: int(kilobytes) * KIB for name, kilobytes in re.findall(r"(\w+):\s+(\d+) kB", status)}
     malloc, code = LIBC.mallinfo2(), _code_made()
