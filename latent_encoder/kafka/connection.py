@@ -92,7 +92,9 @@ class BrokerState:
         if code != KafkaError._ALL_BROKERS_DOWN:  # it gives no reason
             self._reason = error.str()
         if code in LOGIN_REFUSED and self._reached and self._auth_timeout_s:
-            if login.refused(error):
+            first = not (self._consumer.recent or self._producer.recent)
+            login.refused(error)
+            if first:
                 log.warning(
                     "login refused, waiting for it", servers=self._servers, reason=error.str(), error_code=error.name()
                 )

@@ -32,7 +32,7 @@ class Login:
     @property
     def refusal(self) -> KafkaError | None:
         """The last error of the refusals that go on; None if the client has a connection, or other troubles."""
-        return self._error if self._first is not None and self._recent else None
+        return self._error if self._first is not None and self.recent else None
 
     @property
     def refused_for(self) -> float:
@@ -40,16 +40,15 @@ class Login:
         return 0.0 if self._first is None else self._now() - self._first
 
     @property
-    def _recent(self) -> bool:
+    def recent(self) -> bool:
+        """A login was refused a moment ago."""
         return self._last is not None and self._now() - self._last <= QUIET_S
 
-    def refused(self, error: KafkaError) -> bool:
-        """Note a refusal; return whether it is worth a log message, because none came a moment ago."""
-        worth_a_message = not self._recent
-        if worth_a_message or self._first is None:
+    def refused(self, error: KafkaError) -> None:
+        """Note a refusal."""
+        if self._first is None or not self.recent:
             self._first = self._now()
         self._error, self._last = error, self._now()
-        return worth_a_message
 
     def accepted(self) -> None:
         """Note that the client has a connection."""
