@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from functools import partial
 
-from confluent_kafka import KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from config import VERSION, Settings
 from errors import DeviceLost, KafkaFailed, RequestError, as_request_error
@@ -150,8 +150,6 @@ class KafkaHandler:
             while not self._stopping:
                 self._turn()
             return self._finish()
-        except KafkaException as exc:
-            raise kafka_failed("A Kafka client cannot go on", exc.args[0]) from exc
         finally:
             self._lanes.drop()
             self._settle_notes()
