@@ -166,7 +166,7 @@ class KafkaHandler:
 
     def _wait_for_topics(self) -> None:
         while not self._stopping and not self._topics.existed:
-            self._consumer.poll(IDLE_POLL_S)  # serves its callbacks
+            self._poll(IDLE_POLL_S)  # no records yet; librdkafka reports a refused group once, before it is joined
             if self._topics.reached is not None:
                 self._broker.observed(up=self._topics.reached)
             self._work(0)

@@ -11,7 +11,7 @@ from confluent_kafka.admin._group import ConsumerGroupDescription  # `confluent_
 
 from config import Settings
 from errors import KafkaFailed
-from latent_encoder.kafka.connection import kafka_failed
+from latent_encoder.kafka.connection import is_fatal, kafka_failed
 from latent_encoder.kafka.properties import admin_properties, make_client
 from latent_encoder.kafka.timers import Timers
 
@@ -68,10 +68,15 @@ class Membership:
         self._timers.after(LOOK_AFTER_S, lambda: self._look(described))
 
     def _look(self, described: Future[ConsumerGroupDescription]) -> None:
-        """Stop the worker if too many looks missed it; a broker that is away does not count."""
+        """Stop the worker if too many looks missed it, or if it may not look; a broker that is away does not count."""
         try:
             members = described.result(timeout=0).members
-        except (KafkaException, TimeoutError):
+        except TimeoutError:
+            self._missed = 0
+        except KafkaException as exc:
+            if is_fatal(exc.args[0]):
+                self._failed(refused_membership(exc.args[0], self._settings))
+                return
             self._missed = 0
         else:
             if self._consumer.memberid() in {member.member_id for member in members}:

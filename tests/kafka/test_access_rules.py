@@ -176,9 +176,26 @@ def test_each_rule_is_needed(
     topic, group = ResourceType.TOPIC, ResourceType.GROUP
     for name in (bench.request_topic, bench.response_topic, bench.dlq_topic):
         operation = AclOperation.READ if name == bench.request_topic else AclOperation.WRITE
-        assert f"Topic {name} may not be used by this user" in failure_without(topic, name, operation)
+        assert f"Topic {name} cannot be looked for: " in failure_without(topic, name, operation)
     for own in ({}, transactional):
         assert f"in group {bench.group}: " in failure_without(group, bench.group, AclOperation.READ, **own)
     failure = failure_without(ResourceType.TRANSACTIONAL_ID, bench.group, AclOperation.WRITE, **transactional)
     assert "Transactional Id authorization failed" in failure
     assert bench.committed() == {}
+
+
+def test_refused_group_is_noticed_before_the_topics_exist(
+    strict: ApacheKafka,
+    make_bench: MakeBench,
+    encoder: LatentEncoder,
+    settings: Settings,
+    shell: Shell,
+    credentials: dict[str, Any],
+) -> None:
+    """A worker that waits for its topics ends if its group is refused, because librdkafka reports that only once."""
+    bench = make_bench(create=False, servers=strict.bootstrap_servers)
+    shell("\n".join(line for line in WORKER.splitlines() if "--group" not in line), bench)
+    changes = credentials | {"kafka_sasl_password": SecretStr(strict.password)}
+    with bench.worker(encoder, bench.settings(settings, **changes)) as worker:
+        failure = worker.failure()
+    assert f"in group {bench.group}: " in str(failure)
