@@ -170,7 +170,7 @@ def test_worker_whose_place_is_taken_ends(bench: Bench) -> None:
             assert first.end() == 3
             second.signal(signal.SIGTERM)
             assert second.end() == 0
-    assert last_line(first.log_file).startswith(f"Error: Cannot consume topic {bench.request_topic}: ")
+    assert last_line(first.log_file).startswith(f"Error: Cannot consume topic {bench.request_topic} in group {bench.group}: ")
     assert "fenced" in last_line(first.log_file)
 
 
