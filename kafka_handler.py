@@ -94,7 +94,9 @@ class KafkaHandler:
 
         self._clients = Clients(settings, self._broker, self._on_statistics, self._on_commit)
         self._consumer = self._clients.consumer
-        self._starts = Starts(self._consumer, settings.kafka_max_crashes)
+        self._starts = Starts(
+            self._consumer, settings.kafka_max_crashes, transactional=settings.kafka_transactional_id is not None
+        )
         self._commits = OffsetCommits(self._consumer, self._timers, self._stop_because)
         self._publisher = self._make_publisher()
         self._topics = TopicWatch(

@@ -81,6 +81,10 @@ STATISTICS_INTERVAL_MS = 1000
 DEFAULT_MAX_POLL_INTERVAL_MS = 300_000
 """librdkafka's default."""
 
+REFRESH_MS = 1000
+"""Interval at which a transactional producer looks for its brokers. After a lost connection it calls the coordinator again
+only when it has looked, which librdkafka does every five minutes by default."""
+
 SYSLOG_CRITICAL = 2
 """librdkafka's log level that leaves out its message about each attempt to connect."""
 
@@ -143,6 +147,7 @@ def producer_properties(settings: Settings, *, transactional: bool = True) -> Pr
         SettingsError: the file of further properties cannot be used.
     """
     transactional_id = settings.kafka_transactional_id if transactional else None
+    transaction = {"transactional.id": transactional_id, "topic.metadata.refresh.interval.ms": REFRESH_MS}
     return {
         "partitioner": "murmur2_random",  # the partitioner of Java's producers, so the same key gets the same partition
         "linger.ms": 0,
@@ -151,7 +156,7 @@ def producer_properties(settings: Settings, *, transactional: bool = True) -> Pr
         "acks": "all",
         "message.max.bytes": LARGEST_MESSAGE,
         # 0 is no limit: without a transaction, a response waits for the broker as long as that takes.
-        **({"transactional.id": transactional_id} if transactional_id else {"message.timeout.ms": 0}),
+        **(transaction if transactional_id else {"message.timeout.ms": 0}),
     }
 
 

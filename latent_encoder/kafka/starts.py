@@ -70,13 +70,16 @@ class Starts:
     """The notes of this worker. For the thread that polls.
 
     A commit of notes is confirmed by reading it back. The client reports commits only to a worker that polls for records, and
-    a worker that is full does not. Until then the response at the head of the partition is not published: in a transaction its
-    offset travels on another connection, and the older offset could arrive last.
+    a worker that is full does not. Until then no transaction of the partition begins. Its offset travels on another
+    connection, and the older offset could arrive last.
     """
 
-    def __init__(self, consumer: Consumer, max_crashes: int, now: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, consumer: Consumer, max_crashes: int, *, transactional: bool, now: Callable[[], float] = monotonic
+    ) -> None:
         self._consumer = consumer
         self._max_crashes = max_crashes
+        self._transactional = transactional
         self._now = now
         self._again_at = 0.0
         self.topic_id: str | None = None
@@ -159,6 +162,7 @@ class Starts:
         offset = job.record.offset
         return (
             bookmark is None
+            or job.attempts > 0  # it did not crash in its first attempt
             or offset not in (due := bookmark.due())
             or (not bookmark.committing and bookmark.committed.get(offset) == due[offset])
         )
@@ -189,8 +193,8 @@ class Starts:
     # Commits of notes alone.
 
     def committing(self, place: Partition) -> bool:
-        """Return whether notes of this partition were sent and are not confirmed."""
-        return place in self._bookmarks and self._bookmarks[place].committing
+        """Return whether notes of this partition were sent and are not confirmed, so that no transaction may begin."""
+        return self._transactional and place in self._bookmarks and self._bookmarks[place].committing
 
     def pending(self, partitions: Collection[Partition] | None = None) -> bool:
         """Return whether notes of these partitions, or of all, have to be committed."""
