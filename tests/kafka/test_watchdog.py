@@ -161,7 +161,7 @@ def test_worker_without_a_transaction_coordinator_is_not_ready(
 
 @pytest.mark.usefixtures("apache_kafka")
 def test_worker_whose_place_is_taken_ends(bench: Bench) -> None:
-    """Of two workers with one `group.instance.id` the first ends with one line and status 3."""
+    """The first of two workers with one `group.instance.id` ends with one line and status 3."""
     config = str(client_config(bench.folder, group_instance_id="worker-0"))
     with bench.process(KAFKA_CLIENT_CONFIG=config) as first:
         first.wait_for("ready")
