@@ -200,8 +200,9 @@ class KafkaHandler:
 
     def _turn(self) -> None:
         timeout = BUSY_POLL_S if self._lanes else IDLE_POLL_S
-        self._progress.turn(room=not self._full, paused=self._assignment.paused)
-        if not self._full:
+        full = self._full
+        self._progress.turn(room=not full, paused=self._assignment.paused)
+        if not full:
             self._assignment.pause(self._lanes.crowded(MOST_SET_ASIDE))
             self._poll(timeout)
             self._full_since = time.monotonic()

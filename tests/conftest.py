@@ -20,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from config import Settings
 from latent_encoder.telemetry.logs import StderrHandler
 from service import LatentEncoder
-from tests.broker import Broker, choose
+from tests.broker import ApacheKafka, Broker, choose
 from tests.helpers import (
     COMFYUI,
     PROCESS_SETTINGS,
@@ -165,6 +165,16 @@ def broker() -> Iterator[Broker]:
     """Provide the broker of all tests: the one that is given, or one that is started here."""
     with choose()() as broker:
         yield broker
+
+
+@pytest.fixture
+def own(broker: Broker) -> Iterator[ApacheKafka]:
+    """Provide a broker for one test, which may freeze it, stop it, kill it, and start it again with its log."""
+    if not isinstance(broker, ApacheKafka):
+        pytest.skip(f"{broker.name} cannot be stopped and started again with its log")
+    with ApacheKafka() as own:
+        yield own
+        own.kill()  # it may stand still
 
 
 @pytest.fixture

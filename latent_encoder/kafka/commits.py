@@ -41,6 +41,8 @@ class OffsetCommits:
         self._timers = timers
         self._failed = failed
         self._unconfirmed: dict[Partition, TopicPartition] = {}
+        self._uncounted: set[tuple[str, int, int]] = set()
+        """Topic, partition and offset of each commit that is not confirmed. Commits of notes alone (`starts.py`) do not count."""
         self._repeating = False
         """A repetition is due; further refusals wait for the same one."""
 
@@ -50,6 +52,7 @@ class OffsetCommits:
     def add(self, offset: TopicPartition) -> None:
         """Commit an offset."""
         self._unconfirmed[offset.topic, offset.partition] = offset
+        self._uncounted.add((offset.topic, offset.partition, offset.offset))
         self._commit([offset])
 
     def settle(self, partitions: Collection[Partition], deadline: float) -> None:
@@ -86,16 +89,18 @@ class OffsetCommits:
         """Forget the unconfirmed offsets of these partitions."""
         for partition in partitions:
             self._unconfirmed.pop(partition, None)
+        self._uncounted = {commit for commit in self._uncounted if commit[:2] not in partitions}
 
     def on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
         """Take the broker's response to a commit; the consumer's `on_commit`."""
         again = False
         for partition in partitions:
             refusal = error or partition.error
-            COMMITS.labels("ok" if refusal is None else "refused").inc()
             if refusal is None:
                 self._confirm(partition)
-            elif is_fatal(refusal):
+                continue
+            COMMITS.labels("refused").inc((partition.topic, partition.partition, partition.offset) in self._uncounted)
+            if is_fatal(refusal):
                 self._failed(kafka_failed(f"Cannot commit offsets of topic {partition.topic}", refusal))
             elif (partition.topic, partition.partition) in self._unconfirmed:
                 place = {"topic": partition.topic, "partition": partition.partition, "offset": partition.offset}
@@ -106,8 +111,11 @@ class OffsetCommits:
             self._timers.after(COMMIT_AGAIN_AFTER_S, self._commit_again)
 
     def _confirm(self, partition: TopicPartition) -> None:
-        """Forget an offset, unless a later one of the partition is under way."""
+        """Count an offset, and forget it unless a later one of the partition is under way."""
         place = (partition.topic, partition.partition)
+        if (*place, partition.offset) in self._uncounted:
+            self._uncounted.remove((*place, partition.offset))
+            COMMITS.labels("ok").inc()
         if place in self._unconfirmed and self._unconfirmed[place].offset == partition.offset:
             del self._unconfirmed[place]
 

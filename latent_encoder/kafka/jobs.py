@@ -87,8 +87,8 @@ class RecordJob:
     """Count of earlier starts, by any worker, that ended neither in a result nor in a failed attempt."""
     blamed: bool = False
     """The worker ends because of this attempt, which counts as a crash."""
-    max_crashes: int = 0
-    """The most `crashes` after which the request is encoded again."""
+    condemned: bool = False
+    """The request crashed too many workers to be encoded again."""
     encoding: bool = False
     """The encode of this attempt has begun, so finishing it costs less than a new delivery."""
     redelivered: bool = False
@@ -134,11 +134,6 @@ class RecordJob:
     def suspect(self) -> bool:
         """The request was in a worker that crashed, so it runs alone: if it crashes this one too, no other is suspected."""
         return self.crashes > 0
-
-    @property
-    def condemned(self) -> bool:
-        """The request crashed too many workers to be encoded again."""
-        return self.crashes > self.max_crashes
 
     @property
     def counted_attempts(self) -> int:

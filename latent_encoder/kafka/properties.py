@@ -82,8 +82,9 @@ DEFAULT_MAX_POLL_INTERVAL_MS = 300_000
 """librdkafka's default."""
 
 REFRESH_MS = 1000
-"""Interval at which a transactional producer looks for its brokers. After a lost connection it calls the coordinator again
-only when it has looked, which librdkafka does every five minutes by default."""
+"""Milliseconds between two looks of a transactional producer at the broker. After a lost connection,
+`send_offsets_to_transaction` of librdkafka 2.16 waits for one that something else makes, whatever its own timeout is; by
+default that takes up to five minutes."""
 
 SYSLOG_CRITICAL = 2
 """librdkafka's log level that leaves out its message about each attempt to connect."""

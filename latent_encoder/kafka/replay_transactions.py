@@ -15,7 +15,7 @@ from config import Settings
 from errors import KafkaFailed
 from latent_encoder.kafka.connection import BrokerState, kafka_failed
 from latent_encoder.kafka.letter_topic import replay_group
-from latent_encoder.kafka.properties import Properties, producer_properties
+from latent_encoder.kafka.properties import REFRESH_MS, Properties, producer_properties
 from latent_encoder.kafka.publishers import produce
 from latent_encoder.kafka.records import Outgoing, RefusedRecord
 from latent_encoder.kafka.replay_memory import LONGEST_METADATA, ReplayMemory
@@ -29,10 +29,6 @@ CALL_TIMEOUT_S = 1.0
 
 PATIENCE_S = 30.0
 """Longest wait for a broker that is away: one that is started again takes some seconds."""
-
-REFRESH_MS = 1000
-"""Milliseconds between two looks at the broker. After a lost connection, `send_offsets_to_transaction` of librdkafka 2.16
-waits for one that something else makes, whatever its own timeout is; by default that takes up to five minutes."""
 
 UNDONE = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._MSG_TIMED_OUT}
 """Errors of records that the broker did not refuse: their transaction was aborted, or the broker is away."""

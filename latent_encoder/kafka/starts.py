@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
@@ -45,12 +45,10 @@ class _Bookmark:
 
     offset: int | None
     """The next offset to commit; None before the first record of a partition without a committed offset."""
-    earlier: Counts
-    """The notes that were found when the partition was assigned."""
     committed: Counts
     """The notes that the broker has."""
-    wanted: Counts = field(default_factory=dict)
-    """The notes that the broker should have."""
+    wanted: Counts
+    """The notes that the broker should have. A partition is assigned with those of earlier workers."""
     committing: bool = False
     """Notes were sent to the broker, and are not confirmed."""
 
@@ -102,7 +100,7 @@ class Starts:
                 log.error("request topic was created again, reading it from its beginning", topic=place[0], partition=place[1])
                 beginnings.append(TopicPartition(*place, OFFSET_BEGINNING))
                 offset, counts = None, {}
-            self._bookmarks[place] = _Bookmark(offset, counts, committed=counts, wanted=dict(counts))
+            self._bookmarks[place] = _Bookmark(offset, counts, dict(counts))
         others = [place for place in partitions if place.partition not in {beginning.partition for beginning in beginnings}]
         return others + beginnings
 
@@ -136,10 +134,10 @@ class Starts:
         """Set the identity of a job that was just taken, and its count of crashes."""
         record = job.record
         job.origin = self.topic_id and f"{self.topic_id}/{record.partition}/{record.offset}"
-        job.max_crashes = self._max_crashes
         bookmark = self._bookmark(job)
         if bookmark is not None:
-            job.crashes = bookmark.earlier.get(record.offset, 0)
+            job.crashes = bookmark.wanted.get(record.offset, 0)
+            job.condemned = job.crashes > self._max_crashes
             bookmark.offset = record.offset if bookmark.offset is None else bookmark.offset
 
     def begin(self, job: RecordJob) -> None:

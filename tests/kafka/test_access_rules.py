@@ -83,7 +83,14 @@ def shell(strict: ApacheKafka, tmp_path: Path) -> Shell:
 
 @pytest.fixture
 def credentials(strict: ApacheKafka) -> dict[str, Any]:
+    """Return the settings of a worker that is a process."""
     return sasl_settings(strict)
+
+
+@pytest.fixture
+def login(strict: ApacheKafka) -> dict[str, Any]:
+    """Return the settings of a worker in this process."""
+    return sasl_settings(strict) | {"kafka_sasl_password": SecretStr(strict.password)}
 
 
 def test_worker_and_replay_work_with_the_rules(
@@ -123,13 +130,12 @@ def test_topics_are_created_with_the_rule_for_it(
     encoder: LatentEncoder,
     settings: Settings,
     shell: Shell,
-    credentials: dict[str, Any],
+    login: dict[str, Any],
 ) -> None:
     """With the rule, a worker creates the topics and serves a request; without it, it ends with a line that names one."""
     bench = make_bench(partitions=1, create=False, servers=strict.bootstrap_servers)
     shell(WORKER, bench)
-    password = SecretStr(strict.password)
-    changes = credentials | {"kafka_create_topics": True, "kafka_topic_partitions": 1, "kafka_sasl_password": password}
+    changes = login | {"kafka_create_topics": True, "kafka_topic_partitions": 1}
     with bench.worker(encoder, bench.settings(settings, **changes)) as worker:
         failure = worker.failure()
     assert isinstance(failure, KafkaFailed)
@@ -150,13 +156,13 @@ def test_each_rule_is_needed(
     encoder: LatentEncoder,
     settings: Settings,
     shell: Shell,
-    credentials: dict[str, Any],
+    login: dict[str, Any],
     protocol: str,
 ) -> None:
     """Without one of the rules the worker ends with a line that names the refused thing, and commits nothing."""
     bench = make_bench(servers=strict.bootstrap_servers)
     shell(WORKER + TRANSACTIONS, bench)
-    changes = credentials | {"kafka_sasl_password": SecretStr(strict.password), "kafka_group_protocol": protocol}
+    changes = login | {"kafka_group_protocol": protocol}
     transactional: dict[str, str] = {"kafka_transactional_id": f"{bench.group}-0"}
     bench.send({"request_id": "r"})
 
@@ -190,12 +196,11 @@ def test_refused_group_is_noticed_before_the_topics_exist(
     encoder: LatentEncoder,
     settings: Settings,
     shell: Shell,
-    credentials: dict[str, Any],
+    login: dict[str, Any],
 ) -> None:
     """A worker that waits for its topics ends if its group is refused, because librdkafka reports that only once."""
     bench = make_bench(create=False, servers=strict.bootstrap_servers)
     shell("\n".join(line for line in WORKER.splitlines() if "--group" not in line), bench)
-    changes = credentials | {"kafka_sasl_password": SecretStr(strict.password)}
-    with bench.worker(encoder, bench.settings(settings, **changes)) as worker:
+    with bench.worker(encoder, bench.settings(settings, **login)) as worker:
         failure = worker.failure()
     assert f"in group {bench.group}: " in str(failure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, TopicPartition
@@ -13,7 +13,7 @@ from errors import KafkaFailed
 from latent_encoder.kafka.commits import OffsetCommits
 from latent_encoder.kafka.timers import Timers
 from service import LatentEncoder
-from tests.broker import ApacheKafka, Broker
+from tests.broker import ApacheKafka
 from tests.kafka_tools import QUIET, Bench, MakeBench, wait_until
 
 pytestmark = pytest.mark.usefixtures("apache_kafka")
@@ -32,16 +32,6 @@ class CountedTimers(Timers):
     def after(self, seconds: float, call: Callable[[], None]) -> None:
         self.count += 1
         super().after(seconds, call)
-
-
-@pytest.fixture
-def frozen(broker: Broker) -> Iterator[ApacheKafka]:
-    """Provide a broker for one test, which may freeze it."""
-    if not isinstance(broker, ApacheKafka):
-        pytest.skip(f"{broker.name} cannot be frozen")
-    with ApacheKafka() as own:
-        yield own
-        own.kill()
 
 
 def consumer_of(bench: Bench) -> Consumer:
@@ -84,35 +74,35 @@ def test_last_commit_is_confirmed_by_the_broker(bench: Bench) -> None:
     consumer.close()
 
 
-def test_last_commit_does_not_wait_for_a_frozen_broker(frozen: ApacheKafka, make_bench: MakeBench) -> None:
+def test_last_commit_does_not_wait_for_a_frozen_broker(own: ApacheKafka, make_bench: MakeBench) -> None:
     """It gives up at the deadline, with the offset unconfirmed."""
-    bench = make_bench(servers=frozen.bootstrap_servers)
+    bench = make_bench(servers=own.bootstrap_servers)
     consumer = consumer_of(bench)
     commits = OffsetCommits(consumer, Timers(), unexpected)
     commits._unconfirmed[bench.request_topic, 0] = TopicPartition(bench.request_topic, 0, 4)
     commits.settle([(bench.request_topic, 0)], deadline=time.monotonic() + 60)
     assert not len(commits)
-    frozen.freeze()
+    own.freeze()
     commits._unconfirmed[bench.request_topic, 0] = TopicPartition(bench.request_topic, 0, 5)
     began = time.monotonic()
     commits.settle([(bench.request_topic, 0)], deadline=began + 1)
     assert time.monotonic() - began < BROKEN_S
     assert len(commits) == 1
-    frozen.kill()  # without a connection, the client's end is quick
+    own.kill()  # without a connection, the client's end is quick
 
 
 @pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
 def test_worker_ends_in_time_without_a_broker(
-    frozen: ApacheKafka, make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, transactional: bool
+    own: ApacheKafka, make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, transactional: bool
 ) -> None:
     """With a response on its way to a frozen broker, a stopped worker ends soon after SHUTDOWN_TIMEOUT_S."""
-    bench = make_bench(servers=frozen.bootstrap_servers)
+    bench = make_bench(servers=own.bootstrap_servers)
     more = {"kafka_transactional_id": bench.group} if transactional else {}
     gate = bench.gate()
     with gate.holding(), bench.worker(encoder, bench.settings(settings, shutdown_timeout_s=2.0, **more)) as worker:
         bench.send({"request_id": "r"})
         gate.wait()
-        frozen.freeze()
+        own.freeze()
         gate.open()
         wait_until(
             lambda: any(worker.handler._lanes.ready()) or bool(worker.handler._lanes.sent_before(float("inf"))), "a send"

@@ -5,27 +5,16 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from config import Settings
 from errors import KafkaFailed
 from service import LatentEncoder
-from tests.broker import ApacheKafka, Broker
+from tests.broker import ApacheKafka
 from tests.kafka_tools import Bench, Events, MakeBench, both_protocols, client_config, read_responses, request_ids, wait_until
 
 apache_kafka = pytest.mark.usefixtures("apache_kafka")
-
-
-@pytest.fixture
-def own(broker: Broker) -> Iterator[ApacheKafka]:
-    """Provide a broker for one test, which may stop it, kill it, and start it again with its log."""
-    if not isinstance(broker, ApacheKafka):
-        pytest.skip(f"{broker.name} cannot be stopped and started again with its log")
-    with ApacheKafka() as own:
-        yield own
-        own.kill()  # it may stand still
 
 
 @apache_kafka

@@ -37,13 +37,6 @@ NOT_WRITABLE = frozenset({ErrorCode.OUTPUT_DIR_NOT_WRITABLE})
 
 
 @pytest.fixture
-def own() -> Iterator[ApacheKafka]:
-    """Provide a broker for one test, which may kill it and start it again with its log."""
-    with ApacheKafka() as own:
-        yield own
-
-
-@pytest.fixture
 def filled(bench: Bench, encoder: LatentEncoder, settings: Settings) -> Bench:
     """Make two dead letters for a folder that cannot be written, three for unusable messages, and a foreign record."""
     (bench.folder / "file").touch()

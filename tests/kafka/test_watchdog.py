@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,21 +14,11 @@ from latent_encoder.kafka.positions import Reading
 from latent_encoder.kafka.properties import producer_properties
 from latent_encoder.kafka.stalls import NOT_ALIVE_FACTOR, Watchdog
 from service import LatentEncoder
-from tests.broker import ApacheKafka, Broker
+from tests.broker import ApacheKafka
 from tests.kafka_tools import Bench, MakeBench, client_config, read_responses, wait_until
 
 PLACE = ("requests", 0)
 OTHER = ("requests", 1)
-
-
-@pytest.fixture
-def own(broker: Broker) -> Iterator[ApacheKafka]:
-    """Provide a broker for one test, which may freeze it, kill it, and start it again with its log."""
-    if not isinstance(broker, ApacheKafka):
-        pytest.skip(f"{broker.name} cannot be stopped and started again with its log")
-    with ApacheKafka() as own:
-        yield own
-        own.kill()  # it may stand still
 
 
 class Clock:
