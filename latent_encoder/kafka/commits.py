@@ -42,7 +42,7 @@ class OffsetCommits:
         self._failed = failed
         self._unconfirmed: dict[Partition, TopicPartition] = {}
         self._uncounted: set[tuple[str, int, int]] = set()
-        """Topic, partition and offset of each commit that is not confirmed. Commits of notes alone (`starts.py`) do not count."""
+        """Topic, partition and offset of each unconfirmed commit. Commits of notes alone (`starts.py`) do not count."""
         self._repeating = False
         """A repetition is due; further refusals wait for the same one."""
 
