@@ -1,6 +1,6 @@
 """The decision about a job after each event: publish a response, publish a dead letter, try again later, or stop.
 
-The functions are pure: they read no clock, draw no random number and change nothing. `kafka_handler.py` carries them out.
+The functions are pure: they read no clock, draw no random number and change nothing. `work.py` carries them out.
 """
 
 from __future__ import annotations

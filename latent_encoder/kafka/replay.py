@@ -38,8 +38,11 @@ BATCHES_A_SECOND = 10
 WAIT_S = 0.1
 """Longest wait until a stop is noticed, while the rate allows no further letter."""
 
-LEFT_OUT = frozenset({ErrorCode.MESSAGE_UNUSABLE})
-"""Codes of letters that fail again whenever they are sent. They are sent only if their code is asked for."""
+LEFT_OUT: dict[str, str] = {
+    ErrorCode.MESSAGE_UNUSABLE: "it would fail again",
+    ErrorCode.REQUEST_CRASHES_WORKER: "it would crash workers again",
+}
+"""Codes of letters that are sent only if their code is asked for, with the reasons."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class ReplayTally:
     """Records of the topic that are no dead letters of this service, or those of another consumer group."""
     sent_before: int = 0
     """Letters that a replay has sent, successors or not."""
-    unusable: int = 0
+    left_out: int = 0
     """Letters with a code of `LEFT_OUT`."""
     not_whole: int = 0
     """Letters without the whole value of their record."""
@@ -92,7 +95,7 @@ class ReplayTally:
 
     def __str__(self) -> str:
         return (
-            f"{self.read} read, {self.foreign} foreign, {self.sent_before} sent before, {self.unusable} unusable, "
+            f"{self.read} read, {self.foreign} foreign, {self.sent_before} sent before, {self.left_out} left out, "
             f"{self.not_whole} not whole, {self.chosen} chosen, {self.sent} sent, {self.refused} refused"
         )
 
@@ -256,8 +259,8 @@ class Replay:
             self.tally.sent_before += 1
             self._list_only(letter, "sent before", "a later dead letter took its place" if superseded else None)
         elif letter.error_code in LEFT_OUT and not self.selection.error_codes:
-            self.tally.unusable += 1
-            self._list_only(letter, "left out", f"it would fail again; --error-code {letter.error_code} chooses it")
+            self.tally.left_out += 1
+            self._list_only(letter, "left out", f"{LEFT_OUT[letter.error_code]}; --error-code {letter.error_code} chooses it")
         elif letter.original.topic != self.settings.kafka_request_topic:
             reason = f"its topic {letter.original.topic} is not the request topic {self.settings.kafka_request_topic}"
             self._refused(letter, f"{reason}; --request-topic names another")

@@ -97,7 +97,7 @@ class Starts:
             topic_id, counts = parse_notes(found.metadata)
             offset = found.offset if found.offset >= 0 else None
             if self.topic_id is not None and topic_id not in (None, self.topic_id):
-                log.error("request topic was created again, reading it from its beginning", topic=place[0], partition=place[1])
+                _log_restart(place)
                 beginnings.append(TopicPartition(*place, OFFSET_BEGINNING))
                 offset, counts = None, {}
             self._bookmarks[place] = _Bookmark(offset, counts, dict(counts))
@@ -117,6 +117,7 @@ class Starts:
         """Forget all offsets and notes of partitions whose topic was created again with that id."""
         self.topic_id = topic_id
         for place in partitions:
+            _log_restart(place)
             self._bookmarks[place] = _Bookmark(None, {}, {})
 
     def forget(self, partitions: Collection[Partition]) -> None:
@@ -231,6 +232,10 @@ class Starts:
 
     def _position(self, place: Partition, offset: int, notes: Counts) -> TopicPartition:
         return TopicPartition(*place, offset, metadata=format_notes(self.topic_id, notes))
+
+
+def _log_restart(place: Partition) -> None:
+    log.error("request topic was created again, reading it from its beginning", topic=place[0], partition=place[1])
 
 
 def format_notes(topic_id: str | None, notes: Counts) -> str:

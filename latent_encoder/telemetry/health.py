@@ -75,6 +75,11 @@ class Health:
         self._ready[part] = reason or OK
         READY.labels(part).set(reason is None)
 
+    @property
+    def hangs(self) -> bool:
+        """A step takes longer than it may."""
+        return self._steps() != OK
+
     def alive(self) -> HealthReport:
         """Report whether the worker makes progress."""
         return HealthReport(

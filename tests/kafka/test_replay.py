@@ -20,7 +20,7 @@ import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
 
 from config import Settings
-from errors import ErrorCode, KafkaFailed, MessageUnusable, OutputDirNotWritable, RequestError
+from errors import ErrorCode, KafkaFailed, MessageUnusable, OutputDirNotWritable, RequestCrashesWorker, RequestError
 from latent_encoder.kafka.places import Places
 from latent_encoder.kafka.records import DLQ_HEADERS, REPLAY_HEADERS, VALUE_OMITTED, Headers, Incoming, dead_letter
 from latent_encoder.kafka.replay import Replay, ReplayTally, Selection
@@ -303,8 +303,8 @@ def sent_ids(lines: list[dict[str, Any]]) -> list[str]:
 def test_unusable_letters_are_left_out(mixed: Bench, settings: Settings) -> None:
     """They are counted, and sent only if their code is asked for; then once, as all."""
     tally, lines = replay(mixed, settings)
-    assert (tally, sent_ids(lines)) == (ReplayTally(read=6, unusable=2, chosen=4, sent=4), ["a", "b", "c", "d"])
-    assert replay(mixed, settings)[0] == ReplayTally(read=6, unusable=2, sent_before=4)
+    assert (tally, sent_ids(lines)) == (ReplayTally(read=6, left_out=2, chosen=4, sent=4), ["a", "b", "c", "d"])
+    assert replay(mixed, settings)[0] == ReplayTally(read=6, left_out=2, sent_before=4)
     codes = frozenset({ErrorCode.MESSAGE_UNUSABLE})
     assert replay(mixed, settings, error_codes=codes)[0] == ReplayTally(read=6, chosen=2, sent=2)
     assert replay(mixed, settings)[0] == ReplayTally(read=6, sent_before=6)
@@ -358,7 +358,7 @@ def test_dry_run_lists_letters_and_their_history(mixed: Bench, settings: Setting
     replay(mixed, settings, request_id="a")
     before = offsets(mixed)
     tally, lines = replay(mixed, settings, dry_run=True)
-    assert tally == ReplayTally(read=6, sent_before=1, unusable=2, chosen=3)
+    assert tally == ReplayTally(read=6, sent_before=1, left_out=2, chosen=3)
     found = {line["request_id"] + str(line["dead_letter"].split("/")[1]): line for line in lines}
     actions = {name: line["action"] for name, line in found.items()}
     assert actions == {
@@ -383,6 +383,14 @@ def test_dry_run_lists_letters_and_their_history(mixed: Bench, settings: Setting
     }
     assert offsets(mixed) == before
     assert len(mixed.topic(mixed.request_topic).all_within(1)) == 1
+
+
+def test_requests_that_crash_workers_are_left_out(bench: Bench, settings: Settings) -> None:
+    """No replay brings the workers down by accident; after a move to larger workers, their code chooses them."""
+    put_letters(bench, bench.settings(settings), "large", error=RequestCrashesWorker("3 workers died"))
+    assert replay(bench, settings)[0] == ReplayTally(read=1, left_out=1)
+    codes = frozenset({ErrorCode.REQUEST_CRASHES_WORKER})
+    assert replay(bench, settings, error_codes=codes)[0] == ReplayTally(read=1, chosen=1, sent=1)
 
 
 def test_letters_without_their_value_are_not_sent(bench: Bench, settings: Settings) -> None:
