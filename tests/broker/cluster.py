@@ -46,6 +46,11 @@ class ApacheKafkaCluster(Broker):
             self.close()
             raise
 
+    @property
+    def dead(self) -> list[int]:
+        """The brokers that do not run."""
+        return [node for node in self._ports if node not in self._processes]
+
     def start(self, node: int) -> None:
         """Start a broker again with its data, and wait until it responds."""
         self._launch(node)
