@@ -115,7 +115,7 @@ def _layers(model: Any, activate: Activation) -> Iterator[nn.Module]:
         yield _layer(layer, activate)
     norm, _, convolution = encoder.head
     yield Convolution(convolution, norm, activate)
-    yield Each(Pointwise(model.conv1, outputs=model.conv1.weight.shape[0] // 2))  # the other half is the log variance
+    yield Each(Pointwise(model.conv1, slice(model.conv1.weight.shape[0] // 2)))  # the other half is the log variance
 
 
 def _layer(layer: Any, activate: Activation) -> nn.Module:

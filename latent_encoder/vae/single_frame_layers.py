@@ -6,18 +6,21 @@ Each takes its weights from a layer of ComfyUI's model, in that layer's dtype an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latent_encoder.vae import winograd
+from latent_encoder.vae import attention, winograd
+from latent_encoder.vae.matrix_products import linear
 from latent_encoder.vae.row_strips import RowBuffer, Stream, joined, regrouped
 
 Activation = Callable[[Tensor, Tensor, Tensor], None]
 """`norm_silu` or a compiled version of it."""
+
+ALL = slice(None)
 
 EPSILON = 1e-12
 """The smallest length that is divided by, as in `torch.nn.functional.normalize`, which ComfyUI's Wan VAE uses."""
@@ -138,15 +141,15 @@ class Residual(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A 1 x 1 convolution of `[…, in]` to `[…, out]`; with `outputs`, only its first `outputs` channels are computed."""
+    """A 1 x 1 convolution of `[…, in]` to `[…, out]`; with `outputs`, only these of its channels are computed."""
 
-    def __init__(self, convolution: Any, outputs: int | None = None) -> None:
+    def __init__(self, convolution: Any, outputs: slice = ALL) -> None:
         super().__init__()
-        self.weight = nn.Parameter(convolution.weight[:outputs].flatten(1))
-        self.bias = nn.Parameter(convolution.bias[:outputs])
+        self.weight = nn.Parameter(convolution.weight[outputs].flatten(1))
+        self.bias = nn.Parameter(convolution.bias[outputs])
 
     def forward(self, rows: Tensor) -> Tensor:
-        return functional.linear(rows, self.weight, self.bias)
+        return linear(rows.flatten(0, -2), self.weight, self.bias).view(*rows.shape[:-1], -1)
 
 
 class MeanOfPatches(nn.Module):
@@ -168,27 +171,40 @@ class MeanOfPatches(nn.Module):
 class Attention(nn.Module):
     """Attention of every pixel to every pixel, with one head, added to the pixels.
 
-    It needs all rows at once, and is torch's fused attention: without a matrix of scores, which would have pixels^2 numbers.
+    It needs all rows at once. It goes over the queries in blocks, so that only the pixels, their keys and their values are in
+    memory as a whole, and a block takes the place of its pixels.
     """
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.gamma = nn.Parameter(scaled_gamma(block.norm))
-        self.to_qkv = Pointwise(block.to_qkv)
+        self.query, self.key, self.value = (Pointwise(block.to_qkv, part) for part in _thirds(block.to_qkv))
         self.proj = Pointwise(block.proj)
 
     def forward(self, stream: Stream) -> Stream:
-        """Yield the sum in strips. Tensors are deleted as early as possible: here is the peak of memory for large images."""
+        """Yield the sum in strips."""
         image = joined(stream)
-        pixels = image.flatten(0, 1).float()
-        normed = rms_norm(pixels, self.gamma, torch.empty_like(pixels)).to(image.dtype)
-        q, k, v = self.to_qkv(normed)[None, None].chunk(3, dim=-1)
-        del pixels, normed
-        attended = functional.scaled_dot_product_attention(q, k, v)[0, 0]
-        del q, k, v
-        image += self.proj(attended).view_as(image)
-        del attended
+        pixels = image.flatten(0, 1)
+        size = attention.block_size(pixels)
+        keys, values = attention.empty_like(pixels)
+        for block, key, value in zip(*(torch.split(rows, size) for rows in (pixels, keys, values)), strict=True):
+            normed = self._normed(block)
+            key.copy_(self.key(normed))
+            value.copy_(self.value(normed))
+        for block in torch.split(pixels, size):
+            block.add_(self.proj(attention.attended(self.query(self._normed(block)), keys, values)))
+        del keys, values
         yield from regrouped(iter([(image, True)]))
+
+    def _normed(self, block: Tensor) -> Tensor:
+        wide = block.float()
+        return rms_norm(wide, self.gamma, torch.empty_like(wide)).to(block.dtype)
+
+
+def _thirds(convolution: Any) -> Iterator[slice]:
+    """Yield the outputs of a convolution that are queries, keys and values."""
+    channels = convolution.weight.shape[0] // 3
+    return (slice(start, start + channels) for start in range(0, 3 * channels, channels))
 
 
 class Regroup(nn.Module):

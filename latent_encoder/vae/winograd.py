@@ -15,8 +15,12 @@ of a direct convolution. In half precision, which has 2 or 3 digits, the loss wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from latent_encoder.vae.matrix_products import linear, linear_plus
 
 TILE = 4  # outputs that are computed together: the 4 of F(4, 3)
 
@@ -48,13 +52,13 @@ def is_worth_it(weight: Tensor) -> bool:
 
 
 def transformed_kernel(weight: Tensor) -> Tensor:
-    """Return the kernel `[out, in, 3, 3]` as `[3, 6, in, out]`: G g of each of its rows, ready for the matrix products.
+    """Return the kernel `[out, in, 3, 3]` as `[3, 6, out, in]`: G g of each of its rows, ready for the matrix products.
 
     It is computed in float64 and rounded once, to the kernel's dtype.
     """
     outputs, inputs, rows, _ = weight.shape
-    kernel = weight.new_empty(rows, POINTS, inputs, outputs)
-    taps = weight.permute(3, 2, 1, 0).double()
+    kernel = weight.new_empty(rows, POINTS, outputs, inputs)
+    taps = weight.permute(3, 2, 0, 1).double()
     for point, factors in enumerate(G):
         kernel[:, point] = sum(factor * tap for factor, tap in zip(factors, taps, strict=True))
     return kernel
@@ -67,12 +71,15 @@ def convolve(window: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     the neighbouring rows of the image.
     """
     height, tiles = window.shape[0] - 2, (window.shape[1] - 2) // TILE
-    points = _transformed_input(window, tiles)
-    rows = [points[:, row : row + height].flatten(1, 2) for row in range(3)]
-    products = torch.bmm(rows[0], kernel[0])
-    products.baddbmm_(rows[1], kernel[1]).baddbmm_(rows[2], kernel[2])
-    products[1] += bias  # A' [0, b, 0, 0, 0, 0] = [b, b, b, b]
-    return _outputs(products.view(POINTS, height, tiles, -1))
+    inputs = _transformed_input(window, tiles)
+    products = []
+    for point in range(POINTS):
+        rows = [inputs[point, row : row + height].flatten(0, 1) for row in range(3)]
+        product = linear(rows[0], kernel[0, point], bias if point == 1 else None)  # A' [0, b, 0, 0, 0, 0] = [b, b, b, b]
+        product = linear_plus(rows[1], kernel[1, point], product)
+        product = linear_plus(rows[2], kernel[2, point], product)
+        products.append(product.view(height, tiles, -1))
+    return _outputs(products)
 
 
 def _transformed_input(window: Tensor, tiles: int) -> Tensor:
@@ -95,13 +102,13 @@ def _transformed_input(window: Tensor, tiles: int) -> Tensor:
     return points
 
 
-def _outputs(m: Tensor) -> Tensor:
-    """Return A' m, `[height, 4 tiles, channels]`, of the products `[6, height, tiles, channels]`, which are overwritten.
+def _outputs(m: Sequence[Tensor]) -> Tensor:
+    """Return A' m, `[height, 4 tiles, channels]`, of six products `[height, tiles, channels]`, some of which are overwritten.
 
     A' = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]].
     """
-    _, height, tiles, channels = m.shape
-    outputs = m.new_empty(height, TILE * tiles, channels)
+    height, tiles, channels = m[0].shape
+    outputs = m[0].new_empty(height, TILE * tiles, channels)
     y = [outputs[:, place::TILE] for place in range(TILE)]
     near_sum, near_difference = torch.add(m[1], m[2]), torch.sub(m[1], m[2], out=m[1])
     far_sum, far_difference = torch.add(m[3], m[4], out=m[2]), torch.sub(m[3], m[4], out=m[3])
