@@ -127,8 +127,11 @@ class Settings(BaseSettings):
         description="Makes this worker a static member of its group: if it is back within the session timeout, "
         "it keeps its partitions. Each worker needs an id of its own.",
     )
-    kafka_prefetch: int = Field(
-        2, ge=1, description="Requests that a worker holds at a time: the one that is encoded, and those before and after it."
+    kafka_prefetch: int | None = Field(
+        None,
+        ge=1,
+        description="Requests that a worker holds at a time: the one that is encoded, and those before and after it; "
+        "PREPARE_THREADS plus one if not set.",
     )
     kafka_max_retries: int = Field(3, ge=0, description="Retries of a request after transient errors.")
     kafka_retry_backoff_s: float = Field(
@@ -303,6 +306,13 @@ class Settings(BaseSettings):
     )
     torch_num_threads: int | None = Field(
         None, ge=1, description="Threads for the encode; if not set, as many as this container has CPUs."
+    )
+    prepare_threads: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Images that are read and scaled at the same time; if not set, one less than the CPUs of this container, "
+        "1 to 8.",
     )
     vae_cache_size: int = Field(2, ge=1, description="VAEs that stay loaded; the least recently used is dropped first.")
 

@@ -18,6 +18,7 @@ from errors import ImageNotFound, OutputDirNotWritable, RequestError, SetupError
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
+from latent_encoder.cpus import prepare_threads
 from latent_encoder.geometry import Size, cropped, size_of
 from latent_encoder.images.loading import load_image
 from latent_encoder.images.scaling import scale_image
@@ -49,7 +50,7 @@ from latent_encoder.outputs.stored_responses import (
 )
 from latent_encoder.telemetry.logs import get_logger, log_failure
 from latent_encoder.telemetry.steps import timed
-from latent_encoder.torch_threads import usable_cpus
+from latent_encoder.torch_threads import encode_threads
 from latent_encoder.trial import try_nodes
 from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.encoding import encode_image
@@ -79,6 +80,8 @@ class LatentEncoder:
         self._leftovers = Leftovers(self._outputs)
         self._own = Publications()
         self.vaes = VaeCache(runtime, settings)
+        self.prepare_threads = prepare_threads(settings)
+        """The count of threads that may call `prepare` at the same time."""
         self.tried_nodes: tuple[str, ...] = ()
         """Ids of the ComfyUI nodes that ran on a test image during `set_up`."""
 
@@ -98,7 +101,7 @@ class LatentEncoder:
         Raises:
             SetupError: ComfyUI is missing, lacks a node or a package, fails on the image, or cannot run on the device.
         """
-        torch.set_num_threads(settings.torch_num_threads or usable_cpus())
+        torch.set_num_threads(settings.torch_num_threads or encode_threads())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
         search_model_folders(runtime, settings.model_dir)
         Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # LoadImage applies the same limit

@@ -32,7 +32,7 @@ from benchmarks.encode_start import measure_start, start_once, start_text
 from benchmarks.encode_time import measure_time, time_text
 from benchmarks.encode_trees import Tree, comfyui_version, trees_of
 from latent_encoder.telemetry.logs import configure_logging
-from latent_encoder.torch_threads import usable_cpus
+from latent_encoder.torch_threads import encode_threads
 from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS
 from tests.helpers import COMFYUI, clean_environment, stock
 
@@ -174,7 +174,7 @@ def main(
     for name in os.environ.keys() - clean_environment().keys():
         del os.environ[name]  # the service's settings: each side gets its own
     configure_logging("WARNING", "text")
-    os.environ["OMP_NUM_THREADS"] = str(usable_cpus())  # in every process, ours or not
+    os.environ["OMP_NUM_THREADS"] = str(encode_threads())  # in every process, ours or not
     results = Results(machine(plan), plan.pairs)
     with plan.temporary_folder, torch.inference_mode():
         if plan.further_paths:
@@ -280,7 +280,7 @@ def machine(plan: Plan) -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
-        "threads": usable_cpus(),
+        "threads": encode_threads(),
         "load average at start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -21,6 +21,7 @@ from latent_encoder.comfy_import import (
     imported_version,
     refuse_second_tree,
 )
+from latent_encoder.comfy_input import InputSetting
 from latent_encoder.comfy_node import Node
 from latent_encoder.images.features import ENDINGS, Feature, ImageNote, decoder_of
 from latent_encoder.images.input_folder import Ending, InputFolders
@@ -66,6 +67,7 @@ class ComfyRuntime:
     def __init__(self, path: Path, custom_nodes: Sequence[str]) -> None:
         self.path = path
         self._folder_paths = importlib.import_module("folder_paths")
+        self._input_setting = InputSetting(self._folder_paths)
         self.nodes = import_custom_nodes_minimal(path, NODE_IDS, custom_nodes)
         self.custom_nodes = {name: checksum_of_package(custom_node_path(path, name)) for name in sorted(set(custom_nodes))}
         """Checksum of the code of each custom node package that is loaded: a package may change ComfyUI's own functions."""
@@ -98,19 +100,9 @@ class ComfyRuntime:
             EncodingFailed: there is no room for the file that LoadImage reads.
             SetupError: there is no folder for it.
         """
-        with self._input_folders.file(data, ending) as path, self._input_folder(path.parent):
+        with self._input_folders.file(data, ending) as path, self._input_setting.being(path.parent):
             image: torch.Tensor = self._load_image(image=str(path))
         return image
-
-    @contextmanager
-    def _input_folder(self, folder: Path) -> Iterator[None]:
-        """Make this ComfyUI's input folder inside the context; afterwards custom nodes find the former one."""
-        before: str = self._folder_paths.get_input_directory()
-        self._folder_paths.set_input_directory(str(folder))
-        try:
-            yield
-        finally:
-            self._folder_paths.set_input_directory(before)
 
     @cached_property
     def _input_folders(self) -> InputFolders:

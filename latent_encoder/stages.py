@@ -1,4 +1,4 @@
-"""The stages of an encode side by side: while one request is encoded, the next is prepared and the last is written."""
+"""The stages of an encode side by side: while one request is encoded, the next are prepared and the last is written."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ from service import LatentEncoder
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
-
-THREADS = ("prepare", "encode", "write")
-"""The names of the stages' threads, as health reports them."""
-
-ENCODE = THREADS.index("encode")
 
 
 class Job(Protocol):
@@ -59,8 +54,32 @@ class Job(Protocol):
 J = TypeVar("J", bound=Job)
 
 
+class Stage(Generic[J]):
+    """A step of every job, with its queue and the threads that serve it."""
+
+    def __init__(self, name: str, step: Callable[[J, Any], Any], threads: int = 1, torch_threads: int = 1) -> None:
+        """`torch_threads` is the count of threads that torch uses in each of this stage's `threads`."""
+        self.step = step
+        self.torch_threads = torch_threads
+        self.inbox: SimpleQueue[tuple[J, Any] | None] = SimpleQueue()
+        self.names = [name] if threads == 1 else [f"{name}-{n}" for n in range(1, threads + 1)]
+        self._running = threads
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let each thread end after the jobs that are in the queue."""
+        for _ in self.names:
+            self.inbox.put(None)
+
+    def ended(self) -> bool:
+        """Note that a thread ended; return whether it was the last."""
+        with self._lock:
+            self._running -= 1
+            return self._running == 0
+
+
 class Stages(Generic[J]):
-    """Three threads in a row: prepare, encode, write. Jobs leave them in the order in which they came."""
+    """Threads in three stages: prepare, encode, write. Jobs that are prepared side by side may overtake each other."""
 
     def __init__(
         self,
@@ -78,39 +97,45 @@ class Stages(Generic[J]):
         self._reuse = reuse
         self._report = report
         self._health = health
-        self._torch_threads = torch.get_num_threads()
-        self._limited = threading.Barrier(len(THREADS))
-        self._inboxes: list[SimpleQueue[tuple[J, Any] | None]] = [SimpleQueue() for _ in THREADS]
-        self.threads = [
-            threading.Thread(target=self._run, args=(stage, n), name=THREADS[n], daemon=True)
-            for n, stage in enumerate((self._prepare, self._encode, self._write))
+        self._stages: list[Stage[J]] = [
+            Stage("prepare", self._prepare, encoder.prepare_threads),
+            Stage("encode", self._encode, torch_threads=torch.get_num_threads()),
+            Stage("write", self._write),
         ]
+        self.threads = [
+            threading.Thread(target=self._run, args=(number, name), name=name, daemon=True)
+            for number, stage in enumerate(self._stages)
+            for name in stage.names
+        ]
+        self._limited = threading.Barrier(len(self.threads))
         for thread in self.threads:
             thread.start()
 
     def submit(self, job: J) -> None:
         """Begin a job that has a request."""
-        self._inboxes[0].put((job, job.request))
+        self._stages[0].inbox.put((job, job.request))
 
     def close(self) -> None:
         """End the threads after their current work, without waiting for that."""
-        self._inboxes[0].put(None)
+        self._stages[0].close()
 
-    def _run(self, stage: Callable[[J, Any], Any], n: int) -> None:
+    def _run(self, number: int, name: str) -> None:
         # Each thread has an OpenMP pool of its own. If the pools together have more threads than there are CPUs, GNU's OpenMP
         # lets threads sleep at each of an encode's many barriers, which doubles its time. So only the encode has several.
-        if n != ENCODE:
+        stage = self._stages[number]
+        if stage.torch_threads == 1:
             set_torch_threads(1)
         self._limited.wait()
-        if n == ENCODE:  # set last: torch applies the latest value to threads created later
-            set_torch_threads(self._torch_threads)
-        while (ended := self._step(stage, n)) is not None:
+        if stage.torch_threads > 1:  # set last: torch applies the latest value to threads created later
+            set_torch_threads(stage.torch_threads)
+        while (ended := self._step(number, name)) is not None:
             if ended:
                 give_back_freed_memory()  # large tensors of varying sizes leave holes that the C library would keep
-        for inbox in self._inboxes[n + 1 : n + 2]:
-            inbox.put(None)
+        if stage.ended():
+            for following in self._stages[number + 1 : number + 2]:
+                following.close()
 
-    def _step(self, stage: Callable[[J, Any], Any], n: int) -> bool | None:
+    def _step(self, number: int, thread: str) -> bool | None:
         """Take one job through a stage.
 
         This is a function of its own so that no variable keeps the job's tensors while the thread waits for the next job.
@@ -118,22 +143,22 @@ class Stages(Generic[J]):
         Returns:
             True if the job ended here, False if it went on to the next stage, None if there are no more jobs.
         """
-        entry = self._inboxes[n].get()
+        entry = self._stages[number].inbox.get()
         if entry is None:
             return None
         job, value = entry
         if job.dropped:
             return True
         try:
-            with self._health.busy(self.threads[n].name), tracing.within(job.span):
-                result = stage(job, value)
+            with self._health.busy(thread), tracing.within(job.span):
+                result = self._stages[number].step(job, value)
         except BaseException as exc:  # `sys.exit` in foreign code would end the thread, and with it every later response
             forget_variables(exc)
             self._report(job, exc)
             del entry, job, value  # the traceback keeps this frame, too
         else:
             if not isinstance(result, SuccessResponse):
-                self._inboxes[n + 1].put((job, result))
+                self._stages[number + 1].inbox.put((job, result))
                 return False
             self._report(job, result)
         return True

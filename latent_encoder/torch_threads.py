@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from latent_encoder.cpus import usable_cpus
 
-def usable_cpus() -> int:
+
+def encode_threads() -> int:
     """Return the count of threads for an encode: torch's own choice, at most the CPUs that the container may use."""
-    from loky import cpu_count  # slow to import; it knows the CPU quota of a control group
-
-    return min(torch.get_num_threads(), int(cpu_count()))
+    return min(torch.get_num_threads(), usable_cpus())
 
 
 def set_torch_threads(count: int) -> None:

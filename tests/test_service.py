@@ -17,7 +17,7 @@ from PIL import Image
 from config import Settings
 from errors import ErrorCode, ScalingFailed
 from latent_encoder.geometry import Size, scaled_size
-from latent_encoder.torch_threads import usable_cpus
+from latent_encoder.torch_threads import encode_threads
 from models import ErrorResponse, Metadata, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import IMAGES, VAE, Encode, load_latent, request_for
@@ -197,6 +197,6 @@ def test_threads_are_as_many_as_set(encoder: LatentEncoder, settings: Settings) 
 def test_threads_are_no_more_than_the_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """loky counts them, from affinity and control group; its own limit stands for a quota here."""
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    assert usable_cpus() == 1
+    assert encode_threads() == 1
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1000")
-    assert 1 <= usable_cpus() <= torch.get_num_threads()
+    assert 1 <= encode_threads() <= torch.get_num_threads()

@@ -10,7 +10,7 @@ import torch
 
 from errors import one_line
 from latent_encoder.doctor.check import Check, Installation, cross, tick
-from latent_encoder.torch_threads import usable_cpus
+from latent_encoder.torch_threads import encode_threads
 
 
 def check_torch(_: Installation) -> Iterator[Check]:
@@ -39,7 +39,7 @@ def check_device(installation: Installation) -> Iterator[Check]:
     else:
         yield tick("device", f"{_accelerator()} (DEVICE={settings.device})")
     origin = "TORCH_NUM_THREADS" if settings.torch_num_threads else "CPUs of this process"
-    yield tick("threads", f"{settings.torch_num_threads or usable_cpus()} ({origin}) of {os.cpu_count()} CPUs")
+    yield tick("threads", f"{settings.torch_num_threads or encode_threads()} ({origin}) of {os.cpu_count()} CPUs")
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from functools import partial
 
 from config import Settings
 from errors import DeviceLost, KafkaFailed, RequestError, as_request_error
+from latent_encoder.cpus import prefetch
 from latent_encoder.kafka import decisions, telemetry
 from latent_encoder.kafka.breaker import Breaker, accused
 from latent_encoder.kafka.decisions import Decision, Failure, Finish, Replace, Retry, Stop
@@ -45,6 +46,7 @@ class Work:
         self._settings = settings
         self._clock = clock
         self._starts = starts
+        self._prefetch = prefetch(settings)
         self._health = health
         self._stop_because = stop_because
         self._breaker = Breaker(settings)
@@ -65,7 +67,7 @@ class Work:
         """No further request may be taken."""
         return (
             self.stopping
-            or self.lanes.in_hand >= self._settings.kafka_prefetch
+            or self.lanes.in_hand >= self._prefetch
             or not self._breaker.takes(list(self.lanes.jobs()), time.monotonic())
         )
 
@@ -102,7 +104,7 @@ class Work:
             return ()
         if self._breaker.fault is not None:
             return self._breaker.to_try(jobs, now)
-        return to_begin(jobs, self._settings.kafka_prefetch, now)
+        return to_begin(jobs, self._prefetch, now)
 
     def encoded(self, job: RecordJob, result: SuccessResponse | BaseException) -> None:
         """Take the result of an attempt from the stages."""

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 
 from config import Settings
 from errors import as_request_error
+from latent_encoder.cpus import prepare_threads
 from latent_encoder.outputs.files import WRITING
-from latent_encoder.stages import THREADS, Stages
+from latent_encoder.stages import Stages
 from latent_encoder.standalone.ordering import Outcome, Report
 from latent_encoder.telemetry.health import Health
 from latent_encoder.telemetry.logs import get_logger, log_failure
@@ -18,8 +19,13 @@ from service import LatentEncoder
 
 log = get_logger("latent_encoder")
 
-HELD = len(THREADS)
-"""Requests of one process: one in each stage."""
+OTHER_STAGES = 2
+"""Requests in the stages behind the preparation, one in each."""
+
+
+def capacity(settings: Settings) -> int:
+    """Return the count of requests that keep all stages of one process busy."""
+    return prepare_threads(settings) + OTHER_STAGES
 
 
 @dataclass(eq=False)
@@ -42,12 +48,11 @@ class ImageJob:
 
 
 class InProcess:
-    """The stages of this process: while one image is encoded, the next is prepared and the last is written."""
-
-    capacity = HELD
+    """The stages of this process: while one image is encoded, the next are prepared and the last is written."""
 
     def __init__(self, settings: Settings, report: Report, *, reuse: bool) -> None:
         """With `reuse`, an image whose output files are complete and match is not encoded."""
+        self.capacity = capacity(settings)
         self._settings = settings
         self._report = report
         self._reuse = reuse

@@ -17,11 +17,12 @@ import torch
 
 from config import Settings
 from errors import EncodingFailed, SetupError
+from latent_encoder.cpus import prepare_threads
 from latent_encoder.exits import end_by_signal
-from latent_encoder.standalone.engines import HELD, InProcess
+from latent_encoder.standalone.engines import InProcess, capacity
 from latent_encoder.standalone.ordering import Outcome, Report
 from latent_encoder.telemetry.logs import LogStyle, configure_logging, get_logger
-from latent_encoder.torch_threads import usable_cpus
+from latent_encoder.torch_threads import encode_threads
 from models import EncodeRequest, ErrorResponse
 
 log = get_logger("latent_encoder")
@@ -61,7 +62,7 @@ class Processes:
     """Worker processes with an `InProcess` each. They share the CPUs. Each has a GPU of its own, if there are enough."""
 
     def __init__(self, settings: Settings, report: Report, *, reuse: bool, count: int, log_style: LogStyle) -> None:
-        self.capacity = count * HELD
+        self.capacity = count * capacity(_with_prepare_threads(settings, count))
         self._report = report
         self._lock = threading.Lock()
         self._aborted = False
@@ -202,5 +203,9 @@ def _settings_of(share: Share) -> Settings:
     if (gpus := torch.cuda.device_count()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[share.place % gpus]
-    threads = share.settings.torch_num_threads or max(1, usable_cpus() // share.count)
-    return share.settings.model_copy(update={"torch_num_threads": threads})
+    threads = share.settings.torch_num_threads or max(1, encode_threads() // share.count)
+    return _with_prepare_threads(share.settings, share.count).model_copy(update={"torch_num_threads": threads})
+
+
+def _with_prepare_threads(settings: Settings, count: int) -> Settings:
+    return settings.model_copy(update={"prepare_threads": prepare_threads(settings, count)})

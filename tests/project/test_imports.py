@@ -30,7 +30,7 @@ vae
 images
 trial : admission
 comfy_runtime
-installer.comfy_packages : comfy_node
+installer.comfy_packages : comfy_node : comfy_input
 installer.import_trial
 comfy_import
 images.features
@@ -38,13 +38,15 @@ images.input_folder : images.jpeg_markers
 access
 setting_names
 telemetry
+torch_threads
+cpus
 config
 secret_files
 requests
 models
 utils
 errors : terminal
-geometry : suggestions : exits : lazy_imports : isolation : releases : torch_threads : torch_caches : latent_encoder
+geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
 masking : small_files : container
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
