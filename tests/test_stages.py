@@ -1,4 +1,4 @@
-"""Tests of the stages: a failed job keeps nothing of its work alive."""
+"""Tests of the stages: preparations run side by side, and a failed job keeps nothing of its work alive."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
-from threading import Event
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
 
 from config import Settings
+from latent_encoder.outputs.encoded import Prepared
 from latent_encoder.stages import Stages
 from latent_encoder.standalone.engines import ImageJob
 from latent_encoder.telemetry.health import Health
-from models import SuccessResponse
+from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import PATIENCE_S, VAE, request_for
 from tests.kafka_tools import wait_until
@@ -42,6 +43,32 @@ def running(encoder: LatentEncoder, settings: Settings) -> Iterator[tuple[Stages
     stages.close()
     for thread in stages.threads:
         thread.join(PATIENCE_S)
+
+
+def test_preparations_run_side_by_side(
+    encoder: LatentEncoder, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PREPARE_THREADS images are prepared at the same time, and each thread ends when the stages are closed."""
+    together = Barrier(3, timeout=PATIENCE_S)
+    prepare = LatentEncoder.prepare
+
+    def meeting(self: LatentEncoder, request: EncodeRequest, origin: str | None = None) -> Prepared:
+        together.wait()
+        return prepare(self, request, origin)
+
+    monkeypatch.setattr(LatentEncoder, "prepare", meeting)
+    monkeypatch.setattr(encoder, "prepare_threads", 3)
+    results: Queue[Result] = Queue()
+    stages = Stages[ImageJob](encoder, lambda _, result: results.put(result), Health(settings.encode_timeout_s))
+    for number in range(3):
+        request = request_for(settings, tmp_path / str(number), "photo.jpg", {"request_id": f"r{number}"})
+        stages.submit(ImageJob(number, request, Event()))
+    found = [results.get(timeout=PATIENCE_S) for _ in range(3)]
+    assert {result.request_id for result in found if isinstance(result, SuccessResponse)} == {"r0", "r1", "r2"}
+    stages.close()
+    for thread in stages.threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
 
 
 @pytest.mark.usefixtures("no_collector")
