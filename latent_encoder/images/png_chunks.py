@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+Buffer = bytes | bytearray
+"""The bytes of a file."""
+
 Span = tuple[int, int]
 """A part of a file: offsets of its first byte, and of the byte behind its last."""
 
@@ -41,14 +44,14 @@ class Chunk:
         """A reader that does not know the chunk cannot show the image: its name begins with a capital letter."""
         return self.kind[:1].isupper()
 
-    def content(self, data: bytes) -> bytes:
+    def content(self, data: Buffer) -> bytes:
         """Return its content, from the bytes of the file."""
         start, end = self.content_span
-        return data[start:end]
+        return bytes(data[start:end])
 
-    def keyword(self, data: bytes) -> bytes | None:
-        """Return the keyword of a text, without what follows a wrong one's 79 bytes; None for other chunks."""
+    def keyword(self, data: Buffer) -> bytes | None:
+        """Return the keyword of a text, at most 79 bytes of it; None for other chunks."""
         if self.kind not in TEXTS:
             return None
         start, end = self.content_span
-        return data[start : min(end, start + LONGEST_KEYWORD)].partition(b"\0")[0]
+        return bytes(data[start : min(end, start + LONGEST_KEYWORD)]).partition(b"\0")[0]

@@ -28,7 +28,7 @@ from latent_encoder.images.faults import ImageFault
 from latent_encoder.images.features import Feature, FurtherImages, features_of
 from latent_encoder.images.input_folder import Ending
 from latent_encoder.images.jpeg_markers import FIRST_BYTES, scans, without_further_images
-from latent_encoder.images.png import SIGNATURE, check_png, without
+from latent_encoder.images.png import SIGNATURE, PngFacts, check_png, without
 
 MAX_JPEG_SCANS = 100  # encoders write about ten; a JPEG of a few kilobytes with thousands of scans would decode for hours
 
@@ -108,7 +108,8 @@ def _judged(data: bytes, max_pixels: int) -> SourceImage:
     if data.startswith(SIGNATURE):
         facts = check_png(data, max_pixels)
         shown = without(data, facts.unreadable)
-        return SourceImage(shown, sha256, ".png", Size(facts.header.width, facts.header.height), _features_of_png(shown))
+        size = Size(facts.header.width, facts.header.height)
+        return SourceImage(shown, sha256, ".png", size, _features_of_png(shown, facts))
     if not data.startswith(FIRST_BYTES) or len(data) == len(FIRST_BYTES):
         raise fault_of(data)
     try:
@@ -122,13 +123,13 @@ def _judged(data: bytes, max_pixels: int) -> SourceImage:
     return SourceImage(shown, sha256, ".jpg", size, features)
 
 
-def _features_of_png(data: bytes) -> tuple[Feature, ...]:
+def _features_of_png(data: bytes, facts: PngFacts) -> tuple[Feature, ...]:
     """Return the features of a PNG that passed `check_png`."""
     tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(BytesIO(data), formats=("PNG",)) as image:
-            return features_of(image, data)
+            return features_of(image, data, may_be_turned=facts.may_be_turned)
     except MemoryError:
         raise
     except Exception as exc:

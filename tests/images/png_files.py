@@ -167,7 +167,7 @@ DAMAGED: Mapping[str, tuple[str, bytes]] = {
     "frame of another size": ("that is not of its size", with_chunk(1, b"fcTL", FRAME[:4] + b"\0\0\0\1" + FRAME[8:])),
     "frame before the pixels": ("the frame of an animation before its pixels", with_chunk(1, b"fdAT", bytes(9))),
 }
-"""Files with a fault that libpng reports as an error, each with the words for it."""
+"""Files with a fault that libpng reports as an error, or that may change ComfyUI's pixels, each with the words for it."""
 
 SOUND: Mapping[str, bytes] = {
     "bytes behind the end": RGB.file() + b"more",
@@ -202,10 +202,7 @@ SOUND: Mapping[str, bytes] = {
     "unknown compression of a profile": with_chunk(1, b"iCCP", b"key\0\x07text"),
     "empty profile": with_chunk(1, b"iCCP"),
     "damaged text": with_chunk(3, b"zTXt", b"key\0\0text"),
-    **{
-        f"text called {name}": with_chunk(1, b"tEXt", f"{name}\0text".encode())
-        for name in ("bbox", "interlace", "transparency")
-    },
+    **{f"text called {name}": with_chunk(1, b"tEXt", f"{name}\0text".encode()) for name in ("bbox", "transparency")},
     "text called xmp behind the pixels": with_chunk(3, b"tEXt", b"xmp\0text"),
     "compressed text called exif": with_chunk(3, b"zTXt", b"exif\0\0" + zlib.compress(b"text")),
     "99,000 chunks": changed(RGB, lambda chunks: chunks.__setitem__(slice(1, 1), [(b"prVt", b"")] * 99_000)),

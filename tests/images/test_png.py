@@ -20,13 +20,13 @@ from errors import ErrorCode, ImageInvalid
 from fuzz import pngs
 from fuzz.pngs import build, parse
 from latent_encoder.access import ANYWHERE
-from latent_encoder.images import png_metadata
-from latent_encoder.images.faults import ImageFault
-from latent_encoder.images.png import check_png, read_header, without
+from latent_encoder.images import png_unreadable
+from latent_encoder.images.faults import ImageDamage, ImageFault
+from latent_encoder.images.png import check_png, facts_of, read_header, without
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, quiet_pillow, read_image
 from service import LatentEncoder
 from tests.helpers import IMAGES, PROJECT, Encode, stock
-from tests.images.png_files import DAMAGED, END, GREY, PALETTE, RGB, SOUND, TEXT, Form, forms, with_chunk
+from tests.images.png_files import DAMAGED, END, GREY, PALETTE, RGB, SOUND, TEXT, Form, forms, with_chunk, wrong_checksum
 from tests.trees import IS_PINNED
 
 QUICK = sorted(
@@ -95,6 +95,14 @@ def test_form_of_apple_is_named() -> None:
         check_png(with_chunk(0, b"CgBI", b"\x50\0\x20\x02"))
 
 
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
+def test_text_with_which_comfyui_decodes_wrong_pixels_is_refused(kind: bytes) -> None:
+    """Pillow keeps texts and its own notes on the image in one place; behind the pixels it is too late to matter."""
+    with pytest.raises(ImageFault, match="has a text called `interlace`"):
+        check_png(with_chunk(1, kind, b"interlace\0\0\0\0\0text"))
+    assert check_png(with_chunk(3, kind, b"interlace\0\0\0\0\0text")).keywords == ("interlace",)
+
+
 @pytest.mark.parametrize("kind", [b"prVt", b"IDAT", b"tEXt", b"fcTL"])
 def test_tiny_chunks_without_number_are_refused_at_once(kind: bytes) -> None:
     """16 MiB of chunks of 12 bytes cost well under a second, for they are not read to their end."""
@@ -138,13 +146,14 @@ def test_facts_are_those_of_the_chunks() -> None:
     assert facts.raw == {"gAMA": b"\0\0\xb1\x8f", "iCCP": profile, "cICP": b"\x0c\x0d\0\1", "eXIf": b"MM\0*\0\0\0\x08"}
     assert facts.keywords == ("Comment", "A")
     assert check_png(RGB.file()).profile_name is None
+    assert facts_of(RGB.file()) == check_png(RGB.file()) == check_png(bytearray(RGB.file()))
 
 
 def test_limit_of_a_text_is_that_of_pillow() -> None:
     """A text of exactly that size is left in the file."""
-    assert png_metadata.LARGEST_TEXT == PngImagePlugin.MAX_TEXT_CHUNK
-    assert png_metadata.LARGEST_TEXTS <= PngImagePlugin.MAX_TEXT_MEMORY
-    for size, number in ((png_metadata.LARGEST_TEXT, 0), (png_metadata.LARGEST_TEXT + 1, 1)):
+    assert png_unreadable.LARGEST_TEXT == PngImagePlugin.MAX_TEXT_CHUNK
+    assert png_unreadable.LARGEST_TEXTS <= PngImagePlugin.MAX_TEXT_MEMORY
+    for size, number in ((png_unreadable.LARGEST_TEXT, 0), (png_unreadable.LARGEST_TEXT + 1, 1)):
         text = with_chunk(1, b"zTXt", b"key\0\0" + zlib.compress(bytes(size)))
         assert len(check_png(text).unreadable) == number
 
@@ -254,7 +263,7 @@ def test_animation_is_refused(frames: int, tmp_path: Path) -> None:
 
 
 def test_file_that_is_accepted_is_read_without_tolerance() -> None:
-    """Of 1500 damaged files, Pillow decodes each that passes; LoadImage would decode a part of the others."""
+    """Pillow decodes every file that passes, of 1500 damaged ones; LoadImage decodes a part of the others too."""
     files = tuple(form.file() for form in forms() if form.width > 1)
     accepted = 0
     for number in range(1500):
@@ -267,6 +276,16 @@ def test_file_that_is_accepted_is_read_without_tolerance() -> None:
                 image.getexif()
             accepted += 1
     assert 300 < accepted < 1200
+
+
+def test_damage_does_not_hide_harm() -> None:
+    """A damaged animation is an animation, and a damaged file of too many chunks has too many: nobody may decode them."""
+    animation = (b"acTL", b"\0\0\0\2" + bytes(4))
+    for kind, added in (("animated, 3 frames", [animation]), ("100,000 chunks", [(b"prVt", b"")] * 100_001)):
+        data = wrong_checksum(b"IDAT", build([RGB.header(), *added, *parse(RGB.file())[1:]]))
+        with pytest.raises(ImageFault, match=kind) as caught:
+            check_png(data)
+        assert not isinstance(caught.value, ImageDamage)
 
 
 def test_grey_and_palette_files_are_sound() -> None:

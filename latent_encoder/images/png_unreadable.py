@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from latent_encoder.images.faults import ImageFault
-from latent_encoder.images.png_chunks import TEXTS, Chunk, Span
+from latent_encoder.images.png_chunks import TEXTS, Buffer, Chunk, Span
 
 LARGEST_TEXT = 1024 * 1024  # bytes of a text or profile after inflating; Pillow's MAX_TEXT_CHUNK
 LARGEST_TEXTS = 16 * LARGEST_TEXT  # bytes of all of them; files have a few megabytes at most, and Pillow allows 64
@@ -27,8 +27,8 @@ OF_PIXELS = frozenset((b"eXIf", b"tRNS", *ANIMATION))  # ancillary chunks that c
 XMP, PROFILE, EXIF = b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif"
 CARRIERS = frozenset((XMP, PROFILE, EXIF))
 """Keywords of texts in which Pillow looks for an orientation."""
-MISTAKEN = frozenset((b"bbox", b"default_image", b"interlace", b"transparency", b"xmp"))
-"""Keywords that Pillow takes for its own notes on the image: it then decodes the pixels wrongly, or fails."""
+MISTAKEN = frozenset((b"bbox", b"default_image", b"transparency", b"xmp"))
+"""Keywords of texts that Pillow takes for its own notes on the image, and fails on."""
 
 EXIF_LABEL = re.compile(rb"(Exif\0\0){1,2}")
 TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0")
@@ -46,16 +46,16 @@ class _Text(NamedTuple):
     """Empty for a profile."""
     is_packed: bool
     method: int
-    """Of the compression; 0 is the only one that there is."""
+    """Number of the compression; 0 is the only one that there is."""
     body: bytes
 
 
-def matters(chunk: Chunk, data: bytes) -> bool:
+def matters(chunk: Chunk, data: Buffer) -> bool:
     """Return whether an ancillary chunk may change the pixels, so that a wrong checksum of it is damage."""
     return chunk.kind in OF_PIXELS or chunk.keyword(data) in CARRIERS
 
 
-def unreadable(data: bytes, chunks: Sequence[Chunk], colour_type: int) -> Iterator[Span]:
+def unreadable(data: Buffer, chunks: Sequence[Chunk], colour_type: int) -> Iterator[Span]:
     """Yield the places of chunks without which Pillow reads the file, and reads the same pixels. Neighbours are one place.
 
     Raises:
@@ -71,7 +71,7 @@ def unreadable(data: bytes, chunks: Sequence[Chunk], colour_type: int) -> Iterat
         yield place
 
 
-def _left_out(data: bytes, chunks: Sequence[Chunk], colour_type: int) -> Iterator[Chunk]:
+def _left_out(data: Buffer, chunks: Sequence[Chunk], colour_type: int) -> Iterator[Chunk]:
     metadata = _Metadata(data, colour_type, is_cluttered=len(chunks) > USUAL_CHUNKS)
     is_behind_pixels, has_stopped = False, False
     for chunk in chunks:
@@ -87,12 +87,12 @@ def _left_out(data: bytes, chunks: Sequence[Chunk], colour_type: int) -> Iterato
 class _Metadata:
     """The metadata of a file, judged chunk by chunk."""
 
-    def __init__(self, data: bytes, colour_type: int, *, is_cluttered: bool) -> None:
+    def __init__(self, data: Buffer, colour_type: int, *, is_cluttered: bool) -> None:
         self._data = data
         self._shortest = {**SHORTEST, b"tRNS": SHORTEST_TRANSPARENCY.get(colour_type, 0)}
         self._is_cluttered = is_cluttered
         self._bytes = 0
-        """Of all texts and profiles so far, inflated."""
+        """Size of all texts and profiles so far, inflated."""
 
     def verdict(self, chunk: Chunk) -> Verdict:
         """Return Pillow's treatment of an ancillary chunk.
