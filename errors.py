@@ -249,8 +249,10 @@ def one_line(exc: BaseException, limit: int = 300) -> str:
 
 
 @contextmanager
-def translated(error: type[RequestError], failed: str) -> Iterator[None]:
+def translated(error: type[RequestError], failed: str, *, quoting: bool = True) -> Iterator[None]:
     """Turn every exception of foreign code inside into `error`; its text begins with `failed`, for example `Encoding failed`.
+
+    `failed` is all of the text if the foreign text is not to be quoted.
 
     Raises:
         RequestError: of the given class; `EncodingFailed` if memory ran out, `DeviceLost` if the GPU needs a new process.
@@ -260,7 +262,7 @@ def translated(error: type[RequestError], failed: str) -> Iterator[None]:
     except RequestError:
         raise
     except Exception as exc:
-        raise _known(failed, exc) or error(f"{failed}: {one_line(exc)}") from exc
+        raise _known(failed, exc) or error(f"{failed}: {one_line(exc)}" if quoting else failed) from exc
 
 
 def _known(failed: str, exc: BaseException) -> EncodingFailed | None:

@@ -13,6 +13,16 @@ from fuzz import bytewise
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SIDES = (0, 1, 2, 7, 65, 2000, 2001, 4_000_000, 65_535, 0x7FFFFFFF, 0xFFFFFFFF)
 ANCILLARY = b"PLTE tRNS gAMA cHRM sRGB iCCP sBIT bKGD hIST pHYs sPLT eXIf tEXt zTXt iTXt tIME acTL fcTL fdAT IEND IHDR".split()
+KEYWORDS = (
+    b"Comment",
+    b"Raw profile type exif",
+    b"XML:com.adobe.xmp",
+    b"exif",
+    b"xmp",
+    b"transparency",
+    b"interlace",
+    b"bbox",
+)
 BOMB_BYTES = 200_000_000
 
 Chunk = tuple[bytes, bytes]
@@ -158,7 +168,105 @@ def large_image(_: bytes, rng: Random) -> bytes:
     return build([*chunks, (b"IDAT", packed), (b"IEND", b"")])
 
 
+def cut_stream(data: bytes, rng: Random) -> bytes:
+    """End the compressed pixels early: inside the stream, before its checksum, or as a whole stream with fewer rows."""
+    packed, rows = _pixels(data)
+    if rng.random() < 0.5 and rows:
+        packed = zlib.compress(rows[: rng.randrange(len(rows))])
+    else:
+        packed = packed[: -rng.choice((1, 2, 4, 5, 6, 100))]
+    return _with_pixels(data, [packed])
+
+
+def split_pixels(data: bytes, rng: Random) -> bytes:
+    """Spread the compressed pixels over many chunks, some of them empty, perhaps with another chunk between them."""
+    packed, _ = _pixels(data)
+    size = rng.choice((1, 2, 7, 100))
+    parts = [packed[start : start + size] for start in range(0, len(packed), size)]
+    parts.insert(rng.randrange(len(parts) + 1), b"")
+    chunks = parse(_with_pixels(data, parts))
+    if rng.random() < 0.5:
+        chunks.insert(rng.randrange(1, len(chunks)), (rng.choice(ANCILLARY), b""))
+    return build(chunks)
+
+
+def tiny_chunks(data: bytes, rng: Random) -> bytes:
+    """Add tens of thousands of chunks without content, or with a text of a few bytes."""
+    chunks = parse(data)
+    added = rng.choice(((b"prVt", b""), (b"IDAT", b""), (b"tEXt", b"a\0b"), (b"zTXt", b""), (b"fcTL", b""), (b"eXIf", b"")))
+    place = rng.choice((1, len(chunks) - 1))
+    return build([*chunks[:place], *[added] * rng.choice((900, 20_000, 99_000, 150_000)), *chunks[place:]])
+
+
+def large_metadata(data: bytes, rng: Random) -> bytes:
+    """Add texts and profiles of megabytes, and an orientation, before or behind the pixels."""
+    chunks = parse(data)
+    packed = zlib.compress(b"<x>" + bytes(rng.choice((1_048_573, 1_048_574, 3_000_000))))
+    added = [
+        (b"zTXt", rng.choice(KEYWORDS) + b"\0\0" + packed),
+        (b"iTXt", rng.choice(KEYWORDS) + b"\0\1\0\0\0" + packed),
+        (b"iCCP", b"profile\0\0" + packed),
+        (b"eXIf", b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0" + bytes([rng.randrange(10)]) + bytes(7)),
+    ]
+    for chunk in rng.sample(added, rng.randrange(1, 4)):
+        chunks.insert(rng.choice((1, len(chunks) - 1)), chunk)
+    return build(chunks)
+
+
+def odd_text(data: bytes, rng: Random) -> bytes:
+    """Add a text whose keyword means something to Pillow, and whose content does not fit it."""
+    chunks = parse(data)
+    content = rng.choice((b"", b"1", b"\n" * 3 + b"xyz", b"II*\0", rng.randbytes(20)))
+    body = rng.choice(((b"tEXt", b"\0"), (b"zTXt", b"\0\0"), (b"iTXt", b"\0\0\0\0\0"), (b"zTXt", b"\0\7")))
+    chunks.insert(rng.choice((1, len(chunks) - 1)), (body[0], rng.choice(KEYWORDS) + body[1] + content))
+    return build(chunks)
+
+
+def checksum(data: bytes, rng: Random) -> bytes:
+    """Make the checksum of one chunk wrong."""
+    chunks = parse(data)
+    place = rng.randrange(len(chunks))
+    before, chunk = build(chunks[:place]), bytearray(_chunk(chunks[place]))
+    chunk[-1] ^= 1
+    return before + bytes(chunk) + build(chunks[place + 1 :])[len(SIGNATURE) :]
+
+
+def as_text(data: bytes, rng: Random) -> bytes:
+    """Change the file as a transfer as text does, or put something before it."""
+    return rng.choice(
+        (
+            lambda: data.replace(b"\r\n", b"\n"),
+            lambda: data.replace(b"\n", b"\r\n"),
+            lambda: bytes(byte & 127 for byte in data),
+            lambda: data.decode("latin-1").encode(),
+            lambda: data.decode(errors="replace").encode(),
+            lambda: b"\xef\xbb\xbf" + data,
+            lambda: b"HTTP/1.1 200 OK\r\n\r\n" + data,
+            lambda: data[: rng.randrange(40)],
+            lambda: data[rng.randrange(40) :],
+        )
+    )()
+
+
+def _pixels(data: bytes) -> tuple[bytes, bytes]:
+    """Return the compressed pixels and the rows; no rows if they are damaged."""
+    packed = b"".join(content for kind, content in parse(data) if kind == b"IDAT")
+    try:
+        return packed, zlib.decompress(packed)
+    except zlib.error:
+        return packed, b""
+
+
+def _with_pixels(data: bytes, parts: list[bytes]) -> bytes:
+    """Return the file with these contents of its chunks of pixels."""
+    chunks = parse(data)
+    place = next((number for number, chunk in enumerate(chunks) if chunk[0] == b"IDAT"), len(chunks))
+    others = [chunk for chunk in chunks[place:] if chunk[0] != b"IDAT"]
+    return build([*chunks[:place], *((b"IDAT", part) for part in parts), *others])
+
+
 MUTATIONS: tuple[Callable[[bytes, Random], bytes], ...] = (
     *(header_field, chunk_content, chunk_length, chunk_order, chunk_kind, further_chunk, animation, scanlines) * 8,
-    *(bomb, many_chunks, large_image),  # these are slow, and have few variants
+    *(cut_stream, split_pixels, odd_text, checksum, as_text) * 4,
+    *(bomb, many_chunks, large_image, tiny_chunks, large_metadata),  # these are slow, and have few variants
 )

@@ -219,17 +219,17 @@ def _libjpeg() -> str:
     return f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {pillow_features.version_codec('jpg')}"
 
 
-def features_of(image: Image.Image, data: bytes) -> tuple[Feature, ...]:
+def features_of(image: Image.Image, data: bytes, *, may_be_turned: bool = True) -> tuple[Feature, ...]:
     """Return the features of an image that Pillow has opened from `data`, in the order of their notes.
 
-    A PNG without EXIF data before its pixels is decoded, because EXIF data may also follow them.
+    A PNG that `may_be_turned` is decoded if it has no EXIF data before its pixels, because EXIF data may also follow them.
     """
-    return tuple(_features(image, data))
+    return tuple(_features(image, data, may_be_turned=may_be_turned))
 
 
-def _features(image: Image.Image, data: bytes) -> Iterator[Feature]:
+def _features(image: Image.Image, data: bytes, *, may_be_turned: bool) -> Iterator[Feature]:
     file_format: Format = "PNG" if image.format == "PNG" else "JPEG"
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if may_be_turned else 1
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         yield Transparency(image.mode)
     if orientation in range(2, 9):

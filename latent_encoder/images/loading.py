@@ -38,7 +38,8 @@ def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedI
     with PILLOW_LOCK, quiet_pillow():
         source = read_image(path, limits)
         try:
-            with translated(ImageInvalid, f"ComfyUI {runtime.version} cannot load the image file {path}"):
+            failed = f"ComfyUI {runtime.version} cannot load the image file; save it again as a usual JPEG or PNG: {path}"
+            with translated(ImageInvalid, failed, quoting=False):
                 pixels = runtime.load_image(source.data, source.ending)
                 notes = tuple(_notes(runtime, source, pixels))
         except ImageInvalid:

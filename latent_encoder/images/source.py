@@ -17,19 +17,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from config import Settings
-from errors import ImageInvalid, ImageNotFound, translated
+from errors import OUT_OF_MEMORY, EncodingFailed, ImageInvalid, ImageNotFound
 from latent_encoder.access import AllowedFolders
 from latent_encoder.geometry import Size
-from latent_encoder.images.features import ENDINGS, Feature, FurtherImages, features_of
+from latent_encoder.images.contents import fault_of, fault_of_jpeg
+from latent_encoder.images.faults import ImageFault
+from latent_encoder.images.features import Feature, FurtherImages, features_of
 from latent_encoder.images.input_folder import Ending
-from latent_encoder.images.jpeg_markers import scans, without_further_images
+from latent_encoder.images.jpeg_markers import FIRST_BYTES, scans, without_further_images
+from latent_encoder.images.png import SIGNATURE, PngFacts, check_png, without
 
 MAX_JPEG_SCANS = 100  # encoders write about ten; a JPEG of a few kilobytes with thousands of scans would decode for hours
 
-FORMATS = ("JPEG", "PNG")  # a JPEG with further images, which Pillow calls MPO, is opened as a JPEG
+FORMATS = ("JPEG",)  # a JPEG with further images, which Pillow calls MPO, is opened as a JPEG
 
 PILLOW_LOCK = threading.Lock()
 """Held while LoadImage runs and while an image is checked: LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES."""
@@ -63,9 +66,11 @@ class SourceImage:
     """An image file that passed every check."""
 
     data: bytes
-    """Bytes of the file. A JPEG with further images lacks its index of them: LoadImage would decode them all."""
+    """Bytes of the file. A JPEG with further images lacks its index of them: LoadImage would decode them all. A PNG lacks
+    metadata that Pillow cannot read.
+    """
     sha256: str
-    """Checksum of the file, with the index."""
+    """Checksum of the file, with them."""
     ending: Ending
     """Ending of a file name for its format."""
     size: Size
@@ -84,11 +89,53 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
             larger than the limits allow.
     """
     data = read_file(path, limits)
-    with translated(ImageInvalid, f"Image file is damaged: {path}"):
-        ending, size, features = _inspect(path, data, limits.max_pixels)
+    try:
+        source = _judged(data, limits.max_pixels)
+    except ImageFault as exc:
+        raise ImageInvalid(f"Image file {exc}: {path}") from exc.__cause__
+    except MemoryError as exc:
+        raise EncodingFailed(f"Image file cannot be read, {OUT_OF_MEMORY}: {path}") from exc
+    return source
+
+
+def _judged(data: bytes, max_pixels: int) -> SourceImage:
+    """Return the image in the file.
+
+    Raises:
+        ImageFault: there is none, or one that is not to be encoded.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    if data.startswith(SIGNATURE):
+        facts = check_png(data, max_pixels)
+        shown = without(data, facts.unreadable)
+        size = Size(facts.header.width, facts.header.height)
+        return SourceImage(shown, sha256, ".png", size, _features_of_png(shown, facts))
+    if not data.startswith(FIRST_BYTES) or len(data) == len(FIRST_BYTES):
+        raise fault_of(data)
+    try:
+        size, features = _inspect(data, max_pixels)
         _decode_strictly(data)
-        shown = without_further_images(data) if FurtherImages() in features else data
-    return SourceImage(shown, hashlib.sha256(data).hexdigest(), ending, size, features)
+    except (ImageFault, MemoryError):
+        raise
+    except Exception as exc:
+        raise fault_of_jpeg(data) from exc
+    shown = without_further_images(data) if FurtherImages() in features else data
+    return SourceImage(shown, sha256, ".jpg", size, features)
+
+
+def _features_of_png(data: bytes, facts: PngFacts) -> tuple[Feature, ...]:
+    """Return the features of a PNG that passed `check_png`."""
+    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(BytesIO(data), formats=("PNG",)) as image:
+            return features_of(image, data, may_be_turned=facts.may_be_turned)
+    except MemoryError:
+        raise
+    except Exception as exc:
+        raise ImageFault("cannot be decoded by Pillow, although its PNG structure is sound; save it again") from exc
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:
@@ -128,42 +175,27 @@ def _read_regular(path: str, descriptor: int, max_bytes: int) -> bytes:
     return data
 
 
-def _inspect(path: str, data: bytes, max_pixels: int) -> tuple[Ending, Size, tuple[Feature, ...]]:
-    """Check format, size and number of frames from the header, without decoding; return ending, size and features."""
+def _inspect(data: bytes, max_pixels: int) -> tuple[Size, tuple[Feature, ...]]:
+    """Check size and number of scans of a JPEG from its header, without decoding; return size and features."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as exc:
-        raise ImageInvalid(f"Image file is not a JPEG or PNG, {_guess(data)}: {path}") from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise ImageInvalid(_too_large(path, max_pixels)) from exc
+        raise ImageFault(_too_large(max_pixels)) from exc
     with image:
-        size, frames = Size(*image.size), getattr(image, "n_frames", 1)
+        size = Size(*image.size)
         if size.width * size.height > max_pixels:
-            raise ImageInvalid(f"{_too_large(path, max_pixels)} It has {size}.")
-        if image.format == "PNG" and frames > 1:
-            raise ImageInvalid(f"Image file is animated, {frames} frames; give one of them as an image of its own: {path}")
-        if image.format != "PNG" and (count := scans(data)) > MAX_JPEG_SCANS:
-            raise ImageInvalid(f"Image file has {count} scans, more than {MAX_JPEG_SCANS}; save it as a usual JPEG: {path}")
-        return ENDINGS["PNG" if image.format == "PNG" else "JPEG"], size, features_of(image, data)
+            raise ImageFault(_too_large(max_pixels, f", {size}"))
+        if (count := scans(data)) > MAX_JPEG_SCANS:
+            raise ImageFault(f"has {count} scans, more than {MAX_JPEG_SCANS}; save it as a usual JPEG")
+        return size, features_of(image, data)
 
 
-def _too_large(path: str, max_pixels: int) -> str:
-    return f"Image file has more than MAX_IMAGE_PIXELS={max_pixels} pixels; scale it down, or raise the limit: {path}."
-
-
-def _guess(data: bytes) -> str:
-    """Name the format of a file that is neither JPEG nor PNG, by the first bytes that Pillow's other formats look for."""
-    Image.init()
-    for name, (_, accept) in Image.OPEN.items():
-        if accept is not None and accept(data[:16]) is True:
-            return f"its content is {name}"
-    return "nor any other image that is known, judged by its content"
+def _too_large(max_pixels: int, size: str = "") -> str:
+    return f"has more than MAX_IMAGE_PIXELS={max_pixels} pixels{size}; scale it down, or raise the limit"
 
 
 def _decode_strictly(data: bytes) -> None:
-    """Decode every pixel and check every checksum; LoadImage does neither."""
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
-        image.verify()  # checks a PNG's chunk checksums; afterwards the image must be opened again
+    """Decode every pixel of a JPEG; LoadImage tolerates that some are missing."""
     tolerant = ImageFile.LOAD_TRUNCATED_IMAGES  # some custom node packages turn it on permanently
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:

@@ -18,7 +18,10 @@ from latent_encoder.access import absolute
 from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
 from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # of files found in folders; a file that is named may have any name
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".jpg_large", ".jpg-large", ".png"}
+)
+"""Endings of the images in a folder: those of browsers, phones and Twitter too. A file that is named may have any."""
 OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the beginnings of the names that outputs/names.py gives
 STDIN = "-"
 IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
