@@ -18,7 +18,7 @@ from models import EncodeRequest
 
 LONGEST_VALUE = 80  # characters of a wrong value in an error message: enough to recognise it, and it stays on one line
 
-NOT_UTF8 = "is not UTF-8, so no response can hold it; give another name"
+NOT_UTF8 = "is not UTF-8, so no response can hold it"
 
 FieldName = Literal["request_id", "correlation_id"]
 

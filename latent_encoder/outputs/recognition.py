@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,23 @@ LARGEST_METADATA = 65_536
 """Bytes. Ours have 2 kB."""
 
 
-def is_own_file(path: Path) -> bool:
-    """Return whether the service wrote this file.
+def is_own_file(folder: Path, name: str, is_there: Callable[[str], bool]) -> bool:
+    """Return whether the service wrote the file of that name in a folder; `is_there` tells if the folder has a name.
 
     An image counts as ours if our metadata or the latent of its request lie beside it: a process that was killed may have left
-    no metadata. A user's image with such a name has neither.
+    no metadata. A user's image with such a name has neither. A latent and its metadata are known by each other.
     """
-    name = path.name
     if name.startswith(PREFIX):
         return True
     if image := _IMAGE.fullmatch(name):
-        latents = [path.with_name(f"latent_{image[1]}{suffix}") for suffix in SUFFIXES.values()]
-        return any(map(os.path.lexists, latents)) or any(_is_metadata(_metadata_of(latent)) for latent in latents)
+        latents = [f"latent_{image[1]}{suffix}" for suffix in SUFFIXES.values()]
+        if any(map(is_there, latents)):
+            return True
+        return any(is_there(f"{latent}.json") and _is_metadata(folder / f"{latent}.json") for latent in latents)
     if _LATENT.fullmatch(name):
-        return _is_metadata(_metadata_of(path))
-    return name.endswith(".json") and _LATENT.fullmatch(path.stem) is not None and _is_metadata(path)
-
-
-def _metadata_of(latent: Path) -> Path:
-    return latent.with_name(f"{latent.name}.json")
+        return is_there(f"{name}.json")
+    latent = name.removesuffix(".json")
+    return latent != name and _LATENT.fullmatch(latent) is not None and (is_there(latent) or _is_metadata(folder / name))
 
 
 def _is_metadata(path: Path) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from glob import has_magic
+from itertools import dropwhile
 from pathlib import Path
 
 from latent_encoder.outputs.recognition import is_own_file
@@ -83,23 +84,24 @@ class Walk:
 
     def images_in(self, folder: Path) -> list[Path]:
         """Return the images in a folder; links come last."""
-        found = []
+        files: list[Path] = []
+        links: list[Path] = []
         for place in self._folders_from(folder) if self.recursive else [folder]:
-            for entry in self._entries(place):
-                path = place / entry.name
-                reason = self._reason_against(entry, path)
+            entries = self._entries(place)
+            names = {entry.name for entry in entries}
+            for entry in entries:
+                reason = self._reason_against(entry, place, names)
                 if reason is None:
-                    found.append(path)
+                    (links if entry.is_symlink() else files).append(place / entry.name)
                 elif reason is not LeftOut.SUBFOLDER or not self.recursive:
-                    self._leave_out(path, reason)
-        return _links_last(found)
+                    self._leave_out(place / entry.name, reason)
+        return files + links
 
     def matching(self, pattern: str) -> list[Path]:
         """Return the files that a pattern matches, and with `recursive` the images in the folders that it matches."""
         found, folders = [], []
-        parts = Path(pattern).parts
-        start, parts = (Path("/"), parts[1:]) if pattern.startswith("/") else (Path(), parts)
-        for place in dict.fromkeys(self._matches(start, parts)):
+        start, *parts = Path(pattern).parts if pattern.startswith("/") else ("", *Path(pattern).parts)
+        for place in dict.fromkeys(self._matches(Path(start), parts)):
             if (state := _state(place)) and stat.S_ISDIR(state.st_mode):
                 folders.append(place)
             elif reason := _reason_against_file(place):
@@ -108,19 +110,20 @@ class Walk:
                 found.append(place)
         for folder in folders if self.recursive else ():
             found += self.images_in(folder)
-        return _links_last(found)
+        return sorted(found, key=_is_link)  # links last, so that a file is taken under a name that is none
 
-    def _reason_against(self, entry: os.DirEntry[str], path: Path) -> LeftOut | None:
-        """Return the reason to leave out an entry of a folder; None if it is taken."""
+    def _reason_against(self, entry: os.DirEntry[str], folder: Path, names: Container[str]) -> LeftOut | None:
+        """Return the reason to leave out an entry of a folder with these names; None if it is taken."""
         hidden = entry.name.startswith(".")
         if _is_folder(entry):
             return LeftOut.HIDDEN if hidden else LeftOut.SUBFOLDER
-        reason = _reason_against_file(path)
-        if reason is LeftOut.OWN_OUTPUT:
-            return reason
+        if is_own_file(folder, entry.name, names.__contains__):
+            return LeftOut.OWN_OUTPUT
         if hidden:
             return LeftOut.HIDDEN
-        return reason if entry.name.lower().endswith(tuple(self.endings)) else LeftOut.ENDING
+        if not entry.name.lower().endswith(tuple(self.endings)):
+            return LeftOut.ENDING
+        return None if entry.is_file(follow_symlinks=False) else _reason_against_file(folder / entry.name)
 
     def _folders_from(self, top: Path) -> Iterator[Path]:
         """Yield a folder and those below it, each once: first without following links, then those that links lead to."""
@@ -145,15 +148,27 @@ class Walk:
             return
         part, others = parts[0], parts[1:]
         if part == "**":
+            rest = list(dropwhile("**".__eq__, others)) or ["*"]
             for place in self._folders_from(folder):
-                yield from self._matches(place, others or ("*",))
+                yield from self._matches(place, rest)
         elif not has_magic(part):
-            if _state(folder / part, follow_symlinks=False):
+            if self._has(folder, part):
                 yield from self._matches(folder / part, others)
         else:
             for entry in self._entries(folder):
                 if _fits(entry.name, part) and (not others or _is_folder(entry)):
                     yield from self._matches(folder / entry.name, others)
+
+    def _has(self, folder: Path, name: str) -> bool:
+        """Return whether a folder has that name; if it may not be looked up, the folder is noted as unreadable."""
+        try:
+            (folder / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError) as exc:
+            self._cannot_read(folder, exc)
+            return False
+        return True
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         """Return the entries of a folder, sorted by name; none if it cannot be read, which is noted."""
@@ -163,9 +178,12 @@ class Walk:
         except NotADirectoryError:
             return []
         except OSError as exc:
-            self.unreadable[str(folder)] = exc.strerror or type(exc).__name__
-            self._leave_out(folder, LeftOut.UNREADABLE)
+            self._cannot_read(folder, exc)
             return []
+
+    def _cannot_read(self, folder: Path, exc: Exception) -> None:
+        self.unreadable[str(folder)] = getattr(exc, "strerror", None) or str(exc)
+        self._leave_out(folder, LeftOut.UNREADABLE)
 
     def _leave_out(self, path: Path, reason: LeftOut) -> None:
         """Count an entry, once if several of the given paths lead to it."""
@@ -174,17 +192,16 @@ class Walk:
             self._left_out[reason] += 1
 
 
-def _links_last(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths in their order, with links after all others. So a file is taken under a name that is no link."""
-    return sorted(paths, key=_is_link)
-
-
 def _reason_against_file(path: Path) -> LeftOut | None:
     """Return the reason to leave out a file with any name. A link that leads nowhere is taken, and fails as an image."""
-    if is_own_file(path) or (_is_link(path) and is_own_file(Path(os.path.realpath(path)))):
+    if _is_own(path) or (_is_link(path) and _is_own(Path(os.path.realpath(path)))):
         return LeftOut.OWN_OUTPUT
     state = _state(path)
     return LeftOut.SPECIAL if state and not stat.S_ISREG(state.st_mode) else None
+
+
+def _is_own(path: Path) -> bool:
+    return is_own_file(path.parent, path.name, lambda name: os.path.lexists(path.parent / name))
 
 
 def _fits(name: str, part: str) -> bool:

@@ -94,10 +94,11 @@ def test_link_that_leads_nowhere_is_an_image_that_is_missing(base: Path) -> None
         ("p/**/.hid/*", ["p/.hid/h.jpg"]),
         ("p/b/../[az].*", ["p/b/../a.png", "p/b/../z.jpg"]),
         ("./p/[a]*", ["p/a.png"]),
+        ("p/**/**/**/**/**/**/**/**/**/**/**/**/**/**/**/**/**/**/y.*", ["p/b/c/y.jpg"]),
     ],
 )
 def test_patterns_are_those_of_a_shell(pattern: str, names: list[str], base: Path) -> None:
-    """`**` is folders to any depth, and hidden names need a pattern that begins with a dot; absolute patterns find the same."""
+    """`**` is folders to any depth, and hidden names need a pattern that begins with a dot; so for absolute patterns."""
     make("p/a.png", "p/b/x.jpg", "p/b/c/y.jpg", "p/z.jpg", "p/.hid/h.jpg")
     assert walked(pattern, recursive=False)[0] == sorted(names, key=lambda name: name.split("/"))
     assert walked(f"{base}/{pattern}", recursive=False)[0] == sorted(
@@ -166,6 +167,8 @@ def test_unreadable_folder_is_status_1_and_the_others_are_encoded(tmp_path: Path
     (reported,) = [event for event in events if event["event"].startswith("folder cannot be read")]
     assert (reported["level"], reported["folder"], reported["reason"]) == ("error", "p/locked", "Permission denied")
     assert events[-1]["left_out"] == {"unreadable_folder": 1}
+    done = run_main("--image_path", "p/*/photo.jpg", *TINY, prefix=powerless())
+    assert (done.returncode, json.loads(done.stdout)["status"]) == (1, "success")
     done = run_main("--image_path", "p/locked", *TINY, prefix=powerless())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith("Error: Cannot read p/locked (Permission denied)\n")

@@ -182,5 +182,5 @@ def test_name_that_is_not_utf8_is_an_error_response(photos: Path) -> None:
     (refused,) = [item for item in inputs.items if isinstance(item, RefusedInput)]
     assert inputs.total == 4
     assert refused.response.error_message == (
-        "Invalid request: image_path: is not UTF-8, so no response can hold it; give another name (got 'photos/caf\\udce9.jpg')"
+        "Invalid request: image_path: is not UTF-8, so no response can hold it (got 'photos/caf\\udce9.jpg')"
     )
