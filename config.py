@@ -36,8 +36,8 @@ PROJECT_DIR = Path(__file__).resolve().parent
 
 
 NO_LIMIT = "remove the variable if requests may use every folder"
-NO_FOLDERS = ("null", "none", "nil", "undefined", "nan", "0", "no", "off", "false", "true", "any", "all", "*", "''")
-"""Words that programs write where a value is missing, or that people write for no limit, in lower case."""
+NO_FOLDERS = ("null", "none", "nil", "undefined", "nan", "false", "true", "0", "*", "''")
+"""Words that programs write where a value is missing, and a pattern that people write for no limit, in lower case."""
 
 LONGEST_S = 31_536_000.0
 """Seconds of a year, the longest time of a setting. A longer one, or infinity, would turn the limit off without a word."""
@@ -402,8 +402,9 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
 
 def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """Return the settings and a list of faults; a setting that cannot be used keeps its default."""
-    given, sources = _given(overrides), _variable_sources()
-    faults = [*env_file().shown_faults(), *_emptied_limits(sources)]
+    given, file = _given(overrides), env_file()
+    sources = _variable_sources(file)
+    faults = [*file.shown_faults(), *_emptied_limits(file, sources)]
     for variables in sources.values():
         for field in SECRETS:
             keep_secret(variables.get(field) or "")  # before a fault of any setting is described
@@ -422,7 +423,7 @@ def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
 
 def origins_of(overrides: Mapping[str, Any]) -> dict[str, str]:
     """Return the source of each setting: `command line`, `environment`, `.env` or `default`; of a secret also its file."""
-    variables = _variable_sources()
+    variables = _variable_sources(env_file())
     sources: dict[str, Mapping[str, Any]] = {"command line": _given(overrides), **variables}
     origins = {
         field: next((origin for origin, values in sources.items() if field in values), "default")
@@ -442,7 +443,7 @@ def env_file() -> EnvFile:
 
 def env_file_variables() -> Mapping[str, str]:
     """Return the variables of `.env`, settings or not, by their names in lower case. Empty ones are left out."""
-    return {name: value for name, value in env_file().variables.items() if value}
+    return _not_empty(env_file())
 
 
 def environment_variables() -> Mapping[str, str | None]:
@@ -450,16 +451,20 @@ def environment_variables() -> Mapping[str, str | None]:
     return EnvSettingsSource(Settings).env_vars
 
 
-def _variable_sources() -> dict[str, Mapping[str, str | None]]:
+def _not_empty(file: EnvFile) -> Mapping[str, str]:
+    return {name: value for name, value in file.variables.items() if value}
+
+
+def _variable_sources(file: EnvFile) -> dict[str, Mapping[str, str | None]]:
     """Return the variables of the environment, and those of `.env` that can be read."""
-    return {"environment": environment_variables(), ".env": env_file_variables()}
+    return {"environment": environment_variables(), ".env": _not_empty(file)}
 
 
-def _emptied_limits(sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:
+def _emptied_limits(file: EnvFile, sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:
     """Yield a fault for each limit on folders that is set to nothing, which must not pass for a limit that is not set."""
     empty = {
         "environment": {name.lower() for name, value in os.environ.items() if not value},
-        ".env": {name for name, value in env_file().variables.items() if not value},
+        ".env": {name for name, value in file.variables.items() if not value},
     }
     for field in LIMITS:
         if any(field in variables for variables in sources.values()):

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from config import VARIABLES, Settings, SettingsError, load_settings
 from latent_encoder.cli.parsing import FilePath
+from latent_encoder.requests import parse_request, read_fields
 from latent_encoder.user_paths import expanded, expanded_file
 from main import main
 from tests.helpers import IMAGES, PROJECT, TINY_VAE, RunMain
@@ -131,6 +132,14 @@ def test_name_that_begins_with_a_tilde_is_a_file_if_it_exists() -> None:
         FilePath().convert("~$letter.png", None, None)
     Path("~$letter.png").touch()
     assert expanded_file("~$letter.png") == "~$letter.png"
+
+
+def test_request_is_not_expanded() -> None:
+    """A request as Kafka mode reads it keeps its `~`; only the default that a setting gives is a home folder."""
+    request = parse_request(
+        read_fields(b'{"image_path": "~/a.png", "output_dir": "~/out"}'), load_settings({}).request_defaults
+    )
+    assert (request.image_path, request.output_dir) == ("~/a.png", "~/out")
 
 
 def test_run_reads_and_writes_in_the_home_folder(tmp_path: Path, run_main: RunMain, home: Path) -> None:

@@ -40,9 +40,9 @@ SHOWN = {
     LeftOut.HIDDEN: "hidden",
     LeftOut.OWN_OUTPUT: "own output",
     LeftOut.SEEN: "seen before",
-    LeftOut.SPECIAL: "no regular file",
-    LeftOut.SUBFOLDER: "subfolders (--recursive takes them)",
-    LeftOut.UNREADABLE: "unreadable folders",
+    LeftOut.SPECIAL: "special",
+    LeftOut.SUBFOLDER: "not entered without --recursive",
+    LeftOut.UNREADABLE: "unreadable",
 }
 """The words of each reason, after a number."""
 
