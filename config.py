@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from errors import LatentEncoderError, one_line
+from errors import LatentEncoderError
+from latent_encoder.env_file import EnvFile, read_env_file
 from latent_encoder.masking import keep_secret
 from latent_encoder.requests import descriptions
 from latent_encoder.secret_files import file_variable, secrets_in_files, source_of
 from latent_encoder.suggestions import closest
+from latent_encoder.user_paths import setting_path
 from models import (
     MAX_MEGAPIXELS,
     MIN_MEGAPIXELS,
@@ -31,6 +35,17 @@ VERSION = "0.8.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
+NO_LIMIT = "remove the variable if requests may use every folder"
+NO_FOLDERS = ("null", "none", "nil", "undefined", "nan", "false", "true", "0", "*", "''")
+"""Words that programs write where a value is missing, and a pattern that people write for no limit, in lower case."""
+
+LONGEST_S = 31_536_000.0
+"""Seconds of a year, the longest time of a setting. A longer one, or infinity, would turn the limit off without a word."""
+
+MOST_THREADS = 4096
+"""More than any machine that torch runs on has. With millions, torch hangs while it starts them."""
+
+
 class SettingsError(LatentEncoderError):
     """A setting has a value that cannot be used. The text names the variable."""
 
@@ -42,18 +57,37 @@ def _split_names(value: object) -> object:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
+def _expanded(value: object) -> object:
+    return setting_path(value) if isinstance(value, str) else value
+
+
 def _split_folders(value: object) -> object:
-    names = _split_names(value)
-    if not isinstance(names, list):
+    """Return the folders of a setting that limits requests. Whatever could mean no limit by mistake is refused."""
+    if not isinstance(value, str):
         return value
+    names = [name.strip() for name in _listed_folders(value) if name.strip()]
     if not names:
+        raise ValueError(f"must name a folder; {NO_LIMIT}")
+    if wrong := [name for name in names if name.lower() in NO_FOLDERS]:
         raise ValueError(
-            "must name a folder"
-        )  # an empty list would pass for a setting that is not set, which allows everything
+            f"must name folders, and {wrong[0]} is none; {NO_LIMIT} (write ./{wrong[0]} for a folder of that name)"
+        )
+    return tuple(Path(setting_path(name)).absolute() for name in names)
+
+
+def _listed_folders(text: str) -> list[str]:
+    """Return the names in a list that is separated by commas, or in a JSON array or string."""
+    if not text.strip().startswith(("[", '"', "{")):
+        return text.split(",")
     try:
-        return tuple(Path(name).expanduser().absolute() for name in names)
-    except RuntimeError as exc:
-        raise ValueError(str(exc)) from exc  # `~name` of an unknown user
+        listed = json.loads(text)
+    except (ValueError, RecursionError):
+        listed = None
+    if isinstance(listed, str):
+        return listed.split(",")
+    if isinstance(listed, list) and all(isinstance(name, str) and name.strip() for name in listed):
+        return listed
+    raise ValueError("must be folders separated by commas, or a JSON array of them")
 
 
 def _upper(value: object) -> object:
@@ -88,16 +122,20 @@ def _listed(choices: Sequence[str]) -> str:
 
 
 Secret = Annotated[SecretStr | None, AfterValidator(_passed_on_whole)]
-Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_folders)]
+Folders = Annotated[tuple[Path, ...] | None, NoDecode, BeforeValidator(_split_folders)]
+Place = Annotated[Path, BeforeValidator(_expanded)]
+PlaceText = Annotated[Text, BeforeValidator(_expanded)]
+Seconds = Annotated[float, Field(le=LONGEST_S, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
-    """All settings. The environment variable of each is its name in capitals; an empty one counts as not set."""
+    """All settings. The environment variable of each is its name in capitals; an empty one counts as not set.
+
+    `usable_settings` adds the values of `.env`.
+    """
 
     model_config = SettingsConfigDict(
         frozen=True,
-        env_file=".env",
-        env_file_encoding="utf-8",
         env_ignore_empty=True,
         extra="ignore",
         hide_input_in_errors=True,
@@ -134,7 +172,7 @@ class Settings(BaseSettings):
         "PREPARE_THREADS plus one if not set.",
     )
     kafka_max_retries: int = Field(3, ge=0, description="Retries of a request after transient errors.")
-    kafka_retry_backoff_s: float = Field(
+    kafka_retry_backoff_s: Seconds = Field(
         1.0,
         gt=0,
         le=3600,
@@ -158,30 +196,30 @@ class Settings(BaseSettings):
         description="Largest request message, in bytes; larger ones become dead letters. "
         "Reading one may take 26 times its size of memory.",
     )
-    kafka_ack_timeout_s: float = Field(
+    kafka_ack_timeout_s: Seconds = Field(
         60.0,
         gt=0,
         description="Seconds for a reachable broker to acknowledge a response; after them, the delay is logged, "
         "and for a dead letter the service ends.",
     )
-    kafka_auth_timeout_s: float = Field(
+    kafka_auth_timeout_s: Seconds = Field(
         120.0,
         ge=0,
         description="Seconds for which a broker that accepted the service once may refuse its login, or the token endpoint be "
         "away, before the service ends; a first login that is refused ends it at once.",
     )
-    kafka_stall_timeout_s: float = Field(
+    kafka_stall_timeout_s: Seconds = Field(
         60.0,
         gt=0,
         description="Seconds without a record from a partition with unread ones, while the worker has room, after which it is "
         "not ready; after five times as long it is not alive.",
     )
-    kafka_revoke_timeout_s: float = Field(
+    kafka_revoke_timeout_s: Seconds = Field(
         60.0,
         ge=0,
         description="Seconds to finish work on a partition that goes to another worker; after them the work is dropped.",
     )
-    shutdown_timeout_s: float = Field(
+    shutdown_timeout_s: Seconds = Field(
         120.0, ge=0, description="Seconds to finish the requests in flight after SIGTERM or SIGINT."
     )
     kafka_transactional_id: Text | None = Field(
@@ -202,15 +240,15 @@ class Settings(BaseSettings):
     ] = Field(None, description="`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`, `GSSAPI` or `OAUTHBEARER`.")
     kafka_sasl_username: Text | None = Field(None, description="User for SASL.")
     kafka_sasl_password: Secret = Field(None, description="Password for SASL.")
-    kafka_ssl_ca_location: Path | None = Field(
+    kafka_ssl_ca_location: Place | None = Field(
         None, description="PEM file of the authorities that sign the brokers' certificates."
     )
-    kafka_ssl_certificate_location: Path | None = Field(
+    kafka_ssl_certificate_location: Place | None = Field(
         None, description="PEM file of the service's certificate, for mutual TLS."
     )
-    kafka_ssl_key_location: Path | None = Field(None, description="PEM file of that certificate's private key.")
+    kafka_ssl_key_location: Place | None = Field(None, description="PEM file of that certificate's private key.")
     kafka_ssl_key_password: Secret = Field(None, description="Password of the private key.")
-    kafka_client_config: Path | None = Field(
+    kafka_client_config: Place | None = Field(
         None,
         description="File of further librdkafka properties, one `name=value` a line; unsafe ones are refused.",
     )
@@ -219,7 +257,7 @@ class Settings(BaseSettings):
         8080, ge=0, le=65535, description="Port of `/healthz`, `/readyz` and `/metrics` in Kafka mode; 0 turns it off."
     )
     http_host: Text = Field("0.0.0.0", description="Address that HTTP_PORT listens on; `127.0.0.1` for this machine only.")  # noqa: S104
-    encode_timeout_s: float = Field(
+    encode_timeout_s: Seconds = Field(
         1800.0,
         gt=0,
         description="Seconds that one step of a request, or the start, may take before the worker counts as hung.",
@@ -228,12 +266,12 @@ class Settings(BaseSettings):
         True, description="Whether Kafka mode loads the VAE and encodes a small image before it takes requests."
     )
 
-    model_dir: Path | None = Field(
+    model_dir: Place | None = Field(
         None,
         description="Folder that is searched first for VAE files, directly and in its `vae/` (TAESD pairs: `vae_approx/`).",
     )
     vae_model_name: VaeModelName = _default_of("vae_model_name", "VAE file for requests that name none.")
-    output_dir: Text = _default_of("output_dir", "Folder for the files of requests that name none.")
+    output_dir: PlaceText = _default_of("output_dir", "Folder for the files of requests that name none.")
     latent_format: FileFormat = _default_of(
         "latent_format", "`pt` (torch), `safetensors` or `comfy` (for ComfyUI's LoadLatent), for requests that name none."
     )
@@ -243,11 +281,11 @@ class Settings(BaseSettings):
         description="Whether to decode each latent, write that image, and measure its difference from the scaled image.",
     )
 
-    allowed_input_dirs: Folders | None = Field(
-        None, description="Folders that images may be read from, comma-separated; any if not set."
+    allowed_input_dirs: Folders = Field(
+        None, description="Folders that images may be read from, comma-separated; any if the variable is not set."
     )
-    allowed_output_dirs: Folders | None = Field(
-        None, description="Folders that files may be written to, comma-separated; any if not set."
+    allowed_output_dirs: Folders = Field(
+        None, description="Folders that files may be written to, comma-separated; any if the variable is not set."
     )
     max_image_bytes: int = Field(104_857_600, ge=1, description="Largest input image file, in bytes.")
     max_image_pixels: int = Field(
@@ -259,7 +297,7 @@ class Settings(BaseSettings):
         MAX_MEGAPIXELS, description=f"Most megapixels that a request may ask for, at most {MAX_MEGAPIXELS}."
     )
 
-    comfyui_path: Path = Field(
+    comfyui_path: Place = Field(
         PROJECT_DIR / "comfyui", description="ComfyUI tree to run; if not set, the one that `setup_comfyui.sh` filled."
     )
     custom_nodes: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names)] = Field(
@@ -305,7 +343,7 @@ class Settings(BaseSettings):
         "`tile` lets ComfyUI encode in tiles, with a slightly different latent.",
     )
     torch_num_threads: int | None = Field(
-        None, ge=1, description="Threads for the encode; if not set, as many as this container has CPUs."
+        None, ge=1, le=MOST_THREADS, description="Threads for the encode; if not set, as many as this container has CPUs."
     )
     prepare_threads: int | None = Field(
         None,
@@ -335,6 +373,9 @@ REQUEST_SETTINGS = tuple(name for name in EncodeRequest.model_fields if name in 
 
 SECRETS = tuple(name for name, field in Settings.model_fields.items() if SecretStr in get_args(field.annotation))
 """The settings whose value is never shown. A variable can name a file that holds it: `secret_files.py`."""
+
+LIMITS = ("allowed_input_dirs", "allowed_output_dirs")
+"""The settings that limit requests to folders, and that allow every folder if they are not set."""
 
 ACCESS = ("kafka_sasl_", "kafka_ssl_", "kafka_security_")
 """The beginnings of the settings among which a secret may be put in the wrong place."""
@@ -371,14 +412,15 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
 
 def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     """Return the settings and a list of faults; a setting that cannot be used keeps its default."""
-    given, faults, sources = _given(overrides), _env_file_faults(), _variable_sources()
-    if faults:
-        given["_env_file"] = None
+    given, file = _given(overrides), env_file()
+    sources = _variable_sources(file)
+    faults = [*file.shown_faults(), *_emptied_limits(file, sources)]
     for variables in sources.values():
         for field in SECRETS:
             keep_secret(variables.get(field) or "")  # before a fault of any setting is described
     secrets, secret_faults = secrets_in_files((field for field in SECRETS if field not in given), sources)
-    given = {**secrets, **given}
+    in_file = {name: value for name, value in sources[".env"].items() if name not in sources["environment"]}
+    given = {**{name: value for name, value in in_file.items() if name in Settings.model_fields}, **secrets, **given}
     try:
         settings = Settings(**given)
     except ValidationError as exc:
@@ -391,7 +433,7 @@ def usable_settings(overrides: Mapping[str, Any]) -> tuple[Settings, list[str]]:
 
 def origins_of(overrides: Mapping[str, Any]) -> dict[str, str]:
     """Return the source of each setting: `command line`, `environment`, `.env` or `default`; of a secret also its file."""
-    variables = _variable_sources()
+    variables = _variable_sources(env_file())
     sources: dict[str, Mapping[str, Any]] = {"command line": _given(overrides), **variables}
     origins = {
         field: next((origin for origin, values in sources.items() if field in values), "default")
@@ -404,13 +446,14 @@ def origins_of(overrides: Mapping[str, Any]) -> dict[str, str]:
     return origins
 
 
-def env_file_variables() -> Mapping[str, str | None]:
-    """Return the variables of `.env`, settings or not, by their names in lower case. Empty ones are left out.
+def env_file() -> EnvFile:
+    """Return the content of `.env` in the working folder, with its faults."""
+    return read_env_file(Path(".env"), VARIABLES)
 
-    Raises:
-        OSError, UnicodeDecodeError: the file cannot be read.
-    """
-    return DotEnvSettingsSource(Settings).env_vars
+
+def env_file_variables() -> Mapping[str, str]:
+    """Return the variables of `.env`, settings or not, by their names in lower case. Empty ones are left out."""
+    return _not_empty(env_file())
 
 
 def environment_variables() -> Mapping[str, str | None]:
@@ -418,9 +461,27 @@ def environment_variables() -> Mapping[str, str | None]:
     return EnvSettingsSource(Settings).env_vars
 
 
-def _variable_sources() -> dict[str, Mapping[str, str | None]]:
-    """Return the variables of the environment, and those of `.env` if it can be read."""
-    return {"environment": environment_variables(), ".env": env_file_variables() if not _env_file_faults() else {}}
+def _not_empty(file: EnvFile) -> Mapping[str, str]:
+    return {name: value for name, value in file.variables.items() if value}
+
+
+def _variable_sources(file: EnvFile) -> dict[str, Mapping[str, str | None]]:
+    """Return the variables of the environment, and those of `.env` that can be read."""
+    return {"environment": environment_variables(), ".env": _not_empty(file)}
+
+
+def _emptied_limits(file: EnvFile, sources: Mapping[str, Mapping[str, str | None]]) -> Iterator[str]:
+    """Yield a fault for each limit on folders that is set to nothing, which must not pass for a limit that is not set."""
+    empty = {
+        "environment": {name.lower() for name, value in os.environ.items() if not value},
+        ".env": {name for name, value in file.variables.items() if not value},
+    }
+    for field in LIMITS:
+        if any(field in variables for variables in sources.values()):
+            continue
+        for source, names in empty.items():
+            if field in names:
+                yield f"{field.upper()}: is empty ({source}); name the folders, or {NO_LIMIT}"
 
 
 def _hides(field: str, value: object) -> bool:
@@ -436,19 +497,11 @@ def _hides(field: str, value: object) -> bool:
 def _choices(field: str) -> list[str]:
     """Return the values that a setting allows; none if it is not a choice."""
     annotation = Settings.model_fields[field].annotation
-    return [choice for part in get_args(annotation) for choice in get_args(part)]
+    return [choice for part in get_args(annotation) for choice in get_args(part) if isinstance(choice, str)]
 
 
 def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in overrides.items() if value is not None}
-
-
-def _env_file_faults() -> list[str]:
-    try:
-        env_file_variables()
-    except (OSError, UnicodeDecodeError) as exc:
-        return [f".env: cannot be read ({one_line(exc)})"]
-    return []
 
 
 def _contradictions(settings: Settings) -> list[str]:

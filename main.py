@@ -19,7 +19,7 @@ from config import REQUEST_SETTINGS, Settings, usable_settings
 from latent_encoder import modes
 from latent_encoder.cli.options import CONTEXT, EPILOG, all_options
 from latent_encoder.cli.parsing import Command, refuse_options_of_other_modes
-from latent_encoder.setting_names import warn_of_unknown_variables
+from latent_encoder.setting_names import warn_of_variables
 from latent_encoder.telemetry.logs import LogStyle, configure_logging, log_style
 from latent_encoder.torch_caches import limit_torch_caches
 
@@ -74,7 +74,7 @@ def settings_of(given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
 def run(settings: Settings, faults: Sequence[str], given: Mapping[str, Any], style: LogStyle) -> int:
     """Run the mode that the settings name, and return its exit status."""
     if settings.mode in ("standalone", "kafka", "dlq-replay"):  # the doctor reports them itself; the others use few settings
-        warn_of_unknown_variables()
+        warn_of_variables()
     match settings.mode:
         case "kafka":
             return modes.serve(settings)

@@ -66,6 +66,9 @@ parse_arguments() {
 
 # The service runs the tree that COMFYUI_PATH names. A release that is fetched into comfyui/ would not be used.
 choose_tree() {
+    # The service expands `~`, which shells leave as it is in quotes.
+    # shellcheck disable=SC2088
+    [[ ${COMFYUI_PATH:-} != '~/'* ]] || COMFYUI_PATH=$HOME/${COMFYUI_PATH#'~/'}
     local chosen=${release:+--release}${pinned:+--pinned}
     [[ -z $release || -z $pinned ]] || wrong_usage '--release and --pinned exclude each other'
     [[ -z $chosen || -z $checkout ]] || wrong_usage "$chosen and --from exclude each other"

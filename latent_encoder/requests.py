@@ -18,6 +18,8 @@ from models import EncodeRequest
 
 LONGEST_VALUE = 80  # characters of a wrong value in an error message: enough to recognise it, and it stays on one line
 
+NOT_UTF8 = "is not UTF-8, so no response can hold it"
+
 FieldName = Literal["request_id", "correlation_id"]
 
 SEARCHED_BYTES = 65_536
@@ -120,7 +122,7 @@ def descriptions(
 
 def _description(error: Mapping[str, Any], name: Callable[[str], str], hides: Callable[[str, object], bool]) -> str:
     field, given = str(error["loc"][0]), error["input"]
-    reason = str(error["msg"]).removeprefix("Value error, ")
+    reason = NOT_UTF8 if error["type"] == "string_unicode" else str(error["msg"]).removeprefix("Value error, ")
     if hides(field, given):
         reason += " (the value is not shown, because it may be a secret)"
     elif error["type"] != "missing":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from latent_encoder.small_files import read_small_file
+from latent_encoder.user_paths import setting_path
 
 Sources = Mapping[str, Mapping[str, str | None]]
 """The variables of each source by their names in lower case; the source that wins comes first."""
@@ -46,7 +47,7 @@ def _content(name: str) -> str:
     Raises:
         ValueError: there is none. The text has the reason.
     """
-    text = read_small_file(Path(name))
+    text = read_small_file(Path(setting_path(name)))
     secret = text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
     if not secret:
         raise ValueError("empty")
@@ -55,5 +56,7 @@ def _content(name: str) -> str:
 
 def _shown(name: str) -> str:
     """Return the name for a message. A name that does not look like a path may be the secret itself."""
-    path_like = name.startswith(("/", "./", "../")) or Path(name).is_file() or ("/" in name and Path(name).parent.is_dir())
+    path_like = (
+        name.startswith(("/", "./", "../", "~/")) or Path(name).is_file() or ("/" in name and Path(name).parent.is_dir())
+    )
     return name if path_like else "a file whose name is not shown, because it may be the secret itself,"

@@ -28,5 +28,6 @@ def read_small_file(path: Path) -> str:
         raise ValueError(f"larger than {LARGEST} bytes")
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None  # its text would show bytes of the content
+    except UnicodeDecodeError as exc:  # its text would show bytes of the content
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise ValueError(f"not UTF-8 in line {line}") from None

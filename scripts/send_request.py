@@ -22,6 +22,7 @@ sys.path.insert(0, str(PROJECT))
 
 from config import Settings, SettingsError, load_settings
 from errors import KafkaFailed
+from latent_encoder.cli.parsing import FilePath
 from latent_encoder.kafka.connection import BrokerState, kafka_failed
 from latent_encoder.kafka.properties import consumer_properties, make_client, producer_properties
 from models import UpscaleMethod
@@ -37,7 +38,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("images", metavar="IMAGE…", nargs=-1, required=True)
+@click.argument("images", metavar="IMAGE…", nargs=-1, required=True, type=FilePath())
 @click.option("--bootstrap-servers", "kafka_bootstrap_servers", metavar="HOST:PORT,…", help="Kafka brokers.")
 @click.option("--request-topic", "kafka_request_topic", metavar="TOPIC", help="Topic of the requests.")
 @click.option("--response-topic", "kafka_response_topic", metavar="TOPIC", help="Topic of the responses.")

@@ -108,6 +108,53 @@ def test_allowed_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_settings({}).allowed_input_dirs == (tmp_path / "images", Path("/home/me/photos"), Path("/data"))
 
 
+@pytest.mark.parametrize("variable", ["ALLOWED_INPUT_DIRS", "ALLOWED_OUTPUT_DIRS"])
+@pytest.mark.parametrize("source", ["environment", ".env"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", " ", ",", "null", "None", "nil", "undefined", "[]", "{}", '""', '[""]', "[null]", "[1]", "0", "false", "*"),
+        *("/a,null", '["/a"', '"/a","/b"', '[["/a"]]', "[" * 50_000),
+    ],
+)
+def test_limit_without_folders_is_refused(variable: str, source: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that names no folder, or something else, is a fault: it must not mean that every folder is allowed."""
+    if source == "environment":
+        monkeypatch.setenv(variable, value)
+    else:
+        Path(".env").write_text(f"{variable}='{value}'\n")
+    with pytest.raises(SettingsError, match=rf"^{variable}: "):
+        load_settings({})
+
+
+@pytest.mark.parametrize("value", ["/a,/b", " /a , /b/ ,", '["/a", "/b"]', '"/a,/b"'])
+def test_folders_are_a_list_or_a_json_array(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are separated by commas, or a JSON array; spaces around them and slashes at their ends change nothing."""
+    monkeypatch.setenv("ALLOWED_INPUT_DIRS", value)
+    assert load_settings({}).allowed_input_dirs == (Path("/a"), Path("/b"))
+
+
+def test_empty_limit_in_the_environment_leaves_that_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable is not set, so the folders of `.env` count."""
+    Path(".env").write_text("ALLOWED_INPUT_DIRS=/data\n")
+    monkeypatch.setenv("ALLOWED_INPUT_DIRS", "")
+    assert load_settings({}).allowed_input_dirs == (Path("/data"),)
+
+
+NUMBERS = [
+    name for name, field in Settings.model_fields.items() if any(kind in str(field.annotation) for kind in ("int", "float"))
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["null", "none", "nan", "inf", "-inf", "1e400", "-1", " ", "[]", "true"])
+def test_no_mistyped_number_turns_a_limit_off(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is none, negative or infinite is refused for each setting with a number."""
+    monkeypatch.setenv(name.upper(), value)
+    with pytest.raises(SettingsError, match=rf"^{name.upper()}: "):
+        load_settings({})
+
+
 def test_default_megapixels_are_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A default size over the limit is refused, because every request without a size would be."""
     monkeypatch.setenv("MAX_OUTPUT_MEGAPIXELS", "0.5")

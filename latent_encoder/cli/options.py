@@ -12,7 +12,7 @@ from cloup.constraints import mutually_exclusive
 from config import VERSION, Settings
 from errors import ErrorCode
 from latent_encoder.cli.completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
-from latent_encoder.cli.parsing import Choice, Group, ManyValues, ModeArgument
+from latent_encoder.cli.parsing import Choice, FilePath, Group, ManyValues, ModeArgument
 from latent_encoder.kafka.places import Places
 from models import FileFormat, Fit, UpscaleMethod
 
@@ -83,6 +83,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         cls=ModeArgument,
         modes=("standalone", "inspect"),
         nargs=-1,
+        type=FilePath(),
         metavar="[PATH]...",
         shell_complete=files,
         help="Images, as with --image-path; in inspect mode, latent files.",
@@ -91,13 +92,18 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     IMAGES.option(
         "--image-path",
         cls=ManyValues,
+        type=FilePath(),
         metavar="PATH...",
         shell_complete=files,
         help="JPEGs or PNGs to encode: files, folders and quoted patterns such as 'a/*.png'.",
     ),
     IMAGES.option("--recursive", is_flag=True, help="Take images in subfolders too."),
     IMAGES.option(
-        "--input-list", metavar="FILE", shell_complete=files, help="Requests, one JSON object a line; - is standard input."
+        "--input-list",
+        type=FilePath(),
+        metavar="FILE",
+        shell_complete=files,
+        help="Requests, one JSON object a line; - is standard input.",
     ),
     REQUEST.option(
         "--request-id",
@@ -115,7 +121,13 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="N",
         help="Processes that share the images.",
     ),
-    PLACE.option("--output-dir", metavar="DIR", shell_complete=folders, help="Folder for the files; created if missing."),
+    PLACE.option(
+        "--output-dir",
+        type=FilePath(),
+        metavar="DIR",
+        shell_complete=folders,
+        help="Folder for the files; created if missing.",
+    ),
     RESULTS.option("--latent-format", metavar="FORMAT", shell_complete=OneOf(FORMATS), help=f"One of {', '.join(FORMATS)}."),
     RESULTS.option("--upscale-method", metavar="METHOD", shell_complete=OneOf(METHODS), help=f"One of {', '.join(METHODS)}."),
     RESULTS.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels."),
@@ -127,8 +139,20 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--roundtrip", is_flag=True, default=None, help="Decode the latent, write that image, and measure its difference."
     ),
     MODELS.option("--vae-model-name", metavar="NAME", shell_complete=vae_names, help="VAE file in the model folders."),
-    MODELS.option("--model-dir", metavar="DIR", shell_complete=folders, help="Folder that is searched first for VAE files."),
-    MODELS.option("--comfyui-path", metavar="DIR", shell_complete=folders, help="ComfyUI tree to run instead of ./comfyui."),
+    MODELS.option(
+        "--model-dir",
+        type=FilePath(),
+        metavar="DIR",
+        shell_complete=folders,
+        help="Folder that is searched first for VAE files.",
+    ),
+    MODELS.option(
+        "--comfyui-path",
+        type=FilePath(),
+        metavar="DIR",
+        shell_complete=folders,
+        help="ComfyUI tree to run instead of ./comfyui.",
+    ),
     MODELS.option("--device", type=choice_of("device"), help="Device to run on."),
     MODELS.option("--vae-precision", type=choice_of("vae_precision"), help="Precision of the VAE."),
     KAFKA.option("--kafka-bootstrap-servers", metavar="HOST:PORT,…", help="Kafka brokers."),

@@ -21,6 +21,7 @@ from latent_encoder.exits import EXIT_INTERRUPTED, EXIT_SERVICE_FAILED
 from latent_encoder.masking import masked
 from latent_encoder.suggestions import closest
 from latent_encoder.terminal import complain, drop_unwritten, forced_colours, open_closed_streams
+from latent_encoder.user_paths import expanded_file
 
 
 class Group(cloup.OptionGroup):
@@ -51,6 +52,18 @@ class ModeArgument(cloup.Argument):
     def __init__(self, *args: Any, modes: Sequence[str], **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.modes = modes
+
+
+class FilePath(click.ParamType[str]):
+    """A path whose `~` is expanded: shells leave it in `--output-dir=~/x` and in quotes. It need not exist."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return expanded_file(value)
+        except ValueError as exc:
+            self.fail(f"{value!r}: {exc}", param, ctx)
 
 
 class Choice(click.Choice[Any]):

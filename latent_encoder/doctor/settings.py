@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import VARIABLES, Settings, env_file_variables
 from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
-from latent_encoder.setting_names import UnknownVariable, unknown_variables
+from latent_encoder.setting_names import UnknownVariable, repeated_variables, unknown_variables
 
 
 def check_faults(installation: Installation) -> Iterator[Check]:
@@ -33,11 +33,10 @@ def check_set(installation: Installation) -> Iterator[Check]:
 
 
 def check_env_file(_: Installation) -> Iterator[Check]:
-    """Yield a warning for each variable, in `.env` or the environment, that was probably meant as a setting."""
-    try:
-        yield from map(_unknown, unknown_variables())
-    except (OSError, UnicodeDecodeError):
-        return  # `check_faults` reports it
+    """Yield a warning for each variable that was probably meant as a setting, or that `.env` sets several times."""
+    yield from map(_unknown, unknown_variables())
+    for variable in repeated_variables():
+        yield warning(".env", f"sets {variable}", "Remove all lines except one; the last one counts.")
     if not Path(".env").is_file():
         yield tick(".env", f"none in {Path.cwd()}")
         return

@@ -18,10 +18,10 @@ import torch
 from safetensors import torch as safetensors_torch
 
 from errors import LatentUnreadable, is_out_of_memory
+from latent_encoder.outputs.names import SUFFIXES
 from latent_encoder.vae.weights_files import check_weights_file
 from models import FileFormat
 
-SUFFIXES: dict[FileFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
 TENSOR_NAMES: dict[FileFormat, str] = {"safetensors": "latent", "comfy": "latent_tensor"}
 
 NOT_SCALED = "latent_format_version_0"

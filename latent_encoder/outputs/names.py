@@ -11,8 +11,10 @@ from pathlib import Path
 from errors import InvalidRequest, in_utf8
 from latent_encoder.access import absolute
 from latent_encoder.outputs.folder import reported
-from latent_encoder.outputs.latent_files import SUFFIXES
 from models import IMAGE_FILES, FileFormat
+
+SUFFIXES: dict[FileFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
+"""The ending of a latent's file in each format."""
 
 LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # bytes around stem and request id in the longest name
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import NAMESPACE_URL, uuid5
 
-from errors import LatentEncoderError, MessageUnusable, RequestError, in_utf8
+from errors import InvalidRequest, LatentEncoderError, MessageUnusable, RequestError, in_utf8
 from latent_encoder.access import absolute
-from latent_encoder.requests import parse_request, read_fields, request_id_of, usable_text
-from models import CONTENT_FIELDS, IMAGE_FILES, EncodeRequest, ErrorResponse
+from latent_encoder.requests import LONGEST_VALUE, parse_request, read_fields, request_id_of, usable_text
+from latent_encoder.standalone.folders import Walk, shown_counts
+from latent_encoder.user_paths import expanded, expanded_file
+from models import CONTENT_FIELDS, EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".jpg_large", ".jpg-large", ".png"}
 )
 """Endings of the images in a folder: those of browsers, phones and Twitter too. A file that is named may have any."""
-OUR_IMAGES = tuple(f"{name}_" for name in IMAGE_FILES)  # the beginnings of the names that outputs/names.py gives
 STDIN = "-"
 IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
 """The fields that a lasting id is made of, with the image's path: a request that differs in one of them has another id."""
@@ -68,6 +68,10 @@ class Inputs:
     """None if it is not known before the last one is read."""
     single: bool
     """The input is one image, named by its own path."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """The counts of files and folders that were left out, by reason."""
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """The folders that could not be read, with the system's reasons."""
 
 
 def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
@@ -91,30 +95,31 @@ def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Ma
         raise UnusableInputs("--request-id is for one image; leave it out, and each image gets an id of its own.")
     if selection.input_list is not None:
         return _of_list(selection.input_list, defaults)
-    paths = find_images(selection.paths, recursive=selection.recursive, output_dir=str(defaults["output_dir"]))
-    items = [_lasting_item({**fields, "image_path": path}, defaults) for path in paths]
-    return Inputs(items, total=len(items), single=False)
+    walk = Walk(IMAGE_SUFFIXES, recursive=selection.recursive)
+    items = [_lasting_item({**fields, "image_path": path}, defaults) for path in find_images(selection.paths, walk)]
+    return Inputs(items, total=len(items), single=False, left_out=walk.counts, unreadable=walk.unreadable)
 
 
-def find_images(paths: Sequence[str], *, recursive: bool, output_dir: str) -> list[str]:
+def find_images(paths: Iterable[str], walk: Walk) -> list[str]:
     """Return the files that the paths stand for, each once. Those of a folder or a pattern are sorted by name.
 
-    Images that this service wrote into `output_dir` are left out of folders and patterns.
+    Own outputs are left out of folders and patterns; a file that is named is taken as it is.
 
     Raises:
-        UnusableInputs: a folder or a pattern holds no image, or cannot be read.
+        UnusableInputs: a folder or a pattern holds no image.
     """
-    outputs = Path(os.path.realpath(output_dir))  # no Path.resolve(), which raises for a loop of symlinks before Python 3.13
     found: dict[str, None] = {}
     for path in paths:
         if not _stands_for_several(path):
-            found[path] = None
+            found |= dict.fromkeys([path] if walk.take(Path(path)) else [])
             continue
-        with _readable(path):
-            images = [file for file in _matching(path, recursive=recursive) if not _is_output(file, outputs)]
-        if not images:
-            raise UnusableInputs(_nothing_in(path, recursive=recursive))
-        found.update(dict.fromkeys(map(str, images)))
+        before = walk.counts
+        images = walk.images_in(Path(path)) if Path(path).is_dir() else walk.matching(path)
+        if not images and str(Path(path)) not in walk.unreadable:
+            raise UnusableInputs(_nothing_in(path, walk, before))
+        found |= dict.fromkeys(map(str, sorted(filter(walk.take, images))))
+    if not found:
+        raise UnusableInputs(f"Cannot read {'; '.join(f'{path} ({reason})' for path, reason in walk.unreadable.items())}")
     return list(found)
 
 
@@ -127,30 +132,14 @@ def _stands_for_several(path: str) -> bool:
         return False  # too long a name, or a NUL byte: the request fails, and its response has the reason
 
 
-def _matching(path: str, *, recursive: bool) -> list[Path]:
-    folder = Path(path)
-    if folder.is_dir():
-        return sorted(_images_in(folder, recursive=recursive))
-    places = [Path(match) for match in sorted(glob(path, recursive=True))]  # noqa: PTH207  # absolute patterns too
-    folders = [image for place in places if recursive and place.is_dir() for image in _images_in(place, recursive=True)]
-    return [place for place in places if place.is_file()] + sorted(folders)
-
-
-def _images_in(folder: Path, *, recursive: bool) -> Iterator[Path]:
-    for file in folder.rglob("*") if recursive else folder.iterdir():
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file():
-            yield file
-
-
-def _is_output(file: Path, outputs: Path) -> bool:
-    return file.name.startswith(OUR_IMAGES) and file.parent.resolve() == outputs
-
-
-def _nothing_in(path: str, *, recursive: bool) -> str:
+def _nothing_in(path: str, walk: Walk, before: Mapping[str, int]) -> str:
+    """Return the reason why a folder or a pattern gave nothing, with the counts that were left out there."""
+    counts = {reason: count - before.get(reason, 0) for reason, count in walk.counts.items()}
+    left_out = f" ({text})" if (text := shown_counts(counts)) else ""
     if not Path(path).is_dir():
-        return f"No file matches {path}"
-    hint = "" if recursive else "; --recursive looks in the folders below it too"
-    return f"No JPEG or PNG in the folder {path}{hint}"
+        return f"No file matches {path}{left_out}"
+    hint = "" if walk.recursive else "; --recursive looks in the folders below it too"
+    return f"No JPEG or PNG in the folder {path}{left_out}{hint}"
 
 
 def _of_list(name: str, defaults: Mapping[str, Any]) -> Inputs:
@@ -179,7 +168,31 @@ def _items_of_lines(name: str, lines: Iterable[bytes] | BinaryIO, defaults: Mapp
         except MessageUnusable as exc:
             yield RefusedInput.of(MessageUnusable(f"Line {number} of {name}: {exc}"), {})
         else:
-            yield _lasting_item(fields, defaults)
+            yield _item_of_line(fields, defaults)
+
+
+def _item_of_line(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Input:
+    """Return the input of a line, in which `~` stands for a home folder, as it does on the command line."""
+    try:
+        return _lasting_item({**fields, **_places(fields)}, defaults)
+    except InvalidRequest as exc:
+        return RefusedInput.of(exc, fields)
+
+
+def _places(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return the paths of a request with `~` expanded.
+
+    Raises:
+        InvalidRequest: a home folder is not known.
+    """
+    places = {}
+    for name, expand in (("image_path", expanded_file), ("output_dir", expanded)):
+        if isinstance(given := fields.get(name), str):
+            try:
+                places[name] = expand(given)
+            except ValueError as exc:
+                raise InvalidRequest(f"Invalid request: {name}: {exc} (got {given[:LONGEST_VALUE]!r})") from exc
+    return places
 
 
 def _item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Input:

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from config import Settings
-from errors import LatentEncoderError
+from errors import LatentEncoderError, in_utf8
 from latent_encoder.exits import EXIT_ERROR_RESPONSE, end_by_signal, stop_on_signals
+from latent_encoder.standalone.folders import shown_counts
 from latent_encoder.standalone.inputs import ImageSelection, Inputs, inputs_of
 from latent_encoder.standalone.ordering import Batch, Engine, Outcome, Report
 from latent_encoder.telemetry.logs import LogStyle, get_logger
@@ -98,6 +99,8 @@ class Run:
             SetupError: the service cannot start.
             OutputFailed: a response cannot be written.
         """
+        for folder, reason in self._inputs.unreadable.items():
+            log.error("folder cannot be read, its images are left out", folder=in_utf8(folder), reason=reason)
         with self._stopping_on_signals(), self._bar() as bar:
             for outcome in self._batch.outcomes():
                 self._tally.add(outcome)
@@ -109,7 +112,7 @@ class Run:
         self._summarize()
         if self._stopped_by is not None:
             _end_interrupted(self._stopped_by, "Interrupted; the same command goes on from here.")
-        return EXIT_ERROR_RESPONSE if self._tally.failures else 0
+        return EXIT_ERROR_RESPONSE if self._tally.failures or self._inputs.unreadable else 0
 
     def _make_engine(self, report: Report) -> Engine:
         # Imported here, so that --help and wrong usage do not wait for torch.
@@ -140,9 +143,16 @@ class Run:
             return
         if self._log_style.log_format == "json":
             counts = {"encoded": self._tally.encoded, "stored": self._tally.stored, "failed": self._tally.failures}
-            log.info("run ended", **counts, seconds=round(self._tally.seconds, 1), interrupted=self._stopped_by is not None)
+            log.info(
+                "run ended",
+                **counts,
+                left_out=dict(self._inputs.left_out),
+                seconds=round(self._tally.seconds, 1),
+                interrupted=self._stopped_by is not None,
+            )
         else:
-            complain(f"{self._tally}.")
+            left_out = shown_counts(self._inputs.left_out)
+            complain(f"{self._tally}{left_out and '; '}{left_out}.")
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

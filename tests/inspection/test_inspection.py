@@ -28,8 +28,8 @@ from latent_encoder.inspection.findings import Inspection, NamedSpace, channel_s
 from latent_encoder.inspection.images import fitting_crop
 from latent_encoder.inspection.page import HISTOGRAM_WIDTH, histogram
 from latent_encoder.inspection.text import drawing, printable
-from latent_encoder.outputs.latent_files import SUFFIXES, latent_bytes
-from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.latent_files import latent_bytes
+from latent_encoder.outputs.names import SUFFIXES, OutputFiles
 from models import FileFormat, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import PATIENCE_S, PROJECT, Encode, RunMain, load_latent, request_for

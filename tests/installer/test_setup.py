@@ -883,6 +883,12 @@ def test_release_and_another_tree_contradict_each_other(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"Error: {words}. Try --help.\n")
 
 
+def test_home_folder_in_comfyui_path_is_expanded(tmp_path: Path) -> None:
+    """`~` in COMFYUI_PATH, which a shell leaves as it is in quotes, is the home folder, as for the service."""
+    done = set_up("--pinned", env={"COMFYUI_PATH": "~/ComfyUI", "HOME": str(tmp_path)})
+    assert (done.returncode, f"COMFYUI_PATH={tmp_path}/ComfyUI;" in done.stderr) == (2, True)
+
+
 def test_comfyui_path_may_name_our_own_folder(own_project: OwnProject, theirs: Upstream) -> None:
     """COMFYUI_PATH may name `comfyui/` itself: then the service runs the fetched release."""
     (own_project.path / "comfyui").mkdir()

@@ -41,13 +41,13 @@ telemetry
 torch_threads
 cpus
 config
-secret_files
+secret_files : env_file
 requests
 models
 utils
 errors : terminal
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
-masking : small_files : container
+masking : small_files : container : user_paths
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 

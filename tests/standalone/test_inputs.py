@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from latent_encoder.outputs.names import output_files
+from latent_encoder.standalone.folders import Walk
 from latent_encoder.standalone.inputs import (
-    OUR_IMAGES,
+    IMAGE_SUFFIXES,
     ImageSelection,
     Inputs,
     RefusedInput,
@@ -42,10 +41,14 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def found(*paths: str | Path, recursive: bool = False) -> list[str]:
+    return find_images(map(str, paths), Walk(IMAGE_SUFFIXES, recursive=recursive))
+
+
 def requests(inputs: Inputs) -> list[EncodeRequest]:
-    found = list(inputs.items)
-    assert all(isinstance(item, EncodeRequest) for item in found)
-    return [item for item in found if isinstance(item, EncodeRequest)]
+    items = list(inputs.items)
+    assert all(isinstance(item, EncodeRequest) for item in items)
+    return [item for item in items if isinstance(item, EncodeRequest)]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def requests(inputs: Inputs) -> list[EncodeRequest]:
 def test_paths_stand_for_images(path: str, recursive: bool, names: list[str], photos: Path) -> None:
     """Folders and patterns stand for the images in them, sorted by name; a file that is named is taken as it is."""
     assert photos.is_dir()
-    assert find_images([path], recursive=recursive, output_dir="out") == names
+    assert found(path, recursive=recursive) == names
 
 
 @pytest.mark.parametrize("ending", ["jpe", "jfif", "JFIF", "jif", "jfi", "pjpeg", "pjp", "mpo", "Jpeg", "PNG", "jpg_large"])
@@ -75,27 +78,12 @@ def test_folder_has_images_of_every_usual_ending(ending: str, tmp_path: Path) ->
 
 def test_image_named_twice_is_one(photos: Path) -> None:
     """An image that is named twice is encoded once, in its first place."""
-    paths = ["photos/c.jpeg", "photos", "photos/*.png"]
-    found = find_images(paths, recursive=False, output_dir=str(photos / "out"))
-    assert found == ["photos/c.jpeg", "photos/A.JPG", "photos/b.png"]
-
-
-def test_output_folder_that_is_a_loop_of_symlinks_is_left_to_the_requests(photos: Path) -> None:
-    """A loop of symlinks as output folder does not stop the search for images; each request fails by itself."""
-    (photos / "loop").symlink_to("loop")
-    assert len(find_images([str(photos)], recursive=False, output_dir=str(photos / "loop"))) == 3
-
-
-def test_own_images_are_no_input(photos: Path) -> None:
-    """A run leaves out the images that an earlier one wrote into the folder, by any name of that folder."""
-    files = output_files(str(photos), "b.png", "1")
-    ours = [files.scaled_image, files.preview, files.roundtrip]
-    assert {re.sub("b_1.png", "", file.name) for file in ours} == set(OUR_IMAGES)
-    for file in ours:
-        file.touch()
-    (photos / "below" / "preview_of_mine.png").touch()
-    found = find_images([str(photos)], recursive=True, output_dir="./below/../photos")
-    assert [Path(path).name for path in found] == ["A.JPG", "b.png", "d.png", "e.jpg", "preview_of_mine.png", "c.jpeg"]
+    assert photos.is_dir()
+    assert found("photos/c.jpeg", "photos", "photos/*.png", "./photos/b.png") == [
+        "photos/c.jpeg",
+        "photos/A.JPG",
+        "photos/b.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -174,3 +162,32 @@ def test_list_holds_requests_as_kafka_has_them(photos: Path) -> None:
     assert array.response.error_message == "Line 4 of photos/list.jsonl: The message is JSON but not an object: list."
     assert isinstance(wrong, RefusedInput)
     assert (wrong.response.request_id, wrong.response.error_code, wrong.correlation_id) == ("s", "INVALID_REQUEST", "c")
+
+
+def test_home_folder_in_a_list(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the paths of a line `~` is a home folder, and a home that is not known is an error response that names the field."""
+    monkeypatch.setenv("HOME", str(photos))
+    lines = [
+        {"image_path": "~/b.png", "output_dir": "~/out"},
+        {"image_path": "b.png", "output_dir": "~no-such-user/out", "request_id": "r"},
+        {"image_path": 1},
+    ]
+    (photos / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given, unknown, number = inputs_of(ImageSelection(input_list="photos/list.jsonl"), {}, DEFAULTS).items
+    assert isinstance(given, EncodeRequest)
+    assert (given.image_path, given.output_dir) == (f"{photos}/b.png", f"{photos}/out")
+    assert isinstance(unknown, RefusedInput)
+    assert (unknown.response.request_id, unknown.response.error_code) == ("r", "INVALID_REQUEST")
+    assert "output_dir: ~ cannot be expanded: no user has the name after ~" in unknown.response.error_message
+    assert isinstance(number, RefusedInput)
+
+
+def test_name_that_is_not_utf8_is_an_error_response(photos: Path) -> None:
+    """A file whose name is not UTF-8 gets an error response that tells it; the others are encoded."""
+    (photos / "caf\udce9.jpg").touch()
+    inputs = inputs_of(ImageSelection(("photos",)), {}, DEFAULTS)
+    (refused,) = [item for item in inputs.items if isinstance(item, RefusedInput)]
+    assert inputs.total == 4
+    assert refused.response.error_message == (
+        "Invalid request: image_path: is not UTF-8, so no response can hold it (got 'photos/caf\\udce9.jpg')"
+    )

@@ -1,0 +1,59 @@
+"""Recognising the service's own files, wherever they lie: by their names and by the files of the same request beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from latent_encoder.outputs.locks import PREFIX
+from latent_encoder.outputs.names import SUFFIXES
+from models import IMAGE_FILES
+
+_SUFFIX = "|".join(map(re.escape, SUFFIXES.values()))
+_IMAGE = re.compile(rf"(?:{'|'.join(IMAGE_FILES)})_(.+)\.png", re.DOTALL)
+_LATENT = re.compile(rf"latent_.+(?:{_SUFFIX})", re.DOTALL)
+
+ALWAYS = {"original_image_shape", "scaled_image_shape", "latent_shape", "vae_model_name"}
+"""The fields that the metadata of every version have."""
+
+LARGEST_METADATA = 65_536
+"""Bytes. Ours have 2 kB."""
+
+
+def is_own_file(folder: Path, name: str, is_there: Callable[[str], bool]) -> bool:
+    """Return whether the service wrote the file of that name in a folder; `is_there` tells if the folder has a name.
+
+    An image counts as ours if our metadata or the latent of its request lie beside it: a process that was killed may have left
+    no metadata. A user's image with such a name has neither. A latent and its metadata are known by each other.
+    """
+    if name.startswith(PREFIX):
+        return True
+    if image := _IMAGE.fullmatch(name):
+        latents = [f"latent_{image[1]}{suffix}" for suffix in SUFFIXES.values()]
+        if any(map(is_there, latents)):
+            return True
+        return any(is_there(f"{latent}.json") and _is_metadata(folder / f"{latent}.json") for latent in latents)
+    if _LATENT.fullmatch(name):
+        return is_there(f"{name}.json")
+    latent = name.removesuffix(".json")
+    return latent != name and _LATENT.fullmatch(latent) is not None and (is_there(latent) or _is_metadata(folder / name))
+
+
+def _is_metadata(path: Path) -> bool:
+    try:
+        with open(path, "rb", opener=_opened) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return False
+            fields: Any = json.loads(file.read(LARGEST_METADATA))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.keys() >= ALWAYS
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe must not wait for its writer
