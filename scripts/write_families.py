@@ -37,6 +37,10 @@ A VAE is recognised by the names and shapes of its tensors. If several families 
 - **by name**: the part of the file's name that decides between families with the same tensors.
 
 A VAE of an unknown family also runs if ComfyUI encodes images with it. Its `latent_space` is then `null`.
+
+**Names of diffusers.** A `diffusion_pytorch_model.safetensors` of Wan or Qwen-Image is read too: the service gives its tensors
+the names that ComfyUI knows, and the latents are those of the same weights in ComfyUI's file, to the last bit. ComfyUI itself
+converts those of SD, SDXL, SD3, FLUX and HunyuanVideo.
 """
 
 OTHERS = """
