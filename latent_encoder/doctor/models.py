@@ -63,7 +63,7 @@ def _check_files(runtime: ComfyRuntime, settings: Settings) -> Iterator[Check]:
 
 
 def check_file(runtime: ComfyRuntime, name: str, file: Path, settings: Settings) -> Check | str | None:
-    """Return the check of a VAE or of a damaged file; for another model its kind, such as `a LoRA`, or None if that is unknown."""
+    """Return the check of a VAE or of a damaged file; for another model its kind, such as `a LoRA`, or None."""
     try:
         shapes = read_shapes(file)
     except UNREADABLE as exc:
@@ -81,7 +81,9 @@ def _judged(runtime: ComfyRuntime, name: str, file: Path, family: Family, settin
         return warning("vae file", f"{found}; {reason}", "A request that names it is refused. Ignore this if none will.")
     if (files := runtime.vae_files(name)) is None:
         return warning("vae file", f"{found}; VAELoader offers it under no name", _how_to_offer(file))
-    if reason := fault_of_tensors(runtime, name, files, decodes=settings.roundtrip):
+    with runtime.contained():
+        reason = fault_of_tensors(runtime, name, files, decodes=settings.roundtrip)
+    if reason is not None:
         reason, _, advice = reason.partition("; ")
         return cross("vae file", f"{found}, cannot be used: {reason}", _download(file.name) + _sentence(advice))
     return _vae_file(file, found, settings)

@@ -355,8 +355,8 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
     assert "not the file that is published under this name" in found[impostor.name].found
     assert found[TINY_VAE].state is TICK
     assert found[TINY_VAE].found.endswith(
-        "Wan 2.1 / Qwen-Image, 1.9 MB, can be loaded, SHA-256 fe17b23e0be2d10e41096c3866df394eac0ef26030c846d18b4cc217a39ba45b, "
-        "for trying the service only"
+        "Wan 2.1 / Qwen-Image, 1.9 MB, can be loaded, "
+        "SHA-256 fe17b23e0be2d10e41096c3866df394eac0ef26030c846d18b4cc217a39ba45b, for trying the service only"
     )
     assert any("TAESD" in check.found for check in found.values())
     assert any("SD 1.x" in check.found for check in found.values())

@@ -1,4 +1,4 @@
-"""Files in the place of a VAE that people have: each is refused by name with the next step, or encodes as it does in ComfyUI."""
+"""Files in the place of a VAE: each is refused by name with the next step, or encodes as it does in ComfyUI."""
 
 from __future__ import annotations
 
@@ -20,12 +20,9 @@ from config import Settings
 from errors import ErrorCode
 from latent_encoder.doctor.check import Check, State
 from latent_encoder.doctor.models import check_file
-from latent_encoder.vae.contents import kind_of_tensors
-from latent_encoder.vae.diffusers_names import RESIDUAL
-from latent_encoder.vae.families import family_of
 from models import ErrorResponse
 from service import LatentEncoder
-from tests.helpers import VAE, Encode, load_latent
+from tests.helpers import Encode, load_latent
 from tests.vae.test_files import whole
 
 pytestmark = pytest.mark.core
@@ -168,7 +165,7 @@ PLAIN = "get the file in bf16, fp16 or fp32"
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     # quantised weights
-    "fp8_scale_weight.safetensors": (with_change(scale), f"ignore their scales (encoder.conv1.scale_weight, "),
+    "fp8_scale_weight.safetensors": (with_change(scale), "ignore their scales (encoder.conv1.scale_weight, "),
     "fp8_weight_scale.safetensors": (with_change(lambda weights: scale(weights, "weight_scale")), PLAIN),
     "fp8_comfy_quant.safetensors": (with_change(lambda weights: scale(weights, "comfy_quant")), "its weights are quantised"),
     "fp8_scale_input.safetensors": (with_change(lambda weights: scale(weights, "scale_input")), "its weights are quantised"),
@@ -317,12 +314,6 @@ def test_plain_casts_are_fine(dtype: torch.dtype, model_dir: Path, encode: Encod
     latent = load_latent(encode("photo.jpg", vae_model_name=path.name).latent_file_path)
     expected = load_latent(encode("photo.jpg").latent_file_path)
     assert (latent - expected).abs().mean() < 0.5 * expected.std()
-
-
-def in_diffusers_names(weights: Weights) -> Weights:
-    from benchmarks.encode_diffusers import diffusers_key
-
-    return {diffusers_key(name): tensor for name, tensor in weights.items()}
 
 
 def test_scales_that_are_lost_show_in_the_latent(model_dir: Path, respond: Encode) -> None:
