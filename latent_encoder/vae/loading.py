@@ -29,7 +29,7 @@ from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.probe import probe
 from latent_encoder.vae.recognition import Shapes
 from latent_encoder.vae.single_frame import SingleFrameEncoder
-from latent_encoder.vae.weights_files import UNREADABLE, check_weights_file, read_hollow, read_shapes, unreadable
+from latent_encoder.vae.weights_files import UNREADABLE, read_hollow, read_shapes, unreadable
 
 log = get_logger("latent_encoder")
 
@@ -48,6 +48,8 @@ UNKNOWN = "it is damaged, or the file of a model that ComfyUI {} does not know"
 def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: Settings) -> LoadedVae:
     """Load a VAE with VAELoader, check that it can encode, and give it the encoder that the settings ask for.
 
+    Its files have passed `check_vae_files`.
+
     Raises:
         VaeModelInvalid: the file cannot be read, holds more than plain weights, or lacks tensors that encoding needs (with
             ROUNDTRIP also tensors that decoding needs).
@@ -55,10 +57,7 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
     """
     refusal = _refusal(name, files)
     with _refused(name, files), recorded_loads() as loads:
-        shapes = {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
-        family = family_of(shapes, name)
-        if reason := never_loads(shapes, family, files):
-            raise VaeModelInvalid(f"{refusal}: {reason}.")
+        family = family_of(_shapes(files), name)
         sha256 = _sha256(files)
         vae = _loaded(runtime, name, files, family)
     if reason := fault(vae, loads, decodes=settings.roundtrip):
@@ -72,16 +71,23 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
 
 
 def check_vae_files(name: str, files: Sequence[Path]) -> None:
-    """Raise an error for a file that cannot hold weights. It costs a fraction of loading one and needs no memory.
+    """Raise an error for a file that cannot hold a VAE. It costs a fraction of loading one and needs no memory.
 
     Raises:
-        VaeModelInvalid: a file cannot be read, is incomplete, or holds more than plain weights.
+        VaeModelInvalid: a file cannot be read, is incomplete, is another model or holds more than plain weights.
     """
     with _refused(name, files):
-        for file in files:
-            if reason := unreadable(file):
-                raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.")
-            check_weights_file(file)
+        reason = next(filter(None, map(unreadable, files)), None)
+        if reason is None:
+            shapes = _shapes(files)
+            reason = never_loads(shapes, family_of(shapes, name), files)
+    if reason is not None:
+        raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.")
+
+
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in all of a VAE's files."""
+    return {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
 
 
 def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFrameEncoder | None:
@@ -107,7 +113,7 @@ def fault_of_tensors(runtime: ComfyRuntime, name: str, files: Sequence[Path], *,
     Raises:
         SafetensorError, UnpicklingError, BadZipFile, OSError: a file cannot be read.
     """
-    shapes = {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
+    shapes = _shapes(files)
     family = family_of(shapes, name)
     if reason := never_loads(shapes, family, files):
         return reason

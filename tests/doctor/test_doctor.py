@@ -15,10 +15,10 @@ from typing import Any
 import click
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from config import Settings, load_settings, origins_of, usable_settings
-from errors import SetupError
+from errors import SetupError, VaeModelInvalid
 from latent_encoder.doctor import machine
 from latent_encoder.doctor.check import Check, Examine, Installation, State, guarded, tick
 from latent_encoder.doctor.comfyui import check_nodes, check_tree
@@ -394,6 +394,46 @@ def test_default_vae_has_to_encode(settings: Settings, encoder: LatentEncoder, m
     assert "ComfyUI recognises no VAE in it" in check.found
     check = named(examined(check_models, changed(settings, vae_model_name="taesd"), encoder=encoder), "default vae")
     assert check.found == "taesd (VAE_MODEL_NAME) encodes a test image with the stock encoder"
+
+
+@pytest.mark.core
+def test_default_vae_is_judged_as_by_a_request(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
+    """A file whose headers are right and whose values are not is a cross as the default VAE, with the words of a request."""
+    weights = load_file(model_dir / "vae" / "random_kl.safetensors")
+    weights["quant_conv.weight"] = weights["quant_conv.weight"].float() * 1e6
+    path = model_dir / "vae" / "too_large.safetensors"
+    save_file(weights, path)
+    try:
+        checks = examined(check_models, changed(settings, vae_model_name=path.name), encoder=encoder)
+        with pytest.raises(VaeModelInvalid) as refused:
+            encoder.vaes.get(path.name)
+    finally:
+        path.unlink()
+    check = named(checks, "default vae")
+    assert (check.state, check.found) == (CROSS, str(refused.value).removesuffix("."))
+    assert "from a test image it makes values of about " in check.found
+
+
+@pytest.mark.core
+def test_file_that_no_request_can_use_is_no_tick(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
+    """Half of a TAESD pair and a VAE for audio are warnings; a VAE without tensors of its encoder is a cross; each has advice."""
+    audio, half = model_dir / "vae" / "audio.safetensors", model_dir / "vae_approx" / "taef1_encoder.safetensors"
+    lacking = model_dir / "vae" / "lacking.safetensors"
+    save_file({"vocoder.backbone.channel_layers.0.0.bias": torch.zeros(128)}, audio)
+    save_file({"14.weight": torch.zeros(16, 64, 3, 3)}, half)
+    weights = load_file(model_dir / "vae" / "random_kl.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if not name.startswith("encoder.mid")}, lacking)
+    try:
+        checks = examined(check_models, settings, encoder=encoder)
+    finally:
+        for path in (audio, half, lacking):
+            path.unlink()
+    found = {Path(check.found.partition(": ")[0]).name: check for check in checks if check.name == "vae file"}
+    assert found[audio.name].state is WARNING
+    assert "a VAE for audio" in found[audio.name].found
+    assert (found[half.name].state, found[half.name].advice) == (WARNING, "It needs both halves: get taef1_decoder too.")
+    assert found[lacking.name].state is CROSS
+    assert "lacks tensors that encoding needs: encoder.mid" in found[lacking.name].found
 
 
 @pytest.mark.core

@@ -244,11 +244,11 @@ def test_least_recently_used_vae_is_evicted_first(encoder: LatentEncoder, settin
     assert vae_of(cache, "taesd") is not taesd
 
 
-@pytest.mark.parametrize("make", [empty, text, truncated, asks_for_memory])
-def test_damaged_file_evicts_no_vae(
+@pytest.mark.parametrize("make", [empty, text, truncated, asks_for_memory, of_something_else, for_audio])
+def test_damaged_or_foreign_file_evicts_no_vae(
     make: Callable[[Path], None], encoder: LatentEncoder, settings: Settings, model_dir: Path
 ) -> None:
-    """With room for one, that VAE stays loaded when a request names a damaged file."""
+    """With room for one, that VAE stays loaded when a request names a damaged file or another model."""
     cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 1}))
     taesd = vae_of(cache, "taesd")
     name = f"{make.__name__}.{'pt' if make is asks_for_memory else 'safetensors'}"
