@@ -116,7 +116,7 @@ def _files(runtime: ComfyRuntime) -> list[tuple[str, Path]]:
     for kind in KINDS:
         for name in runtime.vae_names(kind):
             if file := runtime.vae_file(name, kind):
-                half = _TAESD_HALF.fullmatch(name)
+                half = _TAESD_HALF.fullmatch(file.name)
                 found.setdefault(file.resolve(), (half[1] if half else name, file))
     return sorted(found.values(), key=lambda entry: entry[1])
 

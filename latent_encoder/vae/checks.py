@@ -35,7 +35,7 @@ EFFNET_DEFAULTS = ("encoder.mean", "encoder.std")
 ENCODING_PARTS = ("encoder.", "quant_conv.", "bn.")
 """Parts that encoding uses, in every model that has them. A model without one would ignore the file's, and encode wrongly."""
 
-UNUSED_CONSTANTS = ("num_batches_tracked", "_arange", "patch_size_buffer", "position_ids", "inv_freq")
+UNUSED_CONSTANTS = ("num_batches_tracked", "_arange", "patch_size_buffer", "inv_freq", "ema_element_count", "ema_weight_sum")
 """Last parts of the names of tensors that hold no weights. Some releases of ComfyUI compute them instead of reading them."""
 
 UNUSED_STATISTICS = "per_channel_statistics."

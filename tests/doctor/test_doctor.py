@@ -416,7 +416,7 @@ def test_default_vae_is_judged_as_by_a_request(settings: Settings, encoder: Late
 
 @pytest.mark.core
 def test_file_that_no_request_can_use_is_no_tick(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
-    """Half of a TAESD pair and a VAE for audio are warnings; a VAE without tensors of its encoder is a cross; each has advice."""
+    """Half of a TAESD pair and a VAE for audio are warnings; a VAE without tensors of its encoder is a cross."""
     audio, half = model_dir / "vae" / "audio.safetensors", model_dir / "vae_approx" / "taef1_encoder.safetensors"
     lacking = model_dir / "vae" / "lacking.safetensors"
     save_file({"vocoder.backbone.channel_layers.0.0.bias": torch.zeros(128)}, audio)
