@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +90,37 @@ class ComfyRuntime:
         """Load a VAE by its name in the model folders (VAELoader), on the device and in the precision of `load_runtime`."""
         vae: Vae = self._vae_loader(vae_name=name)
         return vae
+
+    def read_weights(self, file: Path) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file of weights by name, as VAELoader reads them."""
+        weights: dict[str, torch.Tensor] = importlib.import_module("comfy.utils").load_torch_file(str(file))
+        return weights
+
+    def vae_of(self, weights: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> Vae:
+        """Return the VAE with these weights, as VAELoader makes it. `names` has other names for some of them."""
+        vae = importlib.import_module("comfy.sd").VAE(sd={names.get(name, name): tensor for name, tensor in weights.items()})
+        vae.throw_exception_if_invalid()
+        loaded: Vae = vae
+        return loaded
+
+    @contextmanager
+    def files_read_by(self, read: Callable[[Path], tuple[dict[str, torch.Tensor], dict[str, str]]]) -> Iterator[None]:
+        """Let VAELoader read each file by a function that returns its tensors and its header's texts.
+
+        ComfyUI's own function is replaced for the whole process, so nothing else may be loaded meanwhile.
+        """
+        utils: Any = importlib.import_module("comfy.utils")
+        own = utils.load_torch_file
+
+        def load_torch_file(path: str, *_: Any, return_metadata: bool = False, **__: Any) -> Any:
+            found = read(Path(path))
+            return found if return_metadata else found[0]
+
+        utils.load_torch_file = load_torch_file
+        try:
+            yield
+        finally:
+            utils.load_torch_file = own
 
     def load_image(self, data: bytes, ending: Ending) -> torch.Tensor:
         """Return the image in a file with these bytes (LoadImage). The caller holds `PILLOW_LOCK`.

@@ -37,12 +37,34 @@ A VAE is recognised by the names and shapes of its tensors. If several families 
 - **by name**: the part of the file's name that decides between families with the same tensors.
 
 A VAE of an unknown family also runs if ComfyUI encodes images with it. Its `latent_space` is then `null`.
+
+**Names of diffusers.** A `diffusion_pytorch_model.safetensors` of Wan or Qwen-Image is read too: the service gives its tensors
+the names that ComfyUI knows, and the latents are those of the same weights in ComfyUI's file, to the last bit. ComfyUI itself
+converts those of SD, SDXL, SD3, FLUX and HunyuanVideo.
 """
 
 OTHERS = """
 ## VAEs that encode no images
 
 A request that names one of these gets the error `VAE_MODEL_INVALID`, before the file is loaded.
+"""
+
+
+REFUSED = """
+## VAE files that are refused
+
+Each gets `VAE_MODEL_INVALID` with the reason and the next step.
+
+- **Another format**: GGUF, ONNX, HDF5, archives, web pages, JSON, Git LFS pointers, an empty file, or safetensors under
+  another ending and the reverse.
+- **Damage**: a truncated file, zeros in place of weights, values that are infinite or NaN.
+- **Another model**: a full checkpoint, a LoRA, a text encoder, a diffusion model, one part of a model in several files.
+- **Quantised weights**: integers, or 8-bit numbers with scales beside them (`scale_weight`, `weight_scale`, `comfy_quant`),
+  which ComfyUI's VAEs ignore. Weights that were only rounded to `float8_e4m3fn` or `float8_e5m2` are read as in ComfyUI.
+- **Tensors that do not fit**: some that encoding needs are missing, of another size, or left over. Left-over tensors of the
+  decoder and of training (`loss.…`, `model_ema.…`) are harmless.
+- **An implausible latent**: when a VAE is loaded, it encodes an image of 133 x 69 pixels with grey, a turn of colours and
+  noise. The latent has to be finite, its root mean square below 250, and not the same everywhere.
 """
 
 
@@ -57,7 +79,7 @@ def document() -> str:
     images = [family for family in FAMILIES if family.no_images is None]
     others = [family for family in FAMILIES if family.no_images is not None]
     header = ("family", "latent space", *(release.removesuffix(".0") for release in RELEASES), "fast path", "by name")
-    return INTRODUCTION + table(header, map(row, images)) + OTHERS + table(("VAE", "kind"), map(other_row, others))
+    return INTRODUCTION + table(header, map(row, images)) + OTHERS + table(("VAE", "kind"), map(other_row, others)) + REFUSED
 
 
 def row(family: Family) -> Sequence[str]:

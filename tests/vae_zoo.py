@@ -4,8 +4,9 @@
 
 A case has the few tensors by which ComfyUI chooses a class. The process gives ComfyUI only these, takes the tensors that the
 class then has, and gives ComfyUI a state with all of them, as a file would contain it. It prints a JSON object with an entry
-for each case: the class, its channels, the tensors of the file, and the tensors that ComfyUI missed in the second state; or
-the error. The states in SHAPES.json, `{name: {tensor: shape}}`, are loaded too. The process runs no code of ours.
+for each case: the class, its channels, the tensors of the file, and the tensors of the second state that ComfyUI missed and
+did not use; or the error. The states in SHAPES.json, `{name: {tensor: shape}}`, are loaded too. The process runs no code of
+ours.
 """
 
 from __future__ import annotations
@@ -508,21 +509,25 @@ CASES = (
 
 
 class Missing(logging.Handler):
-    """A log handler that keeps ComfyUI's line about missing tensors."""
+    """A log handler that keeps ComfyUI's lines about missing tensors and about those that it does not use."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text = ""
+        self.left_over = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith("Missing VAE keys"):
             self.text = record.getMessage()
+        if record.getMessage().startswith("Leftover VAE keys"):
+            self.left_over = record.getMessage()
 
 
 def main() -> None:
     sys.path.insert(0, sys.argv[1])
     comfy_args = importlib.import_module("comfy.cli_args").args
     comfy_args.cpu = True
+    logging.getLogger().setLevel(logging.DEBUG)  # the line about unused tensors is of this level
     comfy = importlib.import_module("comfy.sd")
     built = {case.file: attempt(comfy, case) for case in CASES}
     for path in sys.argv[2:]:
@@ -547,7 +552,8 @@ def attempt(comfy: Any, case: Case) -> dict[str, Any]:
     }
     result["shapes"] = {**case.marks, **shapes} if case.file != "pixel_space" else {}
     if case.images:
-        result["missing"] = loaded(comfy, {**case.marks, **shapes}, case).get("missing", "all of them")
+        whole = loaded(comfy, {**case.marks, **shapes}, case)
+        result |= {line: whole.get(line, "all of them") for line in ("missing", "left_over")}
     return result
 
 
@@ -577,6 +583,7 @@ def loaded(comfy: Any, shapes: Mapping[str, Shape], case: Case | None = None) ->
         "output_channels": vae.output_channels,
         "shapes": tensors,
         "missing": missing.text,
+        "left_over": missing.left_over,
     }
 
 

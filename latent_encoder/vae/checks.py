@@ -1,7 +1,8 @@
-"""Checks of a VAE that ComfyUI has loaded: it encodes images, and every tensor that it needs for that has usable values.
+"""Checks of a VAE that ComfyUI has loaded: it encodes images, with every tensor of its file and with usable values.
 
 ComfyUI loads weights with `strict=False` into uninitialised memory. So a file without some of the encoder's tensors loads with
-a log line and then encodes garbage. The names of missing tensors are therefore recorded while ComfyUI loads.
+a log line and then encodes garbage. The same goes for integers in place of weights, and for tensors that ComfyUI leaves out,
+such as the scales of quantised weights. ComfyUI's loads are therefore recorded.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from latent_encoder.comfy_runtime import Vae
+from latent_encoder.vae.contents import GET_PLAIN, quantised, shortened
 from latent_encoder.vae.encoders import DECODER_PARTS
 
 LOADING = threading.Lock()
@@ -27,46 +29,134 @@ TAEF2_DEFAULTS = ("vae_scale", "vae_shift")
 """Tensors that no file of FLUX.2's TAESD has. VAELoader adds the scale and shift of other TAESD models after loading; FLUX.2's
 latents are not scaled, so the model's own values, 1 and 0, are right."""
 
+EFFNET_DEFAULTS = ("encoder.mean", "encoder.std")
+"""Constants of Stable Cascade's encoder: means and deviations of ImageNet's colours. Some published files lack them."""
+
+ENCODING_PARTS = ("encoder.", "quant_conv.", "bn.")
+"""Parts that encoding uses, in every model that has them. A model without one would ignore the file's, and encode wrongly."""
+
+UNUSED_CONSTANTS = ("num_batches_tracked", "_arange", "patch_size_buffer", "inv_freq", "ema_element_count", "ema_weight_sum")
+"""Last parts of the names of tensors that hold no weights. Some releases of ComfyUI compute them instead of reading them."""
+
+UNUSED_STATISTICS = "per_channel_statistics."
+"""The statistics of LTX-Video's latents. Its files have five; newer releases of ComfyUI read the two that they use."""
+
+
+class Load(NamedTuple):
+    """The record of one `load_state_dict`."""
+
+    missing: Sequence[str]
+    """Tensors of the model that the file lacks."""
+    left_over: Sequence[str]
+    """Tensors of the file that the model lacks."""
+    dtypes: Mapping[str, torch.dtype]
+    """The dtype in the file of each tensor."""
+
 
 @contextmanager
-def recorded_missing_keys() -> Iterator[dict[int, list[str]]]:
-    """Record the names of missing tensors for every `load_state_dict` inside, by the `id` of the module that was loaded.
+def recorded_loads() -> Iterator[dict[int, Load]]:
+    """Record every `load_state_dict` inside, by the `id` of the module that was loaded.
 
-    ComfyUI only logs them. torch has no hook for the loads of all modules, so the method itself is replaced inside. A load in
-    another thread is recorded too, without harm.
+    ComfyUI only logs missing tensors. torch has no hook for the loads of all modules, so the method itself is replaced inside.
+    A load in another thread is recorded too, without harm.
     """
-    missing: dict[int, list[str]] = {}
+    loads: dict[int, Load] = {}
 
-    def recording(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = original(module, *args, **kwargs)
-        missing[id(module)] = list(result.missing_keys)
+    def recording(module: torch.nn.Module, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        dtypes = {name: tensor.dtype for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+        result = original(module, state, *args, **kwargs)
+        loads[id(module)] = Load(list(result.missing_keys), list(result.unexpected_keys), dtypes)
         return result
 
     with LOADING:
         original = torch.nn.Module.load_state_dict
         torch.nn.Module.load_state_dict = recording  # type: ignore[assignment,method-assign]
         try:
-            yield missing
+            yield loads
         finally:
             torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
-def fault(vae: Vae, missing: Mapping[int, Sequence[str]], *, decodes: bool) -> str | None:
+def fault(vae: Vae, loads: Mapping[int, Load], *, decodes: bool) -> str | None:
     """Return the reason why a loaded VAE cannot encode images (with `decodes`, also decode latents); None if it can.
 
-    `missing` is the record of `recorded_missing_keys` for its load.
+    `loads` is the record of `recorded_loads` for its load.
     """
+    return structural_fault(vae, loads, decodes=decodes) or _fault_of_values(
+        vae.first_stage_model, _not_needed(decodes=decodes)
+    )
+
+
+def structural_fault(vae: Vae, loads: Mapping[int, Load], *, decodes: bool) -> str | None:
+    """Return the reason of `fault` that takes no values: also for a VAE whose tensors are on the meta device."""
     model = vae.first_stage_model
-    not_needed = () if decodes else DECODER_PARTS
     if reason := no_images(vae):
         return reason
-    if id(model) not in missing:
+    if (load := loads.get(id(model))) is None:
         return "this ComfyUI loads it in a way that cannot be checked for missing tensors"
-    if lacking := _without((*not_needed, *with_defaults(model)), missing[id(model)]):
+    return _fault_of_load(model, load, decodes=decodes)
+
+
+def _fault_of_load(model: torch.nn.Module, load: Load, *, decodes: bool) -> str | None:
+    not_needed = _not_needed(decodes=decodes)
+    more = left_over(model, load, not_needed)
+    if marks := quantised(more):
+        return f"its weights are quantised, and ComfyUI's VAEs ignore their scales ({_shortened(marks)}); {GET_PLAIN}"
+    if integers := _integers(model, load, not_needed):
+        return f"its weights are integers, so they are quantised: {_shortened(integers)}; {GET_PLAIN}"
+    if lacking := _without((*not_needed, *with_defaults(model)), load.missing):
         return f"it lacks tensors that {'a round trip' if decodes else 'encoding'} needs: {_shortened(lacking)}"
-    if broken := _not_finite(model, not_needed):
-        return f"it has values that are not finite in: {_shortened(broken)}"
+    if more:
+        return (
+            f"it has tensors that ComfyUI's {type(model).__name__} does not use: {_shortened(more)}; "
+            "it is the file of another model, or of one that this ComfyUI does not know"
+        )
     return None
+
+
+def _not_needed(*, decodes: bool) -> tuple[str, ...]:
+    return () if decodes else DECODER_PARTS
+
+
+def _fault_of_values(model: torch.nn.Module, not_needed: tuple[str, ...]) -> str | None:
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(not_needed)}
+    if broken := [name for name, tensor in state.items() if not _is_finite(tensor)]:
+        return f"it has values that are not finite in: {_shortened(broken)}"
+    if empty := [name for name, tensor in state.items() if _is_kernel(name, tensor) and not tensor.any()]:
+        return f"it has nothing but zeros in: {_shortened(empty)}; its download was broken off, so download it again"
+    return None
+
+
+def left_over(model: torch.nn.Module, load: Load, not_needed: tuple[str, ...]) -> list[str]:
+    """Return the tensors of the file that the model does not use although they belong to a part that is needed.
+
+    Others are harmless and common, such as `loss.…` and `model_ema.…` of Stable Diffusion's VAEs.
+    """
+    used = {name.partition(".")[0] for name in model.state_dict()}
+    names = [name for name in _without(not_needed, load.left_over) if not _is_constant(name)]
+    marks = set(quantised(names))
+    return [name for name in names if name in marks or name.startswith(ENCODING_PARTS) or name.partition(".")[0] in used]
+
+
+def _is_constant(name: str) -> bool:
+    return name.rpartition(".")[2] in UNUSED_CONSTANTS or name.startswith(UNUSED_STATISTICS)
+
+
+def _integers(model: torch.nn.Module, load: Load, not_needed: tuple[str, ...]) -> list[str]:
+    """Return the needed tensors that the model has as floating-point numbers and the file as something else."""
+    floats = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and name in load.dtypes]
+    return [
+        f"{name} ({_short(load.dtypes[name])})" for name in _without(not_needed, floats) if not _is_plain(load.dtypes[name])
+    ]
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Return whether numbers of a dtype are weights as they are. float8_e8m0fnu has powers of two only: it is for scales."""
+    return dtype.is_floating_point and _short(dtype) != "float8_e8m0fnu"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def no_images(vae: Vae) -> str | None:
@@ -85,8 +175,9 @@ def no_images(vae: Vae) -> str | None:
 
 def with_defaults(model: torch.nn.Module) -> tuple[str, ...]:
     """Return the names of tensors that a file may lack because the model has the right values for them."""
-    encoder = getattr(model, "taesd_encoder", None)
-    return TAEF2_DEFAULTS if type(encoder).__name__ == "EncoderFlux2" else ()
+    defaults = {"EncoderFlux2": TAEF2_DEFAULTS, "EfficientNetEncoder": EFFNET_DEFAULTS}
+    encoders = (getattr(model, name, None) for name in ("taesd_encoder", "encoder"))
+    return next((defaults[kind] for kind in (type(encoder).__name__ for encoder in encoders) if kind in defaults), ())
 
 
 def _without(parts: tuple[str, ...], keys: Iterable[str]) -> list[str]:
@@ -94,16 +185,14 @@ def _without(parts: tuple[str, ...], keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not key.startswith(parts)]
 
 
-def _not_finite(model: torch.nn.Module, not_needed: tuple[str, ...]) -> list[str]:
-    """Return the names of tensors that hold an infinity or a NaN, except those that are not needed."""
-    state = model.state_dict()
-    return [key for key in _without(not_needed, state) if not _is_finite(state[key])]
-
-
 def _is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def _shortened(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:NAMES_SHOWN])
-    return shown if len(keys) <= NAMES_SHOWN else f"{shown} and {len(keys) - NAMES_SHOWN} more"
+def _is_kernel(name: str, tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is the weight of a convolution or of a linear layer, which training never leaves at zero."""
+    return name.endswith(".weight") and tensor.ndim > 1
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return shortened(names, NAMES_SHOWN)

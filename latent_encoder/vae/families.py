@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latent_encoder.releases import is_older
+from latent_encoder.vae.diffusers_names import has_wan_names, native_names
 from latent_encoder.vae.recognition import (
     LTX_BLOCK,
     Predicate,
@@ -25,7 +26,6 @@ from latent_encoder.vae.recognition import (
     taesd,
     takes,
     wan,
-    wan_in_diffusers,
     x4_upscaler,
 )
 
@@ -41,7 +41,7 @@ class Family:
     recognises: Predicate = field(repr=False, compare=False)
     """The predicate that recognises a file of this family."""
     since: str | None = None
-    """The oldest tested ComfyUI release that encodes with it; None if none does."""
+    """The oldest tested ComfyUI release that encodes with it; None for a VAE that encodes no images."""
     single_frame: bool = False
     """True if the single-frame encoder encodes it."""
     by_name: str | None = None
@@ -53,9 +53,7 @@ class Family:
         """Return the reason why that ComfyUI release cannot encode an image with it; None if no reason is known."""
         if self.no_images is not None:
             return f"it is {self.no_images} ({self.name}), which encodes no images"
-        if self.since is None:
-            return f"it is {self.name}, which ComfyUI does not load; get the file that is made for ComfyUI"
-        if is_older(release, self.since):
+        if self.since is not None and is_older(release, self.since):
             return f"it is {self.name}, which needs a newer ComfyUI than {release}; {self.since} is tested with it"
         return None
 
@@ -70,8 +68,6 @@ FAMILIES = (
     Family("Wan 2.1 / Qwen-Image", "Wan21", wan(16, 3), "0.3.52", single_frame=True),
     Family("Wan 2.1 with alpha / Qwen-Image-Layered", "Wan21", wan(16, 4), "0.33.0", single_frame=True),
     Family("Wan 2.2", "Wan22", wan(48, 12), "0.3.52", single_frame=True),
-    Family("Wan 2.1 / Qwen-Image, as diffusers names it", "Wan21", wan_in_diffusers(16)),
-    Family("Wan 2.2, as diffusers names it", "Wan22", wan_in_diffusers(48)),
     Family("FLUX.2", "Flux2", flux2(lambda channels: channels == 512), "0.3.75"),
     Family("FLUX.2 with a small decoder", "Flux2", flux2(lambda channels: channels != 512), "0.33.0"),
     Family("Mage", "Flux2", has("student.dconv_encoder.proj_out.weight"), "0.33.0"),
@@ -161,5 +157,8 @@ def family_of(shapes: Shapes, file_name: str) -> Family | None:
     `file_name` may be a path or a VAE's name. It decides between families with the same tensors: SD 1.x and SDXL, SD3 and
     FLUX.1.
     """
+    if has_wan_names(shapes):
+        names = native_names(shapes)
+        shapes = {names[tensor]: shape for tensor, shape in shapes.items()}
     name = Path(file_name).name.lower()
     return next((family for family in FAMILIES if family.recognises(shapes, name)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ class LoadedVae:
 
     name: str
     vae: Vae
+    load: Callable[[], Vae]
+    """A function that loads it again, with all of its weights."""
     sha256: str | None
     """SHA-256 of its file, in hexadecimal; for a TAESD pair, of the encoder's bytes followed by the decoder's. None if it has
     no file."""
@@ -76,7 +79,7 @@ class LoadedVae:
             EncodingFailed: memory ran out, and the policy is `fail`.
         """
         if self.single_frame is not None and pixels.shape[0] > 1:
-            return encode_with(runtime, runtime.load_vae(self.name), None, pixels, oom_policy)
+            return encode_with(runtime, self.load(), None, pixels, oom_policy)
         return encode_with(runtime, self.vae, self.single_frame, pixels, oom_policy)
 
     def decode(self, runtime: ComfyRuntime, latent: torch.Tensor) -> torch.Tensor:

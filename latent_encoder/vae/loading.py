@@ -1,77 +1,93 @@
 """The way from a VAE's files to a `LoadedVae`: judged, loaded by ComfyUI, checked, given its encoder, tried on an image.
 
-A file that fails on this way becomes a `VaeModelInvalid` that names it and the reason.
+A file that fails on this way becomes a `VaeModelInvalid` that names it, the reason and the next step. The doctor judges files
+by the same functions.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
-import zipfile
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from config import Settings
-from errors import VaeModelInvalid, is_out_of_memory, one_line, translated
+from errors import VaeModelInvalid, is_device_lost, is_out_of_memory, one_line, translated
 from latent_encoder.comfy_runtime import ComfyRuntime, Vae
-from latent_encoder.geometry import Size, factor_of
 from latent_encoder.telemetry.logs import get_logger
-from latent_encoder.vae.checks import fault, recorded_missing_keys
+from latent_encoder.vae.checks import NAMES_SHOWN, fault, recorded_loads, structural_fault
+from latent_encoder.vae.comfy_vae import vae_from
+from latent_encoder.vae.contents import GET_PLAIN, GET_VAE, kind_of_tensors, part_of, quantised, shortened
 from latent_encoder.vae.encoders import prepare_for_encoding
 from latent_encoder.vae.families import Family, family_of
 from latent_encoder.vae.latent_spaces import latent_space_of
-from latent_encoder.vae.loaded_vae import Cells, LoadedVae, encode_with
+from latent_encoder.vae.loaded_vae import LoadedVae
+from latent_encoder.vae.probe import probe
+from latent_encoder.vae.recognition import Shapes
 from latent_encoder.vae.single_frame import SingleFrameEncoder
-from latent_encoder.vae.weights_files import check_weights_file, read_shapes
+from latent_encoder.vae.weights_files import UNREADABLE, read_hollow, read_shapes, unreadable
 
 log = get_logger("latent_encoder")
 
 TRIAL_VAE = "tiny_qwen_vae.safetensors"
 """The bundled VAE, which is also the container image's default. It is for trying the service without a download."""
 
-TRIAL_SIZE = Size(width=133, height=69)
-"""The first size that a VAE is tried with. Its sides are multiples of no VAE's factor, so the trial includes the cropping."""
+NO_VAE = "VAE is invalid"
+"""Words of ComfyUI's error for tensors that it takes for no VAE."""
 
-TRIAL_SIZE_CUT = Size(width=128, height=64)
-"""The second size, for VAEs that refuse anything except multiples of their factor. 32 is the largest factor known."""
+NEEDS_VALUES = r"meta tensor|meta device|Tensor\.item\(\)"
+"""Words of torch's errors for a model that cannot be made without values."""
+
+UNKNOWN = "it is damaged, or the file of a model that ComfyUI {} does not know"
 
 
 def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: Settings) -> LoadedVae:
     """Load a VAE with VAELoader, check that it can encode, and give it the encoder that the settings ask for.
+
+    Its files have passed `check_vae_files`.
 
     Raises:
         VaeModelInvalid: the file cannot be read, holds more than plain weights, or lacks tensors that encoding needs (with
             ROUNDTRIP also tensors that decoding needs).
         EncodingFailed: memory ran out.
     """
-    with _refused(name, files), recorded_missing_keys() as missing:
-        family = _family(name, files)
-        if family is not None and family.no_images is not None:
-            raise VaeModelInvalid(f"{_refusal(name, files)}: {family.fault(runtime.version)}.")
+    refusal = _refusal(name, files)
+    with _refused(name, files), recorded_loads() as loads:
+        family = family_of(_shapes(files), name)
         sha256 = _sha256(files)
         vae = _loaded(runtime, name, files, family)
-    if reason := fault(vae, missing, decodes=settings.roundtrip):
-        raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.")
+    if reason := fault(vae, loads, decodes=settings.roundtrip):
+        raise VaeModelInvalid(f"{refusal}: {in_parts(files) or reason}.")
     single_frame = _single_frame_encoder(vae, name, settings)
     if name == TRIAL_VAE:
         log.warning("this vae is for trying the service: its latents mean nothing to a diffusion model", vae=name)
-    cells = _try_encoding(runtime, vae, single_frame, _refusal(name, files))
-    return LoadedVae(name, vae, sha256, single_frame, latent_space_of(family, vae, runtime), cells)
+    cells = probe(runtime, vae, single_frame, refusal)
+    load = partial(vae_from, runtime, name, files)
+    return LoadedVae(name, vae, load, sha256, single_frame, latent_space_of(family, vae, runtime), cells)
 
 
 def check_vae_files(name: str, files: Sequence[Path]) -> None:
-    """Raise an error for a file that cannot hold weights. It costs a fraction of loading one and needs no memory.
+    """Raise an error for a file that cannot hold a VAE. It costs a fraction of loading one and needs no memory.
 
     Raises:
-        VaeModelInvalid: a file cannot be read, is incomplete, or holds more than plain weights.
+        VaeModelInvalid: a file cannot be read, is incomplete, is another model or holds more than plain weights.
     """
     with _refused(name, files):
-        for file in files:
-            check_weights_file(file)
+        reason = next(filter(None, map(unreadable, files)), None)
+        if reason is None:
+            shapes = _shapes(files)
+            reason = never_loads(shapes, family_of(shapes, name), files)
+    if reason is not None:
+        raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.")
+
+
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in all of a VAE's files."""
+    return {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
 
 
 def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFrameEncoder | None:
@@ -82,26 +98,72 @@ def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFram
         return prepare_for_encoding(vae.first_stage_model, name, compiled=settings.compile, decodes=settings.roundtrip)
 
 
-def _family(name: str, files: Sequence[Path]) -> Family | None:
-    """Return the VAE's family by the tensors of all of its files; None if it is unknown."""
-    shapes = {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
-    return family_of(shapes, name)
+def never_loads(shapes: Shapes, family: Family | None, files: Sequence[Path]) -> str | None:
+    """Return the reason, by the names of its tensors, why no ComfyUI encodes images with a file; None if one may."""
+    if family is not None:
+        return f"it is {family.no_images} ({family.name}), which encodes no images" if family.no_images else None
+    return in_parts(files) or kind_of_tensors(shapes)
+
+
+def fault_of_tensors(runtime: ComfyRuntime, name: str, files: Sequence[Path], *, decodes: bool) -> str | None:
+    """Return the reason, by the names, shapes and dtypes of its tensors, why a VAE cannot be used; None if none is known.
+
+    VAELoader loads it without values. That reads the headers of the files alone, and takes next to no time and memory.
+
+    Raises:
+        SafetensorError, UnpicklingError, BadZipFile, OSError: a file cannot be read.
+    """
+    shapes = _shapes(files)
+    family = family_of(shapes, name)
+    if reason := never_loads(shapes, family, files):
+        return reason
+    try:
+        with recorded_loads() as loads, runtime.files_read_by(read_hollow), torch.device("meta"):
+            vae = vae_from(runtime, name, files)
+    except Exception as exc:
+        if re.search(NEEDS_VALUES, str(exc)):
+            return family.fault(runtime.version) if family is not None else None
+        return load_failure(exc, files, family, runtime.version) or one_line(exc)
+    return structural_fault(vae, loads, decodes=decodes)
+
+
+def in_parts(files: Sequence[Path]) -> str | None:
+    """Return the reason if a file is one part of a model in several files, by its name; None if all are whole."""
+    return next(filter(None, map(part_of, files)), None)
 
 
 def _loaded(runtime: ComfyRuntime, name: str, files: Sequence[Path], family: Family | None) -> Vae:
     """Return ComfyUI's VAE object for the files.
 
     Raises:
-        VaeModelInvalid: VAELoader fails, and the VAE is of a family that this release does not load.
+        VaeModelInvalid: VAELoader fails, and the reason is known.
         Exception: VAELoader fails for another reason; the exception is VAELoader's own.
     """
     try:
-        return runtime.load_vae(name)
+        return vae_from(runtime, name, files)
     except Exception as exc:
-        reason = family.fault(runtime.version) if family is not None else None
-        if reason is None or is_out_of_memory(exc):
+        if is_out_of_memory(exc):
+            raise
+        reason = load_failure(exc, files, family, runtime.version)
+        if reason is None:
             raise
         raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.") from exc
+
+
+def load_failure(exc: Exception, files: Sequence[Path], family: Family | None, release: str) -> str | None:
+    """Return the reason why VAELoader failed with `exc`; None if it is unknown."""
+    if marks := quantised(name for file in files for name in read_shapes(file)):
+        return f"its weights are quantised, with scales or tables beside them ({shortened(marks, NAMES_SHOWN)}); {GET_PLAIN}"
+    if reason := in_parts(files) or (family.fault(release) if family is not None else None):
+        return reason
+    if names := re.findall(r"size mismatch for ([^\s:]+):", str(exc)):
+        model = family.name if family is not None else "the model that ComfyUI takes it for"
+        return f"it has tensors of other sizes than {model}: {shortened(names, NAMES_SHOWN)}; {UNKNOWN.format(release)}"
+    if NO_VAE in str(exc):
+        return f"ComfyUI recognises no VAE in it: its tensors are of something else; {GET_VAE}"
+    if isinstance(exc, (OSError, ImportError)) or is_device_lost(exc):
+        return None
+    return f"ComfyUI builds no VAE from its tensors ({type(exc).__name__}: {one_line(exc)}); {UNKNOWN.format(release)}"
 
 
 def _sha256(files: Sequence[Path]) -> str | None:
@@ -113,33 +175,6 @@ def _sha256(files: Sequence[Path]) -> str | None:
     return checksum.hexdigest() if files else None
 
 
-def _try_encoding(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEncoder | None, refusal: str) -> Cells:
-    """Encode a small grey image and return the grid of its latent. `refusal` is the beginning of the error message.
-
-    Raises:
-        VaeModelInvalid: encoding fails, or its result is not the latent of one image.
-        EncodingFailed: memory ran out.
-    """
-    with translated(VaeModelInvalid, f"{refusal}: it does not encode a test image"), torch.inference_mode():
-        try:
-            encoding = encode_with(runtime, vae, single_frame, _grey(TRIAL_SIZE), "fail")
-        except (RuntimeError, ValueError):
-            encoding = encode_with(runtime, vae, single_frame, _grey(TRIAL_SIZE_CUT), "fail")
-    samples, frames = encoding.samples, encoding.samples.ndim == 5
-    if samples.ndim == 4 or (frames and samples.shape[2] == 1):
-        factor = factor_of(encoding.seen, Size(width=samples.shape[-1], height=samples.shape[-2]))
-        if factor is not None:
-            return Cells(factor, samples.shape[1], frames)
-    raise VaeModelInvalid(
-        f"{refusal}: it does not encode images; from one of {encoding.seen} it makes a tensor of shape {list(samples.shape)}."
-    )
-
-
-def _grey(size: Size) -> torch.Tensor:
-    """Return an image `[1, height, width, 3]` of one grey, 0.5."""
-    return torch.full((1, size.height, size.width, 3), 0.5)
-
-
 @contextmanager
 def _refused(name: str, files: Sequence[Path]) -> Iterator[None]:
     """Turn any exception that reading or loading the files causes into a `VaeModelInvalid` that names them."""
@@ -147,7 +182,7 @@ def _refused(name: str, files: Sequence[Path]) -> Iterator[None]:
         try:
             yield
         except Exception as exc:
-            if reason := _reason(exc):
+            if reason := _reason(exc, files):
                 raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.") from exc
             raise
 
@@ -157,12 +192,13 @@ def _refusal(name: str, files: Sequence[Path]) -> str:
     return f"VAE model {name} cannot be used ({', '.join(map(str, files)) or 'built in'})"
 
 
-def _reason(exc: Exception) -> str | None:
+def _reason(exc: Exception, files: Sequence[Path]) -> str | None:
     """Return the reason why a file did not load if the exception's own text would mislead; else None."""
-    if isinstance(exc, (pickle.UnpicklingError, zipfile.BadZipFile)):
-        return "it is a pickle that holds more than plain weights, or a damaged one; get the model as safetensors"
-    if isinstance(exc, SafetensorError):
-        return f"it is empty, truncated or not a safetensors file ({one_line(exc)}); download it again"
-    if "VAE is invalid" in str(exc):
-        return "ComfyUI recognises no VAE in it: its tensors are of something else"
+    if not isinstance(exc, UNREADABLE) or isinstance(exc, OSError):
+        return None
+    for file in files:
+        try:
+            read_shapes(file)
+        except UNREADABLE as error:
+            return unreadable(file, error)
     return None

@@ -42,11 +42,6 @@ def wan(channels: int, colours: int) -> Predicate:
     return lambda shapes, name: latents(shapes, name) and _inputs(shapes, "encoder.conv1.weight", 5) in (colours, None)
 
 
-def wan_in_diffusers(channels: int) -> Predicate:
-    """Recognise Wan's architecture in the naming of diffusers' AutoencoderKLWan and AutoencoderKLQwenImage."""
-    return takes("decoder.conv_in.weight", 5, channels, "decoder.mid_block.resnets.0.norm1.gamma")
-
-
 def kl(channels: int, word: str = "") -> Predicate:
     """Recognise Stable Diffusion's architecture (8 pixels to a cell) in its own naming or diffusers', and a word in the name.
 

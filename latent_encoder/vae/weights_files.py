@@ -1,4 +1,4 @@
-"""Files of weights before they are loaded: whether a file can be whole and harmless, and the shapes of its tensors.
+"""Files of weights before they are loaded: whether a file can be whole and harmless, and its tensors without their values.
 
 Judging a safetensors file takes reading its header; judging a pickle takes searching its bytes once. With `weights_only` torch
 runs no code from a pickle, but a pickle of a few bytes can still make it allocate any amount of memory.
@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from errors import one_line
-
-SAFETENSORS = (".safetensors", ".sft")  # ComfyUI reads files with these endings as safetensors, and all others as pickles
+from latent_encoder.vae.contents import AGAIN, SAFETENSORS, is_safetensors, kind_of_bytes, kind_of_safetensors
 
 BYTEARRAY = b"bytearray"
 """A type that torch allows in a pickle and that no weights contain. `bytearray(10**11)` in a pickle allocates 100 GB."""
 
 ZIP_SIGNATURE = b"PK\x03\x04"
 """The first bytes of a zip archive. torch.load reads a file with them as an archive, and any other as a plain pickle."""
+
+
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, OSError)
+"""The errors that reading the tensors of a file raises."""
+
+PICKLED = f"it is a pickle that holds more than plain weights, or a damaged one; {AGAIN}, or get the model as safetensors"
 
 
 def check_weights_file(path: Path) -> None:
@@ -59,6 +64,21 @@ def _contains(path: Path, text: bytes) -> bool:
             return False  # mmap raises it for an empty file
 
 
+def unreadable(path: Path, error: Exception | None = None) -> str | None:
+    """Return the reason why a file cannot be read as weights, with the next step; None if no reason is known.
+
+    Without the `error` of reading it, only files of a known other format have one.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if path.suffix.lower() in SAFETENSORS:
+        return None if error is None else kind_of_safetensors(path, one_line(error))
+    if is_safetensors(path):
+        return f"it is a safetensors file whose name ends in {path.suffix}; rename it so that it ends in .safetensors"
+    return kind_of_bytes(path) or (None if error is None else PICKLED)
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor in a file of weights, by the tensor's name.
 
@@ -72,15 +92,28 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     check_weights_file(path)
     if path.suffix.lower() not in SAFETENSORS:
-        return {name: tuple(value.shape) for name, value in _unpickled(path).items() if hasattr(value, "shape")}
+        return {name: tuple(value.shape) for name, value in _unpickled(path).items()}
     with safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a dict
 
 
-def _unpickled(path: Path) -> Mapping[str, Any]:
-    """Return the content of a file of torch.save, by name, with tensors on the meta device: shapes without values.
+def read_hollow(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of a file of weights on the meta device, without their values, and the texts in its header.
 
-    If the file has an entry `state_dict`, the content is that entry's, as ComfyUI has it.
+    It raises the same errors as `read_shapes`.
+    """
+    check_weights_file(path)
+    if path.suffix.lower() not in SAFETENSORS:
+        return _unpickled(path), {}
+    with safe_open(path, framework="pt") as file:  # a tensor is mapped from the file, and its values are not read
+        names = file.keys()
+        return {name: file.get_tensor(name).to("meta") for name in names}, file.metadata() or {}
+
+
+def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in a file of torch.save, by name, on the meta device: shapes without values.
+
+    If the file has an entry `state_dict`, they are that entry's, as ComfyUI has it.
     """
     try:
         content = torch.load(path, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(path))
@@ -89,4 +122,5 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not tensors by name")
     inner = content.get("state_dict", content)
-    return inner if isinstance(inner, Mapping) else content
+    tensors: Mapping[Any, Any] = inner if isinstance(inner, Mapping) else content
+    return {name: value for name, value in tensors.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}

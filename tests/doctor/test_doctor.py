@@ -15,10 +15,10 @@ from typing import Any
 import click
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from config import Settings, load_settings, origins_of, usable_settings
-from errors import SetupError
+from errors import SetupError, VaeModelInvalid
 from latent_encoder.doctor import machine
 from latent_encoder.doctor.check import Check, Examine, Installation, State, guarded, tick
 from latent_encoder.doctor.comfyui import check_nodes, check_tree
@@ -349,14 +349,14 @@ def test_every_vae_file_is_named_with_its_family(settings: Settings, encoder: La
         damaged.unlink()
         impostor.unlink()
     files = [check for check in checks if check.name == "vae file"]
-    found = {Path(re.split(": | is damaged", check.found)[0]).name: check for check in files}
+    found = {Path(re.split(": | cannot be used", check.found)[0]).name: check for check in files}
     assert found["damaged.safetensors"].state is CROSS
     assert found[impostor.name].state is WARNING
     assert "not the file that is published under this name" in found[impostor.name].found
     assert found[TINY_VAE].state is TICK
     assert found[TINY_VAE].found.endswith(
-        "Wan 2.1 / Qwen-Image, 1.9 MB, SHA-256 fe17b23e0be2d10e41096c3866df394eac0ef26030c846d18b4cc217a39ba45b, "
-        "for trying the service only"
+        "Wan 2.1 / Qwen-Image, 1.9 MB, can be loaded, "
+        "SHA-256 fe17b23e0be2d10e41096c3866df394eac0ef26030c846d18b4cc217a39ba45b, for trying the service only"
     )
     assert any("TAESD" in check.found for check in found.values())
     assert any("SD 1.x" in check.found for check in found.values())
@@ -394,6 +394,46 @@ def test_default_vae_has_to_encode(settings: Settings, encoder: LatentEncoder, m
     assert "ComfyUI recognises no VAE in it" in check.found
     check = named(examined(check_models, changed(settings, vae_model_name="taesd"), encoder=encoder), "default vae")
     assert check.found == "taesd (VAE_MODEL_NAME) encodes a test image with the stock encoder"
+
+
+@pytest.mark.core
+def test_default_vae_is_judged_as_by_a_request(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
+    """A file whose headers are right and whose values are not is a cross as the default VAE, with the words of a request."""
+    weights = load_file(model_dir / "vae" / "random_kl.safetensors")
+    weights["quant_conv.weight"] = weights["quant_conv.weight"].float() * 1e6
+    path = model_dir / "vae" / "too_large.safetensors"
+    save_file(weights, path)
+    try:
+        checks = examined(check_models, changed(settings, vae_model_name=path.name), encoder=encoder)
+        with pytest.raises(VaeModelInvalid) as refused:
+            encoder.vaes.get(path.name)
+    finally:
+        path.unlink()
+    check = named(checks, "default vae")
+    assert (check.state, check.found) == (CROSS, str(refused.value).removesuffix("."))
+    assert "from a test image it makes values of about " in check.found
+
+
+@pytest.mark.core
+def test_file_that_no_request_can_use_is_no_tick(settings: Settings, encoder: LatentEncoder, model_dir: Path) -> None:
+    """Half of a TAESD pair and a VAE for audio are warnings; a VAE without tensors of its encoder is a cross."""
+    audio, half = model_dir / "vae" / "audio.safetensors", model_dir / "vae_approx" / "taef1_encoder.safetensors"
+    lacking = model_dir / "vae" / "lacking.safetensors"
+    save_file({"vocoder.backbone.channel_layers.0.0.bias": torch.zeros(128)}, audio)
+    save_file({"14.weight": torch.zeros(16, 64, 3, 3)}, half)
+    weights = load_file(model_dir / "vae" / "random_kl.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if not name.startswith("encoder.mid")}, lacking)
+    try:
+        checks = examined(check_models, settings, encoder=encoder)
+    finally:
+        for path in (audio, half, lacking):
+            path.unlink()
+    found = {Path(check.found.partition(": ")[0]).name: check for check in checks if check.name == "vae file"}
+    assert found[audio.name].state is WARNING
+    assert "a VAE for audio" in found[audio.name].found
+    assert (found[half.name].state, found[half.name].advice) == (WARNING, "It needs both halves: get taef1_decoder too.")
+    assert found[lacking.name].state is CROSS
+    assert "lacks tensors that encoding needs: encoder.mid" in found[lacking.name].found
 
 
 @pytest.mark.core

@@ -124,25 +124,21 @@ def for_objects(path: Path) -> None:
     save_file({"txt_dec.blocks.3.4.conv2.weight": torch.zeros(64, 3, 3, 3, 64)}, path)
 
 
-def named_by_diffusers(path: Path) -> None:
-    """Write the first tensors of diffusers' AutoencoderKLWan."""
-    weights = {"decoder.conv_in.weight": torch.zeros(384, 16, 3, 3, 3)}
-    save_file({**weights, "decoder.mid_block.resnets.0.norm1.gamma": torch.zeros(384, 1, 1, 1)}, path)
-
-
 INVALID = {
     "ace_step.safetensors": (for_audio, "it is a VAE for audio (ACE-Step), which encodes no images"),
     "trellis.safetensors": (for_objects, "it is a VAE for 3-D objects (Trellis 2 texture), which encodes no images"),
-    "diffusers_wan.safetensors": (named_by_diffusers, "as diffusers names it, which ComfyUI does not load"),
     "no_encoder_middle.safetensors": (without_encoder_tensors, "lacks tensors that encoding needs: encoder.middle.0"),
     "no_conv1_bias.safetensors": (without_quantisation_convolution, "lacks tensors that encoding needs: conv1.bias"),
-    "wrong_shape.safetensors": (with_wrong_shape, "size mismatch for encoder.conv1.weight"),
+    "wrong_shape.safetensors": (
+        with_wrong_shape,
+        "it has tensors of other sizes than Wan 2.1 / Qwen-Image: encoder.conv1.weight; ",
+    ),
     "nan.safetensors": (with_nan, "not finite in: encoder.conv1.weight"),
-    "lora.safetensors": (of_something_else, "ComfyUI recognises no VAE in it"),
-    "empty.safetensors": (empty, "empty, truncated or not a safetensors file"),
-    "git_lfs_pointer.safetensors": (text, "empty, truncated or not a safetensors file"),
-    "truncated.safetensors": (truncated, "empty, truncated or not a safetensors file"),
-    "pickle_named.safetensors": (malicious_pickle, "empty, truncated or not a safetensors file"),
+    "lora.safetensors": (of_something_else, "it is a LoRA, not a VAE; "),
+    "empty.safetensors": (empty, "it is empty (0 bytes); download it again"),
+    "git_lfs_pointer.safetensors": (text, "it is a Git LFS pointer, not the model; run `git lfs pull`"),
+    "truncated.safetensors": (truncated, "it is truncated: it has "),
+    "pickle_named.safetensors": (malicious_pickle, "it is a pickle whose name ends like that of a safetensors file; "),
     "memory.pkl": (asks_for_memory, "holds more than plain weights"),
     "memory.pt": (asks_for_memory_in_archive, "holds more than plain weights"),
     "compressed.pt": (compressed, "holds more than plain weights"),
@@ -248,11 +244,11 @@ def test_least_recently_used_vae_is_evicted_first(encoder: LatentEncoder, settin
     assert vae_of(cache, "taesd") is not taesd
 
 
-@pytest.mark.parametrize("make", [empty, text, truncated, asks_for_memory])
-def test_damaged_file_evicts_no_vae(
+@pytest.mark.parametrize("make", [empty, text, truncated, asks_for_memory, of_something_else, for_audio])
+def test_damaged_or_foreign_file_evicts_no_vae(
     make: Callable[[Path], None], encoder: LatentEncoder, settings: Settings, model_dir: Path
 ) -> None:
-    """With room for one, that VAE stays loaded when a request names a damaged file."""
+    """With room for one, that VAE stays loaded when a request names a damaged file or another model."""
     cache = VaeCache(encoder.runtime, settings.model_copy(update={"vae_cache_size": 1}))
     taesd = vae_of(cache, "taesd")
     name = f"{make.__name__}.{'pt' if make is asks_for_memory else 'safetensors'}"
