@@ -49,7 +49,7 @@ def laid_over(pixels: torch.Tensor, hidden: torch.Tensor, alpha: Alpha) -> torch
     The values are those of the file, without a change of gamma, and are not rounded.
     """
     share = hidden.unsqueeze(-1)
-    return pixels * (1 - share) + COLOURS[alpha] * share
+    return (pixels * (1 - share)).add_(COLOURS[alpha] * share)
 
 
 def _hides(mask: torch.Tensor | None) -> bool:

@@ -234,7 +234,7 @@ def test_inks_are_noted(mode: str, load: Load) -> None:
 @pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_sixteen_bits_are_noted_in_every_mode(colour_type: int, channels: int, load: Load) -> None:
     """Grey, colours and both with alpha: with 16 bits there is a note of the lost bits, with 8 there is none."""
-    values = np.full((8, 8, channels), 0x1234)
+    values = np.full((16, 32, channels), 0x1234)
     values[..., -1] = 0xFFFF if channels in (2, 4) else 0x1234
     notes = load(png(colour_type, 16, values)).notes
     assert load(png(colour_type, 8, values >> 8)).notes == ()
