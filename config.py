@@ -22,6 +22,7 @@ from latent_encoder.user_paths import setting_path
 from models import (
     MAX_MEGAPIXELS,
     MIN_MEGAPIXELS,
+    Alpha,
     EncodeRequest,
     FileFormat,
     Fit,
@@ -321,6 +322,12 @@ class Settings(BaseSettings):
         "fit",
         "`crop` cuts off what exceeds multiples of the VAE's factor, `exact` scales to such multiples "
         "(needs a ComfyUI of 2026), for requests that name none.",
+    )
+
+    alpha: Alpha = _default_of(
+        "alpha",
+        "Treatment of transparency: `drop` encodes the colours under it, as ComfyUI does; `black`, `white` and `grey` lay the "
+        "image over that colour; for requests that name none.",
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field(

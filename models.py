@@ -15,10 +15,26 @@ MIN_MEGAPIXELS = 0.01  # both limits are those that ImageScaleToTotalPixels decl
 MAX_MEGAPIXELS = 16.0
 MAX_PATH_LENGTH = 4096  # Linux's limit (PATH_MAX); the time to resolve a path grows with the square of its length
 
+Alpha = Literal["drop", "black", "white", "grey"]
 Fit = Literal["crop", "exact"]
 EncoderKind = Literal["single-frame", "stock"]
 FileFormat = Literal["pt", "safetensors", "comfy"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
+ImageNote = Literal[
+    "alpha_applied",
+    "alpha_composited",
+    "alpha_dropped",
+    "clipped_to_8_bit",
+    "colour_profile_ignored",
+    "converted_from_cmyk",
+    "exif_orientation_applied",
+    "exif_orientation_ignored",
+    "exif_orientation_misapplied",
+    "first_frame_used",
+    "other_frame_used",
+    "reduced_to_8_bit",
+]
+"""A code in `image_notes`; API.md explains each."""
 
 
 def _no_nul(text: str) -> str:
@@ -67,6 +83,11 @@ class EncodeRequest(BaseModel):
         "crop",
         description="How the image gets sides that are multiples of the VAE's factor: `crop` cuts off the rest, as ComfyUI "
         "does; `exact` scales to such sides, if the ComfyUI release can.",
+    )
+    alpha: Alpha = Field(
+        "drop",
+        description="Treatment of transparency: `drop` encodes the colours under it, as ComfyUI does; `black`, `white` and "
+        "`grey` lay the image over that colour.",
     )
     output_dir: PathText = Field("./output", description="Folder for the files; made if absent.")
     latent_format: FileFormat = Field(
@@ -138,8 +159,10 @@ class LatentFacts(BaseModel):
     upscale_method: str
     megapixels: float
     fit: Fit = "crop"
+    alpha: Alpha = "drop"
     crop: tuple[int, int, int, int]
     image_notes: tuple[str, ...]
+    colour_error: float | None = None
     latent_dtype: str
     vae_dtype: str
     encoder: EncoderKind

@@ -169,7 +169,7 @@ class LatentEncoder:
             with timed(timings, "load_vae"):
                 vae = self.vaes.get(request.vae_model_name)
             with timed(timings, "load_image"):
-                image = load_image(self.runtime, request.image_path, self._images)
+                image = load_image(self.runtime, request.image_path, self._images, request.alpha)
             with timed(timings, "scale"):
                 scaled = scale_image(self.runtime, image.pixels, request, vae.cells.factor)
         prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
@@ -184,6 +184,7 @@ class LatentEncoder:
             fingerprint=fingerprint(request, files, image.sha256, vae, self.runtime),
             image_sha256=image.sha256,
             image_notes=image.notes,
+            colour_error=image.colour_error,
             original=size_of(image.pixels),  # the pixels are not kept: those of a large photo would fill memory meanwhile
             scaled=scaled,
             timings=timings,

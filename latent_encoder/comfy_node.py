@@ -25,7 +25,11 @@ class Node:
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the node and return its first output."""
-        return get_value_at_index(self._call(**{**self._defaults, **inputs}), 0)
+        return get_value_at_index(self.run(**inputs), 0)
+
+    def run(self, **inputs: Any) -> Any:
+        """Run the node and return all its outputs, as the node has them."""
+        return self._call(**{**self._defaults, **inputs})
 
 
 def _declared_defaults(node_id: str, node_class: Any, supplied: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +23,12 @@ from latent_encoder.comfy_import import (
 )
 from latent_encoder.comfy_input import InputSetting
 from latent_encoder.comfy_node import Node
-from latent_encoder.images.features import ENDINGS, Feature, ImageNote, decoder_of
+from latent_encoder.images.features import ENDINGS, Feature, decoder_of
 from latent_encoder.images.input_folder import Ending, InputFolders
 from latent_encoder.installer.comfy_packages import unsatisfied_packages
 from latent_encoder.releases import TESTED
-from utils import add_extra_model_paths, custom_node_path, find_path, import_custom_nodes_minimal
+from models import ImageNote
+from utils import add_extra_model_paths, custom_node_path, find_path, get_value_at_index, import_custom_nodes_minimal
 
 
 class Vae(Protocol):
@@ -131,9 +132,20 @@ class ComfyRuntime:
             EncodingFailed: there is no room for the file that LoadImage reads.
             SetupError: there is no folder for it.
         """
+        return self.load_image_and_mask(data, ending)[0]
+
+    def load_image_and_mask(self, data: bytes, ending: Ending) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the image as `load_image` does, and LoadImage's mask `[frames, height, width]`, 1 for transparent pixels.
+
+        The mask of an image without transparency may be of another size. None if this LoadImage gives no mask.
+        """
         with self._input_folders.file(data, ending) as path, self._input_setting.being(path.parent):
-            image: torch.Tensor = self._load_image(image=str(path))
-        return image
+            outputs = self._load_image.run(image=str(path))
+        image: torch.Tensor = get_value_at_index(outputs, 0)
+        with suppress(LookupError):
+            mask: torch.Tensor = get_value_at_index(outputs, 1)
+            return image, mask
+        return image, None
 
     @cached_property
     def _input_folders(self) -> InputFolders:

@@ -32,11 +32,16 @@ class LoadImageByPyav(LoadImage):
     def load_image(self, image):
         with av.open(folder_paths.get_annotated_filepath(image)) as container:
             frames = [self.pixels(frame) for frame in container.decode(video=0)]
-        return torch.stack(frames), torch.zeros(len(frames), 64, 64)
+        samples = torch.stack(frames)
+        mask = 1 - samples[..., 3] if samples.shape[-1] > 3 else torch.zeros(len(frames), 64, 64)
+        return samples[..., :3], mask
 
     def pixels(self, frame):
-        deep = max(component.bits for component in frame.format.components) > 8
-        values = frame.to_ndarray(format="rgb48le" if deep else "rgb24").astype("float32") / (65535 if deep else 255)
+        components = frame.format.components
+        alpha = frame.format.name == "pal8" or any(component.is_alpha for component in components)
+        deep = max(component.bits for component in components) > 8
+        kind = ("rgba64le" if alpha else "rgb48le") if deep else ("rgba" if alpha else "rgb24")
+        values = frame.to_ndarray(format=kind).astype("float32") / (65535 if deep else 255)
         return torch.from_numpy(np.rot90(values, round(frame.rotation / 90)).copy())
 
 

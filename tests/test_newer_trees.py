@@ -59,6 +59,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # As phones write a gain map: after the photo, smaller, and grey.
         photo.save(folder / "phone.jpg", "MPO", save_all=True, append_images=[ImageOps.grayscale(photo).resize((24, 16))])
     (folder / "rgb_16_bit.png").write_bytes(SixteenBits(2).sample())
+    with Image.open(IMAGES / "rgba.png") as image:
+        image.convert("RGB").convert("RGBA").save(folder / "opaque.png")
+    (folder / "long_orientation.jpg").write_bytes(Orientation("JPEG", 6, "exif", 4).sample())
     (folder / "turned_by_xmp.jpg").write_bytes(Orientation("JPEG", 6, "xmp").sample())
     return folder
 
@@ -70,6 +73,10 @@ CASES: dict[str, tuple[str, str, str, float, str]] = {
     "orientation 6": ("exif_orientation_6.jpg", TINY_VAE, "lanczos", 0.02, "crop"),
     **{f"orientation {n}": (f"orientation_{n}.jpg", TINY_VAE, "lanczos", 0.02, "crop") for n in (2, 3, 5, 8)},
     "orientation in XMP": ("turned_by_xmp.jpg", TINY_VAE, "lanczos", 0.02, "crop"),
+    "orientation of another type": ("long_orientation.jpg", TINY_VAE, "lanczos", 0.02, "crop"),
+    "transparent": ("rgba.png", TINY_VAE, "lanczos", 0.02, "crop"),
+    "opaque": ("opaque.png", TINY_VAE, "lanczos", 0.02, "crop"),
+    "palette": ("palette_with_transparency.png", TINY_VAE, "lanczos", 0.02, "crop"),
     "grey 16": ("grey_16_bit.png", TINY_VAE, "lanczos", 0.02, "crop"),
     "RGB 16": ("rgb_16_bit.png", TINY_VAE, "lanczos", 0.02, "crop"),
     "MPO": ("two_frames_mpo.jpg", TINY_VAE, "lanczos", 0.02, "crop"),
@@ -122,6 +129,10 @@ NOTES = {
     "orientation 2": ["exif_orientation_misapplied"],
     "orientation 5": ["exif_orientation_misapplied"],
     "orientation in XMP": ["exif_orientation_ignored"],
+    "orientation of another type": ["exif_orientation_ignored"],
+    "transparent": ["alpha_dropped"],
+    "opaque": [],
+    "palette": ["alpha_dropped"],
     "grey 16": [],
     "RGB 16": [],
     "MPO": ["first_frame_used"],

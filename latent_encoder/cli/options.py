@@ -14,9 +14,9 @@ from errors import ErrorCode
 from latent_encoder.cli.completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
 from latent_encoder.cli.parsing import Choice, FilePath, Group, ManyValues, ModeArgument
 from latent_encoder.kafka.places import Places
-from models import FileFormat, Fit, UpscaleMethod
+from models import Alpha, FileFormat, Fit, UpscaleMethod
 
-METHODS, FORMATS, FITS = get_args(UpscaleMethod), get_args(FileFormat), get_args(Fit)
+METHODS, FORMATS, FITS, ALPHAS = map(get_args, (UpscaleMethod, FileFormat, Fit, Alpha))
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 NOT_BOTH = mutually_exclusive.rephrased(error="--quiet does not go with --verbose or --debug.")
@@ -133,6 +133,12 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     RESULTS.option("--megapixels", type=float, metavar="N", help="Size to scale to, 0.01 to 16; one is 1024 x 1024 pixels."),
     RESULTS.option(
         "--fit", metavar="FIT", shell_complete=OneOf(FITS), help="crop (default), or exact: sizes with nothing to crop."
+    ),
+    RESULTS.option(
+        "--alpha",
+        metavar="COLOUR",
+        shell_complete=OneOf(ALPHAS),
+        help="drop (default): encode the colours under transparency; or black, white, grey: lay the image over that colour.",
     ),
     RESULTS.option("--preview", is_flag=True, default=None, help="Write a preview of the latent, beside the scaled image."),
     RESULTS.option(

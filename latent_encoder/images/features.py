@@ -11,44 +11,47 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, ClassVar, Literal, Protocol
 
 import PIL
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from PIL import features as pillow_features
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
+from latent_encoder.images.colours import Carrier as ColourCarrier
+from latent_encoder.images.colours import colours_of, swapped_profile
 from latent_encoder.images.input_folder import Ending
 from latent_encoder.images.jpeg_markers import has_further_images, without_further_images
+from latent_encoder.images.png_metadata import (
+    COLOUR_TYPE,
+    DEPTH,
+    PROFILE_KEYWORD,
+    XMP_KEYWORD,
+    built,
+    with_chunk,
+    with_one_pixel,
+)
+from models import ImageNote
 
 Format = Literal["JPEG", "PNG"]
 ENDINGS: Mapping[Format, Ending] = {"JPEG": ".jpg", "PNG": ".png"}
 Carrier = Literal["exif", "xmp", "profile"]
 """The place of an orientation: EXIF data, XMP, or the text chunk of a PNG in which ImageMagick keeps EXIF data."""
 
-ImageNote = Literal[
-    "alpha_applied",
-    "alpha_dropped",
-    "clipped_to_8_bit",
-    "exif_orientation_applied",
-    "exif_orientation_ignored",
-    "exif_orientation_misapplied",
-    "first_frame_used",
-    "other_frame_used",
-    "reduced_to_8_bit",
-]
-"""A code in `image_notes`; API.md explains each."""
-
 # A sample is wider than high and has four corners of different colours, so that its eight orientations differ.
 CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
 WIDTH, HEIGHT = 32, 16  # multiples of a JPEG's blocks, so that no block mixes two corners
-XMP_KEYWORD, PROFILE_KEYWORD = "XML:com.adobe.xmp", "Raw profile type exif"  # keywords of a PNG's text chunks
-DEPTH_OFFSET = 24  # of the bits per sample in a PNG; the colour type follows; both are in IHDR, always the first chunk
 CLOSE = 0.1  # mean difference of values in [0, 1]: JPEG decoders differ by less, two orientations by more
+DARK = 0.25  # of full brightness: a colour space changes the values between black and full ones
+SHORT = 3  # the type of an orientation's value in EXIF data that programs write; Pillow also takes other integers
+EXIF_LABEL = b"Exif\0\0"
+BIG_ENDIAN_EXIF = b"MM\0*\0\0\0\x08"  # header of EXIF data whose first tags follow at byte 8
 
 
 class Feature(Protocol):
@@ -72,6 +75,8 @@ class Orientation:
     format: Format
     value: int
     carrier: Carrier
+    type: int = SHORT
+    """Type of the value in EXIF data: ffmpeg takes no other than SHORT, Pillow takes all integers and fractions."""
 
     @property
     def swaps_sides(self) -> bool:
@@ -79,19 +84,20 @@ class Orientation:
         return self.value >= 5
 
     def sample(self) -> bytes:
-        return _saved(_corners(), self.format, **self._metadata())
+        return _saved(_corners(), self.format, **self.metadata())
 
-    def _metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
+        """Return the options with which Pillow saves an image of this orientation."""
         match self.format, self.carrier:
             case "JPEG", "xmp":
                 return {"xmp": _xmp(self.value)}
             case "PNG", "xmp":
                 return {"pnginfo": _png_text(XMP_KEYWORD, _xmp(self.value).decode())}
             case _, "profile":
-                data = _exif(self.value).tobytes()
+                data = _exif(self.value, self.type)
                 return {"pnginfo": _png_text(PROFILE_KEYWORD, f"\nexif\n{len(data):8}\n{data.hex()}\n")}
             case _:
-                return {"exif": _exif(self.value)}
+                return {"exif": _exif(self.value, self.type)}
 
     def note(self, loaded: Tensor) -> ImageNote:
         tagged = _corners()
@@ -107,6 +113,11 @@ class Transparency:
 
     mode: str
     format: Format = "PNG"
+
+    @property
+    def is_colour(self) -> bool:
+        """True if all pixels of one colour are transparent, and the others are opaque."""
+        return self.mode not in ("RGBA", "LA", "P")
 
     def sample(self) -> bytes:
         if self.mode in ("RGBA", "LA"):
@@ -134,8 +145,7 @@ class SixteenBits:
         colours, alpha = (3 if self.colour_type & 2 else 1), (b"\xff\xff" if self.colour_type & 4 else b"")
         row = b"\0" + (struct.pack(">H", self.VALUE) * colours + alpha) * WIDTH
         header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, self.colour_type, 0, 0, 0)
-        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row * HEIGHT)), (b"IEND", b""))
-        return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+        return built((b"IHDR", header), (b"IDAT", zlib.compress(row * HEIGHT)), (b"IEND", b""))
 
     def note(self, loaded: Tensor) -> ImageNote | None:
         value = loaded.mean().item()
@@ -159,12 +169,55 @@ class FurtherImages:
         return "first_frame_used" if _shows(loaded, _corners()) else "other_frame_used"
 
 
+@dataclass(frozen=True)
+class Cmyk:
+    """A JPEG in CMYK or YCCK, the colours of a printer."""
+
+    format: Format = "JPEG"
+
+    def sample(self) -> bytes:
+        return _saved(_corners().convert("CMYK"), "JPEG")
+
+    def note(self, loaded: Tensor) -> ImageNote:
+        del loaded  # an RGB image, in each release
+        return "converted_from_cmyk"
+
+
+@dataclass(frozen=True)
+class OtherColours:
+    """An image whose file names another colour space than sRGB."""
+
+    format: Format
+    carrier: ColourCarrier
+
+    def sample(self) -> bytes:
+        if self.carrier == "gAMA":
+            return with_chunk(_saved(_dark(), "PNG"), b"gAMA", struct.pack(">I", 100_000))  # values are linear
+        if self.carrier == "cICP":
+            return with_chunk(_saved(_dark(), "PNG"), b"cICP", bytes((9, 16, 0, 1)))  # BT.2020 with PQ, as of HDR films
+        if self.carrier == "cHRM":
+            narrow = (31270, 32900, 40000, 33000, 30000, 40000, 25000, 25000)  # of white, red, green, blue: x, y / 100,000
+            return with_chunk(_saved(_dark(), "PNG"), b"cHRM", struct.pack(">8I", *narrow))
+        if self.carrier == "exif":
+            exif = Image.Exif()
+            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 2
+            return _saved(_dark(), "JPEG", exif=exif)
+        return _saved(_dark(), self.format, icc_profile=swapped_profile())
+
+    def note(self, loaded: Tensor) -> ImageNote | None:
+        return "colour_profile_ignored" if _shows(loaded, _dark(), CLOSE * DARK) else None
+
+
 def _corners() -> Image.Image:
     image = Image.new("RGB", (WIDTH, HEIGHT))
     for number, colour in enumerate(CORNERS):
         left, upper = number % 2 * WIDTH // 2, number // 2 * HEIGHT // 2
         image.paste(colour, (left, upper, left + WIDTH // 2, upper + HEIGHT // 2))
     return image
+
+
+def _dark() -> Image.Image:
+    return _corners().point(lambda value: value * DARK)
 
 
 def _saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
@@ -175,10 +228,11 @@ def _saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _exif(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    return exif
+def _exif(orientation: int, value_type: int) -> bytes:
+    tags = ImageFileDirectory_v2(BIG_ENDIAN_EXIF)
+    tags.tagtype[ExifTags.Base.Orientation] = value_type
+    tags[ExifTags.Base.Orientation] = orientation
+    return EXIF_LABEL + BIG_ENDIAN_EXIF + tags.tobytes(len(BIG_ENDIAN_EXIF))
 
 
 def _xmp(orientation: int) -> bytes:
@@ -193,10 +247,6 @@ def _png_text(keyword: str, text: str) -> PngInfo:
     info = PngInfo()
     info.add_itxt(keyword, text) if keyword == XMP_KEYWORD else info.add_text(keyword, text)
     return info
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def decoder_of(load: Callable[[bytes, Ending], Tensor]) -> str:
@@ -219,33 +269,73 @@ def _libjpeg() -> str:
     return f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {pillow_features.version_codec('jpg')}"
 
 
-def features_of(image: Image.Image, data: bytes, *, may_be_turned: bool = True) -> tuple[Feature, ...]:
-    """Return the features of an image that Pillow has opened from `data`, in the order of their notes.
-
-    A PNG that `may_be_turned` is decoded if it has no EXIF data before its pixels, because EXIF data may also follow them.
-    """
-    return tuple(_features(image, data, may_be_turned=may_be_turned))
+def features_of(image: Image.Image, data: bytes) -> tuple[Feature, ...]:
+    """Return the features of an image that Pillow has opened from `data`, in the order of their notes. Nothing is decoded."""
+    return tuple(_features(image, data))
 
 
-def _features(image: Image.Image, data: bytes, *, may_be_turned: bool) -> Iterator[Feature]:
+def _features(image: Image.Image, data: bytes) -> Iterator[Feature]:
     file_format: Format = "PNG" if image.format == "PNG" else "JPEG"
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if may_be_turned else 1
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA") or "transparency" in image.info:
         yield Transparency(image.mode)
-    if orientation in range(2, 9):
-        yield Orientation(file_format, orientation, _carrier(image))
-    if file_format == "PNG" and data[DEPTH_OFFSET] == 16:
-        yield SixteenBits(data[DEPTH_OFFSET + 1])
+    if (orientation := _orientation(image, data)) is not None:
+        yield orientation
+    if image.mode == "CMYK":
+        yield Cmyk()
+    if (colours := colours_of(image, data)) is not None:
+        yield OtherColours(file_format, colours.carrier)
+    if file_format == "PNG" and data[DEPTH] == 16:
+        yield SixteenBits(data[COLOUR_TYPE])
     if file_format == "JPEG" and (getattr(image, "n_frames", 1) > 1 or has_further_images(data)):
         yield FurtherImages()
 
 
-def _carrier(image: Image.Image) -> Carrier:
-    exif = Image.Exif()
-    exif.load(image.info.get("exif", b""))
-    if ExifTags.Base.Orientation in exif:
-        return "exif"
-    return "profile" if PROFILE_KEYWORD in image.info else "xmp"
+def _orientation(image: Image.Image, data: bytes) -> Orientation | None:
+    """Return the orientation, as Pillow finds it in EXIF data or in XMP; None if viewers would not turn the image."""
+    if image.format == "PNG":  # EXIF data may also follow the pixels
+        with _tolerant_pillow(), Image.open(BytesIO(with_one_pixel(data))) as metadata:
+            metadata.load()
+            return _tagged("PNG", metadata)
+    return _tagged("JPEG", image)
+
+
+@contextmanager
+def _tolerant_pillow() -> Iterator[None]:
+    """Have Pillow drop metadata that it cannot read, as LoadImage has it do. Hold `PILLOW_LOCK` meanwhile."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _tagged(file_format: Format, image: Image.Image) -> Orientation | None:
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if value not in range(2, 9):
+        return None
+    for carrier, exif in _exif_of(image):
+        value_type = _types(exif).get(ExifTags.Base.Orientation)
+        if value_type is not None:
+            return Orientation(file_format, int(value), carrier, value_type)
+    return Orientation(file_format, int(value), "xmp")
+
+
+def _exif_of(image: Image.Image) -> Iterator[tuple[Carrier, bytes]]:
+    """Yield the EXIF data that Pillow reads, with their place; there are none or one."""
+    if image.info.get("exif") is not None:
+        yield "exif", image.info["exif"]
+    elif PROFILE_KEYWORD in image.info:
+        yield "profile", bytes.fromhex("".join(image.info[PROFILE_KEYWORD].split("\n")[3:]))
+
+
+def _types(exif: bytes) -> dict[int, int]:
+    """Return the types of the tags in EXIF data."""
+    file = BytesIO(exif.removeprefix(EXIF_LABEL).removeprefix(EXIF_LABEL))
+    tags = ImageFileDirectory_v2(file.read(len(BIG_ENDIAN_EXIF)))
+    file.seek(tags.next)
+    tags.load(file)
+    return tags.tagtype
 
 
 def pixels_of(image: Image.Image) -> Tensor:
@@ -254,7 +344,7 @@ def pixels_of(image: Image.Image) -> Tensor:
     return values.view(1, image.height, image.width, 3).float() / 255
 
 
-def _shows(loaded: Tensor, expected: Image.Image) -> bool:
+def _shows(loaded: Tensor, expected: Image.Image, close: float = CLOSE) -> bool:
     """Return whether the pixels are about those of the image."""
     pixels = pixels_of(expected)
-    return loaded.shape == pixels.shape and float((loaded - pixels).abs().mean()) < CLOSE
+    return loaded.shape == pixels.shape and float((loaded - pixels).abs().mean()) < close

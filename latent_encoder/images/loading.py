@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 
 import torch
+from PIL import Image
 
-from errors import EncodingFailed, ImageInvalid, SetupError, translated
+from errors import EncodingFailed, ImageInvalid, InvalidRequest, SetupError, translated
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Size, size_of
-from latent_encoder.images.features import ImageNote, Orientation
+from latent_encoder.images.colours import SAMPLED_SIDE, colours_of
+from latent_encoder.images.features import Orientation, Transparency
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_image
+from latent_encoder.images.transparency import hidden_part, laid_over
 from latent_encoder.trial import try_load_image
+from models import Alpha, ImageNote
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,16 @@ class LoadedImage:
     sha256: str
     """Checksum of the file."""
     notes: tuple[ImageNote, ...]
-    """LoadImage's changes beyond decoding; API.md explains the codes."""
+    """Changes beyond decoding; API.md explains the codes."""
+    colour_error: float | None
+    """Mean difference of the values from the file's colours in sRGB, in levels of 8 bits; None if not noted or not known."""
 
 
-def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedImage:
-    """Check the image file at `path` and load it with LoadImage.
+def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits, alpha: Alpha = "drop") -> LoadedImage:
+    """Check the image file at `path` and load it with LoadImage. Lay it over the colour `alpha` if that is one.
 
     Raises:
+        InvalidRequest: `alpha` is a colour, and this ComfyUI applies transparency itself.
         AccessDenied, ImageNotFound, ImageInvalid: `read_image` refused the file.
         ImageInvalid: this ComfyUI cannot decode it.
         EncodingFailed: LoadImage fails on every image, memory ran out, or no folder has room for LoadImage's copy.
@@ -40,12 +48,45 @@ def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedI
         try:
             failed = f"ComfyUI {runtime.version} cannot load the image file; save it again as a usual JPEG or PNG: {path}"
             with translated(ImageInvalid, failed, quoting=False):
-                pixels = runtime.load_image(source.data, source.ending)
-                notes = tuple(_notes(runtime, source, pixels))
+                image, hidden = _load(runtime, source)
         except ImageInvalid:
             _blame_the_tree_if_it_is_at_fault(runtime)
             raise
-    return LoadedImage(pixels[:1], source.sha256, notes)
+    return image if hidden is None or alpha == "drop" else _composited(runtime, image, hidden, alpha)
+
+
+def _load(runtime: ComfyRuntime, source: SourceImage) -> tuple[LoadedImage, torch.Tensor | None]:
+    """Return the image as LoadImage gives it, and its `hidden_part`."""
+    pixels, mask = runtime.load_image_and_mask(source.data, source.ending)
+    hidden = hidden_part(runtime, source, pixels, mask)
+    notes = tuple(_notes(runtime, source, pixels, opaque=hidden is None))
+    pixels = pixels[:1]
+    error = _colour_error(source, pixels) if "colour_profile_ignored" in notes else None
+    return LoadedImage(pixels, source.sha256, notes, error), hidden
+
+
+def _composited(runtime: ComfyRuntime, image: LoadedImage, hidden: torch.Tensor, alpha: Alpha) -> LoadedImage:
+    if "alpha_dropped" not in image.notes:
+        raise InvalidRequest(
+            f"Invalid request: alpha: {alpha!r} does not go with ComfyUI {runtime.version}, whose LoadImage applies "
+            "transparency itself; use 'drop', or another ComfyUI"
+        )
+    notes = tuple[ImageNote, ...]("alpha_composited" if note == "alpha_dropped" else note for note in image.notes)
+    return replace(image, pixels=laid_over(image.pixels, hidden, alpha), notes=notes)
+
+
+def _colour_error(source: SourceImage, pixels: torch.Tensor) -> float | None:
+    """Measure a sample of the image. The pixels are the file's own values, except those of a JPEG in CMYK."""
+    with Image.open(BytesIO(source.data)) as image:
+        colours = colours_of(image, source.data)
+        if image.mode == "CMYK":
+            image.draft("CMYK", (SAMPLED_SIDE, SAMPLED_SIDE))  # an eighth of the size, which is quick to decode
+            sample = image.resize((SAMPLED_SIDE, SAMPLED_SIDE), Image.Resampling.NEAREST)
+        else:
+            rows, columns = (-(-side // SAMPLED_SIDE) for side in pixels.shape[1:3])
+            sample = Image.fromarray((pixels[0, ::rows, ::columns] * 255).round().byte().numpy())
+        error = colours.error(sample) if colours is not None else None
+    return round(error, 1) if error is not None else None
 
 
 def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
@@ -56,12 +97,14 @@ def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
         raise EncodingFailed(str(exc)) from exc
 
 
-def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> Iterator[ImageNote]:
+def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor, *, opaque: bool) -> Iterator[ImageNote]:
     loaded = size_of(pixels)
     if source.size not in (loaded, loaded.swapped):
         raise ValueError(f"it has {source.size} by its header, and {loaded} after decoding")
     several = pixels.shape[0] > 1
     for feature in source.features:
+        if opaque and isinstance(feature, Transparency):
+            continue
         note = runtime.note(feature)
         if isinstance(feature, Orientation):
             note = _seen_in_sizes(feature, source.size, loaded) or note

@@ -129,7 +129,7 @@ def _features_of_png(data: bytes, facts: PngFacts) -> tuple[Feature, ...]:
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with Image.open(BytesIO(data), formats=("PNG",)) as image:
-            return features_of(image, data, may_be_turned=facts.may_be_turned)
+            return features_of(image, data)
     except MemoryError:
         raise
     except Exception as exc:

@@ -19,6 +19,7 @@ from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import (
     CONSUMER_LAG,
     DEAD_LETTERS,
+    IMAGE_NOTES,
     OLDEST_REQUEST,
     QUEUE_SECONDS,
     REDELIVERIES,
@@ -61,6 +62,8 @@ def acknowledged(job: RecordJob) -> None:
         event |= {"outcome": "success", "redelivered": job.redelivered, "latent": result.latent_file_path}
         if not job.redelivered:  # the timings in a stored response are those of the first time
             event |= result.metadata.timings_ms.model_dump()
+            for note in result.metadata.image_notes:
+                IMAGE_NOTES.labels(note).inc()
     else:
         error, code = result, result.code.value
         event |= {"outcome": "error", "error_code": code, "reason": str(result), "dead_lettered": job.dead_lettered}

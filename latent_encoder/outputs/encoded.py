@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from latent_encoder.geometry import Size
-from latent_encoder.images.features import ImageNote
 from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.outputs.roundtrip import Comparison
 from latent_encoder.vae.encoding import EncodedImage
 from latent_encoder.vae.loaded_vae import LoadedVae
-from models import EncodeRequest
+from models import EncodeRequest, ImageNote
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Prepared:
     image_sha256: str
     """Checksum of the input image file."""
     image_notes: tuple[ImageNote, ...]
+    colour_error: float | None
+    """Mean difference of the input image's values from its colours in sRGB, in levels of 8 bits; None if they are the same."""
     original: Size
     """Size of the input image as LoadImage gives it."""
     scaled: torch.Tensor

@@ -18,8 +18,9 @@ from models import CONTENT_FIELDS, EncodeRequest, LatentFacts, Metadata, Timings
 RESULT_VERSION = 1
 """Raised with each change of ours that gives other numbers or pixels for the same input, so that they are computed anew."""
 
-STATED_OTHERWISE = ("vae_model_name", "latent_format")
-"""Fields of a request that a fingerprint has in another form: the VAE as its checksum, the format as the path's suffix."""
+STATED_OTHERWISE = ("vae_model_name", "latent_format", "alpha")
+"""Fields of a request that a fingerprint has in another form: the VAE as its checksum, the format as the path's suffix, and
+`alpha` only if it is not `drop`, because files that were written before the field came are those of `drop`."""
 
 
 def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: bytes) -> LatentFacts:
@@ -35,8 +36,10 @@ def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: byte
         upscale_method=request.upscale_method,
         megapixels=request.megapixels,
         fit=request.fit,
+        alpha=request.alpha,
         crop=image.crop,
         image_notes=prepared.image_notes,
+        colour_error=prepared.colour_error,
         latent_dtype=str(image.latent.dtype).removeprefix("torch."),
         vae_dtype=vae.dtype,
         encoder=image.encoder,
@@ -96,6 +99,7 @@ def fingerprint(request: EncodeRequest, files: OutputFiles, image_sha256: str, v
         runtime.custom_nodes,
         torch.__version__.partition("+")[0],
         str(files.latent),
+        *([] if request.alpha == "drop" else [request.alpha]),
     )
     return checksum(json.dumps(parts).encode())
 

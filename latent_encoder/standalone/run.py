@@ -25,6 +25,8 @@ from latent_encoder.telemetry.logs import LogStyle, get_logger
 from latent_encoder.terminal import complain, complain_at_once, stdout_on_stderr
 from models import ErrorResponse
 
+ALPHA_REMEDY = "--alpha black, white or grey lays the image over that colour"
+HIDING = "transparency, whose hidden colours are encoded"
 BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {rate_fmt}, {remaining} left"
 
 log = get_logger("latent_encoder")
@@ -55,12 +57,16 @@ class RunTally:
     started: float = field(default_factory=time.monotonic)
     encoded: int = 0
     stored: int = 0
+    hiding: int = 0
+    """Images with transparency, of which the colours under it were encoded, now or before."""
     failed: Counter[str] = field(default_factory=Counter)
 
     def add(self, outcome: Outcome) -> None:
         if isinstance(outcome.response, ErrorResponse):
             self.failed[outcome.response.error_code] += 1
-        elif outcome.stored:
+            return
+        self.hiding += "alpha_dropped" in outcome.response.metadata.image_notes
+        if outcome.stored:
             self.stored += 1
         else:
             self.encoded += 1
@@ -77,7 +83,8 @@ class RunTally:
         codes = f" ({', '.join(f'{code}: {count}' for code, count in self.failed.most_common())})" if self.failed else ""
         counts = f"{self.encoded} encoded, {self.stored} done before, {self.failures} failed{codes}"
         speed = f", {60 * self.encoded / self.seconds:.3g} a minute" if self.encoded else ""
-        return f"{counts}, in {timedelta(seconds=round(self.seconds))}{speed}"
+        hiding = f"; {self.hiding} with {HIDING} (see --alpha)" if self.hiding else ""
+        return f"{counts}, in {timedelta(seconds=round(self.seconds))}{speed}{hiding}"
 
 
 class Run:
@@ -139,10 +146,13 @@ class Run:
             raise OutputFailed(f"Cannot write the response to standard output ({exc.strerror}).") from exc
 
     def _summarize(self) -> None:
-        if self._options.quiet or self._inputs.single:
+        if self._options.quiet:
             return
-        if self._log_style.log_format == "json":
+        if self._inputs.single:
+            self._warn_of_hidden_colours()
+        elif self._log_style.log_format == "json":
             counts = {"encoded": self._tally.encoded, "stored": self._tally.stored, "failed": self._tally.failures}
+            counts["alpha_dropped"] = self._tally.hiding
             log.info(
                 "run ended",
                 **counts,
@@ -153,6 +163,15 @@ class Run:
         else:
             left_out = shown_counts(self._inputs.left_out)
             complain(f"{self._tally}{left_out and '; '}{left_out}.")
+
+    def _warn_of_hidden_colours(self) -> None:
+        """Report, if the only image has transparency, that an invisible background is part of the latent."""
+        if not self._tally.hiding:
+            return
+        if self._log_style.log_format == "json":
+            log.warning("image has transparency, and its hidden colours are encoded", remedy=ALPHA_REMEDY)
+        else:
+            complain(f"Warning: The image has {HIDING}, as in ComfyUI. {ALPHA_REMEDY}.")
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

@@ -6,10 +6,12 @@ docs/operating.md lists them.
 
 from __future__ import annotations
 
+from typing import get_args
+
 from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from errors import ErrorCode
-from models import Timings
+from models import ImageNote, Timings
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, with its creation time
 
@@ -53,6 +55,11 @@ OLDEST_REQUEST = Gauge(
 RECORDS_MISSED = Counter(
     "latent_encoder_records_missed", "Offsets of the request topic that the broker deleted before they were read."
 )
+IMAGE_NOTES = Counter(
+    "latent_encoder_image_notes",
+    "Requests that were encoded with this note, for example alpha_dropped: colours under transparency were encoded.",
+    ["note"],
+)
 VAE_CACHE = Counter("latent_encoder_vae_cache", "Uses of a VAE that was loaded (hit) or had to be loaded (miss).", ["result"])
 
 # Every label is known from the start, so that Prometheus sees its counter grow from zero.
@@ -63,6 +70,7 @@ for _code in ErrorCode:
 for _metric, _values in (
     (COMMITS, ("ok", "refused")),
     (REBALANCES, ("assigned", "revoked", "lost")),
+    (IMAGE_NOTES, get_args(ImageNote)),
     (VAE_CACHE, ("hit", "miss")),
     (STAGE_SECONDS, Timings.model_fields),
 ):

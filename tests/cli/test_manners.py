@@ -129,6 +129,7 @@ def test_option_of_another_mode_is_wrong_usage(
         "latent_format": "pt",
         "upscale_method": "area",
         "fit": "crop",
+        "alpha": "drop",
     }
     values |= {"kafka_request_topic": "one", "kafka_response_topic": "two", "kafka_dlq_topic": "three"}
     words = [param.opts[0]] if isinstance(param, click.Option) else []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +49,7 @@ def fingerprint_with(encoder: LatentEncoder, settings: Settings, tmp_path: Path)
         {"upscale_method": "area"},
         {"megapixels": 0.5},
         {"fit": "exact"},
+        {"alpha": "black"},
         {"runtime": {"version": "another"}},
         {"runtime": {"decoder": "PyAV"}},
         {"runtime": {"custom_nodes": {"package": IMAGE}}},
@@ -62,6 +65,20 @@ def test_fingerprint_has_each_part(change: dict[str, Any], fingerprint_with: Cal
     """Another input, VAE, precision, kind of device, encoder, decoder, ComfyUI or custom node gives another fingerprint."""
     assert fingerprint_with() == fingerprint_with()
     assert fingerprint_with(**change) != fingerprint_with()
+
+
+def test_fields_that_came_later_change_no_fingerprint(
+    fingerprint_with: Callable[..., str], encoder: LatentEncoder, settings: Settings, tmp_path: Path
+) -> None:
+    """The fingerprint of a request without the field `alpha` is that of the versions before it, so stored files stay valid."""
+    vae = encoder.vaes.get(VAE)
+    before = (
+        *(metadata.RESULT_VERSION, IMAGE, vae.sha256, vae.dtype, vae.encoder, vae.compiled, "cpu"),
+        *("lanczos", settings.megapixels, "crop"),
+        *(encoder.runtime.version, "Pillow", encoder.runtime.custom_nodes, torch.__version__.partition("+")[0]),
+        str(tmp_path / "latent_x.pt"),
+    )
+    assert fingerprint_with() == hashlib.sha256(json.dumps(before).encode()).hexdigest()
 
 
 def test_fingerprint_has_the_versions_that_compute(

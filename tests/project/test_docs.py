@@ -33,13 +33,12 @@ from prometheus_client import REGISTRY
 
 from config import Settings
 from errors import ErrorCode, RequestError
-from latent_encoder.images.features import ImageNote
 from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
 from latent_encoder.kafka.records import DLQ_HEADERS, OMISSIONS, REPLAY_HEADERS
 from latent_encoder.requests import parse_request
 from latent_encoder.telemetry.health import Health
 from main import main
-from models import EncodeRequest, Metadata, ResponseMessage, SuccessResponse
+from models import EncodeRequest, ImageNote, Metadata, ResponseMessage, SuccessResponse
 from tests import pages
 from tests.broker.ports import free_ports
 from tests.helpers import OUR_FILES, PROJECT, TINY_VAE, clean_environment
@@ -334,7 +333,7 @@ def test_every_input_has_its_row_with_its_default() -> None:
     assert {name for name, _ in rows} - stated.keys() == {"image_path", "request_id"}
 
 
-@pytest.mark.parametrize("field", ["upscale_method", "fit", "latent_format"])
+@pytest.mark.parametrize("field", ["upscale_method", "fit", "alpha", "latent_format"])
 def test_every_choice_of_an_input_is_in_its_row(field: str) -> None:
     """The meaning of a field with a few values has each of them."""
     (meaning,) = re.findall(rf"^\| `{field}` \|.*\| (.*) \|$", section(API, "Inputs"), re.MULTILINE)

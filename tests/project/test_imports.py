@@ -34,7 +34,8 @@ installer.comfy_packages : comfy_node : comfy_input
 installer.import_trial
 comfy_import
 images.features
-images.input_folder : images.jpeg_markers
+images.colours
+images.input_folder : images.jpeg_markers : images.png_metadata
 access
 setting_names
 telemetry

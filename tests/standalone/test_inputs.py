@@ -111,7 +111,7 @@ def test_file_whose_name_looks_like_a_pattern_is_that_file(photos: Path) -> None
 
 
 def test_ids_last_over_runs_and_differ_by_what_is_asked(photos: Path) -> None:
-    """Equal requests have the same id in any folder; another size, VAE, format or method has another id."""
+    """Equal requests have the same id in any folder; another size, VAE, format, method or alpha has another id."""
     there = [
         (request.image_path, request.request_id) for request in requests(inputs_of(ImageSelection(("photos",)), {}, DEFAULTS))
     ]
@@ -122,11 +122,12 @@ def test_ids_last_over_runs_and_differ_by_what_is_asked(photos: Path) -> None:
         {"vae_model_name": "b"},
         {"latent_format": "comfy"},
         {"upscale_method": "area"},
+        {"alpha": "grey"},
     ]
     ids = {request_id for _, request_id in there}
     for fields in others:
         ids |= {request.request_id for request in requests(inputs_of(ImageSelection(("photos",)), fields, DEFAULTS))}
-    assert len(ids) == 3 * 5
+    assert len(ids) == 3 * 6
 
 
 def test_single_image_gets_a_new_id(photos: Path) -> None:

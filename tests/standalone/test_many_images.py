@@ -18,13 +18,14 @@ import pexpect
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from config import Settings
 from latent_encoder.standalone import run as standalone
 from latent_encoder.standalone.inputs import ImageSelection
 from latent_encoder.standalone.run import RunOptions
 from latent_encoder.telemetry.logs import LogStyle
-from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, clean_environment, load_latent
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, RunMain, clean_environment, load_latent
 from tests.kafka_tools import wait_until
 
 GOOD = ("astronaut.png", "grey.png", "photo.jpg")
@@ -94,6 +95,58 @@ def test_run_goes_on_where_it_was(photos: Path, run: Any, tmp_path: Path) -> Non
     _, _, errors = run(ImageSelection((str(photos),)), RunOptions(force=True))
     assert errors.splitlines()[-1].startswith("3 encoded, 0 done before, 0 failed, in ")
     assert not set(modified(tmp_path / "output").values()) & set(after.values())
+
+
+def test_hidden_colours_are_counted_in_the_summary(photos: Path, run: Any) -> None:
+    """The summary counts images with transparency, encoded now or before, unless they lie over a colour."""
+    for name in ("rgba.png", "palette_with_transparency.png"):
+        shutil.copy(IMAGES / name, photos)
+    with Image.open(IMAGES / "photo.jpg") as photo:
+        photo.convert("RGBA").save(photos / "opaque.png")
+    hint = "; 2 with transparency, whose hidden colours are encoded (see --alpha)."
+    for counts in ("6 encoded, 0 done before", "0 encoded, 6 done before"):
+        summary = run(ImageSelection((str(photos),)))[2].splitlines()[-1]
+        assert summary.startswith(counts)
+        assert summary.endswith(hint)
+    status, responses, errors = run(ImageSelection((str(photos),)), alpha="black")
+    assert errors.splitlines()[-1].startswith("6 encoded, 0 done before")
+    assert "transparency" not in errors
+    composited = [
+        name
+        for name, response in zip(names(responses), responses, strict=True)
+        if "metadata" in response and response["metadata"]["image_notes"] == ["alpha_composited"]
+    ]
+    assert (status, composited) == (1, ["palette", "rgba"])
+
+
+def test_hidden_colours_of_a_single_image_are_reported(
+    settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str], encoder: object
+) -> None:
+    """A line of text or a log event warns of them; with --quiet, with a colour, and for an opaque image there is none."""
+    assert encoder is not None
+
+    def errors_of(name: str, log_format: str = "text", *, quiet: bool = False, **fields: Any) -> str:
+        fields |= {"output_dir": str(tmp_path), "vae_model_name": TINY_VAE, "megapixels": 0.02}
+        selection, style = ImageSelection((str(IMAGES / name),)), LogStyle("INFO", log_format, tracebacks=True)
+        assert standalone.run(settings, selection, fields, RunOptions(quiet=quiet), style) == 0
+        return capfd.readouterr().err
+
+    warning = (
+        "Warning: The image has transparency, whose hidden colours are encoded, as in ComfyUI. "
+        "--alpha black, white or grey lays the image over that colour."
+    )
+    assert errors_of("rgba.png").splitlines()[-1] == warning
+    assert warning not in errors_of("rgba.png", "json")
+    silent = (errors_of("rgba.png", quiet=True), errors_of("rgba.png", alpha="grey"), errors_of("photo.jpg"))
+    assert [errors for errors in silent if "transparency" in errors] == []
+
+
+def test_hidden_colours_are_a_log_event(run_main: RunMain) -> None:
+    """In a pipe, the warning is an event with the remedy, and standard output holds the response alone."""
+    done = run_main("--image_path", IMAGES / "rgba.png", *TINY, "--output_dir", "out")
+    assert json.loads(done.stdout)["metadata"]["image_notes"] == ["alpha_dropped"]
+    (event,) = [event for line in done.stderr.splitlines() if "transparency" in (event := json.loads(line))["event"]]
+    assert (event["level"], event["remedy"]) == ("warning", "--alpha black, white or grey lays the image over that colour")
 
 
 def test_fail_fast_ends_with_the_first_failure(tmp_path: Path, run: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import pytest
 from prometheus_client import REGISTRY
@@ -14,7 +15,9 @@ from latent_encoder.kafka.positions import Reading
 from latent_encoder.kafka.records import Incoming
 from latent_encoder.kafka.telemetry import Backlog
 from latent_encoder.telemetry.metrics import CONSUMER_LAG, OLDEST_REQUEST
+from models import ImageNote
 from service import LatentEncoder
+from tests.helpers import IMAGES
 from tests.kafka_tools import Bench, Events, read_responses, wait_until
 
 Value = Callable[..., float]
@@ -79,6 +82,27 @@ def test_every_way_that_a_request_can_end_is_counted(
     outcomes = {event["request_id"]: event["outcome"] for event in events("request answered")}
     assert outcomes == {"good": "success", "bad": "error", "stuck": "error", None: "error"}
     assert [event["attempts"] for event in events("request answered")] == [1, 1, 1, 3, 0]
+
+
+def test_notes_on_images_are_counted(bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value) -> None:
+    """Each encoded image counts once for each of its notes; a redelivery and an opaque image do not."""
+    masked = str(IMAGES / "rgba.png")
+    responses = bench.responses
+    with bench.worker(encoder, bench.settings(settings)):
+        for count in (1, 2):
+            bench.send({"request_id": "dropped", "image_path": masked})
+            read_responses(responses, count)
+        bench.send({"request_id": "over white", "image_path": masked, "alpha": "white"})
+        bench.send({"request_id": "opaque", "image_path": str(IMAGES / "photo.jpg")})
+        *_, white, opaque = read_responses(responses, 4)
+        bench.wait_for_commit({0: 4})
+    assert (white["metadata"]["alpha"], white["metadata"]["image_notes"]) == ("white", ["alpha_composited"])
+    assert (opaque["metadata"]["alpha"], opaque["metadata"]["image_notes"]) == ("drop", [])
+    assert {note: grown("latent_encoder_image_notes_total", note) for note in get_args(ImageNote)} == {
+        **dict.fromkeys(get_args(ImageNote), 0),
+        "alpha_dropped": 1,
+        "alpha_composited": 1,
+    }
 
 
 def test_dropped_requests_are_counted(bench: Bench, encoder: LatentEncoder, settings: Settings, grown: Value) -> None:
