@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class ImageFault(ValueError):
     """A fault of an image's content, in words for the sender; no path."""
+
+
+class ImageDamage(ImageFault):
+    """Damage to an image that a tolerant decoder may still show in part."""
