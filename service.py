@@ -19,6 +19,7 @@ from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Size, cropped, size_of
+from latent_encoder.images.judging import JUDGES
 from latent_encoder.images.loading import load_image
 from latent_encoder.images.scaling import scale_image
 from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_file
@@ -98,6 +99,7 @@ class LatentEncoder:
         Raises:
             SetupError: ComfyUI is missing, lacks a node or a package, fails on the image, or cannot run on the device.
         """
+        JUDGES.start()  # it is ready when ComfyUI is
         torch.set_num_threads(settings.torch_num_threads or usable_cpus())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
         search_model_folders(runtime, settings.model_dir)

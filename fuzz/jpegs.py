@@ -102,6 +102,36 @@ def many_scans(data: bytes, rng: Random) -> bytes:
     return build(_enlarged(segments, 2000, 2000), rest[: places[-1]] + scan[:12] * rng.choice((400, 3000)) + rest[-2:])
 
 
+def flat(width: int, height: int, scans: int, *, restart: int = 0, between: bytes = b"") -> bytes:
+    """Return a grey progressive JPEG of one colour: a scan of the means, and further ones for one coefficient each.
+
+    A coefficient may have a scan only once, so more than 64 scans are damage. `restart` is the restart interval in blocks. The
+    bytes `between` stand before each further scan.
+    """
+    blocks = -(-width // 8) * -(-height // 8)
+    table = b"\x01" + bytes(15) + b"\0"  # the single code 0 stands for the value 0: no difference, end of block
+    header = [
+        (0xDB, b"\0" + b"\x10" * 64),
+        (0xC2, struct.pack(">BHHB", 8, height, width, 1) + b"\1\x11\0"),
+        (0xC4, b"\0" + table + b"\x10" + table),
+        *([(0xDD, struct.pack(">H", restart))] if restart else []),
+    ]
+    coded = _zero_bits(blocks, restart)
+    bands = [(0, 0), *((1 + number % 63, 1 + number % 63) for number in range(scans - 1))]
+    parts = [_segment((SOS, bytes((1, 1, 0, first, last, 0)))) + coded for first, last in bands]
+    return build(header, between.join(parts) + b"\xff\xd9")
+
+
+def _zero_bits(blocks: int, restart: int) -> bytes:
+    """Return the coded pixels of a scan: a zero bit for each block, and restart markers."""
+    parts = [restart] * (blocks // restart) + [blocks % restart] * (blocks % restart > 0) if restart else [blocks]
+    coded = b""
+    for number, count in enumerate(parts):
+        padding = -count % 8
+        coded += (((1 << padding) - 1).to_bytes((count + padding) // 8)) + b"\xff%c" % (0xD0 + number % 8)
+    return coded[:-2]
+
+
 def _enlarged(segments: list[Segment], width: int, height: int) -> list[Segment]:
     """Return the segments with another size in the frame header; decoders fill the missing pixels with grey."""
     size = struct.pack(">HH", height, width)

@@ -34,6 +34,7 @@ ImageNote = Literal[
     "alpha_applied",
     "alpha_dropped",
     "clipped_to_8_bit",
+    "damaged",
     "exif_orientation_applied",
     "exif_orientation_ignored",
     "exif_orientation_misapplied",

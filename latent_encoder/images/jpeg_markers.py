@@ -57,7 +57,7 @@ def has_further_images(data: bytes) -> bool:
     return data[end : end + MOST_PADDING].lstrip(b"\0").startswith(FIRST_BYTES)
 
 
-def segments(data: bytes) -> Iterator[Segment]:
+def segments(data: bytes | bytearray) -> Iterator[Segment]:
     """Yield each marker of the first image. Markers inside the coded pixels of a scan are left out if libjpeg skips them."""
     offset, pattern = 0, IN_HEADER
     while found := pattern.search(data, offset):

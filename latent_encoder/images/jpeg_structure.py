@@ -112,7 +112,7 @@ class Structure:
             self.header.append(segment)
         self._refuse_repeats()
 
-    def _add_frame(self, marker: int, content: bytes) -> None:
+    def _add_frame(self, marker: int, content: bytes | bytearray) -> None:
         if self.frame is not None:
             raise damaged("it has two frame headers")
         if marker not in DECODED:
@@ -137,7 +137,7 @@ class Structure:
                 f"has more than MAX_IMAGE_PIXELS={self.max_pixels} pixels, {size}; scale it down, or raise the limit"
             )
 
-    def _add_scan(self, content: bytes, offset: int) -> None:
+    def _add_scan(self, content: bytes | bytearray, offset: int) -> None:
         if self.frame is None:
             raise damaged("its pixels begin before its frame header")
         ids = [*content[1 : 1 + 2 * content[0] : 2]] if content else []

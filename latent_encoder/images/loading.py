@@ -35,8 +35,8 @@ def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedI
         ImageInvalid: this ComfyUI cannot decode it.
         EncodingFailed: LoadImage fails on every image, memory ran out, or no folder has room for LoadImage's copy.
     """
+    source = read_image(path, limits)
     with PILLOW_LOCK, quiet_pillow():
-        source = read_image(path, limits)
         try:
             with translated(ImageInvalid, f"ComfyUI {runtime.version} cannot load the image file {path}"):
                 pixels = runtime.load_image(source.data, source.ending)
@@ -59,6 +59,8 @@ def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> 
     loaded = size_of(pixels)
     if source.size not in (loaded, loaded.swapped):
         raise ValueError(f"it has {source.size} by its header, and {loaded} after decoding")
+    if source.is_damaged:
+        yield "damaged"
     several = pixels.shape[0] > 1
     for feature in source.features:
         note = runtime.note(feature)

@@ -1,8 +1,8 @@
 """Input images: read once and checked strictly by their content, before ComfyUI gets them.
 
-LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are checked first, and LoadImage
-then reads the same bytes from a file of ours (see `images/input_folder.py`). A change to the source file meanwhile does not
-matter: the checked bytes are encoded, and the checksum is theirs.
+LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are judged first, in a process
+apart (see `images/judging.py`). LoadImage then reads the same bytes from a file of ours (see `images/input_folder.py`). A
+change to the source file meanwhile does not matter: the checked bytes are encoded, and the checksum is theirs.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Self
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from config import Settings
+from config import DamagedImages, Settings
 from errors import ImageInvalid, ImageNotFound, translated
 from latent_encoder.access import AllowedFolders
 from latent_encoder.geometry import Size
+from latent_encoder.images.faults import ImageDamage, ImageFault
 from latent_encoder.images.features import ENDINGS, Feature, FurtherImages, features_of
 from latent_encoder.images.input_folder import Ending
-from latent_encoder.images.jpeg_markers import scans, without_further_images
-
-MAX_JPEG_SCANS = 100  # encoders write about ten; a JPEG of a few kilobytes with thousands of scans would decode for hours
+from latent_encoder.images.jpeg_markers import without_further_images
+from latent_encoder.images.judge import is_judged
+from latent_encoder.images.judging import JUDGES
 
 FORMATS = ("JPEG", "PNG")  # a JPEG with further images, which Pillow calls MPO, is opened as a JPEG
 
 PILLOW_LOCK = threading.Lock()
-"""Held while LoadImage runs and while an image is checked: LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES."""
+"""Held while LoadImage runs and while a header is read: LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES."""
+
+IMAGE_TIMEOUT_S = 60.0
+"""The default of the setting."""
 
 
 @contextmanager
@@ -45,17 +50,25 @@ def quiet_pillow() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Allowed folders and sizes of input images."""
+    """Allowed folders, sizes and damage of input images."""
 
     folders: AllowedFolders
     max_bytes: int
     max_pixels: int
+    timeout_s: float = IMAGE_TIMEOUT_S
+    """Seconds that the judgement of an image may take."""
+    damaged: DamagedImages = "refuse"
 
     @classmethod
-    def of(cls, settings: Settings) -> ImageLimits:
+    def of(cls, settings: Settings) -> Self:
         """Return the limits of the settings."""
-        folders = AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs)
-        return cls(folders, settings.max_image_bytes, settings.max_image_pixels)
+        return cls(
+            AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs),
+            settings.max_image_bytes,
+            settings.max_image_pixels,
+            settings.image_timeout_s,
+            settings.damaged_images,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,23 +85,50 @@ class SourceImage:
     """Size in the header, before any EXIF orientation."""
     features: tuple[Feature, ...]
     """Features that LoadImage treats differently in each release."""
+    is_damaged: bool = False
+    """True if the file is damaged, and DAMAGED_IMAGES lets it pass."""
 
 
 def read_image(path: str, limits: ImageLimits) -> SourceImage:
-    """Read and check the image file at `path`. Hold `PILLOW_LOCK` meanwhile.
+    """Read and check the image file at `path`. Do not hold `PILLOW_LOCK`.
 
     Raises:
         AccessDenied: it is in none of the allowed folders.
         ImageNotFound: there is no such file.
-        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is damaged, truncated or animated, or is
-            larger than the limits allow.
+        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is animated, is larger than the limits allow,
+            would take too much time or memory, or is damaged and the limits refuse that.
+        EncodingFailed: no process can judge it.
     """
     data = read_file(path, limits)
-    with translated(ImageInvalid, f"Image file is damaged: {path}"):
+    damage = _judge(path, data, limits)
+    tolerance = _tolerance(damage is not None)
+    with PILLOW_LOCK, quiet_pillow(), tolerance, translated(ImageInvalid, f"Image file is damaged: {path}"):
         ending, size, features = _inspect(path, data, limits.max_pixels)
-        _decode_strictly(data)
-        shown = without_further_images(data) if FurtherImages() in features else data
-    return SourceImage(shown, hashlib.sha256(data).hexdigest(), ending, size, features)
+    shown = without_further_images(data) if FurtherImages() in features else data
+    return SourceImage(shown, hashlib.sha256(data).hexdigest(), ending, size, features, damage is not None)
+
+
+def _judge(path: str, data: bytes, limits: ImageLimits) -> ImageDamage | None:
+    """Return the damage of a file that is encoded all the same, None of a whole one. Other formats are refused later."""
+    if not is_judged(data):
+        return None
+    try:
+        damage = JUDGES.judge(data, limits.max_pixels, limits.timeout_s)
+    except ImageFault as exc:
+        raise ImageInvalid(f"Image file {exc}: {path}") from exc
+    if damage is not None and limits.damaged == "refuse":
+        raise ImageInvalid(f"Image file {damage}: {path}") from damage
+    return damage
+
+
+@contextmanager
+def _tolerance(is_damaged: bool) -> Iterator[None]:
+    """Let Pillow read a damaged file, and be strict with each other one. Some custom node packages set it permanently."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, is_damaged
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:
@@ -142,8 +182,6 @@ def _inspect(path: str, data: bytes, max_pixels: int) -> tuple[Ending, Size, tup
             raise ImageInvalid(f"{_too_large(path, max_pixels)} It has {size}.")
         if image.format == "PNG" and frames > 1:
             raise ImageInvalid(f"Image file is animated, {frames} frames; give one of them as an image of its own: {path}")
-        if image.format != "PNG" and (count := scans(data)) > MAX_JPEG_SCANS:
-            raise ImageInvalid(f"Image file has {count} scans, more than {MAX_JPEG_SCANS}; save it as a usual JPEG: {path}")
         return ENDINGS["PNG" if image.format == "PNG" else "JPEG"], size, features_of(image, data)
 
 
@@ -158,16 +196,3 @@ def _guess(data: bytes) -> str:
         if accept is not None and accept(data[:16]) is True:
             return f"its content is {name}"
     return "nor any other image that is known, judged by its content"
-
-
-def _decode_strictly(data: bytes) -> None:
-    """Decode every pixel and check every checksum; LoadImage does neither."""
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
-        image.verify()  # checks a PNG's chunk checksums; afterwards the image must be opened again
-    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES  # some custom node packages turn it on permanently
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            image.load()
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
