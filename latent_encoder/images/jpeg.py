@@ -11,9 +11,8 @@ import re
 from collections.abc import Mapping
 from io import BytesIO
 
-from latent_encoder.images.faults import ImageDamage
 from latent_encoder.images.jpeg_markers import APP0, APP15, COM, DNL, RESTARTS, SOI
-from latent_encoder.images.jpeg_structure import Structure, damaged, structure_of
+from latent_encoder.images.jpeg_structure import Structure, damaged, structure_of, unreadable
 
 LEAST_SCALE = 8
 """The largest divisor of both sides in libjpeg: all coded pixels are read, but few are computed."""
@@ -24,10 +23,11 @@ MOST_PADDING = 16
 NOT_NEEDED = {*range(APP0, APP15 + 1), COM, DNL, SOI, *RESTARTS, *range(0xC0)}
 """Markers before the pixels that do not change how pixels are decoded, except for the meaning of the colours."""
 
+NO_MEMORY = "Insufficient memory"
 UNKNOWN_SAMPLING = "Could not determine subsampling level"
 PADDED = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
-WORDS: Mapping[str, str] = {
+WARNINGS: Mapping[str, str] = {
     "premature end of data segment": "its coded pixels end too early, so a part is missing",
     "Premature end of JPEG file": "it ends before its end marker, so a part is missing",
     "extraneous bytes before marker": "it has bytes between its coded pixels that belong to none",
@@ -35,13 +35,17 @@ WORDS: Mapping[str, str] = {
     "bad arithmetic code": "its coded pixels have a code that means nothing",
     "instead of RST": "its restart markers are not in order, so a part is missing or in the wrong place",
     "Inconsistent progression": "its scans do not continue each other, so a part is missing",
-    "Huffman table": "a table of its codes is missing or wrong",
-    "Quantization table": "a table of its quantization is missing",
-    "Invalid progressive parameters": "the header of a scan has values that no JPEG has",
-    "Unsupported marker type": "it has a marker that no JPEG has",
-    "DHT": "a table of its codes is wrong",
 }
-"""Our words for messages of libjpeg-turbo, by a part of the message."""
+"""Our words for the warnings of libjpeg-turbo, by a part of its message. A decoder goes on after them."""
+
+ERRORS: Mapping[str, str] = {
+    "Huffman table": "a table of its codes is missing or wrong",
+    "DHT": "a table of its codes is wrong",
+    "Quantization table": "a table of its quantization is missing",
+    "Unsupported marker type": "it has a marker that no JPEG has",
+    "progressive parameters": "the header of a scan has values that no JPEG has",
+}
+"""Our words for its errors, after which it has no pixels."""
 
 OTHER_WORDS = "its coded pixels or their header cannot be decoded"
 
@@ -50,22 +54,27 @@ def check_jpeg(data: bytearray, max_pixels: int) -> None:
     """Check a whole JPEG file. The header in `data` is replaced.
 
     Raises:
-        ImageDamage: the file is damaged.
-        ImageFault: it must not be decoded: its image has more than `max_pixels` pixels, or see `structure_of`.
+        ImageDamage: the file is damaged, but has pixels.
+        ImageFault: it has none, or must not be decoded: it has more than `max_pixels` pixels, or see `structure_of`.
     """
     structure = structure_of(data, max_pixels)
-    structure.refuse_incomplete()
+    structure.refuse_incomplete(len(data))
     padding = _padding(data, structure)
     data[: structure.pixels_at] = _header(data, structure)
     message = _complaint(data)
     if message is None:
         return
+    if NO_MEMORY in message:
+        raise MemoryError
     if UNKNOWN_SAMPLING in message:
         _decode_with_pillow(data)
         return
     if (found := PADDED.search(message)) and int(found[1]) <= padding:
         return
-    raise damaged(next((words for part, words in WORDS.items() if part in message), OTHER_WORDS))
+    for part, words in WARNINGS.items():
+        if part in message:
+            raise damaged(words)
+    raise unreadable(next((words for part, words in ERRORS.items() if part in message), OTHER_WORDS))
 
 
 def _padding(data: bytearray, structure: Structure) -> int:
@@ -101,4 +110,4 @@ def _decode_with_pillow(data: bytearray) -> None:
     except MemoryError:
         raise
     except Exception as exc:
-        raise ImageDamage(str(damaged(OTHER_WORDS))) from exc
+        raise unreadable(OTHER_WORDS) from exc

@@ -7,6 +7,7 @@ can take any amount of work. The limits are far above the files of cameras and p
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ Progressive files take 5 (6 over the brightness, 4 over each colour). 20 passes 
 LEAST_PIXELS = 65_536
 """A lower MAX_IMAGE_PIXELS does not lower the limit of passes: small images have partly filled blocks."""
 
+SCAN_MARKER_SIZE = 4
+"""Bytes of a marker and the length behind it."""
+
 BLOCK = 8
 """Pixels of a block's side."""
 
@@ -46,9 +50,17 @@ EXIF, PHOTOSHOP, RESOURCE = b"Exif\0\0", b"Photoshop 3.0\0", b"8BIM"
 OTHERWISE = "save it as a usual JPEG"
 
 
+ADVICE = "fetch or export it again"
+
+
 def damaged(fault: str) -> ImageDamage:
-    """Return the damage with the advice for the sender."""
-    return ImageDamage(f"is damaged: {fault}; fetch or export it again")
+    """Return the damage of a file that has pixels."""
+    return ImageDamage(f"is damaged: {fault}; {ADVICE}")
+
+
+def unreadable(fault: str) -> ImageFault:
+    """Return the damage of a file that no decoder can show."""
+    return ImageFault(f"is damaged: {fault}; {ADVICE}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ class Structure:
     """The segments before the first scan."""
     pixels_at: int = 0
     """Offset of the marker that begins the first scan, 0 before one."""
+    coded_at: int = sys.maxsize
+    """Offset of the coded pixels of the first scan."""
     ends_at: int = 0
     """Offset of the marker that ends the image, 0 before it."""
     scans: int = 0
@@ -101,7 +115,7 @@ class Structure:
             case marker if marker in FRAMES:
                 self._add_frame(marker, data[segment.start : segment.end])
             case marker if marker == SOS:
-                self._add_scan(data[segment.start : segment.end], segment.start - 4)
+                self._add_scan(data[segment.start : segment.end], segment)
             case marker if marker == APP1:
                 self.exif_segments += data.startswith(EXIF, segment.start)
             case marker if marker == APP13 and data.startswith(PHOTOSHOP, segment.start):
@@ -114,12 +128,12 @@ class Structure:
 
     def _add_frame(self, marker: int, content: bytes | bytearray) -> None:
         if self.frame is not None:
-            raise damaged("it has two frame headers")
+            raise unreadable("it has two frame headers")
         if marker not in DECODED:
             kind = "lossless" if marker in LOSSLESS else "hierarchical"
             raise ImageFault(f"is a {kind} JPEG, which ComfyUI cannot load; save it as a PNG or as a usual JPEG")
         if len(content) < 6 or len(content) < 6 + 3 * content[5]:
-            raise damaged("its frame header is not whole")
+            raise unreadable("its frame header is not whole")
         if content[0] != EIGHT_BITS:
             raise ImageFault(
                 f"is a JPEG with {content[0]} bits a sample, which ComfyUI cannot load; save it with 8 bits, or as a PNG"
@@ -130,20 +144,21 @@ class Structure:
         components = {number: (factors >> 4, factors & 15) for number, factors in parts}
         size = Size(int.from_bytes(content[3:5]), int.from_bytes(content[1:3]))
         if 0 in size or not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in components.values()):
-            raise damaged("its frame header has values that no JPEG has")
+            raise unreadable("its frame header has values that no JPEG has")
         self.frame = Frame(size, components)
         if size.width * size.height > self.max_pixels:
             raise ImageFault(
                 f"has more than MAX_IMAGE_PIXELS={self.max_pixels} pixels, {size}; scale it down, or raise the limit"
             )
 
-    def _add_scan(self, content: bytes | bytearray, offset: int) -> None:
+    def _add_scan(self, content: bytes | bytearray, segment: Segment) -> None:
         if self.frame is None:
-            raise damaged("its pixels begin before its frame header")
+            raise unreadable("its pixels begin before its frame header")
         ids = [*content[1 : 1 + 2 * content[0] : 2]] if content else []
         if not ids or len(content) < 4 + 2 * len(ids):
-            raise damaged("the header of a scan is not whole")
-        self.pixels_at = self.pixels_at or offset
+            raise unreadable("the header of a scan is not whole")
+        if not self.pixels_at:
+            self.pixels_at, self.coded_at = segment.start - SCAN_MARKER_SIZE, segment.end
         self.scans += 1
         self.blocks += self.frame.blocks(ids)
         if content[1 + 2 * len(ids)] == 0:  # the first coefficient
@@ -159,10 +174,10 @@ class Structure:
         if self.blocks > MOST_PASSES * 3 * max(self.max_pixels, LEAST_PIXELS) / BLOCK**2:
             raise ImageFault(f"has {self.scans} scans or more of too many pixels; {OTHERWISE}, or raise MAX_IMAGE_PIXELS")
 
-    def refuse_incomplete(self) -> None:
-        """Raise `ImageDamage` if a part of the file is missing."""
-        if self.frame is None or not self.pixels_at:
-            raise damaged("it ends before its pixels")
+    def refuse_incomplete(self, size: int) -> None:
+        """Raise the fault of a file of `size` bytes in which a part is missing."""
+        if self.frame is None or (self.ends_at or size) <= self.coded_at:
+            raise unreadable("it ends before its pixels")
         if not self.ends_at:
             raise damaged("it ends before its end marker, so a part is missing")
         if self.frame.components.keys() - self.shown:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from config import PROJECT_DIR
 from errors import EncodingFailed
@@ -34,10 +34,13 @@ END_S = 5.0
 LONGEST_VERDICT = 64 * 1024
 """Bytes. A verdict has less than 1000; more would come from a decoder that the image has taken over."""
 
+LAST_LOOK_S = 0.01
+"""Seconds to take a verdict that lies there after the deadline."""
+
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 """Signals that a process causes itself."""
 
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "LANG", "TZ")
+PASSED_ON = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "LANG", "TZ")
 """Variables that a process needs to start. No secret is among them."""
 
 MODULE = "latent_encoder.images.judge"
@@ -47,21 +50,28 @@ class _EndedError(Exception):
     """The process is gone, and the image is not known to be the reason."""
 
 
+def _started(connection: socket.socket) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603  # no input: it is this Python and our module
+        [sys.executable, "-m", MODULE],
+        cwd=str(PROJECT_DIR),
+        stdin=connection.fileno(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
+    )
+
+
 class Judge:
     """A process that judges one image at a time."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603  # no input: it is this Python and our module
-                [sys.executable, "-m", MODULE],
-                cwd=str(PROJECT_DIR),
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
-            )
+        ours, theirs = socket.socketpair()
+        with theirs, ExitStack() as on_failure:
+            on_failure.enter_context(ours)
+            self._process = _started(theirs)
+            on_failure.pop_all()
+        self._socket = ours
         self._is_ready = False
 
     @property
@@ -88,7 +98,7 @@ class Judge:
         except TimeoutError as exc:
             self.end()
             raise _too_slow(seconds) from exc
-        except (EOFError, ConnectionError) as exc:
+        except (EOFError, OSError) as exc:
             raise self._fault_of_the_end(seconds) from exc
 
     def _wait_until_ready(self) -> None:
@@ -109,14 +119,15 @@ class Judge:
         self._socket.sendall(data)
         (size,) = VERDICT.unpack(self._by(deadline, VERDICT.size))
         if size > LONGEST_VERDICT:
-            raise EOFError
-        return Verdict.unpacked(self._by(deadline, size))
+            raise _taken_over()
+        try:
+            return Verdict.unpacked(self._by(deadline, size))
+        except (ValueError, TypeError) as exc:
+            raise _taken_over() from exc
 
     def _by(self, deadline: float, size: int) -> bytearray:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._socket.settimeout(left)
+        """Return bytes that come before the deadline, or that lie there: this process may have been stopped meanwhile."""
+        self._socket.settimeout(max(deadline - time.monotonic(), LAST_LOOK_S))
         return received(self._socket, size)
 
     def _fault_of_the_end(self, seconds: float) -> Exception:
@@ -128,18 +139,31 @@ class Judge:
             return ImageFault(f"crashes the decoder ({signal.Signals(-status).name}); save it anew with another program")
         if -status == signal.SIGALRM:
             return _too_slow(seconds)
-        return _EndedError(signal.Signals(-status).name if status < 0 else f"status {status}")
+        if status < 0:
+            name = signal.Signals(-status).name
+            return _EndedError(f"was ended by {name}; memory may have run out, see the system's log")
+        shown = f'cd {PROJECT_DIR} && {sys.executable} -c "import {MODULE}"'
+        return _EndedError(f"ended with status {status}; `{shown}` shows why")
 
     def end(self) -> int:
-        """End the process, and return its exit status, negative for a signal."""
+        """End the process, and return its exit status, negative for a signal.
+
+        This may run in a signal handler, within another call of it. Only a wait with a limit cannot block there.
+        """
         self._socket.close()
         self._process.kill()
-        return self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        return self._process.returncode or -signal.SIGKILL
 
     def forget(self) -> None:
         """Close the socket of a process that belongs to another one: this one was forked from it."""
         self._socket.close()
         self._process.returncode = 0
+
+
+def _taken_over() -> ImageFault:
+    return ImageFault("makes the decoder respond with nonsense; save it anew with another program")
 
 
 def _too_slow(seconds: float) -> ImageFault:
@@ -154,7 +178,7 @@ class Judges:
         os.register_at_fork(after_in_child=self._forget)
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler that ends this process closes the others
         self._free = threading.BoundedSemaphore(MOST_PROCESSES)
         self._idle: list[Judge] = []
         self._all: set[Judge] = set()
@@ -173,9 +197,7 @@ class Judges:
             try:
                 verdict = self._verdict(data, max_pixels, seconds)  # somebody killed the first process
             except _EndedError as exc:
-                raise EncodingFailed(
-                    f"Cannot judge images: their process was ended twice ({exc}); see the system's log"
-                ) from exc
+                raise EncodingFailed(f"Cannot judge images, twice: their process {exc}") from exc
         match verdict.outcome:
             case "whole":
                 return None
@@ -188,15 +210,15 @@ class Judges:
         raise ImageFault(verdict.words)
 
     def start(self) -> None:
-        """Start a process, so that the first image does not wait for it."""
-        with self._lock:
+        """Start a process, so that the first image does not wait for it. If that fails, the first image reports it."""
+        with self._lock, suppress(EncodingFailed):
             if not self._idle:
                 self._idle.append(self._new())
 
     def close(self) -> None:
         """End all processes."""
         with self._lock:
-            for judge in self._all:
+            for judge in tuple(self._all):
                 judge.end()
             self._idle.clear()
             self._all.clear()
@@ -235,7 +257,10 @@ class Judges:
                 self._all.discard(judge)
 
     def _new(self) -> Judge:
-        judge = Judge()
+        try:
+            judge = Judge()
+        except OSError as exc:
+            raise EncodingFailed(f"Cannot judge images: no process can be started ({exc.strerror or exc})") from exc
         self._all.add(judge)
         if not self._ends_with_us:
             self._ends_with_us = True

@@ -38,13 +38,19 @@ def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits) -> LoadedI
     source = read_image(path, limits)
     with PILLOW_LOCK, quiet_pillow():
         try:
-            with translated(ImageInvalid, f"ComfyUI {runtime.version} cannot load the image file {path}"):
+            with translated(ImageInvalid, _cannot_load(runtime, path, source)):
                 pixels = runtime.load_image(source.data, source.ending)
                 notes = tuple(_notes(runtime, source, pixels))
         except ImageInvalid:
             _blame_the_tree_if_it_is_at_fault(runtime)
             raise
     return LoadedImage(pixels[:1], source.sha256, notes)
+
+
+def _cannot_load(runtime: ComfyRuntime, path: str, source: SourceImage) -> str:
+    if source.damage is not None:
+        return f"Image file {source.damage}: {path}. ComfyUI {runtime.version} cannot load any part of it"
+    return f"ComfyUI {runtime.version} cannot load the image file {path}"
 
 
 def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
@@ -59,7 +65,7 @@ def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor) -> 
     loaded = size_of(pixels)
     if source.size not in (loaded, loaded.swapped):
         raise ValueError(f"it has {source.size} by its header, and {loaded} after decoding")
-    if source.is_damaged:
+    if source.damage is not None:
         yield "damaged"
     several = pixels.shape[0] > 1
     for feature in source.features:

@@ -85,8 +85,8 @@ class SourceImage:
     """Size in the header, before any EXIF orientation."""
     features: tuple[Feature, ...]
     """Features that LoadImage treats differently in each release."""
-    is_damaged: bool = False
-    """True if the file is damaged, and DAMAGED_IMAGES lets it pass."""
+    damage: ImageDamage | None = None
+    """Damage that DAMAGED_IMAGES lets pass."""
 
 
 def read_image(path: str, limits: ImageLimits) -> SourceImage:
@@ -105,7 +105,7 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
     with PILLOW_LOCK, quiet_pillow(), tolerance, translated(ImageInvalid, f"Image file is damaged: {path}"):
         ending, size, features = _inspect(path, data, limits.max_pixels)
     shown = without_further_images(data) if FurtherImages() in features else data
-    return SourceImage(shown, hashlib.sha256(data).hexdigest(), ending, size, features, damage is not None)
+    return SourceImage(shown, hashlib.sha256(data).hexdigest(), ending, size, features, damage)
 
 
 def _judge(path: str, data: bytes, limits: ImageLimits) -> ImageDamage | None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from config import Settings
-from errors import ImageInvalid, ImageNotFound, SetupError
+from errors import EncodingFailed, ImageInvalid, ImageNotFound, SetupError
 from latent_encoder.access import ANYWHERE
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Box, Size, latent_crop
@@ -43,7 +43,7 @@ class Painter:
             return None
         try:
             return read_image(str(getattr(inspection.files, name)), self._limits).data
-        except (ImageNotFound, ImageInvalid):
+        except (ImageNotFound, ImageInvalid, EncodingFailed):
             return None
 
     def preview(self, inspection: Inspection) -> bytes | None:
