@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, Self
 from latent_encoder.images.faults import ImageDamage, ImageFault
 from latent_encoder.images.jpeg import check_jpeg
 from latent_encoder.images.jpeg_markers import FIRST_BYTES as JPEG_SIGNATURE
+from latent_encoder.images.jpeg_structure import ADVICE, damaged
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -106,7 +107,7 @@ def _check_png(data: bytearray) -> None:
             with Image.open(BytesIO(data), formats=("PNG",)) as image:
                 image.load()
         except (SyntaxError, OSError) as exc:
-            raise ImageDamage("is damaged: a checksum is wrong, or a part is missing; fetch or export it again") from exc
+            raise damaged("a checksum is wrong, or a part is missing") from exc
         except ValueError as exc:
             raise ImageFault("has compressed texts or profiles of more than 1 MB; save it without them") from exc
 
@@ -155,6 +156,8 @@ def _judged(connection: socket.socket, question: Question, loaded: int) -> Verdi
         return Verdict("refused", str(exc))
     except MemoryError:
         return Verdict("no memory")
+    except Exception as exc:  # whatever a decoder makes of bytes from anybody, the next image is judged
+        return Verdict("refused", f"is damaged: it cannot be decoded ({type(exc).__name__}); {ADVICE}")
     return Verdict("whole")
 
 

@@ -26,8 +26,6 @@ from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import IMAGES, Encode, request_for
 
-pytestmark = pytest.mark.core
-
 MAX_PIXELS = 89_478_485
 PHOTO = (IMAGES / "photo.jpg").read_bytes()
 SEGMENTS, SCAN = jpegs.parse(PHOTO)
@@ -129,6 +127,7 @@ def test_damage_of_a_transfer_is_found(kind: str, damage: Callable[[bytes, int],
     assert "Corrupt" not in str(fault.value)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("damage", [hole_of_zeros, block_lost, cut_and_closed])
 def test_damaged_jpeg_is_no_success(damage: Callable[[bytes, int], bytes], respond: Encode, tmp_path: Path) -> None:
     """ComfyUI loads each of these files without an error."""
@@ -145,6 +144,7 @@ def tolerant(encoder: LatentEncoder, settings: Settings) -> LatentEncoder:
     return LatentEncoder(settings.model_copy(update={"damaged_images": "note"}), encoder.runtime)
 
 
+@pytest.mark.core
 def test_damage_is_noted_on_request(tolerant: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
     """With DAMAGED_IMAGES=note, an image that ComfyUI can load is encoded, with `damaged` in `image_notes`."""
     damaged = {
@@ -161,6 +161,7 @@ def test_damage_is_noted_on_request(tolerant: LatentEncoder, settings: Settings,
         assert response.metadata.image_notes == (() if name == "whole.jpg" else ("damaged",))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -248,6 +249,7 @@ def frame_of(*, marker: int = 0xC0, bits: int = 8, colours: int | None = None) -
     return jpegs.build(changed, SCAN)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -25,10 +25,7 @@ from service import LatentEncoder
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, request_for
 from tests.kafka_tools import wait_until
 
-pytestmark = [
-    pytest.mark.core,
-    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc to look at a process"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc to look at a process")
 
 MAX_PIXELS = 89_478_485
 LONG_S = PATIENCE_S
