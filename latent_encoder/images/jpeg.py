@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from io import BytesIO
 
+from latent_encoder.images.jpeg_holes import has_hole
 from latent_encoder.images.jpeg_markers import APP0, APP15, COM, DNL, RESTARTS, SOI
 from latent_encoder.images.jpeg_structure import Structure, damaged, structure_of, unreadable
 
@@ -59,6 +60,8 @@ def check_jpeg(data: bytearray, max_pixels: int) -> None:
     """
     structure = structure_of(data, max_pixels)
     structure.refuse_incomplete(len(data))
+    if has_hole(data):
+        raise damaged("its coded pixels have a hole of zeros")
     padding = _padding(data, structure)
     data[: structure.pixels_at] = _header(data, structure)
     message = _complaint(data)

@@ -144,7 +144,7 @@ class Structure:
         components = {number: (factors >> 4, factors & 15) for number, factors in parts}
         size = Size(int.from_bytes(content[3:5]), int.from_bytes(content[1:3]))
         if 0 in size or not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in components.values()):
-            raise unreadable("its frame header has values that no JPEG has")
+            raise unreadable("its frame header has values that no decoder takes")
         self.frame = Frame(size, components)
         if size.width * size.height > self.max_pixels:
             raise ImageFault(
