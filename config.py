@@ -122,6 +122,7 @@ def _listed(choices: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
+DamagedImages = Literal["refuse", "note"]
 Secret = Annotated[SecretStr | None, AfterValidator(_passed_on_whole)]
 Folders = Annotated[tuple[Path, ...] | None, NoDecode, BeforeValidator(_split_folders)]
 Place = Annotated[Path, BeforeValidator(_expanded)]
@@ -293,6 +294,17 @@ class Settings(BaseSettings):
         89_478_485,
         ge=1,
         description="Largest input image, in pixels, as its header gives them; the default is Pillow's warning limit.",
+    )
+    image_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="Seconds that checking one image may take; after them it is refused.",
+    )
+    damaged_images: DamagedImages = Field(
+        "refuse",
+        description="`refuse` responds to a damaged image with an error; `note` encodes as much of it as ComfyUI loads, "
+        "with `damaged` in `image_notes`.",
     )
     max_output_megapixels: Megapixels = Field(
         MAX_MEGAPIXELS, description=f"Most megapixels that a request may ask for, at most {MAX_MEGAPIXELS}."

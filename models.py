@@ -27,6 +27,7 @@ ImageNote = Literal[
     "clipped_to_8_bit",
     "colour_profile_ignored",
     "converted_from_cmyk",
+    "damaged",
     "exif_orientation_applied",
     "exif_orientation_ignored",
     "exif_orientation_misapplied",

@@ -6,6 +6,7 @@ A process makes one `LatentEncoder` and uses it for many requests, from any thre
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,11 @@ from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.cpus import prepare_threads
 from latent_encoder.geometry import Size, cropped, size_of
+from latent_encoder.images.judging import JUDGES
 from latent_encoder.images.loading import load_image
+from latent_encoder.images.pixel_budget import PixelBudget
 from latent_encoder.images.scaling import scale_image
-from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_file
+from latent_encoder.images.source import ImageLimits, read_file, read_image
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.files import (
     WRITING,
@@ -76,6 +79,7 @@ class LatentEncoder:
         self.runtime = runtime
         self._clock = clock
         self._images = ImageLimits.of(settings)
+        self._loading = PixelBudget(settings.max_image_pixels)
         self._outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
         self._leftovers = Leftovers(self._outputs)
         self._own = Publications()
@@ -101,12 +105,13 @@ class LatentEncoder:
         Raises:
             SetupError: ComfyUI is missing, lacks a node or a package, fails on the image, or cannot run on the device.
         """
+        JUDGES.start()  # it is ready when ComfyUI is
         torch.set_num_threads(settings.torch_num_threads or encode_threads())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
         search_model_folders(runtime, settings.model_dir)
         Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # LoadImage applies the same limit
         encoder = cls(settings, runtime)
-        with PILLOW_LOCK, runtime.contained():
+        with runtime.contained():
             encoder.tried_nodes = try_nodes(runtime)
             log.debug("comfyui encodes", version=runtime.version, nodes=encoder.tried_nodes, decoder=runtime.decoder)
         return encoder
@@ -165,11 +170,13 @@ class LatentEncoder:
         files = _files_of(request)
         replaceable, owners = look(files, self._outputs)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
-        with torch.inference_mode():
+        with torch.inference_mode(), ExitStack() as memory:
             with timed(timings, "load_vae"):
                 vae = self.vaes.get(request.vae_model_name)
             with timed(timings, "load_image"):
-                image = load_image(self.runtime, request.image_path, self._images, request.alpha)
+                source = read_image(request.image_path, self._images)
+                memory.enter_context(self._loading.share(source.size.pixels))
+                image = load_image(self.runtime, request.image_path, source, request.alpha)
             with timed(timings, "scale"):
                 scaled = scale_image(self.runtime, image.pixels, request, vae.cells.factor)
         prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))

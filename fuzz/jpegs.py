@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 from fuzz import bytewise
 
-SOI, EOI, SOS = 0xD8, 0xD9, 0xDA
+SOI, EOI, SOS, RST0 = 0xD8, 0xD9, 0xDA, 0xD0
 START_OF_FRAME = {0xC0, 0xC1, 0xC2}
 MARKERS = (*range(0xC0, 0xFF), 0x01, 0x02, 0x00, 0xFF)
 SIDES = (0, 1, 7, 8, 65, 2000, 65_500, 65_535)
@@ -102,6 +102,50 @@ def many_scans(data: bytes, rng: Random) -> bytes:
     return build(_enlarged(segments, 2000, 2000), rest[: places[-1]] + scan[:12] * rng.choice((400, 3000)) + rest[-2:])
 
 
+def flat(width: int, height: int, scans: int, *, restart: int = 0, between: bytes = b"") -> bytes:
+    """Return a grey progressive JPEG of one colour: a scan of the means, and further ones for one coefficient each.
+
+    A coefficient may have a scan only once, so more than 64 scans are damage. `restart` is the restart interval in blocks. The
+    bytes `between` stand before each further scan.
+    """
+    coded = _zero_bits(-(-width // 8) * -(-height // 8), restart)
+    bands = [(0, 0), *((1 + number % 63, 1 + number % 63) for number in range(scans - 1))]
+    parts = [_segment((SOS, bytes((1, 1, 0, first, last, 0)))) + coded for first, last in bands]
+    return build(_flat_header(0xC2, width, height, ((1, 1),), restart), between.join(parts) + b"\xff\xd9")
+
+
+def flat_colours(width: int, height: int, sampling: Sequence[tuple[int, int]]) -> bytes:
+    """Return a baseline JPEG of one colour; `sampling` has the horizontal and vertical factor of each component."""
+    across, down = (8 * max(factors) for factors in zip(*sampling, strict=True))
+    blocks = -(-width // across) * -(-height // down) * sum(h * v for h, v in sampling)
+    ids = b"".join(bytes((number, 0)) for number in range(1, len(sampling) + 1))
+    scan = _segment((SOS, bytes((len(sampling),)) + ids + b"\0\x3f\0")) + _zero_bits(2 * blocks, 0)
+    return build(_flat_header(0xC0, width, height, sampling, 0), scan + b"\xff\xd9")
+
+
+def _flat_header(frame: int, width: int, height: int, sampling: Sequence[tuple[int, int]], restart: int) -> list[Segment]:
+    table = b"\x01" + bytes(15) + b"\0"  # the single code, 0, stands for the value 0: no difference, or the end of a block
+    components = b"".join(bytes((number, h << 4 | v, 0)) for number, (h, v) in enumerate(sampling, start=1))
+    return [
+        (0xDB, b"\0" + b"\x10" * 64),
+        (frame, struct.pack(">BHHB", 8, height, width, len(sampling)) + components),
+        (0xC4, b"\0" + table + b"\x10" + table),
+        *([(0xDD, struct.pack(">H", restart))] if restart else []),
+    ]
+
+
+def _zero_bits(count: int, restart: int) -> bytes:
+    """Return coded pixels of `count` zero bits, with a restart marker after each `restart` of them if that is not 0."""
+    parts = [min(restart, count - done) for done in range(0, count, restart)] if restart else [count]
+    coded = b"".join(_padded(part) + bytes((0xFF, RST0 + number % 8)) for number, part in enumerate(parts))
+    return coded[:-2]
+
+
+def _padded(zeros: int) -> bytes:
+    """Return that number of zero bits, filled up to whole bytes with ones."""
+    return ((1 << -zeros % 8) - 1).to_bytes((zeros + 7) // 8)
+
+
 def _enlarged(segments: list[Segment], width: int, height: int) -> list[Segment]:
     """Return the segments with another size in the frame header; decoders fill the missing pixels with grey."""
     size = struct.pack(">HH", height, width)
@@ -158,6 +202,45 @@ def many_segments(data: bytes, rng: Random) -> bytes:
     return build(segments[:1] + [added] * rng.choice((20, 255)) + segments[1:], rest)
 
 
+def hidden_scans(data: bytes, rng: Random) -> bytes:
+    """Return tiny scans behind a marker that has no length inside a scan, in an image that may be large."""
+    del data
+    side = rng.choice((8, 64, 500, 2000))
+    hiding = b"\xff%c%c%c" % (rng.choice((0x01, 0x02, 0xBF)), rng.choice((0, 0xFF)), rng.choice((2, 0xFF)))
+    scan = _segment((SOS, bytes((1, 1, 0, 1, 63, 0))))
+    whole = flat(side, side, 1, restart=rng.choice((0, 1, 7)))
+    return whole[:-2] + hiding + scan * rng.choice((1, 90, 5000)) + whole[-2:]
+
+
+def repeated_segments(data: bytes, rng: Random) -> bytes:
+    """Repeat a tiny segment until the header has megabytes."""
+    segments, rest = parse(data)
+    added = rng.choice(
+        ((0xE5, b""), (0xFE, b""), (0xE1, b"Exif\0\0"), (0xED, b"Photoshop 3.0\0" + b"8BIM\0\0\0\0\0\0\0\0" * 5000))
+    )
+    times = rng.choice((99, 99_000, 1_000_000)) if len(added[1]) < 10 else rng.choice((1, 15, 100))
+    return build(segments[:1], _segment(added) * times + build(segments[1:], rest)[2:])
+
+
+def transfer(data: bytes, rng: Random) -> bytes:
+    """Damage the coded pixels as a transfer does: a hole of zeros, a block lost, doubled or moved, an end that is missing."""
+    _, rest = parse(data)
+    start, size = len(data) - len(rest) + 20, rng.choice((64, 512, 4096))
+    place = rng.randrange(start, max(start + 1, len(data) - 2))
+    block, behind = data[place : place + size], data[place + size :]
+    return rng.choice(
+        (
+            data[:place] + bytes(len(block)) + behind,
+            data[:place] + behind,
+            data[:place] + block + block + behind,
+            data[:place] + behind[:size] + block + behind[size:],
+            data[:place] + b"\xff\xd9",
+            data.replace(b"\n", b"\r\n"),
+            data.translate(None, bytes(range(0x80, 0xFF))),
+        )
+    )
+
+
 def further_images(data: bytes, rng: Random) -> bytes:
     """Make a multi-picture file of many images, whose index may be wrong."""
     count = rng.choice((2, 3, 40, 400))
@@ -178,6 +261,6 @@ def further_images(data: bytes, rng: Random) -> bytes:
 
 
 MUTATIONS: tuple[Callable[[bytes, Random], bytes], ...] = (
-    *(frame_field, segment_content, segment_length, segment_order, scan_damage, exif, further_segment) * 6,
-    *(many_scans, many_segments, further_images),  # these are slow, and have few variants
+    *(frame_field, segment_content, segment_length, segment_order, scan_damage, exif, further_segment, transfer) * 6,
+    *(many_scans, hidden_scans, many_segments, repeated_segments, further_images),  # these are slow, and have few variants
 )

@@ -124,7 +124,7 @@ class ComfyRuntime:
             utils.load_torch_file = own
 
     def load_image(self, data: bytes, ending: Ending) -> torch.Tensor:
-        """Return the image in a file with these bytes (LoadImage). The caller holds `PILLOW_LOCK`.
+        """Return the image in a file with these bytes (LoadImage).
 
         `ending` is the file name's ending for its format.
 
@@ -153,11 +153,11 @@ class ComfyRuntime:
 
     @cached_property
     def decoder(self) -> str:
-        """The JPEG decoder of LoadImage with its version: Pillow, or PyAV with ffmpeg. The caller holds `PILLOW_LOCK`."""
+        """The JPEG decoder of LoadImage with its version: Pillow, or PyAV with ffmpeg."""
         return decoder_of(self.load_image)
 
     def note(self, feature: Feature) -> ImageNote | None:
-        """Return the code in `image_notes` for how LoadImage treats a feature of a file. The caller holds `PILLOW_LOCK`."""
+        """Return the code in `image_notes` for how LoadImage treats a feature of a file."""
         if feature not in self._notes:
             self._notes[feature] = feature.note(self.load_image(feature.sample(), ENDINGS[feature.format]))
         return self._notes[feature]

@@ -23,6 +23,11 @@ class Size(NamedTuple):
         """Size of the same image turned by 90 degrees."""
         return Size(self.height, self.width)
 
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self.width * self.height
+
 
 def size_of(images: Tensor) -> Size:
     """Return the size of images `[batch, height, width, channels]`."""

@@ -19,7 +19,7 @@ from service import LatentEncoder
 
 log = get_logger("latent_encoder")
 
-LIMITS = ("kafka_", "max_", "shutdown_timeout_s", "encode_timeout_s", "vae_cache_size")
+LIMITS = ("kafka_", "max_", "shutdown_timeout_s", "encode_timeout_s", "image_timeout_s", "vae_cache_size")
 """The beginnings of the settings that limit the work of a worker, if their values are numbers."""
 
 

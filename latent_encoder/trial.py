@@ -26,7 +26,7 @@ TOLERANCES: Mapping[Format, float] = {"JPEG": CLOSE, "PNG": 1 / 255 / 2}  # a PN
 
 
 def try_nodes(runtime: ComfyRuntime) -> tuple[str, ...]:
-    """Run the nodes on a small image, and return the ids of those that ran. Hold `PILLOW_LOCK` meanwhile.
+    """Run the nodes on a small image, and return the ids of those that ran.
 
     VAELoader and VAEEncode run with a VAE that is built into ComfyUI. They are left out on a release without it.
 

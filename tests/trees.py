@@ -31,6 +31,7 @@ CORE = {
     "cli/test_cli.py": 3,
     "doctor/test_doctor.py": 17,
     "telemetry/test_health.py": 3,
+    "images/test_jpeg.py": 14,
     "images/test_notes.py": 50,
     "images/test_source.py": 60,
     "images/test_transparency.py": 140,

@@ -42,24 +42,6 @@ MANGLED: tuple[tuple[str, str, re.Pattern[bytes]], ...] = (
     ("JPEG", WRONG_BEGINNING, re.compile(rb"\xff\xd8|.{2,6}(JFIF|Exif)\0", re.DOTALL)),
 )
 
-SEGMENT = re.compile(rb"\xff+([\xc0-\xfe])(..)", re.DOTALL)  # of a JPEG: its marker, and its length with these two bytes
-MOST_SEGMENTS = 1000  # before the header of the image; files have some tens
-FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
-USUAL_BITS = 8
-JPEG_FORMS = {
-    0xC3: "in the lossless form",
-    0xC5: "in the hierarchical form",
-    0xC6: "in the hierarchical form",
-    0xC7: "in the hierarchical form",
-    0xC9: "with arithmetic coding",
-    0xCA: "with arithmetic coding",
-    0xCB: "in the lossless form",
-    0xCD: "in the hierarchical form",
-    0xCE: "in the hierarchical form",
-    0xCF: "in the hierarchical form",
-    0xF7: "in the form JPEG-LS",
-}
-
 
 def fault_of(data: bytes) -> ImageFault:
     """Return the fault of a file that begins neither like a JPEG nor like a PNG: its content, and the way to an image."""
@@ -72,28 +54,6 @@ def fault_of(data: bytes) -> ImageFault:
         or _text(head)
         or f"is neither a JPEG nor a PNG, nor of another kind that is known; it begins with the bytes {_shown(head)}"
     )
-
-
-def fault_of_jpeg(data: bytes) -> ImageFault:
-    """Return the fault of a file that begins like a JPEG, and that no decoder here reads."""
-    form, bits = _form_and_bits(data)
-    name = JPEG_FORMS.get(form) or (f"with {bits} bits a sample" if form and bits != USUAL_BITS else None)
-    if name is None:
-        return ImageFault("is damaged: its JPEG data cannot be decoded; fetch or export it again")
-    return ImageFault(f"is a JPEG {name}, which few programs read; convert it to a usual JPEG or PNG")
-
-
-def _form_and_bits(data: bytes) -> tuple[int, int]:
-    """Return the marker of the image's header, and its bits a sample; 0 if there is none."""
-    place = 2
-    for _ in range(MOST_SEGMENTS):
-        segment = SEGMENT.match(data, place)
-        if segment is None:
-            break
-        if segment[1][0] in FRAME_HEADERS:
-            return segment[1][0], int.from_bytes(data[segment.end() : segment.end() + 1])
-        place = segment.end(1) + int.from_bytes(segment[2])
-    return 0, 0
 
 
 def _nothing(data: bytes) -> str | None:

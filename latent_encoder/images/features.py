@@ -301,7 +301,7 @@ def _orientation(image: Image.Image, data: bytes) -> Orientation | None:
 
 @contextmanager
 def _tolerant_pillow() -> Iterator[None]:
-    """Have Pillow drop metadata that it cannot read, as LoadImage has it do. Hold `PILLOW_LOCK` meanwhile."""
+    """Have Pillow drop metadata that it cannot read, as LoadImage has it do."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:

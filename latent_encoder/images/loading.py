@@ -14,7 +14,7 @@ from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Size, size_of
 from latent_encoder.images.colours import SAMPLED_SIDE, colours_of
 from latent_encoder.images.features import Orientation, Transparency
-from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, SourceImage, quiet_pillow, read_image
+from latent_encoder.images.source import SourceImage, quiet_pillow, tolerance
 from latent_encoder.images.transparency import hidden_part, laid_over
 from latent_encoder.trial import try_load_image
 from models import Alpha, ImageNote
@@ -34,20 +34,17 @@ class LoadedImage:
     """Mean difference of the values from the file's colours in sRGB, in levels of 8 bits; None if not noted or not known."""
 
 
-def load_image(runtime: ComfyRuntime, path: str, limits: ImageLimits, alpha: Alpha = "drop") -> LoadedImage:
-    """Check the image file at `path` and load it with LoadImage. Lay it over the colour `alpha` if that is one.
+def load_image(runtime: ComfyRuntime, path: str, source: SourceImage, alpha: Alpha = "drop") -> LoadedImage:
+    """Load an image with LoadImage that was read from `path`. Lay it over the colour `alpha` if that is one.
 
     Raises:
         InvalidRequest: `alpha` is a colour, and this ComfyUI applies transparency itself.
-        AccessDenied, ImageNotFound, ImageInvalid: `read_image` refused the file.
         ImageInvalid: this ComfyUI cannot decode it.
         EncodingFailed: LoadImage fails on every image, memory ran out, or no folder has room for LoadImage's copy.
     """
-    with PILLOW_LOCK, quiet_pillow():
-        source = read_image(path, limits)
+    with tolerance(source.damage), quiet_pillow():
         try:
-            failed = f"ComfyUI {runtime.version} cannot load the image file; save it again as a usual JPEG or PNG: {path}"
-            with translated(ImageInvalid, failed, quoting=False):
+            with translated(ImageInvalid, _cannot_load(runtime, path, source), quoting=False):
                 image, hidden = _load(runtime, source)
         except ImageInvalid:
             _blame_the_tree_if_it_is_at_fault(runtime)
@@ -89,6 +86,12 @@ def _colour_error(source: SourceImage, pixels: torch.Tensor) -> float | None:
     return round(error, 1) if error is not None else None
 
 
+def _cannot_load(runtime: ComfyRuntime, path: str, source: SourceImage) -> str:
+    if source.damage is not None:
+        return f"Image file {source.damage}: {path}. ComfyUI {runtime.version} cannot load any part of it"
+    return f"ComfyUI {runtime.version} cannot load the image file; save it again as a usual JPEG or PNG: {path}"
+
+
 def _blame_the_tree_if_it_is_at_fault(runtime: ComfyRuntime) -> None:
     """Raise EncodingFailed if LoadImage fails on the trial image too, which it loaded when the service started."""
     try:
@@ -101,6 +104,8 @@ def _notes(runtime: ComfyRuntime, source: SourceImage, pixels: torch.Tensor, *, 
     loaded = size_of(pixels)
     if source.size not in (loaded, loaded.swapped):
         raise ValueError(f"it has {source.size} by its header, and {loaded} after decoding")
+    if source.damage is not None:
+        yield "damaged"
     several = pixels.shape[0] > 1
     for feature in source.features:
         if opaque and isinstance(feature, Transparency):

@@ -17,7 +17,7 @@ from isal import isal_zlib
 
 from latent_encoder.images.faults import ImageDamage, ImageFault
 from latent_encoder.images.png_chunks import CHECKSUM, NAME_END, Buffer, Chunk, Span
-from latent_encoder.images.png_unreadable import CARRIERS, matters, unreadable
+from latent_encoder.images.png_unreadable import matters, unreadable
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER_END = 33  # bytes: the signature, and the chunk IHDR with 13 bytes of content
@@ -65,11 +65,6 @@ class PngFacts:
     """Keywords of the texts, each once."""
     unreadable: tuple[Span, ...]
     """Places of chunks that make Pillow fail, and that hold no pixels: `without` leaves them out."""
-
-    @property
-    def may_be_turned(self) -> bool:
-        """There is a chunk in which Pillow looks for an orientation."""
-        return "eXIf" in self.raw or not CARRIERS.isdisjoint(word.encode("latin-1") for word in self.keywords)
 
     @property
     def profile_name(self) -> str | None:

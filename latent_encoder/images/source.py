@@ -1,8 +1,8 @@
 """Input images: read once and checked strictly by their content, before ComfyUI gets them.
 
-LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are checked first, and LoadImage
-then reads the same bytes from a file of ours (see `images/input_folder.py`). A change to the source file meanwhile does not
-matter: the checked bytes are encoded, and the checksum is theirs.
+LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are judged first, in a process
+apart (see `images/judging.py`). LoadImage then reads the same bytes from a file of ours (see `images/input_folder.py`). A
+change to the source file meanwhile does not matter: the checked bytes are encoded, and the checksum is theirs.
 """
 
 from __future__ import annotations
@@ -13,52 +13,83 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Self
 
 from PIL import Image, ImageFile
 
-from config import Settings
-from errors import OUT_OF_MEMORY, EncodingFailed, ImageInvalid, ImageNotFound
+from config import DamagedImages, Settings
+from errors import ImageInvalid, ImageNotFound, is_out_of_memory
 from latent_encoder.access import AllowedFolders
 from latent_encoder.geometry import Size
-from latent_encoder.images.contents import fault_of, fault_of_jpeg
-from latent_encoder.images.faults import ImageFault
+from latent_encoder.images.contents import fault_of
+from latent_encoder.images.faults import ImageDamage, ImageFault
 from latent_encoder.images.features import Feature, FurtherImages, features_of
 from latent_encoder.images.input_folder import Ending
-from latent_encoder.images.jpeg_markers import FIRST_BYTES, scans, without_further_images
-from latent_encoder.images.png import SIGNATURE, PngFacts, check_png, without
+from latent_encoder.images.jpeg_markers import without_further_images
+from latent_encoder.images.judge import is_judged
+from latent_encoder.images.judging import JUDGES
+from latent_encoder.images.png import SIGNATURE, facts_of, without
 
-MAX_JPEG_SCANS = 100  # encoders write about ten; a JPEG of a few kilobytes with thousands of scans would decode for hours
+IMAGE_TIMEOUT_S = 60.0
+"""The default of the setting."""
 
-FORMATS = ("JPEG",)  # a JPEG with further images, which Pillow calls MPO, is opened as a JPEG
-
-PILLOW_LOCK = threading.Lock()
-"""Held while LoadImage runs and while an image is checked: LoadImage sets Pillow's process-wide LOAD_TRUNCATED_IMAGES."""
+_TOLERANT = threading.Lock()
+"""Held while a damaged image is read. Pillow shows the rest of it if a flag is set, which is one for the whole process."""
 
 
-@contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings about odd files: faults that matter are refused, changes are noted."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\b")
-        yield
+class _Quiet:
+    """Pillow's warnings are silenced as long as a thread wants that."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._filters = warnings.catch_warnings()
+
+    @contextmanager
+    def wanted(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._filters.__exit__(None, None, None)
+
+
+quiet_pillow = _Quiet().wanted
+"""A context that silences Pillow's warnings about odd files: faults that matter are refused, changes are noted."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Allowed folders and sizes of input images."""
+    """Allowed folders, sizes and damage of input images."""
 
     folders: AllowedFolders
     max_bytes: int
     max_pixels: int
+    timeout_s: float = IMAGE_TIMEOUT_S
+    """Seconds that the judgement of an image may take."""
+    damaged: DamagedImages = "refuse"
 
     @classmethod
-    def of(cls, settings: Settings) -> ImageLimits:
+    def of(cls, settings: Settings) -> Self:
         """Return the limits of the settings."""
-        folders = AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs)
-        return cls(folders, settings.max_image_bytes, settings.max_image_pixels)
+        return cls(
+            AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs),
+            settings.max_image_bytes,
+            settings.max_image_pixels,
+            settings.image_timeout_s,
+            settings.damaged_images,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,65 +108,76 @@ class SourceImage:
     """Size in the header, before any EXIF orientation."""
     features: tuple[Feature, ...]
     """Features that LoadImage treats differently in each release."""
+    damage: ImageDamage | None = None
+    """Damage that DAMAGED_IMAGES lets pass."""
 
 
 def read_image(path: str, limits: ImageLimits) -> SourceImage:
-    """Read and check the image file at `path`. Hold `PILLOW_LOCK` meanwhile.
+    """Read and check the image file at `path`.
 
     Raises:
         AccessDenied: it is in none of the allowed folders.
         ImageNotFound: there is no such file.
-        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is damaged, truncated or animated, or is
-            larger than the limits allow.
+        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is animated, is larger than the limits allow,
+            would take too much time or memory, or is damaged and the limits refuse that.
+        EncodingFailed: no process can judge it.
     """
     data = read_file(path, limits)
     try:
-        source = _judged(data, limits.max_pixels)
+        damage = _judged(data, limits)
+        with tolerance(damage), quiet_pillow():
+            return _source(data, damage)
     except ImageFault as exc:
         raise ImageInvalid(f"Image file {exc}: {path}") from exc.__cause__
-    except MemoryError as exc:
-        raise EncodingFailed(f"Image file cannot be read, {OUT_OF_MEMORY}: {path}") from exc
-    return source
 
 
-def _judged(data: bytes, max_pixels: int) -> SourceImage:
-    """Return the image in the file.
+def _judged(data: bytes, limits: ImageLimits) -> ImageDamage | None:
+    """Return the damage of a file that is encoded all the same, None of a whole one.
 
     Raises:
-        ImageFault: there is none, or one that is not to be encoded.
+        ImageFault: it is not to be encoded.
     """
-    sha256 = hashlib.sha256(data).hexdigest()
-    if data.startswith(SIGNATURE):
-        facts = check_png(data, max_pixels)
-        shown = without(data, facts.unreadable)
-        size = Size(facts.header.width, facts.header.height)
-        return SourceImage(shown, sha256, ".png", size, _features_of_png(shown, facts))
-    if not data.startswith(FIRST_BYTES) or len(data) == len(FIRST_BYTES):
+    if not is_judged(data):
         raise fault_of(data)
-    try:
-        size, features = _inspect(data, max_pixels)
-        _decode_strictly(data)
-    except (ImageFault, MemoryError):
-        raise
-    except Exception as exc:
-        raise fault_of_jpeg(data) from exc
-    shown = without_further_images(data) if FurtherImages() in features else data
-    return SourceImage(shown, sha256, ".jpg", size, features)
+    damage = JUDGES.judge(data, limits.max_pixels, limits.timeout_s)
+    if damage is not None and limits.damaged == "refuse":
+        raise damage
+    return damage
 
 
-def _features_of_png(data: bytes, facts: PngFacts) -> tuple[Feature, ...]:
-    """Return the features of a PNG that passed `check_png`."""
-    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+@contextmanager
+def tolerance(damage: ImageDamage | None) -> Iterator[None]:
+    """Let Pillow read a damaged file as far as it can, inside the context."""
+    with _TOLERANT if damage is not None else nullcontext():
+        before = ImageFile.LOAD_TRUNCATED_IMAGES
+        if damage is not None:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+        try:
+            yield
+        finally:
+            if damage is not None:
+                ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _source(data: bytes, damage: ImageDamage | None) -> SourceImage:
+    """Return the image of a file that was judged.
+
+    Raises:
+        ImageFault: Pillow cannot read its header.
+    """
+    is_png = data.startswith(SIGNATURE)
+    shown = without(data, facts_of(data).unreadable) if is_png and damage is None else data
     try:
-        with Image.open(BytesIO(data), formats=("PNG",)) as image:
-            return features_of(image, data)
-    except MemoryError:
-        raise
+        with Image.open(BytesIO(shown), formats=("PNG" if is_png else "JPEG",)) as image:
+            size, features = Size(*image.size), features_of(image, shown)
     except Exception as exc:
-        raise ImageFault("cannot be decoded by Pillow, although its PNG structure is sound; save it again") from exc
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant
+        if is_out_of_memory(exc):
+            raise
+        raise damage or ImageFault("cannot be read by Pillow, although its structure is sound; save it again") from exc
+    if FurtherImages() in features:
+        shown = without_further_images(shown)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return SourceImage(shown, sha256, ".png" if is_png else ".jpg", size, features, damage)
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:
@@ -173,33 +215,3 @@ def _read_regular(path: str, descriptor: int, max_bytes: int) -> bytes:
     if not data:
         raise ImageInvalid(f"Image file is empty: {path}")
     return data
-
-
-def _inspect(data: bytes, max_pixels: int) -> tuple[Size, tuple[Feature, ...]]:
-    """Check size and number of scans of a JPEG from its header, without decoding; return size and features."""
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise ImageFault(_too_large(max_pixels)) from exc
-    with image:
-        size = Size(*image.size)
-        if size.width * size.height > max_pixels:
-            raise ImageFault(_too_large(max_pixels, f", {size}"))
-        if (count := scans(data)) > MAX_JPEG_SCANS:
-            raise ImageFault(f"has {count} scans, more than {MAX_JPEG_SCANS}; save it as a usual JPEG")
-        return size, features_of(image, data)
-
-
-def _too_large(max_pixels: int, size: str = "") -> str:
-    return f"has more than MAX_IMAGE_PIXELS={max_pixels} pixels{size}; scale it down, or raise the limit"
-
-
-def _decode_strictly(data: bytes) -> None:
-    """Decode every pixel of a JPEG; LoadImage tolerates that some are missing."""
-    tolerant = ImageFile.LOAD_TRUNCATED_IMAGES  # some custom node packages turn it on permanently
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            image.load()
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerant

@@ -32,7 +32,7 @@ def hidden_part(
 ) -> torch.Tensor | None:
     """Return how much of each pixel is hidden, float32 `[1, height, width]` in [0, 1]; None if the image is opaque.
 
-    `pixels` and `mask` are LoadImage's. The caller holds `PILLOW_LOCK`.
+    `pixels` and `mask` are LoadImage's.
     """
     transparency = next((feature for feature in source.features if isinstance(feature, Transparency)), None)
     if transparency is None:

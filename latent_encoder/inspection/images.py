@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from config import Settings
-from errors import ImageInvalid, ImageNotFound, SetupError
+from errors import EncodingFailed, ImageInvalid, ImageNotFound, SetupError
 from latent_encoder.access import ANYWHERE
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Box, Size, latent_crop
-from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, read_image
+from latent_encoder.images.source import ImageLimits, read_image
 from latent_encoder.inspection.findings import Inspection
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import latent_image, preview_image
@@ -42,9 +42,8 @@ class Painter:
         if inspection.state_of(name) == "differs":
             return None
         try:
-            with PILLOW_LOCK:
-                return read_image(str(getattr(inspection.files, name)), self._limits).data
-        except (ImageNotFound, ImageInvalid):
+            return read_image(str(getattr(inspection.files, name)), self._limits).data
+        except (ImageNotFound, ImageInvalid, EncodingFailed):
             return None
 
     def preview(self, inspection: Inspection) -> bytes | None:

@@ -19,8 +19,19 @@ from latent_encoder.standalone.folders import Walk, shown_counts
 from latent_encoder.user_paths import expanded, expanded_file
 from models import CONTENT_FIELDS, EncodeRequest, ErrorResponse
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".jpg_large", ".jpg-large", ".png"}
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".jfi",
+    ".jif",
+    ".pjpeg",
+    ".pjp",
+    ".mpo",
+    ".jpg_large",
+    ".jpg-large",
+    ".png",
 )
 """Endings of the images in a folder: those of browsers, phones and Twitter too. A file that is named may have any."""
 STDIN = "-"

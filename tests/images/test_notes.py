@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from latent_encoder.access import ANYWHERE
 from latent_encoder.images.features import Orientation, OtherColours, features_of
 from latent_encoder.images.loading import LoadedImage, load_image
-from latent_encoder.images.source import ImageLimits
+from latent_encoder.images.source import ImageLimits, read_image
 from service import LatentEncoder
 from tests.images.odd_files import (
     ADOBE,
@@ -44,7 +44,7 @@ def load(encoder: LatentEncoder, tmp_path: Path) -> Load:
     def loaded(data: bytes) -> LoadedImage:
         path = tmp_path / "image"
         path.write_bytes(data)
-        return load_image(encoder.runtime, str(path), LIMITS)
+        return load_image(encoder.runtime, str(path), read_image(str(path), LIMITS))
 
     return loaded
 

@@ -23,7 +23,7 @@ from latent_encoder.access import ANYWHERE
 from latent_encoder.images import png_unreadable
 from latent_encoder.images.faults import ImageDamage, ImageFault
 from latent_encoder.images.png import check_png, facts_of, read_header, without
-from latent_encoder.images.source import PILLOW_LOCK, ImageLimits, quiet_pillow, read_image
+from latent_encoder.images.source import ImageLimits, quiet_pillow, read_image
 from service import LatentEncoder
 from tests.helpers import IMAGES, PROJECT, Encode, stock
 from tests.images.png_files import DAMAGED, END, GREY, PALETTE, RGB, SOUND, TEXT, Form, forms, with_chunk, wrong_checksum
@@ -226,7 +226,7 @@ def test_large_metadata_leaves_the_numbers_of_comfyui(model_dir: Path, tmp_path:
     stock("load", model_dir, tmp_path / "stock.safetensors", *paths)
     expected = load_file(tmp_path / "stock.safetensors")
     for number, (name, path) in enumerate(zip(LARGE, paths, strict=True)):
-        with PILLOW_LOCK, quiet_pillow():
+        with quiet_pillow():
             source = read_image(str(path), LIMITS)
             loaded = encoder.runtime.load_image(source.data, source.ending)
         assert torch.equal(loaded, expected[str(number)]), name
@@ -236,7 +236,7 @@ def test_large_metadata_leaves_the_numbers_of_comfyui(model_dir: Path, tmp_path:
 
 def test_sound_file_is_given_to_load_image_as_it_is() -> None:
     """Nothing is left out of a usual file."""
-    with PILLOW_LOCK, quiet_pillow():
+    with quiet_pillow():
         for name in ("astronaut.png", "rgba.png", "palette_with_transparency.png"):
             assert read_image(str(IMAGES / name), LIMITS).data == (IMAGES / name).read_bytes()
 

@@ -19,7 +19,7 @@ from latent_encoder.access import ANYWHERE
 from latent_encoder.comfy_node import Node
 from latent_encoder.images import transparency
 from latent_encoder.images.loading import LoadedImage, load_image
-from latent_encoder.images.source import ImageLimits
+from latent_encoder.images.source import ImageLimits, read_image
 from latent_encoder.images.transparency import COLOURS
 from models import Alpha
 from service import LatentEncoder
@@ -124,7 +124,7 @@ def load(encoder: LatentEncoder, tmp_path: Path) -> Load:
     def loaded(data: bytes, alpha: Alpha = "drop") -> LoadedImage:
         path = tmp_path / "image.png"
         path.write_bytes(data)
-        return load_image(encoder.runtime, str(path), LIMITS, alpha)
+        return load_image(encoder.runtime, str(path), read_image(str(path), LIMITS), alpha)
 
     return loaded
 

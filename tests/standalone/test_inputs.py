@@ -73,7 +73,7 @@ def test_paths_stand_for_images(path: str, recursive: bool, names: list[str], ph
 def test_folder_has_images_of_every_usual_ending(ending: str, tmp_path: Path) -> None:
     """Endings that Windows, browsers and phones give to JPEGs count like `.jpg`, in any case."""
     (tmp_path / f"a.{ending}").touch()
-    assert find_images([str(tmp_path)], recursive=False, output_dir="out") == [f"{tmp_path}/a.{ending}"]
+    assert found(tmp_path) == [f"{tmp_path}/a.{ending}"]
 
 
 def test_image_named_twice_is_one(photos: Path) -> None:
