@@ -38,7 +38,8 @@ SCAN_MARKER_SIZE = 4
 BLOCK = 8
 """Pixels of a block's side."""
 
-EIGHT_BITS = 8
+EIGHT_BITS, TWELVE_BITS = 8, 12
+TWO_COLOURS = 2
 BASELINE, EXTENDED, PROGRESSIVE, ARITHMETIC, ARITHMETIC_PROGRESSIVE = 0xC0, 0xC1, 0xC2, 0xC9, 0xCA
 DECODED = {BASELINE, EXTENDED, PROGRESSIVE, ARITHMETIC, ARITHMETIC_PROGRESSIVE}
 JPEG_LS = 0xF7  # the frame header of another format that shares the markers
@@ -137,16 +138,17 @@ class Structure:
             raise ImageFault(f"is a {kind} JPEG, which ComfyUI cannot load; save it as a PNG or as a usual JPEG")
         if len(content) < 6 or len(content) < 6 + 3 * content[5]:
             raise unreadable("its frame header is not whole")
-        if content[0] != EIGHT_BITS:
+        if content[0] == TWELVE_BITS:
             raise ImageFault(
                 f"is a JPEG with {content[0]} bits a sample, which ComfyUI cannot load; save it with 8 bits, or as a PNG"
             )
-        if content[5] not in COLOURS:
-            raise ImageFault(f"is a JPEG of {content[5]} colours, which ComfyUI cannot load; save it with 1, 3 or 4 of them")
+        if content[5] == TWO_COLOURS:
+            raise ImageFault("is a JPEG of 2 colours, which ComfyUI cannot load; save it with 1, 3 or 4 of them")
         parts = [content[place : place + 2] for place in range(6, 6 + 3 * content[5], 3)]
         components = {number: (factors >> 4, factors & 15) for number, factors in parts}
         size = Size(int.from_bytes(content[3:5]), int.from_bytes(content[1:3]))
-        if 0 in size or not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in components.values()):
+        is_usual = content[0] == EIGHT_BITS and content[5] in COLOURS and 0 not in size
+        if not is_usual or not all(1 <= h <= 4 and 1 <= v <= 4 for h, v in components.values()):
             raise unreadable("its frame header has values that no decoder takes")
         self.frame = Frame(size, components)
         if size.width * size.height > self.max_pixels:
