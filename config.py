@@ -32,7 +32,7 @@ from models import (
     VaeModelName,
 )
 
-VERSION = "0.8.0"
+VERSION = "0.9.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
