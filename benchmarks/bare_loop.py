@@ -58,10 +58,11 @@ def load_image(runtime: ComfyRuntime, image: Path) -> torch.Tensor:
 
 
 def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
-    """Run a round; return requests per second, median seconds of encode and rest, and the SHA-256 of the latent."""
+    """Run a round; return requests per second, median seconds of encode and rest, CPU seconds, and the latent's SHA-256."""
     folder = Path(wanted.folder)
     folder.mkdir()
     encodes, rests, ends = [], [], []
+    cpu = time.process_time()
     for n in range(wanted.count):
         start = time.perf_counter()
         scaled = runtime.scale(load_image(runtime, Path(wanted.image)), "lanczos", wanted.megapixels)
@@ -77,6 +78,7 @@ def run(runtime: ComfyRuntime, vae: LoadedVae, wanted: Round) -> dict[str, Any]:
         "per_second": (wanted.count - 1) / (ends[-1] - ends[0]),
         "encode_s": median(encodes),
         "rest_s": median(rests),
+        "cpu_s": (time.process_time() - cpu) / wanted.count,
         "latent_sha256": hashlib.sha256(data).hexdigest(),
         "threads": torch.get_num_threads(),
     }

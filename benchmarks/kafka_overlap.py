@@ -8,13 +8,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
 import numpy as np
+import psutil
 from PIL import Image
 
 from benchmarks.kafka_bench import (
@@ -72,18 +73,30 @@ class Kafka:
     prefetch: int
     bench: Bench
     responses: Topic
+    worker: psutil.Process
+    cpu_s: list[tuple[float, float]] = field(default_factory=list)
+    """CPU seconds a request of the worker with its children, and of everything else but this process, in each round."""
 
     def run(self, case: Case, count: int) -> list[TimedResponse]:
         """Let the worker encode the case's image `count` times."""
         folder = self.bench.folder / "kafka"
+        before = self._cpu_seconds()
         received = responses_to(
             self.bench,
             self.responses,
             requests_for(case.image, count, megapixels=case.megapixels, output_dir=str(folder)),
         )
         assert [timed.response["status"] for timed in received] == ["success"] * count
+        worker, others = (after - start for start, after in zip(before, self._cpu_seconds(), strict=True))
+        self.cpu_s.append((worker / count, others / count))
         shutil.rmtree(folder)
         return received
+
+    def _cpu_seconds(self) -> tuple[float, float]:
+        """Return the CPU seconds so far of the worker with its children, and of all else on this machine but this process."""
+        worker = sum(sum(process.cpu_times()[:2]) for process in (self.worker, *self.worker.children(recursive=True)))
+        machine_s = psutil.cpu_times()
+        return worker, machine_s.user + machine_s.system - worker - sum(psutil.Process().cpu_times()[:2])
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -160,13 +173,14 @@ def measure(case: Case, plan: Plan) -> Result:
             bare.append(loop.run(case.image, case.megapixels, plan.count))
             for side in sides:
                 kafka[side.prefetch].append(side.run(case, plan.count))
+        cpu = {side.prefetch: side.cpu_s[1:] for side in sides}  # without the warm-up
     return {
         "case": case.name,
         "goal": case.goal,
         "threads": case.threads,
         "megapixels": case.megapixels,
         "bare": bare,
-        "kafka": [side_result(prefetch, rounds, bare) for prefetch, rounds in kafka.items()],
+        "kafka": [side_result(prefetch, rounds, bare) | cpu_result(cpu[prefetch]) for prefetch, rounds in kafka.items()],
     }
 
 
@@ -175,8 +189,8 @@ def start(case: Case, plan: Plan, prefetch: int, stack: ExitStack) -> Kafka:
     stack.callback(bench.close)
     bench.create()
     environment = {"OMP_NUM_THREADS": str(case.threads), "KAFKA_PREFETCH": str(prefetch), "DEVICE": plan.device}
-    stack.enter_context(running_workers(bench, 1, **environment))
-    return Kafka(prefetch, bench, bench.responses)
+    (worker,) = stack.enter_context(running_workers(bench, 1, **environment))
+    return Kafka(prefetch, bench, bench.responses, psutil.Process(worker.popen.pid))
 
 
 def side_result(prefetch: int, rounds: Sequence[Sequence[TimedResponse]], bare: Sequence[Result]) -> Result:
@@ -195,17 +209,24 @@ def side_result(prefetch: int, rounds: Sequence[Sequence[TimedResponse]], bare: 
     }
 
 
+def cpu_result(rounds: Sequence[tuple[float, float]]) -> Result:
+    worker, others = zip(*rounds, strict=True)
+    return {"cpu_s": median(worker), "cpu_s_of_others": median(others)}
+
+
 def explain(result: Result) -> str:
     """Return the time of a request by its parts, on both sides, as text."""
     encode, rest = (median(entry[name] for entry in result["bare"]) * 1000 for name in ("encode_s", "rest_s"))
+    bare_cpu = median(entry["cpu_s"] for entry in result["bare"]) * 1000
     lines = [
         f"{result['case']}: {result['threads']} torch threads, ComfyUI {result['kafka'][0]['comfyui']}, "
         f"device {result['kafka'][0]['device']}, latents equal on both sides",
-        f"  bare loop: encode {encode:.0f} ms, rest {rest:.0f} ms",
+        f"  bare loop: encode {encode:.0f} ms, rest {rest:.0f} ms; CPU {bare_cpu:.0f} ms",
     ]
     for side in result["kafka"]:
         steps = ", ".join(f"{step} {took:.0f} ms" for step, took in side["timings_ms"].items())
-        lines.append(f"  Kafka, prefetch {side['prefetch']}: {steps}")
+        cpu = f"CPU {side['cpu_s'] * 1000:.0f} ms, and {side['cpu_s_of_others'] * 1000:.0f} ms of the broker and others"
+        lines.append(f"  Kafka, prefetch {side['prefetch']}: {steps}; {cpu}")
     return "\n".join(lines)
 
 
