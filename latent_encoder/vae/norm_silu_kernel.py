@@ -22,8 +22,10 @@ def _kernel(  # noqa: PLR0913, PLR0917  # a kernel has no objects to put them in
     out: Any,
     count: Any,
     width: Any,
-    rows_stride: Any,
-    out_stride: Any,
+    row_step: Any,
+    column_step: Any,
+    out_row_step: Any,
+    out_column_step: Any,
     channels: tl.constexpr,
     block: tl.constexpr,
     pixels: tl.constexpr,
@@ -32,26 +34,26 @@ def _kernel(  # noqa: PLR0913, PLR0917  # a kernel has no objects to put them in
     channel = tl.arange(0, block)[None, :]
     inside = (pixel < count) & (channel < channels)
     row, column = pixel // width, pixel % width
-    place = column * channels + channel
-    x = tl.load(rows + row * rows_stride + place, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(rows + row * row_step + column * column_step + channel, mask=inside, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(x * x, axis=1))[:, None]
     scale = tl.load(gamma + channel, mask=channel < channels, other=0.0)
     y = x / tl.maximum(length, 1e-12) * scale  # EPSILON of single_frame_layers.py
     y = y / (1.0 + tl.exp(-y))
-    tl.store(out + row * out_stride + place, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_row_step + column * out_column_step + channel, y.to(out.dtype.element_ty), mask=inside)
 
 
 def norm_silu_kernel(rows: Tensor, gamma: Tensor, out: Tensor) -> None:
     """Write SiLU of the RMS norm of `rows` `[height, width, channels]` over their channels to `out`, computed in float32.
 
-    Both may have columns beside them that are not theirs. Their pixels and channels are consecutive.
+    The channels of a pixel of `out` are consecutive. Both may have rows and columns beside them that are not theirs.
     """
     height, width, channels = rows.shape
-    assert rows.stride()[1:] == out.stride()[1:] == (channels, 1), "the pixels of a row are not consecutive"
+    if rows.stride(2) != 1:  # a library may prefer another layout for its result
+        rows = rows.contiguous()
+    assert out.stride(2) == 1
     block = triton.next_power_of_2(channels)
     pixels = max(1, ELEMENTS // block)
-    count = height * width
+    programs = triton.cdiv(height * width, pixels)
+    steps = (*rows.stride()[:2], *out.stride()[:2])
     with torch.cuda.device_of(rows):
-        _kernel[(triton.cdiv(count, pixels),)](
-            rows, gamma, out, count, width, rows.stride(0), out.stride(0), channels, block, pixels, num_warps=WARPS
-        )
+        _kernel[(programs,)](rows, gamma, out, height * width, width, *steps, channels, block, pixels, num_warps=WARPS)

@@ -196,8 +196,10 @@ import torch
 from latent_encoder.vae.norm_silu_kernel import norm_silu_kernel
 from latent_encoder.vae.single_frame_layers import norm_silu
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 4e-2)):
-    for height, width, channels in ((3, 5, 96), (2, 33, 160), (1, 1, 384), (4, 7, 8)):
+    for height, width, channels in ((3, 5, 96), (2, 33, 160), (1, 1, 384), (4, 7, 8), (5, 1, 96)):
         rows = torch.randn(height, width + 2, channels).to(dtype)[:, :width]
+        if channels == 8:
+            rows = rows.permute(2, 0, 1).contiguous().permute(1, 2, 0)
         rows[0, 0] = 0
         results = [torch.zeros(height, width + 2, channels, dtype=dtype) for _ in range(2)]
         gamma = torch.randn(channels)
