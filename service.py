@@ -57,6 +57,7 @@ from latent_encoder.torch_threads import encode_threads
 from latent_encoder.trial import try_nodes
 from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.encoding import encode_image
+from latent_encoder.vae.gpu import pinned
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.model_folders import search_model_folders
 from models import EncodeRequest, ErrorResponse, Metadata, Response, SuccessResponse, Timings
@@ -178,7 +179,7 @@ class LatentEncoder:
                 memory.enter_context(self._loading.share(source.size.pixels))
                 image = load_image(self.runtime, request.image_path, source, request.alpha)
             with timed(timings, "scale"):
-                scaled = scale_image(self.runtime, image.pixels, request, vae.cells.factor)
+                scaled = pinned(scale_image(self.runtime, image.pixels, request, vae.cells.factor), vae.vae.device)
         prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
         refuse_files_of_another(request, files, owners)
         self._leftovers.remove(files.folder)

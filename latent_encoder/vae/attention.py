@@ -29,8 +29,13 @@ def block_size(pixels: Tensor) -> int:
 
 
 def empty_like(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return memory for keys and values of pixels `[count, channels]`, laid out as `attended` reads them."""
+    """Return memory for keys and values of pixels `[count, channels]`, laid out as `attended` reads them.
+
+    torch's fused attention on a GPU needs consecutive channels; without them, it would make the matrix of all scores.
+    """
     count, channels = pixels.shape
+    if pixels.device.type != "cpu":
+        return pixels.new_empty(count, channels), pixels.new_empty(count, channels)
     return pixels.new_empty(count, channels), pixels.new_empty(channels, count).t()
 
 

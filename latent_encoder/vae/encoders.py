@@ -34,15 +34,19 @@ It allows another order of additions in each dtype. An encoder that does not fit
 """
 
 
-def prepare_for_encoding(model: nn.Module, name: str, *, compiled: bool, decodes: bool) -> SingleFrameEncoder | None:
+def prepare_for_encoding(
+    model: nn.Module, name: str, *, target: torch.device, compiled: bool, decodes: bool
+) -> SingleFrameEncoder | None:
     """Return the single-frame encoder of a VAE's `first_stage_model`; None if its own `encode` has to be used.
+
+    `target` is the device on which ComfyUI will encode.
 
     Weights that are then not needed are dropped, except the decoder's if the VAE `decodes` later. The single-frame encoder
     becomes a part of the model, so that ComfyUI moves it to another device together with the model.
     """
     if type(model).__name__ in WITHOUT_DECODER and not decodes:
         drop_weights(model, DECODER_PARTS)
-    single_frame = _single_frame_encoder(model, name, compiled)
+    single_frame = _single_frame_encoder(model, name, compiled=compiled, target=target)
     if single_frame is not None:
         drop_weights(model, ENCODER_PARTS if decodes else ("",))
         model.single_frame = single_frame
@@ -50,10 +54,10 @@ def prepare_for_encoding(model: nn.Module, name: str, *, compiled: bool, decodes
     return single_frame
 
 
-def _single_frame_encoder(model: nn.Module, name: str, compiled: bool) -> SingleFrameEncoder | None:
+def _single_frame_encoder(model: nn.Module, name: str, **options: Any) -> SingleFrameEncoder | None:
     """Return a single-frame encoder that passed the check; None, with the reason in the log, if there is none."""
     try:
-        encoder = SingleFrameEncoder(model, compiled=compiled)
+        encoder = SingleFrameEncoder(model, **options)
     except UnknownArchitecture as exc:
         log.info("vae uses its own encoder", vae=name, reason=str(exc))
         return None

@@ -11,6 +11,7 @@ import torch
 
 from latent_encoder.comfy_runtime import ComfyRuntime, Vae
 from latent_encoder.geometry import Size, latent_crop
+from latent_encoder.vae.gpu import uploaded
 from latent_encoder.vae.single_frame import SingleFrameEncoder
 from latent_encoder.vae.tiling import OomPolicy, watched
 from models import EncoderKind
@@ -80,7 +81,8 @@ class LoadedVae:
         """
         if self.single_frame is not None and pixels.shape[0] > 1:
             return encode_with(runtime, self.load(), None, pixels, oom_policy)
-        return encode_with(runtime, self.vae, self.single_frame, pixels, oom_policy)
+        on_device = uploaded(pixels, self.vae.device) if self.single_frame is not None else pixels
+        return encode_with(runtime, self.vae, self.single_frame, on_device, oom_policy)
 
     def decode(self, runtime: ComfyRuntime, latent: torch.Tensor) -> torch.Tensor:
         """Return the image that VAEDecode makes of a latent `[1, channels, height, width]`: `[1, height, width, 3]`.

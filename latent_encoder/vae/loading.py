@@ -95,7 +95,9 @@ def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFram
     if settings.encoder != "auto":
         return None
     with torch.inference_mode():
-        return prepare_for_encoding(vae.first_stage_model, name, compiled=settings.compile, decodes=settings.roundtrip)
+        return prepare_for_encoding(
+            vae.first_stage_model, name, target=vae.device, compiled=settings.compile, decodes=settings.roundtrip
+        )
 
 
 def never_loads(shapes: Shapes, family: Family | None, files: Sequence[Path]) -> str | None:

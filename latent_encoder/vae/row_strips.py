@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from latent_encoder.vae.gpu import MOST_STRIP_PIXELS
+
 Rows = tuple[Tensor, bool]
 """A strip, `[height, width, channels]`: consecutive rows of an image, and whether they are the image's last."""
 
@@ -17,22 +19,22 @@ STRIP_PIXELS = {"cpu": 16 * 1024}
 """Pixels of a strip at the image's full size, by the kind of device. With the 96 float32 channels of Wan 2.1's first level
 this is 6 MB, which stays in a CPU's cache from one layer to the next."""
 
-STRIP_PIXELS_ELSEWHERE = 1024 * 1024
-"""Pixels of a strip on other devices: a GPU is faster with fewer and larger operations. A megapixel is one strip there."""
+REGROUPED_PIXELS = 256 * 1024
+"""Pixels of a regrouped strip on other devices: all of an image of 16 megapixels, at 1/64 of its pixels."""
 
 CHANNELS_GAINED = 4
 """The factor between the channels at the lowest level and at full size (96 to 384 in Wan 2.1). Strips there have fewer
 pixels by that factor, so that they take the same memory."""
 
 
-def strips(pixels: Tensor, patch: int) -> Stream:
+def strips(pixels: Tensor, patch: int, elsewhere: int = MOST_STRIP_PIXELS) -> Stream:
     """Yield an image `[colours, height, width]` in strips of whole rows of patches, `[rows, width / patch, channels]`.
 
     The `patch` x `patch` pixels of a patch (2 x 2 for Wan 2.2, else 1 x 1) become `colours` * `patch` * `patch` channels.
-    `height` and `width` are multiples of `patch`.
+    `height` and `width` are multiples of `patch`. `elsewhere` is the count of pixels in a strip if the device is no CPU.
     """
     colours, height, width = pixels.shape
-    rows = max(1, _strip_pixels(pixels.device) // width // patch) * patch
+    rows = max(1, STRIP_PIXELS.get(pixels.device.type, elsewhere) // width // patch) * patch
     for start in range(0, height, rows):
         strip = pixels[:, start : start + rows]
         # ComfyUI's order of a patch's numbers: the colour varies slowest, then the column, then the row.
@@ -51,7 +53,7 @@ def regrouped(stream: Stream) -> Stream:
     for rows, last in stream:
         waiting.append(rows)
         height = sum(strip.shape[0] for strip in waiting)
-        wanted = max(1, _strip_pixels(rows.device) // CHANNELS_GAINED // rows.shape[1])
+        wanted = max(1, _regrouped_pixels(rows.device) // rows.shape[1])
         if last or height >= wanted:
             together = torch.cat(waiting) if len(waiting) > 1 else rows
             waiting.clear()
@@ -60,8 +62,8 @@ def regrouped(stream: Stream) -> Stream:
                 yield piece, last and number == len(pieces)
 
 
-def _strip_pixels(device: torch.device) -> int:
-    return STRIP_PIXELS.get(device.type, STRIP_PIXELS_ELSEWHERE)
+def _regrouped_pixels(device: torch.device) -> int:
+    return STRIP_PIXELS[device.type] // CHANNELS_GAINED if device.type in STRIP_PIXELS else REGROUPED_PIXELS
 
 
 class RowBuffer:
@@ -70,10 +72,13 @@ class RowBuffer:
     `left` and `right` columns of zeros stand beside them.
     """
 
-    def __init__(self, first: Tensor, left: int = 0, right: int = 0) -> None:
-        """Make an empty buffer for rows like `first`: with its width, channels, dtype and device."""
+    def __init__(self, first: Tensor, left: int = 0, right: int = 0, spare: int = 0) -> None:
+        """Make an empty buffer for rows like `first`: with its width, channels, dtype and device.
+
+        It has room for as many rows, and for `spare` more. With less room than is needed, it is made and copied again.
+        """
         self._like, self._left, self._right = first.new_empty(0, *first.shape[1:]), left, right
-        self._memory = self._zeros(first.shape[0])
+        self._memory = self._zeros(first.shape[0] + spare)
         self._count = 0
 
     @property

@@ -29,18 +29,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_encoder.vae.activation import activation_for
+from latent_encoder.vae.gpu import strip_pixels
 from latent_encoder.vae.row_strips import joined, strips
 from latent_encoder.vae.single_frame_layers import (
-    Activation,
     Attention,
+    Build,
     Convolution,
     Each,
     MeanOfPatches,
     Pointwise,
     Regroup,
     Residual,
-    norm_silu,
 )
+
+TENSORS_AT_ONCE = 22
+"""Tensors of a strip at full size, with the channels and the dtype of the first level, that take as much memory as all that is
+alive at the peak. Counted on the full-size models in half precision: 18 to 21.4 for Wan 2.1 in several strips, 7.1 in one."""
 
 
 class UnknownArchitecture(Exception):
@@ -50,8 +55,11 @@ class UnknownArchitecture(Exception):
 class SingleFrameEncoder(nn.Module):
     """The encoder of a Wan 2.1 or Wan 2.2 VAE for one image, made from ComfyUI's model of that VAE."""
 
-    def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool = False, target: torch.device | None = None) -> None:
         """Take the weights from a ComfyUI `WanVAE`, in their dtype and on their device.
+
+        ComfyUI moves a VAE to a GPU when it first encodes. `target` is the device on which it will encode; if absent, the one
+        that its weights are on.
 
         With `compiled`, `torch.compile` makes one kernel of normalisation and SiLU when they first run.
 
@@ -60,10 +68,12 @@ class SingleFrameEncoder(nn.Module):
         """
         super().__init__()
         self.compiled = compiled
-        activate = torch.compile(norm_silu, dynamic=True) if compiled else norm_silu
         try:
             self.patch = _patch_side(model)
-            self.layers = nn.ModuleList(_layers(model, activate))
+            weight = next(model.parameters())
+            target = target or weight.device
+            build = Build(activation_for(target, weight.dtype, compiled=compiled), winograd=target.type == "cpu")
+            self.layers = nn.ModuleList(_layers(model, build))
         except (AttributeError, ValueError) as exc:
             raise UnknownArchitecture(f"{type(model).__name__} is not built like a Wan VAE: {exc}") from exc
         self.requires_grad_(False)
@@ -75,7 +85,8 @@ class SingleFrameEncoder(nn.Module):
         2.2: of 16). They are moved to the weights' device. Further options, which ComfyUI gives to
         the `encode` of some models, are ignored.
         """
-        stream = strips(pixels[0, :, 0].to(self.device), self.patch)
+        height = strip_pixels(self.device, self.bytes_per_pixel)
+        stream = strips(pixels[0, :, 0].to(self.device), self.patch, height)
         for layer in self.layers:
             stream = layer(stream)
         return joined(stream).permute(2, 0, 1)[None, :, None]
@@ -84,6 +95,12 @@ class SingleFrameEncoder(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Memory that the layers take for a pixel of a strip, if the norm has temporary tensors in float32."""
+        kernel = next(self.parameters())
+        return TENSORS_AT_ONCE * kernel.shape[0] * kernel.element_size() // self.patch**2
 
 
 def _patch_side(model: Any) -> int:
@@ -99,26 +116,26 @@ def _patch_side(model: Any) -> int:
     return sides[channels]
 
 
-def _layers(model: Any, activate: Activation) -> Iterator[nn.Module]:
+def _layers(model: Any, build: Build) -> Iterator[nn.Module]:
     """Yield the layers of a `WanVAE`'s encoder in their order, and the convolution behind it that makes the mean.
 
     Behind the last down-sampling the strips are regrouped, because they have lost most of their rows.
     """
     encoder = model.encoder
-    yield Convolution(encoder.conv1)
+    yield Convolution(encoder.conv1, build)
     shrinking = [number for number, layer in enumerate(encoder.downsamples) if _stride(layer) > 1]
     for number, layer in enumerate(encoder.downsamples):
-        yield _layer(layer, activate)
+        yield _layer(layer, build)
         if number == shrinking[-1]:
             yield Regroup()
     for layer in encoder.middle:
-        yield _layer(layer, activate)
+        yield _layer(layer, build)
     norm, _, convolution = encoder.head
-    yield Convolution(convolution, norm, activate)
+    yield Convolution(convolution, build, norm)
     yield Each(Pointwise(model.conv1, slice(model.conv1.weight.shape[0] // 2)))  # the other half is the log variance
 
 
-def _layer(layer: Any, activate: Activation) -> nn.Module:
+def _layer(layer: Any, build: Build) -> nn.Module:
     """Return the counterpart of a layer of ComfyUI's.
 
     Raises:
@@ -129,14 +146,14 @@ def _layer(layer: Any, activate: Activation) -> nn.Module:
         case "ResidualBlock":
             norm1, _, convolution1, norm2, _, _, convolution2 = layer.residual
             shortcut = layer.shortcut if isinstance(layer.shortcut, nn.Identity) else Pointwise(layer.shortcut)
-            return Residual([Convolution(convolution1, norm1, activate), Convolution(convolution2, norm2, activate)], shortcut)
+            return Residual([Convolution(convolution1, build, norm1), Convolution(convolution2, build, norm2)], shortcut)
         case "AttentionBlock":
             return Attention(layer)
         case "Resample":
             _, convolution = layer.resample
-            return Convolution(convolution, stride=2)
+            return Convolution(convolution, build, stride=2)
         case "Down_ResidualBlock":
-            path = [_layer(inner, activate) for inner in layer.downsamples]
+            path = [_layer(inner, build) for inner in layer.downsamples]
             return Residual(path, MeanOfPatches(layer.avg_shortcut), shrink=_stride(layer))
         case name:
             raise UnknownArchitecture(f"it has an unknown layer, {name}")

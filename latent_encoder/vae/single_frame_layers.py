@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,25 @@ Activation = Callable[[Tensor, Tensor, Tensor], None]
 
 ALL = slice(None)
 
+KEPT_ROWS = 2
+"""Rows of its input that a 3 x 3 convolution keeps for the next strip."""
+
 EPSILON = 1e-12
 """The smallest length that is divided by, as in `torch.nn.functional.normalize`, which ComfyUI's Wan VAE uses."""
+
+
+class Build(NamedTuple):
+    """The ways to compute the layers that depend on the device on which they will run."""
+
+    activate: Activation
+    winograd: bool
+    """Permission to use Winograd's convolution. It was measured on CPUs only, and a GPU's libraries have their own."""
 
 
 def norm_silu(rows: Tensor, gamma: Tensor, out: Tensor) -> None:
     """Write SiLU of the RMS norm of `rows` over their channels to `out`, computed in float32. SiLU is x * sigmoid(x)."""
     wide = rows.float()
-    result = out if out.dtype == wide.dtype else torch.empty_like(wide)
+    result = out if out.dtype == wide.dtype else wide
     functional.silu(rms_norm(wide, gamma, result), inplace=True)
     if result is not out:
         out.copy_(result)
@@ -58,17 +69,17 @@ class Convolution(nn.Module):
     over time, `[out, in, 3, 3, 3]`, the last time slice is taken: see `vae/single_frame.py`.
     """
 
-    def __init__(self, convolution: Any, norm: Any = None, activate: Activation = norm_silu, stride: int = 1) -> None:
+    def __init__(self, convolution: Any, build: Build, norm: Any = None, stride: int = 1) -> None:
         super().__init__()
         kernel = convolution.weight if convolution.weight.ndim == 4 else convolution.weight[:, :, -1]
         self.stride = stride
-        self.winograd = stride == 1 and winograd.is_worth_it(kernel)
+        self.winograd = build.winograd and stride == 1 and winograd.is_worth_it(kernel)
         self.kernel = nn.Parameter(
             winograd.transformed_kernel(kernel) if self.winograd else kernel.contiguous(memory_format=torch.channels_last)
         )
         self.bias = nn.Parameter(convolution.bias)
         self.gamma = nn.Parameter(scaled_gamma(norm)) if norm is not None else None
-        self.activate = activate
+        self.activate = build.activate
 
     def forward(self, stream: Stream) -> Stream:
         """Yield rows of the result, `[rows / stride, width / stride, out]`, as soon as their input is complete."""
@@ -88,7 +99,7 @@ class Convolution(nn.Module):
         """Return a buffer with the zeros around the image, and with columns that fill the width up to whole Winograd tiles."""
         border = 1 if self.stride == 1 else 0
         tile = winograd.TILE if self.winograd else 1
-        seen = RowBuffer(rows, left=border, right=1 + -rows.shape[1] % tile)
+        seen = RowBuffer(rows, left=border, right=1 + -rows.shape[1] % tile, spare=KEPT_ROWS)
         seen.add(border).zero_()
         return seen
 

@@ -161,7 +161,7 @@ def test_half_precision_on_a_gpu(models: dict[str, Pair], dtype: torch.dtype) ->
     """The encoder moves to the GPU with the model, and is at most 1.1 times as far from float32 as the model's own encode."""
     model, _, _ = models["2.1 wide"]
     half = copy.deepcopy(model).to(dtype)
-    half.single_frame = SingleFrameEncoder(half)
+    half.single_frame = SingleFrameEncoder(half, target=torch.device("cuda"))
     half.cuda()
     pixels = image_of(96, 96)
     with torch.inference_mode():
