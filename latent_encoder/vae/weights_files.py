@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,7 +117,9 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
     If the file has an entry `state_dict`, they are that entry's, as ComfyUI has it.
     """
     try:
-        content = torch.load(path, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # also of damaged files: a fault says it all
+            content = torch.load(path, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, ValueError, KeyError) as exc:
         raise pickle.UnpicklingError(one_line(exc)) from exc
     if not isinstance(content, Mapping):

@@ -255,6 +255,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "tar.pt": (with_bytes(tarred()), "it is a tar archive"),
     "array.pt": (with_bytes(array()), "it is a NumPy array"),
     "png.safetensors": (with_bytes(png()), "it is a PNG image, not a model"),
+    "protocol.pt": (with_bytes(b"\x80\x06cbuiltins\nlist\n."), "it is a pickle that holds more than plain weights"),
     "keras.pt": (with_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "it is an HDF5 file"),
     "cut_in_the_header.safetensors": (cut_in_the_header, "it is truncated: it has 500 bytes, and its header alone takes "),
     "longer.safetensors": (with_bytes_behind, "it has 10 bytes too many; download it again"),
