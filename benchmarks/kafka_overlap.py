@@ -14,9 +14,7 @@ from statistics import median
 from typing import Any
 
 import click
-import numpy as np
 import psutil
-from PIL import Image
 
 from benchmarks.kafka_bench import (
     BareLoop,
@@ -28,13 +26,14 @@ from benchmarks.kafka_bench import (
     running_workers,
     table,
 )
+from benchmarks.photos import JPEG_QUALITY, KINDS, photo
 from models import Timings
 from tests.broker import Broker, choose
 from tests.helpers import IMAGES
 from tests.kafka_tools import Bench, Topic
 
 PORTRAIT = IMAGES / "astronaut.png"
-LARGE = (4000, 3000)  # pixels
+JPEG = "12 MP JPEG"
 WARM_UP = 5  # requests
 STEPS = tuple(Timings.model_fields)
 HEADER = ("case", "prefetch", "bare loop req/s", "Kafka req/s", "ratio median [min-max]", "goal")
@@ -142,7 +141,7 @@ def case_a() -> Case:
 def case_b(plan: Plan, megapixels: float | None) -> Case:
     """Return the large photo's case; without a size, one at which the bare loop's encode takes as long as the rest."""
     image = plan.folder / "large.jpg"
-    large_photo().save(image, quality=92)
+    photo(*KINDS[JPEG]).save(image, quality=JPEG_QUALITY)
     size = megapixels or 0.1
     if megapixels is None:
         with BareLoop(plan.folder, plan.device, threads=1) as loop:
@@ -150,13 +149,6 @@ def case_b(plan: Plan, megapixels: float | None) -> Case:
                 took = loop.run(image, size, count=4)
                 size = round(min(max(size * took["rest_s"] / took["encode_s"], 0.01), 16.0), 3)
     return Case(f"b: 12 MP photo, {size:g} MP", image, size, 1, "> 1.3")
-
-
-def large_photo() -> Image.Image:
-    """Return the portrait at 12 megapixels, with noise like a camera's, so that its JPEG is as large as a photo's."""
-    pixels = np.asarray(Image.open(PORTRAIT).convert("RGB").resize(LARGE, Image.Resampling.BICUBIC), dtype=np.float32)
-    noise = np.random.default_rng(0).normal(0, 8, pixels.shape)
-    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
 
 
 def measure(case: Case, plan: Plan) -> Result:

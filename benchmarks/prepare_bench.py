@@ -14,10 +14,9 @@ from threading import Event
 
 import click
 import torch
-from PIL import Image
 
 from benchmarks.encode_report import Spread, markdown, progress
-from benchmarks.kafka_overlap import large_photo
+from benchmarks.photos import make_photos
 from config import Settings
 from latent_encoder.stages import Stages
 from latent_encoder.standalone.engines import ImageJob
@@ -33,7 +32,6 @@ TWO_THREADS = 1.7
 OF_CPUS = 0.9
 FIRST = "12 MP JPEG"
 
-SIZES = {"12 MP JPEG": (4000, 3000), "3 MP PNG": (2000, 1500), "1 MP PNG": (1024, 1024)}
 MEGAPIXELS = 1.0
 METHOD: UpscaleMethod = "lanczos"
 
@@ -73,7 +71,8 @@ def main(rounds: int, count: int, json_file: Path | None) -> None:
     configure_logging("WARNING", "text")
     with tempfile.TemporaryDirectory(prefix="prepare-bench-") as name, torch.inference_mode():
         folder = Path(name)
-        files = make_files(folder)
+        progress("making photos")
+        files = make_photos(folder)
         encoder = LatentEncoder.set_up(Settings(_env_file=None, device="cpu"))
         torch.set_num_threads(1)  # as in the stage that prepares
         preparations = [measure_preparation(encoder, kind, file, rounds) for kind, file in files.items()]
@@ -89,17 +88,6 @@ def main(rounds: int, count: int, json_file: Path | None) -> None:
             "throughput": [asdict(row) for row in throughputs],
         }
         json_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-def make_files(folder: Path) -> dict[str, Path]:
-    """Make photos with a camera's noise."""
-    progress("making photos")
-    photo, files = large_photo(), {}
-    for kind, size in SIZES.items():
-        files[kind] = folder / f"{kind.replace(' ', '-')}.{'jpg' if kind.endswith('JPEG') else 'png'}"
-        scaled = photo if photo.size == size else photo.resize(size, Image.Resampling.LANCZOS)
-        scaled.save(files[kind], quality=92)  # of a JPEG
-    return files
 
 
 def request_for(file: Path, folder: Path, number: int, vae: str) -> EncodeRequest:
