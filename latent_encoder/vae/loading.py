@@ -21,11 +21,10 @@ from latent_encoder.comfy_runtime import ComfyRuntime, Vae
 from latent_encoder.geometry import Size, factor_of
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.vae.checks import fault, recorded_missing_keys
-from latent_encoder.vae.encoders import prepare_for_encoding
+from latent_encoder.vae.encoders import FastEncoder, prepare_for_encoding
 from latent_encoder.vae.families import Family, family_of
 from latent_encoder.vae.latent_spaces import latent_space_of
 from latent_encoder.vae.loaded_vae import Cells, LoadedVae, encode_with
-from latent_encoder.vae.single_frame import SingleFrameEncoder
 from latent_encoder.vae.weights_files import check_weights_file, read_shapes
 
 log = get_logger("latent_encoder")
@@ -56,11 +55,11 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
         vae = _loaded(runtime, name, files, family)
     if reason := fault(vae, missing, decodes=settings.roundtrip):
         raise VaeModelInvalid(f"{_refusal(name, files)}: {reason}.")
-    single_frame = _single_frame_encoder(vae, name, settings)
+    fast_encoder = _fast_encoder(vae, name, settings)
     if name == TRIAL_VAE:
         log.warning("this vae is for trying the service: its latents mean nothing to a diffusion model", vae=name)
-    cells = _try_encoding(runtime, vae, single_frame, _refusal(name, files))
-    return LoadedVae(name, vae, sha256, single_frame, latent_space_of(family, vae, runtime), cells)
+    cells = _try_encoding(runtime, vae, fast_encoder, _refusal(name, files))
+    return LoadedVae(name, vae, sha256, fast_encoder, latent_space_of(family, vae, runtime), cells)
 
 
 def check_vae_files(name: str, files: Sequence[Path]) -> None:
@@ -74,12 +73,14 @@ def check_vae_files(name: str, files: Sequence[Path]) -> None:
             check_weights_file(file)
 
 
-def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFrameEncoder | None:
+def _fast_encoder(vae: Vae, name: str, settings: Settings) -> FastEncoder | None:
     """Return the encoder that takes the place of the model's own; None if the model keeps its own."""
     if settings.encoder != "auto":
         return None
     with torch.inference_mode():
-        return prepare_for_encoding(vae.first_stage_model, name, compiled=settings.compile, decodes=settings.roundtrip)
+        return prepare_for_encoding(
+            vae.first_stage_model, name, vae.device, compiled=settings.compile, decodes=settings.roundtrip
+        )
 
 
 def _family(name: str, files: Sequence[Path]) -> Family | None:
@@ -113,7 +114,7 @@ def _sha256(files: Sequence[Path]) -> str | None:
     return checksum.hexdigest() if files else None
 
 
-def _try_encoding(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEncoder | None, refusal: str) -> Cells:
+def _try_encoding(runtime: ComfyRuntime, vae: Vae, fast_encoder: FastEncoder | None, refusal: str) -> Cells:
     """Encode a small grey image and return the grid of its latent. `refusal` is the beginning of the error message.
 
     Raises:
@@ -122,9 +123,9 @@ def _try_encoding(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEnco
     """
     with translated(VaeModelInvalid, f"{refusal}: it does not encode a test image"), torch.inference_mode():
         try:
-            encoding = encode_with(runtime, vae, single_frame, _grey(TRIAL_SIZE), "fail")
+            encoding = encode_with(runtime, vae, fast_encoder, _grey(TRIAL_SIZE), "fail")
         except (RuntimeError, ValueError):
-            encoding = encode_with(runtime, vae, single_frame, _grey(TRIAL_SIZE_CUT), "fail")
+            encoding = encode_with(runtime, vae, fast_encoder, _grey(TRIAL_SIZE_CUT), "fail")
     samples, frames = encoding.samples, encoding.samples.ndim == 5
     if samples.ndim == 4 or (frames and samples.shape[2] == 1):
         factor = factor_of(encoding.seen, Size(width=samples.shape[-1], height=samples.shape[-2]))

@@ -41,6 +41,7 @@ from latent_encoder.vae.single_frame_layers import (
     Residual,
     norm_silu,
 )
+from models import EncoderKind
 
 
 class UnknownArchitecture(Exception):
@@ -49,6 +50,8 @@ class UnknownArchitecture(Exception):
 
 class SingleFrameEncoder(nn.Module):
     """The encoder of a Wan 2.1 or Wan 2.2 VAE for one image, made from ComfyUI's model of that VAE."""
+
+    kind: EncoderKind = "single-frame"
 
     def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
         """Take the weights from a ComfyUI `WanVAE`, in their dtype and on their device.
