@@ -33,9 +33,9 @@ def unlimited(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library has no mallinfo2")
 @pytest.mark.usefixtures("unlimited")
 def test_memory_stays_if_all_sizes_differ(tmp_path: Path) -> None:
-    """Memory in use and compiled code are the same after 120 encodes of different sizes as after 40."""
+    """Memory in use and compiled code are the same after 160 encodes of different sizes as after 80."""
     file = tmp_path / "samples.json"
-    command = ["-m", "benchmarks.memory_growth", "--vaes", "1", "--encodes", "120", "--every", "40", "--json", str(file)]
+    command = ["-m", "benchmarks.memory_growth", "--vaes", "1", "--encodes", "160", "--every", "80", "--json", str(file)]
     subprocess.run([sys.executable, *command], cwd=PROJECT, env=clean_environment(), check=True, capture_output=True)
     (_, _, first), *_, (_, _, last) = json.loads(file.read_text())
     assert last["in_use"] - first["in_use"] < GROWTH

@@ -315,7 +315,9 @@ def offsets(bench: Bench) -> dict[int, tuple[int, str]]:
     """Return the committed offset and metadata of the replays in each partition."""
     group = f"{bench.group}-dlq-replay"
     wanted = [TopicPartition(bench.dlq_topic, n) for n in range(bench.partitions)]
-    found = bench.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, wanted)])[group].result()
+    found = bench.admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, wanted)], require_stable=True)[
+        group
+    ].result()
     return {place.partition: (place.offset, place.metadata or "") for place in found.topic_partitions}
 
 

@@ -67,10 +67,10 @@ def test_standalone_mode_warns_of_a_misspelt_variable(tmp_path: Path, run_main: 
 
 def test_changed_settings_have_their_values_as_they_are_set() -> None:
     """Lists are joined by commas, and a default is left out."""
-    settings = Settings(_env_file=None, custom_nodes="a,b", kafka_prefetch=2, megapixels=2.5)
+    settings = Settings(_env_file=None, custom_nodes="a,b", vae_cache_size=2, megapixels=2.5)
     changed = changed_settings(settings)
     assert (changed["CUSTOM_NODES"], changed["MEGAPIXELS"]) == ("a,b", "2.5")
-    assert "KAFKA_PREFETCH" not in changed
+    assert "VAE_CACHE_SIZE" not in changed
 
 
 @pytest.mark.parametrize(("limit", "reason"), [("-n 12", "Too many open files"), ("-v 900000", "memory ran out")])
