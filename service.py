@@ -60,6 +60,7 @@ from latent_encoder.vae.encoding import encode_image
 from latent_encoder.vae.gpu import pinned
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.model_folders import search_model_folders
+from latent_encoder.vae.precision import warn_of_slow_precision
 from models import EncodeRequest, ErrorResponse, Metadata, Response, SuccessResponse, Timings
 
 log = get_logger("latent_encoder")
@@ -109,6 +110,7 @@ class LatentEncoder:
         JUDGES.start()  # it is ready when ComfyUI is
         torch.set_num_threads(settings.torch_num_threads or encode_threads())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
+        warn_of_slow_precision(settings.vae_precision, runtime.device)
         search_model_folders(runtime, settings.model_dir)
         Image.MAX_IMAGE_PIXELS = settings.max_image_pixels  # LoadImage applies the same limit
         encoder = cls(settings, runtime)
