@@ -350,7 +350,7 @@ class Settings(BaseSettings):
     )
     encoder: Literal["auto", "stock"] = Field(
         "auto",
-        description="`auto` is an encoder of ours if one fits the VAE, else ComfyUI's; `stock` is always ComfyUI's.",
+        description="`auto` is the single-frame encoder if it fits the VAE, else ComfyUI's; `stock` is always ComfyUI's.",
     )
     compile: bool = Field(
         False,

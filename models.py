@@ -17,7 +17,7 @@ MAX_PATH_LENGTH = 4096  # Linux's limit (PATH_MAX); the time to resolve a path g
 
 Alpha = Literal["drop", "black", "white", "grey"]
 Fit = Literal["crop", "exact"]
-EncoderKind = Literal["single-frame", "image-strips", "stock"]
+EncoderKind = Literal["single-frame", "stock"]
 FileFormat = Literal["pt", "safetensors", "comfy"]
 UpscaleMethod = Literal["lanczos", "nearest", "bilinear", "bicubic", "nearest-exact", "area"]
 ImageNote = Literal[

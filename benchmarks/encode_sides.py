@@ -37,7 +37,7 @@ class Side:
 
     name: str
     encoder: str
-    """`single-frame`, `image-strips`, `stock` or `diffusers`."""
+    """`single-frame`, `stock` or `diffusers`."""
     load_s: float
     model: nn.Module
     encode: Callable[[Tensor], Tensor]

@@ -122,7 +122,7 @@ class Ours:
         from benchmarks.gpu_choices import measure_choices
 
         self.load("fp16" if torch.cuda.is_available() else "fp32")
-        return measure_choices(self._vae.fast_encoder, torch.load(pixels, weights_only=True), rounds, self._vae)
+        return measure_choices(self._vae.single_frame, torch.load(pixels, weights_only=True), rounds, self._vae)
 
     def stages(self, kind: str, file: str, requests: int, folder: str, **settings: Any) -> dict[str, Any]:
         """Run the worker's stages over a file."""

@@ -33,8 +33,7 @@ A VAE is recognised by the names and shapes of its tensors. If several families 
 
 - **latent space**: the value of `latent_space` in the metadata, the name of ComfyUI's class in `comfy.latent_formats`.
 - **0.3.75**, **0.33**: whether this ComfyUI release encodes with the family.
-- **fast path**: our [encoder](encoder.md) that encodes it: `single-frame`, or `image-strips` for float32 on a CPU. Other
-  families use ComfyUI's own encoder.
+- **fast path**: whether the [single-frame encoder](encoder.md) encodes it. Other families use ComfyUI's own encoder.
 - **by name**: the part of the file's name that decides between families with the same tensors.
 
 A VAE of an unknown family also runs if ComfyUI encodes images with it. Its `latent_space` is then `null`.
@@ -87,13 +86,7 @@ def row(family: Family) -> Sequence[str]:
     """Return the cells of a family that encodes images."""
     releases = ("yes" if encodes(family, release) else "no" for release in RELEASES)
     space = f"`{family.latent_space}`" if family.latent_space is not None else ""
-    return (
-        family.name,
-        space,
-        *releases,
-        f"`{family.fast_encoder}`" if family.fast_encoder is not None else "",
-        family.by_name or "",
-    )
+    return (family.name, space, *releases, "yes" if family.single_frame else "", family.by_name or "")
 
 
 def other_row(family: Family) -> Sequence[str]:

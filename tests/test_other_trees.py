@@ -76,7 +76,7 @@ def test_older_release_gives_its_own_numbers(model_dir: Path, tmp_path: Path) ->
     assert invalid["error_code"] == "VAE_MODEL_INVALID"
     assert "or the file of a model that ComfyUI 0.3.52 does not know" in invalid["error_message"]
     assert len(responses) == len(cases)
-    for number, (response, encoder) in enumerate(zip(responses, ("single-frame", "image-strips", "stock"), strict=True)):
+    for number, (response, encoder) in enumerate(zip(responses, ("single-frame", "stock", "stock"), strict=True)):
         assert response["status"] == "success", response
         assert response["metadata"]["comfyui_version"] == "0.3.52"
         stock_latent = expected[f"{number}.latent"]

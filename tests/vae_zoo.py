@@ -579,17 +579,12 @@ def loaded(comfy: Any, shapes: Mapping[str, Shape], case: Case | None = None) ->
         logging.getLogger().removeHandler(missing)
     return {
         "model": type(model).__name__,
-        "encoder": class_name(getattr(model, "encoder", None)),
         "channels": vae.latent_channels,
         "output_channels": vae.output_channels,
         "shapes": tensors,
         "missing": missing.text,
         "left_over": missing.left_over,
     }
-
-
-def class_name(part: Any) -> str:
-    return f"{type(part).__module__}.{type(part).__name__}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from latent_encoder.vae.recognition import (
     wan,
     x4_upscaler,
 )
-from models import EncoderKind
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Family:
     """The predicate that recognises a file of this family."""
     since: str | None = None
     """The oldest tested ComfyUI release that encodes with it; None for a VAE that encodes no images."""
-    fast_encoder: EncoderKind | None = None
-    """The encoder of ours that encodes it; None if ComfyUI's own does."""
+    single_frame: bool = False
+    """True if the single-frame encoder encodes it."""
     by_name: str | None = None
     """The part of the file's name that distinguishes it from a family with the same tensors; None if the tensors decide."""
     no_images: str | None = None
@@ -63,24 +62,21 @@ AUDIO = "a VAE for audio"
 OBJECTS = "a VAE for 3-D objects"
 DECODER = "a decoder without its encoder"
 
-SINGLE_FRAME: EncoderKind = "single-frame"
-STRIPS: EncoderKind = "image-strips"
-
 
 # The first row that recognises a file wins. So of rows with the same tensors, the one without a word in the name comes last.
 FAMILIES = (
-    Family("Wan 2.1 / Qwen-Image", "Wan21", wan(16, 3), "0.3.52", SINGLE_FRAME),
-    Family("Wan 2.1 with alpha / Qwen-Image-Layered", "Wan21", wan(16, 4), "0.33.0", SINGLE_FRAME),
-    Family("Wan 2.2", "Wan22", wan(48, 12), "0.3.52", SINGLE_FRAME),
-    Family("FLUX.2", "Flux2", flux2(lambda channels: channels == 512), "0.3.75", STRIPS),
-    Family("FLUX.2 with a small decoder", "Flux2", flux2(lambda channels: channels != 512), "0.33.0", STRIPS),
+    Family("Wan 2.1 / Qwen-Image", "Wan21", wan(16, 3), "0.3.52", single_frame=True),
+    Family("Wan 2.1 with alpha / Qwen-Image-Layered", "Wan21", wan(16, 4), "0.33.0", single_frame=True),
+    Family("Wan 2.2", "Wan22", wan(48, 12), "0.3.52", single_frame=True),
+    Family("FLUX.2", "Flux2", flux2(lambda channels: channels == 512), "0.3.75"),
+    Family("FLUX.2 with a small decoder", "Flux2", flux2(lambda channels: channels != 512), "0.33.0"),
     Family("Mage", "Flux2", has("student.dconv_encoder.proj_out.weight"), "0.33.0"),
-    Family("Stable Video Diffusion", "SD15", has("decoder.mid.block_1.mix_factor"), "0.3.52", STRIPS),
-    Family("SD x4 upscaler", "SD_X4", x4_upscaler, "0.3.52", STRIPS),
-    Family("SDXL (by the file's name)", "SDXL", kl(4, "xl"), "0.3.52", STRIPS, by_name="xl"),
-    Family("SD 1.x / 2.x (SDXL has 'xl' in the file's name)", "SD15", kl(4), "0.3.52", STRIPS),
-    Family("SD3 (by the file's name)", "SD3", kl(16, "sd3"), "0.3.52", STRIPS, by_name="sd3"),
-    Family("FLUX.1 (SD3 has 'sd3' in the file's name)", "Flux", kl(16), "0.3.52", STRIPS),
+    Family("Stable Video Diffusion", "SD15", has("decoder.mid.block_1.mix_factor"), "0.3.52"),
+    Family("SD x4 upscaler", "SD_X4", x4_upscaler, "0.3.52"),
+    Family("SDXL (by the file's name)", "SDXL", kl(4, "xl"), "0.3.52", by_name="xl"),
+    Family("SD 1.x / 2.x (SDXL has 'xl' in the file's name)", "SD15", kl(4), "0.3.52"),
+    Family("SD3 (by the file's name)", "SD3", kl(16, "sd3"), "0.3.52", by_name="sd3"),
+    Family("FLUX.1 (SD3 has 'sd3' in the file's name)", "Flux", kl(16), "0.3.52"),
     Family("HunyuanImage 2.1", "HunyuanImage21", takes("decoder.conv_in.weight", 4, 64), "0.3.64"),
     Family("HunyuanImage 2.1's refiner", "HunyuanImage21Refiner", takes("decoder.conv_in.conv.weight", 5, 32), "0.3.75"),
     Family("LTX-Video", "LTXV", ltxv, "0.3.52"),

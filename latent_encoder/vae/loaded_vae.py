@@ -11,7 +11,6 @@ import torch
 
 from latent_encoder.comfy_runtime import ComfyRuntime, Vae
 from latent_encoder.geometry import Size, latent_crop
-from latent_encoder.vae.encoders import FastEncoder
 from latent_encoder.vae.gpu import uploaded
 from latent_encoder.vae.single_frame import SingleFrameEncoder
 from latent_encoder.vae.tiling import OomPolicy, watched
@@ -55,7 +54,7 @@ class LoadedVae:
     sha256: str | None
     """SHA-256 of its file, in hexadecimal; for a TAESD pair, of the encoder's bytes followed by the decoder's. None if it has
     no file."""
-    fast_encoder: FastEncoder | None
+    single_frame: SingleFrameEncoder | None
     """The encoder that takes the place of the model's own `encode`; None if the model keeps it."""
     latent_space: str | None
     """The name of ComfyUI's class in `comfy.latent_formats` for its latents; None if its family is unknown."""
@@ -64,26 +63,26 @@ class LoadedVae:
     @property
     def encoder(self) -> EncoderKind:
         """The name of its encoder in the metadata."""
-        return _kind(self.fast_encoder)
+        return _kind(self.single_frame)
 
     @property
     def compiled(self) -> bool:
         """True if its encoder is compiled, which changes the order of additions."""
-        return self.fast_encoder is not None and self.fast_encoder.compiled
+        return self.single_frame is not None and self.single_frame.compiled
 
     def encode(self, runtime: ComfyRuntime, pixels: torch.Tensor, oom_policy: OomPolicy) -> Encoding:
         """Encode an image, float32 `[1, height, width, 3]` in [0, 1], with VAEEncode. One thread at a time encodes.
 
-        Several images at once are the frames of a video to a VAE for video. They get a fresh VAE with all of its weights,
-        because the single-frame encoder takes one frame and its model has lost the weights for more.
+        Several images at once are the frames of a video to ComfyUI. They get a fresh VAE with all of its weights, because the
+        single-frame encoder takes one frame and its model has lost the weights for more.
 
         Raises:
             EncodingFailed: memory ran out, and the policy is `fail`.
         """
-        if isinstance(self.fast_encoder, SingleFrameEncoder) and pixels.shape[0] > 1:
+        if self.single_frame is not None and pixels.shape[0] > 1:
             return encode_with(runtime, self.load(), None, pixels, oom_policy)
-        on_device = uploaded(pixels, self.vae.device) if self.fast_encoder is not None else pixels
-        return encode_with(runtime, self.vae, self.fast_encoder, on_device, oom_policy)
+        on_device = uploaded(pixels, self.vae.device) if self.single_frame is not None else pixels
+        return encode_with(runtime, self.vae, self.single_frame, on_device, oom_policy)
 
     def decode(self, runtime: ComfyRuntime, latent: torch.Tensor) -> torch.Tensor:
         """Return the image that VAEDecode makes of a latent `[1, channels, height, width]`: `[1, height, width, 3]`.
@@ -107,11 +106,11 @@ class LoadedVae:
 def encode_with(
     runtime: ComfyRuntime,
     vae: Vae,
-    fast_encoder: FastEncoder | None,
+    single_frame: SingleFrameEncoder | None,
     pixels: torch.Tensor,
     oom_policy: OomPolicy,
 ) -> Encoding:
-    """Encode `pixels` `[frames, height, width, 3]` with VAEEncode, which calls `fast_encoder` if there is one.
+    """Encode `pixels` `[frames, height, width, 3]` with VAEEncode, which calls `single_frame` if there is one.
 
     Raises:
         EncodingFailed: memory ran out, and the policy is `fail`.
@@ -119,10 +118,10 @@ def encode_with(
     size = Size(width=pixels.shape[2], height=pixels.shape[1])
     whole = latent_crop(size, int(vae.spacial_compression_encode())).size if getattr(vae, "crop_input", True) else size
     model: Any = vae.first_stage_model
-    with ENCODING, watched(model, fast_encoder or model.encode, whole, oom_policy) as watch:
+    with ENCODING, watched(model, single_frame or model.encode, whole, oom_policy) as watch:
         samples = runtime.encode(vae, pixels)
-    return Encoding(samples, watch.tiled, watch.seen or whole, _kind(fast_encoder))
+    return Encoding(samples, watch.tiled, watch.seen or whole, _kind(single_frame))
 
 
-def _kind(fast_encoder: FastEncoder | None) -> EncoderKind:
-    return fast_encoder.kind if fast_encoder is not None else "stock"
+def _kind(single_frame: SingleFrameEncoder | None) -> EncoderKind:
+    return "single-frame" if single_frame is not None else "stock"

@@ -14,8 +14,8 @@ from errors import VaeModelInvalid, translated
 from latent_encoder.comfy_runtime import ComfyRuntime, Vae
 from latent_encoder.geometry import Size, factor_of
 from latent_encoder.vae.contents import GET_PLAIN
-from latent_encoder.vae.encoders import FastEncoder
 from latent_encoder.vae.loaded_vae import Cells, Encoding, encode_with
+from latent_encoder.vae.single_frame import SingleFrameEncoder
 
 SIZE = Size(width=133, height=69)
 """The first size that a VAE is tried with. Its sides are multiples of no VAE's factor, so the trial includes the cropping."""
@@ -40,7 +40,7 @@ class Statistics(NamedTuple):
     """The largest standard deviation of a channel over the image."""
 
 
-def probe(runtime: ComfyRuntime, vae: Vae, fast_encoder: FastEncoder | None, refusal: str) -> Cells:
+def probe(runtime: ComfyRuntime, vae: Vae, single_frame: SingleFrameEncoder | None, refusal: str) -> Cells:
     """Encode the test image and return the grid of its latent. `refusal` is the beginning of the error message.
 
     Raises:
@@ -49,9 +49,9 @@ def probe(runtime: ComfyRuntime, vae: Vae, fast_encoder: FastEncoder | None, ref
     """
     with translated(VaeModelInvalid, f"{refusal}: it does not encode a test image"), torch.inference_mode():
         try:
-            encoding = encode_with(runtime, vae, fast_encoder, test_image(SIZE), "fail")
+            encoding = encode_with(runtime, vae, single_frame, test_image(SIZE), "fail")
         except (RuntimeError, ValueError):
-            encoding = encode_with(runtime, vae, fast_encoder, test_image(SIZE_CUT), "fail")
+            encoding = encode_with(runtime, vae, single_frame, test_image(SIZE_CUT), "fail")
     cells = _cells(encoding, refusal)
     if reason := implausible(encoding.samples, half=vae.vae_dtype in (torch.float16, torch.bfloat16)):
         raise VaeModelInvalid(f"{refusal}: {reason}.")

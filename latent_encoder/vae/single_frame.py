@@ -42,7 +42,6 @@ from latent_encoder.vae.single_frame_layers import (
     Regroup,
     Residual,
 )
-from models import EncoderKind
 
 TENSORS_AT_ONCE = 22
 """Tensors of a strip at full size, with the channels and the dtype of the first level, that take as much memory as all that is
@@ -55,8 +54,6 @@ class UnknownArchitecture(Exception):
 
 class SingleFrameEncoder(nn.Module):
     """The encoder of a Wan 2.1 or Wan 2.2 VAE for one image, made from ComfyUI's model of that VAE."""
-
-    kind: EncoderKind = "single-frame"
 
     def __init__(self, model: nn.Module, *, compiled: bool = False, target: torch.device | None = None) -> None:
         """Take the weights from a ComfyUI `WanVAE`, in their dtype and on their device.

@@ -54,11 +54,10 @@ def fingerprint_with(encoder: LatentEncoder, settings: Settings, tmp_path: Path)
         {"runtime": {"decoder": "PyAV"}},
         {"runtime": {"custom_nodes": {"package": IMAGE}}},
         {"vae_parts": {"sha256": IMAGE}},
-        {"vae_parts": {"fast_encoder": None}},
+        {"vae_parts": {"single_frame": None}},
         {"vae_parts": {"vae": SimpleNamespace(vae_dtype=torch.bfloat16, device=torch.device("cpu"))}},
         {"vae_parts": {"vae": SimpleNamespace(vae_dtype=torch.float32, device=torch.device("cuda:0"))}},
-        {"vae_parts": {"fast_encoder": SimpleNamespace(kind="single-frame", compiled=True)}},
-        {"vae_parts": {"fast_encoder": SimpleNamespace(kind="image-strips", compiled=False)}},
+        {"vae_parts": {"single_frame": SimpleNamespace(compiled=True)}},
     ],
     ids=str,
 )

@@ -22,8 +22,7 @@ from tests.trees import FACTS, LACKING, needs_tiny_vae
 pytestmark = pytest.mark.core
 
 METHODS: tuple[UpscaleMethod, ...] = get_args(UpscaleMethod)
-KL = "random_kl.safetensors"
-FAMILIES = (TINY_VAE, "random_wan.safetensors", KL, "taesd", "pixel_space")
+FAMILIES = (TINY_VAE, "random_wan.safetensors", "random_kl.safetensors", "taesd", "pixel_space")
 ODD_FILES = (
     "5x4000.png",
     "cmyk.jpg",
@@ -60,7 +59,7 @@ CASES: list[Case] = [
 CROPPED = [("astronaut.png", VAE, "lanczos", SIZE), *[case for case in CASES if case[::2] == ("photo.jpg", "lanczos")]]
 
 
-EXACT: list[Case] = [("photo.jpg", family, "lanczos", 0.02) for family in (VAE, KL)]
+EXACT: list[Case] = [("photo.jpg", family, "lanczos", 0.02) for family in (VAE, "random_kl.safetensors")]
 STEPS = 8  # pixels along one side of a cell of those families
 
 
@@ -94,19 +93,19 @@ def test_files_hold_what_the_stock_nodes_give(
     settings: Settings,
     tmp_path: Path,
 ) -> None:
-    """The latent is equal to the last bit, by an encoder of ours within 2e-5; the PNG is the scaled image in 8 bits."""
+    """The latent is equal to the last bit, by the single-frame encoder within 2e-5; the PNG is the scaled image in 8 bits."""
     name, vae, method, megapixels = CASES[number]
     fields = {"vae_model_name": vae, "upscale_method": method, "megapixels": megapixels}
     response = encoders[kind].encode(request_for(settings, tmp_path, name, fields))
     stock_latent, stock_scaled = stock_results[f"{number}.latent"], stock_results[f"{number}.scaled"]
-    fast = None if kind == "stock" else "single-frame" if stock_latent.ndim == 5 else "image-strips" if vae == KL else None
-    assert response.metadata.encoder == (fast or "stock")
+    single_frame = kind == "auto" and stock_latent.ndim == 5
+    assert response.metadata.encoder == ("single-frame" if single_frame else "stock")
 
     latent = load_latent(response.latent_file_path)
     assert latent.dtype == torch.float32
     assert latent.is_contiguous()
     stock_latent = stock_latent.squeeze(2) if stock_latent.ndim == 5 else stock_latent
-    torch.testing.assert_close(latent, stock_latent, atol=2e-5 if fast else 0, rtol=0)
+    torch.testing.assert_close(latent, stock_latent, atol=2e-5 if single_frame else 0, rtol=0)
     assert list(response.latent_shape) == list(latent.shape) == list(response.metadata.latent_shape)
 
     with Image.open(response.scaled_image_path) as png:

@@ -48,8 +48,8 @@ def short_of_memory(encoder: LatentEncoder, monkeypatch: pytest.MonkeyPatch) -> 
 
     def short_of_memory(shortage: Shortage, name: str) -> None:
         vae = encoder.vaes.get(name)
-        model = vae.fast_encoder or vae.vae.first_stage_model
-        method = "forward" if vae.fast_encoder else "encode"
+        model = vae.single_frame or vae.vae.first_stage_model
+        method = "forward" if vae.single_frame else "encode"
         encode = getattr(model, method)
 
         def limited(pixels: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -30,8 +30,6 @@ pytestmark = pytest.mark.core
 
 TREES = (COMFYUI, PROJECT / "tests" / ".comfyui-0.3.52")
 
-SD_STYLE_ENCODER = "comfy.ldm.modules.diffusionmodules.model.Encoder"
-
 Built = Mapping[str, Mapping[str, Any]]
 
 # Class, arguments and latent space of VAEs that diffusers 0.42 builds, with the sizes of the published models.
@@ -142,16 +140,7 @@ def test_a_family_says_what_its_cases_say() -> None:
     for case in CASES:
         assert (family(case.family).no_images is None) == case.images
         assert family(case.family).since == (case.since if case.images else None)
-        assert (family(case.family).fast_encoder == "single-frame") == (case.model == "WanVAE")
-
-
-def test_families_in_strips_have_the_encoder_of_sd_style_vaes(built: Built) -> None:
-    """They are those whose encoder is ComfyUI's class for images, with convolutions in two dimensions."""
-    for case in CASES:
-        if "encoder" in built[case.file]:
-            two_dimensions = len(built[case.file]["shapes"].get("encoder.conv_in.weight", ())) == 4
-            expected = built[case.file]["encoder"] == SD_STYLE_ENCODER and two_dimensions
-            assert (family(case.family).fast_encoder == "image-strips") == expected, case
+        assert family(case.family).single_frame == (case.model == "WanVAE")
 
 
 def test_vaes_that_comfyui_builds_are_recognised(tree: Path, built: Built) -> None:
