@@ -50,7 +50,6 @@ CORE = {
     "vae/test_files.py": 35,
     "vae/test_diffusers_names.py": 8,
     "vae/test_wrong_files.py": 70,
-    "vae/test_image_strips.py": 25,
     "vae/test_zoo.py": 91,
 }
 

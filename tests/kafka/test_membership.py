@@ -93,7 +93,7 @@ def test_static_member_that_returns_keeps_its_partitions(
                 with bench.process(**environment) as again:
                     responses.take(2)
                     bench.wait_for_commit({0: 1, 1: 1})
-                    assert len(again.events("request answered")) == 1
+                    wait_until(lambda: len(again.events("request answered")) == 1, "the event of the response")
                 assert assigned(events) == [1]
     assert request_ids(responses) == {"r0": 1, "r1": 1}
 
