@@ -9,20 +9,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event
 
 import click
 import torch
 
 from benchmarks.encode_report import Spread, markdown, progress
 from benchmarks.photos import make_photos
+from benchmarks.stage_runs import Observed, run_stages
 from config import Settings
-from latent_encoder.stages import Stages
-from latent_encoder.standalone.engines import ImageJob
-from latent_encoder.telemetry.health import Health
 from latent_encoder.telemetry.logs import configure_logging
-from models import EncodeRequest, SuccessResponse, UpscaleMethod
+from models import EncodeRequest, UpscaleMethod
 from service import LatentEncoder
 from tests.helpers import TINY_VAE, clean_environment
 
@@ -118,7 +114,7 @@ def measure_preparation(encoder: LatentEncoder, kind: str, file: Path, rounds: i
 def nodes_alone(encoder: LatentEncoder, file: Path) -> None:
     """Run LoadImage on the file where it lies, then ImageScaleToTotalPixels."""
     runtime = encoder.runtime
-    with runtime._input_setting.being(file.parent):
+    with runtime._input_setting.entered(file.parent):
         pixels = runtime._load_image(image=str(file))
     runtime.scale(pixels, METHOD, MEGAPIXELS)
 
@@ -136,34 +132,18 @@ def measure_writing(encoder: LatentEncoder, file: Path, rounds: int) -> Spread:
 def measure_throughput(file: Path, folder: Path, threads: int, count: int) -> Throughput:
     """Run images through the stages of a fresh encoder with the VAE `pixel_space`, whose encode is a copy."""
     progress(f"{count} images with PREPARE_THREADS={threads}")
-    encoder = LatentEncoder.set_up(Settings(_env_file=None, device="cpu", prepare_threads=threads))
-    ended: SimpleQueue[SuccessResponse | BaseException] = SimpleQueue()
-    stages = Stages[ImageJob](encoder, lambda _, result: ended.put(result), Health(600), reuse=False)
-    target = folder / f"threads-{threads}"
-
-    def run(first: int, last: int) -> None:
-        for number in range(first, last):
-            stages.submit(ImageJob(number, request_for(file, target, number, "pixel_space"), Event()))
-        for _ in range(first, last):
-            if not isinstance(result := ended.get(), SuccessResponse):
-                raise click.ClickException(f"An image failed: {result}")
-
-    run(0, 2 * threads)
-    start, cpu = time.perf_counter(), cpu_seconds()
-    run(2 * threads, 2 * threads + count)
-    took, cpu = time.perf_counter() - start, cpu_seconds() - cpu
-    stages.close()
-    for thread in stages.threads:
-        thread.join()
-    return Throughput(threads, count / took, cpu / count)
-
-
-def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of its children so far."""
-    import psutil
-
-    process = psutil.Process()
-    return sum(sum(each.cpu_times()[:2]) for each in (process, *process.children(recursive=True)))
+    settings = Settings(
+        _env_file=None,
+        device="cpu",
+        prepare_threads=threads,
+        vae_model_name="pixel_space",
+        upscale_method=METHOD,
+        megapixels=MEGAPIXELS,
+    )
+    encoder = Observed.set_up(settings)
+    assert isinstance(encoder, Observed), "`set_up` makes an encoder of its class"
+    run = run_stages(encoder, FIRST, file, count, folder / f"threads-{threads}")
+    return Throughput(threads, run.per_second, sum(run.cpu_s.values()) / count)
 
 
 def seconds_of(call: Callable[[], object]) -> float:

@@ -21,7 +21,7 @@ from latent_encoder.comfy_import import (
     imported_version,
     refuse_second_tree,
 )
-from latent_encoder.comfy_input import InputSetting
+from latent_encoder.comfy_input import input_setting
 from latent_encoder.comfy_node import Node
 from latent_encoder.images.features import ENDINGS, Feature, decoder_of
 from latent_encoder.images.input_folder import Ending, InputFolders
@@ -68,7 +68,7 @@ class ComfyRuntime:
     def __init__(self, path: Path, custom_nodes: Sequence[str]) -> None:
         self.path = path
         self._folder_paths = importlib.import_module("folder_paths")
-        self._input_setting = InputSetting(self._folder_paths)
+        self._input_setting = input_setting(self._folder_paths)
         self.nodes = import_custom_nodes_minimal(path, NODE_IDS, custom_nodes)
         self.custom_nodes = {name: checksum_of_package(custom_node_path(path, name)) for name in sorted(set(custom_nodes))}
         """Checksum of the code of each custom node package that is loaded: a package may change ComfyUI's own functions."""
@@ -139,7 +139,7 @@ class ComfyRuntime:
 
         The mask of an image without transparency may be of another size. None if this LoadImage gives no mask.
         """
-        with self._input_folders.file(data, ending) as path, self._input_setting.being(path.parent):
+        with self._input_folders.file(data, ending) as path, self._input_setting.entered(path.parent):
             outputs = self._load_image.run(image=str(path))
         image: torch.Tensor = get_value_at_index(outputs, 0)
         with suppress(LookupError):

@@ -11,14 +11,13 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, ClassVar, Literal, Protocol
 
 import PIL
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL import features as pillow_features
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -28,6 +27,7 @@ from latent_encoder.images.colours import Carrier as ColourCarrier
 from latent_encoder.images.colours import colours_of, swapped_profile
 from latent_encoder.images.input_folder import Ending
 from latent_encoder.images.jpeg_markers import has_further_images, without_further_images
+from latent_encoder.images.pillow import tolerant_pillow
 from latent_encoder.images.png_metadata import (
     COLOUR_TYPE,
     DEPTH,
@@ -293,21 +293,10 @@ def _features(image: Image.Image, data: bytes) -> Iterator[Feature]:
 def _orientation(image: Image.Image, data: bytes) -> Orientation | None:
     """Return the orientation, as Pillow finds it in EXIF data or in XMP; None if viewers would not turn the image."""
     if image.format == "PNG":  # EXIF data may also follow the pixels
-        with _tolerant_pillow(), Image.open(BytesIO(with_one_pixel(data))) as metadata:
+        with tolerant_pillow(), Image.open(BytesIO(with_one_pixel(data))) as metadata:
             metadata.load()
             return _tagged("PNG", metadata)
     return _tagged("JPEG", image)
-
-
-@contextmanager
-def _tolerant_pillow() -> Iterator[None]:
-    """Have Pillow drop metadata that it cannot read, as LoadImage has it do."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _tagged(file_format: Format, image: Image.Image) -> Orientation | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
 
@@ -14,7 +15,8 @@ from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Size, size_of
 from latent_encoder.images.colours import SAMPLED_SIDE, colours_of
 from latent_encoder.images.features import Orientation, Transparency
-from latent_encoder.images.source import SourceImage, quiet_pillow, tolerance
+from latent_encoder.images.pillow import quiet_pillow, tolerant_pillow
+from latent_encoder.images.source import SourceImage
 from latent_encoder.images.transparency import hidden_part, laid_over
 from latent_encoder.trial import try_load_image
 from models import Alpha, ImageNote
@@ -42,7 +44,7 @@ def load_image(runtime: ComfyRuntime, path: str, source: SourceImage, alpha: Alp
         ImageInvalid: this ComfyUI cannot decode it.
         EncodingFailed: LoadImage fails on every image, memory ran out, or no folder has room for LoadImage's copy.
     """
-    with tolerance(source.damage), quiet_pillow():
+    with tolerant_pillow() if source.damage is not None else nullcontext(), quiet_pillow():
         try:
             with translated(ImageInvalid, _cannot_load(runtime, path, source), quoting=False):
                 image, hidden = _load(runtime, source)

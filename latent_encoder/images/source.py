@@ -10,15 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Self
 
-from PIL import Image, ImageFile
+from PIL import Image
 
 from config import DamagedImages, Settings
 from errors import ImageInvalid, ImageNotFound, is_out_of_memory
@@ -31,42 +28,11 @@ from latent_encoder.images.input_folder import Ending
 from latent_encoder.images.jpeg_markers import without_further_images
 from latent_encoder.images.judge import is_judged
 from latent_encoder.images.judging import JUDGES
+from latent_encoder.images.pillow import quiet_pillow, tolerant_pillow
 from latent_encoder.images.png import SIGNATURE, facts_of, without
 
-IMAGE_TIMEOUT_S = 60.0
+IMAGE_TIMEOUT_S: float = Settings.model_fields["image_timeout_s"].default
 """The default of the setting."""
-
-_TOLERANT = threading.Lock()
-"""Held while a damaged image is read. Pillow shows the rest of it if a flag is set, which is one for the whole process."""
-
-
-class _Quiet:
-    """Pillow's warnings are silenced as long as a thread wants that."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._filters = warnings.catch_warnings()
-
-    @contextmanager
-    def wanted(self) -> Iterator[None]:
-        with self._lock:
-            if self._users == 0:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\b")
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._filters.__exit__(None, None, None)
-
-
-quiet_pillow = _Quiet().wanted
-"""A context that silences Pillow's warnings about odd files: faults that matter are refused, changes are noted."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +91,7 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
     data = read_file(path, limits)
     try:
         damage = _judged(data, limits)
-        with tolerance(damage), quiet_pillow():
+        with tolerant_pillow() if damage is not None else nullcontext(), quiet_pillow():
             return _source(data, damage)
     except ImageFault as exc:
         raise ImageInvalid(f"Image file {exc}: {path}") from exc.__cause__
@@ -143,20 +109,6 @@ def _judged(data: bytes, limits: ImageLimits) -> ImageDamage | None:
     if damage is not None and limits.damaged == "refuse":
         raise damage
     return damage
-
-
-@contextmanager
-def tolerance(damage: ImageDamage | None) -> Iterator[None]:
-    """Let Pillow read a damaged file as far as it can, inside the context."""
-    with _TOLERANT if damage is not None else nullcontext():
-        before = ImageFile.LOAD_TRUNCATED_IMAGES
-        if damage is not None:
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
-        try:
-            yield
-        finally:
-            if damage is not None:
-                ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _source(data: bytes, damage: ImageDamage | None) -> SourceImage:

@@ -22,7 +22,8 @@ from latent_encoder.images.content_kinds import BINARY, TEXTS
 from latent_encoder.images.contents import fault_of
 from latent_encoder.images.faults import ImageFault
 from latent_encoder.images.jpeg_structure import structure_of
-from latent_encoder.images.source import ImageLimits, quiet_pillow, read_image
+from latent_encoder.images.pillow import quiet_pillow
+from latent_encoder.images.source import ImageLimits, read_image
 from tests.helpers import IMAGES, Encode
 
 LIMITS = ImageLimits(ANYWHERE, max_bytes=10_000_000, max_pixels=1_000_000)

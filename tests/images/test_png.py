@@ -22,8 +22,9 @@ from fuzz.pngs import build, parse
 from latent_encoder.access import ANYWHERE
 from latent_encoder.images import png_unreadable
 from latent_encoder.images.faults import ImageDamage, ImageFault
+from latent_encoder.images.pillow import quiet_pillow
 from latent_encoder.images.png import check_png, facts_of, read_header, without
-from latent_encoder.images.source import ImageLimits, quiet_pillow, read_image
+from latent_encoder.images.source import ImageLimits, read_image
 from service import LatentEncoder
 from tests.helpers import IMAGES, PROJECT, Encode, stock
 from tests.images.png_files import DAMAGED, END, GREY, PALETTE, RGB, SOUND, TEXT, Form, forms, with_chunk, wrong_checksum

@@ -35,7 +35,7 @@ installer.import_trial
 comfy_import
 images.features
 images.colours
-images.input_folder : images.jpeg_markers : images.png_metadata
+images.input_folder : images.jpeg_markers : images.png_metadata : images.pillow
 access
 setting_names
 telemetry
@@ -48,7 +48,7 @@ models
 utils
 errors : terminal
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
-masking : small_files : container : user_paths
+masking : small_files : container : user_paths : shared_context
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 
