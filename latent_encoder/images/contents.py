@@ -9,13 +9,13 @@ import re
 
 from latent_encoder.images.content_kinds import BINARY, OTHER_TEXT, TEXTS, Kind
 from latent_encoder.images.faults import ImageFault
+from latent_encoder.images.png_chunks import SIGNATURE
 from latent_encoder.images.tiff import kind_of_tiff
 
 HEAD = 4096  # bytes that are looked at; HTTP headers and a web server's warnings before an image are shorter
 FEWEST_BYTES = 4  # fewer do not tell one format from another
 SHOWN_BYTES = 8  # of a content that is not known
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_INSIDE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff[\xc0\xc2\xc4\xdb\xdd\xe0-\xef\xfe]")
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 UTF8_MARK = b"\xef\xbb\xbf"

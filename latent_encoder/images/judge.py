@@ -22,8 +22,8 @@ from latent_encoder.images.faults import ImageDamage, ImageFault
 from latent_encoder.images.jpeg import check_jpeg
 from latent_encoder.images.jpeg_markers import FIRST_BYTES as JPEG_SIGNATURE
 from latent_encoder.images.jpeg_structure import ADVICE
-from latent_encoder.images.png import SIGNATURE as PNG_SIGNATURE
 from latent_encoder.images.png import check_png
+from latent_encoder.images.png_chunks import SIGNATURE as PNG_SIGNATURE
 
 READY = b"\1"
 """Sent once, when everything is imported."""

@@ -16,10 +16,9 @@ from typing import NamedTuple, Protocol
 from isal import isal_zlib
 
 from latent_encoder.images.faults import ImageDamage, ImageFault
-from latent_encoder.images.png_chunks import CHECKSUM, NAME_END, Buffer, Chunk, Span
+from latent_encoder.images.png_chunks import CHECKSUM, NAME_END, SIGNATURE, Buffer, Chunk, Span
 from latent_encoder.images.png_unreadable import matters, unreadable
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER_END = 33  # bytes: the signature, and the chunk IHDR with 13 bytes of content
 
 MOST_CHUNKS = 100_000  # files have up to some thousands; a chunk of 12 bytes costs Pillow 20 microseconds and 200 bytes

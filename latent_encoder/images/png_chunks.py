@@ -10,6 +10,8 @@ Buffer = bytes | bytearray
 Span = tuple[int, int]
 """A part of a file: offsets of its first byte, and of the byte behind its last."""
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG
+
 NAME_END = 8  # bytes: the length, then the name
 CHECKSUM = 4  # bytes
 

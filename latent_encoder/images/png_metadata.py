@@ -6,13 +6,12 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from latent_encoder.images.png_chunks import CHECKSUM, NAME_END, SIGNATURE, TEXTS
+
 DEPTH, COLOUR_TYPE = 24, 25
 """Offsets of the bits per sample and of the colour type in a PNG; both are in IHDR, which is always the first chunk."""
 
-LENGTH_AND_KIND, CHECKSUM = 8, 4  # bytes of a chunk beside its content
 XMP_KEYWORD, PROFILE_KEYWORD = "XML:com.adobe.xmp", "Raw profile type exif"  # keywords of text chunks
-TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
 
 Chunk = tuple[bytes, bytes]
@@ -22,9 +21,9 @@ Chunk = tuple[bytes, bytes]
 def chunks(data: bytes) -> Iterator[Chunk]:
     """Yield the chunks of a PNG except those of its pixels."""
     offset = len(SIGNATURE)
-    while offset + LENGTH_AND_KIND <= len(data):
+    while offset + NAME_END <= len(data):
         length, kind = struct.unpack_from(">I4s", data, offset)
-        content = offset + LENGTH_AND_KIND
+        content = offset + NAME_END
         if kind not in (b"IDAT", b"fdAT"):
             yield kind, data[content : content + length]
         offset = content + length + CHECKSUM
@@ -60,5 +59,5 @@ def _has_orientation(kind: bytes, content: bytes) -> bool:
 
 def with_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
     """Return the PNG with one more chunk, behind its header."""
-    header_end = len(SIGNATURE) + LENGTH_AND_KIND + 13 + CHECKSUM
+    header_end = len(SIGNATURE) + NAME_END + 13 + CHECKSUM
     return data[:header_end] + _framed((kind, content)) + data[header_end:]

@@ -29,7 +29,8 @@ from latent_encoder.images.jpeg_markers import without_further_images
 from latent_encoder.images.judge import is_judged
 from latent_encoder.images.judging import JUDGES
 from latent_encoder.images.pillow import quiet_pillow, tolerant_pillow
-from latent_encoder.images.png import SIGNATURE, facts_of, without
+from latent_encoder.images.png import facts_of, without
+from latent_encoder.images.png_chunks import SIGNATURE
 
 IMAGE_TIMEOUT_S: float = Settings.model_fields["image_timeout_s"].default
 """The default of the setting."""

@@ -7,7 +7,8 @@ import struct
 import torch
 from isal import isal_zlib
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from latent_encoder.images.png_chunks import SIGNATURE
+
 BITS, RGB = 8, 2  # of a sample; the colour type of the header
 FILTER_UP = 2  # each row holds the differences from the one above
 DEFLATE_LEVEL = 1  # of isal: a photo is 15 % smaller than with level 0, in the same time; levels 2 and 3 save under 1 % more

@@ -36,6 +36,7 @@ comfy_import
 images.features
 images.colours
 images.input_folder : images.jpeg_markers : images.png_metadata : images.pillow
+images.png_chunks
 access
 setting_names
 telemetry
