@@ -77,13 +77,13 @@ class InProcess:
         WRITING.acquire()
 
     def _finished(self, job: ImageJob, result: SuccessResponse | BaseException) -> None:
-        request_id, correlation_id = job.request.request_id, job.request.correlation_id
+        request_id, about = job.request.request_id, (job.request.image_path, job.request.correlation_id)
         if isinstance(result, SuccessResponse):
             event = "request answered from its files" if job.redelivered else "request encoded"
             log.info(event, request_id=request_id, latent=result.latent_file_path, **result.metadata.timings_ms.model_dump())
-            self._report(job.number, Outcome(result, correlation_id, job.redelivered))
+            self._report(job.number, Outcome(result, *about, job.redelivered))
         else:
             error = as_request_error(result)
             log_failure(error, image=job.request.image_path, request_id=request_id)
             response = ErrorResponse.of(error, request_id, datetime.now(UTC))
-            self._report(job.number, Outcome(response, correlation_id))
+            self._report(job.number, Outcome(response, *about))

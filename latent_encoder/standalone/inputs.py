@@ -55,12 +55,14 @@ class RefusedInput:
     """The error response to an input that is no valid request."""
 
     response: ErrorResponse
+    image_path: str | None = None
     correlation_id: str | None = None
 
     @classmethod
     def of(cls, error: RequestError, fields: Mapping[str, Any]) -> RefusedInput:
         response = ErrorResponse.of(error, request_id_of(fields), datetime.now(UTC))
-        return cls(response, usable_text(fields, "correlation_id"))
+        image_path = fields.get("image_path")
+        return cls(response, image_path if isinstance(image_path, str) else None, usable_text(fields, "correlation_id"))
 
 
 Input = EncodeRequest | RefusedInput

@@ -17,6 +17,8 @@ class Outcome:
     """The response to one input."""
 
     response: Response
+    image_path: str | None
+    """The image, as it was given; None if the input is no request that names one."""
     correlation_id: str | None
     stored: bool = False
     """The image was not encoded, because its output files were complete and matched."""
@@ -131,7 +133,7 @@ class Batch:
                 if self._stopping.is_set():
                     return
                 if isinstance(entry, RefusedInput):
-                    self._report(number, Outcome(entry.response, entry.correlation_id))
+                    self._report(number, Outcome(entry.response, entry.image_path, entry.correlation_id))
                 else:
                     self._engine.submit(number, entry)
         except BaseException as exc:  # raised again by `outcomes`

@@ -138,7 +138,7 @@ class Run:
         return tqdm(total=self._inputs.total, unit="image", bar_format=BAR, dynamic_ncols=True, disable=disable)
 
     def _write(self, outcome: Outcome, stdout: int, bar: tqdm[NoReturn]) -> None:
-        text = json.dumps(_document(outcome), indent=2 if self._inputs.single else None, ensure_ascii=False)
+        text = json.dumps(_document(outcome, self._inputs), indent=2 if self._inputs.single else None, ensure_ascii=False)
         try:
             with bar.external_write_mode(file=sys.stderr) if os.isatty(stdout) else nullcontext():  # both on one terminal
                 _write_all(stdout, f"{text}\n".encode())
@@ -215,9 +215,11 @@ def run(
         return Run(settings, inputs, options, log_style).run(stdout)
 
 
-def _document(outcome: Outcome) -> dict[str, Any]:
-    """Return the fields of the response, and the correlation id of a request that has one."""
+def _document(outcome: Outcome, inputs: Inputs) -> dict[str, Any]:
+    """Return the fields of the response, first the image in a run over many, last the correlation id of a request with one."""
     fields = outcome.response.model_dump(mode="json")
+    if not inputs.single:
+        fields = {"image_path": outcome.image_path and in_utf8(outcome.image_path), **fields}
     return fields if outcome.correlation_id is None else {**fields, "correlation_id": outcome.correlation_id}
 
 

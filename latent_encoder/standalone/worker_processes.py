@@ -133,7 +133,7 @@ class Processes:
         for number, request in worker.requests.items():
             error = EncodingFailed(f"The worker process that had {request.image_path} ended: {reason}.")
             response = ErrorResponse.of(error, request.request_id, datetime.now(UTC))
-            self._report(number, Outcome(response, request.correlation_id))
+            self._report(number, Outcome(response, request.image_path, request.correlation_id))
 
 
 def _spawn(share: Share) -> Worker:

@@ -77,6 +77,18 @@ def test_one_failure_does_not_stop_the_rest(photos: Path, run: Any) -> None:
     assert errors.splitlines()[-1].startswith("3 encoded, 0 done before, 1 failed (IMAGE_INVALID: 1), in 0:0")
 
 
+def test_each_line_names_its_image(photos: Path, run: Any, tmp_path: Path) -> None:
+    """Each line begins with the path of the image as it was given, errors too; a line that names none has null there."""
+    _, responses, _ = run(ImageSelection((str(photos),)))
+    assert [next(iter(response.items())) for response in responses] == [
+        ("image_path", str(photos / name)) for name in ("astronaut.png", "broken.jpg", "grey.png", "photo.jpg")
+    ]
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"image_path": "gone.png"}\n{"image_path": "nul\\u0000"}\n{"request_id": "1"}\nnonsense\n')
+    _, responses, _ = run(ImageSelection(input_list=str(requests)))
+    assert [response["image_path"] for response in responses] == ["gone.png", "nul\0", None, None]
+
+
 def test_run_goes_on_where_it_was(photos: Path, run: Any, tmp_path: Path) -> None:
     """Images with complete, matching files are not encoded again; damaged latents and changed images are."""
     (photos / "broken.jpg").unlink()
