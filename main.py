@@ -50,6 +50,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
       python main.py --mode kafka --kafka-bootstrap-servers localhost:9092
       python main.py --mode dlq-replay --error-code IMAGE_NOT_FOUND --dry-run
       python main.py --mode health
+      python main.py --image_path photos --roundtrip --html sheet.html
       python main.py --mode inspect output/latent_photo_1.pt --html
       python main.py --mode doctor
     """  # noqa: D301  # click needs the character that \b stands for

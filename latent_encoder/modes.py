@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -19,7 +20,7 @@ import click
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
 from errors import KafkaFailed, LatentEncoderError, SetupError, one_line, outside_cause
 from latent_encoder.access import log_missing_limits
-from latent_encoder.cli.parsing import fail
+from latent_encoder.cli.parsing import NO_FILE, fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
     EXIT_SERVICE_FAILED,
@@ -34,6 +35,7 @@ from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_except
 from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, stdout_on_stderr
 
 if TYPE_CHECKING:
+    from latent_encoder.contact_sheet.of_run import RunSheet
     from latent_encoder.kafka.replay import Selection
     from latent_encoder.standalone.inputs import ImageSelection
 
@@ -47,7 +49,9 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
 
     selection = _selected_images(given)
     fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
-    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
+    options = standalone.RunOptions(
+        sheet=_sheet_of_run(settings, given), **{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")}
+    )
     try:
         return standalone.run(settings, selection, fields, options, style)
     except UnusableInputs as exc:
@@ -57,6 +61,21 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     except standalone.OutputFailed as exc:
         complain(f"Error: {exc}")
         end_at_once(EXIT_SERVICE_FAILED)
+
+
+def _sheet_of_run(settings: Settings, given: Mapping[str, Any]) -> RunSheet | None:
+    """Return the contact sheet that `--html FILE` asks for."""
+    if given["html"] is None:
+        return None
+    if given["html"] == NO_FILE:
+        raise click.UsageError("--html needs the name of the contact sheet, which ends in .html: --html sheet.html")
+    from latent_encoder.contact_sheet.of_run import RunSheet
+    from latent_encoder.contact_sheet.place import SheetRefused
+
+    try:
+        return RunSheet(settings, Path(given["html"]), workers=given["workers"])
+    except SheetRefused as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
 
 
 def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
@@ -193,10 +212,23 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
         raise click.UsageError("Inspect mode needs latent files: python main.py --mode inspect FILE")
     from latent_encoder import inspection
 
+    paths, html, as_json = given["paths"], given["html"], given["as_json"]
     try:
-        return inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
+        if html:
+            return _sheet_of_latents(settings, paths, Path(html), as_json=as_json)
+        return inspection.run(settings, paths, html=html == NO_FILE, as_json=as_json, echo=click.echo)
     except OSError as exc:
         fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+
+
+def _sheet_of_latents(settings: Settings, paths: Sequence[str], place: Path, *, as_json: bool) -> int:
+    from latent_encoder.contact_sheet import of_latents
+    from latent_encoder.contact_sheet.place import SheetRefused
+
+    try:
+        return of_latents.run(settings, paths, place, as_json=as_json, echo=click.echo)
+    except SheetRefused as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
 
 
 def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> int:

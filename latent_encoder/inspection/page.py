@@ -43,28 +43,37 @@ class Histogram:
     alt: str
 
 
-def as_page(inspection: Inspection, painter: Painter) -> str:
-    """Return the page. Markup in metadata and names is escaped."""
+def templates(*folders: Path) -> Environment:
+    """Return the templates in these folders. They escape markup."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(number=number_text, printable=printable)
+    return environment
+
+
+def as_page(inspection: Inspection, painter: Painter) -> str:
+    """Return the page. Markup in metadata and names is escaped."""
     low, high = value_range(inspection.latent)
-    return environment.get_template("page.html").render(
-        found=inspection,
-        name=printable(inspection.files.latent.name),
-        space=space_text(inspection),
-        figures=_figures(inspection, painter),
-        histograms=[histogram(values, low, high) for values in inspection.latent.unbind(1)],
-        low=low,
-        high=high,
-        width=HISTOGRAM_WIDTH,
-        height=HISTOGRAM_HEIGHT,
-        metadata=metadata_rows(inspection.metadata) if inspection.metadata else {},
+    return (
+        templates(Path(__file__).parent)
+        .get_template("page.html")
+        .render(
+            found=inspection,
+            name=printable(inspection.files.latent.name),
+            space=space_text(inspection),
+            figures=_figures(inspection, painter),
+            histograms=[histogram(values, low, high) for values in inspection.latent.unbind(1)],
+            low=low,
+            high=high,
+            width=HISTOGRAM_WIDTH,
+            height=HISTOGRAM_HEIGHT,
+            metadata=metadata_rows(inspection.metadata) if inspection.metadata else {},
+        )
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from tqdm import tqdm
 
@@ -36,10 +36,25 @@ class OutputFailed(LatentEncoderError):
     """Standard output takes no more responses."""
 
 
+class Sheet(Protocol):
+    """A page that collects the outcomes of a run."""
+
+    def expect(self, total: int | None) -> None:
+        """Take the number of images of the run; None if it is not known."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Add the outcome of one image."""
+
+    def write(self, *, interrupted: bool) -> bool:
+        """Write the page with the outcomes so far, and return whether that worked; if not, a line reports it."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """The options of a run that are not fields of its requests."""
 
+    sheet: Sheet | None = None
+    """The contact sheet to write."""
     force: bool = False
     """Encode images that already have complete, matching output files too."""
     fail_fast: bool = False
@@ -97,6 +112,7 @@ class Run:
         self._options = options
         self._tally = RunTally()
         self._stopped_by: int | None = None
+        self._sheet_failed = False
         self._batch = Batch(inputs.items, self._make_engine)
 
     def run(self, stdout: int) -> int:
@@ -108,10 +124,12 @@ class Run:
         """
         for folder, reason in self._inputs.unreadable.items():
             log.error("folder cannot be read, its images are left out", folder=in_utf8(folder), reason=reason)
-        with self._stopping_on_signals(), self._bar() as bar:
+        with self._stopping_on_signals(), self._sheet_at_the_end(), self._bar() as bar:
             for outcome in self._batch.outcomes():
                 self._tally.add(outcome)
                 self._write(outcome, stdout, bar)
+                if self._options.sheet is not None:
+                    self._options.sheet.add(outcome)
                 bar.set_postfix_str(f"{self._tally.failures} failed", refresh=False)
                 bar.update()
                 if self._tally.failures and self._options.fail_fast:
@@ -119,7 +137,18 @@ class Run:
         self._summarize()
         if self._stopped_by is not None:
             _end_interrupted(self._stopped_by, "Interrupted; the same command goes on from here.")
-        return EXIT_ERROR_RESPONSE if self._tally.failures or self._inputs.unreadable else 0
+        return EXIT_ERROR_RESPONSE if self._tally.failures or self._inputs.unreadable or self._sheet_failed else 0
+
+    @contextmanager
+    def _sheet_at_the_end(self) -> Iterator[None]:
+        """Write the contact sheet, if there is one, of all outcomes inside, even if the run ends early."""
+        sheet = self._options.sheet
+        if sheet is not None:
+            sheet.expect(self._inputs.total)
+        try:
+            yield
+        finally:
+            self._sheet_failed = sheet is not None and not sheet.write(interrupted=self._stopped_by is not None)
 
     def _make_engine(self, report: Report) -> Engine:
         # Imported here, so that --help and wrong usage do not wait for torch.

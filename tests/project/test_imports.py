@@ -22,6 +22,7 @@ PACKAGE = "latent_encoder"
 LAYERS = """
 main
 modes
+contact_sheet
 cli : standalone : kafka_handler : doctor : inspection : start_event
 stages : kafka : installer
 service
