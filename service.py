@@ -182,7 +182,7 @@ class LatentEncoder:
                 image = load_image(self.runtime, request.image_path, source, request.alpha)
             with timed(timings, "scale"):
                 scaled = pinned(scale_image(self.runtime, image.pixels, request, vae.cells.factor), vae.vae.device)
-        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
+        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae, request))
         refuse_files_of_another(request, files, owners)
         self._leftovers.remove(files.folder)
         return Prepared(
@@ -327,9 +327,9 @@ class LatentEncoder:
         optional = {files.preview: self._settings.preview, files.roundtrip: self._settings.roundtrip}
         return frozenset({files.latent, files.scaled_image, *(path for path, wanted in optional.items() if wanted)})
 
-    def _space_needed(self, scaled: Size, vae: LoadedVae) -> int:
+    def _space_needed(self, scaled: Size, vae: LoadedVae, request: EncodeRequest) -> int:
         images = 1 + 2 * self._settings.preview + self._settings.roundtrip  # a preview is twice as wide as the others
-        return space_needed(scaled, vae.cells.factor, vae.cells.channels, images)
+        return space_needed(scaled, vae.cells.factor, vae.cells.channels, images, request.image_path)
 
 
 def ready_encoder(settings: Settings) -> LatentEncoder:

@@ -54,8 +54,10 @@ def as_page(inspection: Inspection, painter: Painter) -> str:
     )
     environment.filters.update(number=number_text, printable=printable)
     low, high = value_range(inspection.latent)
+    image = inspection.metadata.image_path if inspection.metadata else None
     return environment.get_template("page.html").render(
         found=inspection,
+        image=printable(image or ""),
         name=printable(inspection.files.latent.name),
         space=space_text(inspection),
         figures=_figures(inspection, painter),

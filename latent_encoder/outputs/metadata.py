@@ -33,6 +33,7 @@ def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: byte
         scaled_image_shape=(scaled.height, scaled.width, 3),
         latent_shape=(batch, channels, height, width),
         vae_model_name=request.vae_model_name,
+        image_path=request.image_path,
         upscale_method=request.upscale_method,
         megapixels=request.megapixels,
         fit=request.fit,

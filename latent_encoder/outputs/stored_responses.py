@@ -136,13 +136,16 @@ def refuse_files_of_another(request: EncodeRequest, files: OutputFiles, owners: 
 def success_response(
     request: EncodeRequest, files: OutputFiles, metadata: Metadata, present: Collection[Path]
 ) -> SuccessResponse:
-    """Return the response to a request with these files. It names preview and roundtrip image only if they are `present`."""
+    """Return the response to a request with these files. It names preview and roundtrip image only if they are `present`.
+
+    Stored metadata may name the image by another path; the response has the path of this request.
+    """
     return SuccessResponse(
         request_id=request.request_id,
         latent_file_path=str(files.latent),
         latent_shape=metadata.latent_shape,
         scaled_image_path=str(files.scaled_image),
-        metadata=metadata,
+        metadata=metadata.model_copy(update={"image_path": request.image_path}),
         preview_path=str(files.preview) if files.preview in present else None,
         roundtrip_path=str(files.roundtrip) if files.roundtrip in present else None,
     )
