@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latent_encoder.inspection.findings import Inspection
 from latent_encoder.inspection.text import metadata_rows, number_text, printable, space_text
+from latent_encoder.outputs.marks import HTML_MARK
 from latent_encoder.outputs.png import png_bytes
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def as_page(inspection: Inspection, painter: Painter) -> str:
     image = inspection.metadata.image_path if inspection.metadata else None
     return environment.get_template("page.html").render(
         found=inspection,
+        mark=HTML_MARK,
         image=printable(image or ""),
         name=printable(inspection.files.latent.name),
         space=space_text(inspection),

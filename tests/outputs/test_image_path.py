@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from config import Settings
 from latent_encoder import inspection
-from latent_encoder.outputs.latent_files import HEADER_KEY
+from latent_encoder.outputs.marks import HEADER_KEY
 from models import Metadata
 from service import LatentEncoder
 from tests.helpers import IMAGES, Encode, request_for

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from config import Settings
 from errors import InvalidRequest, LatentUnreadable
 from latent_encoder.kafka.records import Incoming, read_request
-from latent_encoder.outputs.latent_files import HEADER_KEY, latent_bytes, read_latent, read_latent_file
+from latent_encoder.outputs.latent_files import latent_bytes, read_latent, read_latent_file
+from latent_encoder.outputs.marks import HEADER_KEY
 from latent_encoder.outputs.names import SUFFIXES
 from models import FileFormat, Metadata
 from service import LatentEncoder
