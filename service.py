@@ -26,6 +26,7 @@ from latent_encoder.images.loading import load_image
 from latent_encoder.images.pixel_budget import PixelBudget
 from latent_encoder.images.scaling import scale_image
 from latent_encoder.images.source import ImageLimits, read_file, read_image
+from latent_encoder.outputs.drawing import Drawn, Undrawn, read_tensors
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.files import (
     WRITING,
@@ -275,10 +276,7 @@ class LatentEncoder:
             return stored
         if replaceable or self._own.has(files.metadata, stored.metadata_sha256):
             return None
-        raise OutputDirNotWritable(
-            f"Cannot write to output folder: {files.folder} (another process has written other files of the request "
-            f"{request.request_id!r} meanwhile, {files.metadata.name} among them; send the request again to replace them)"
-        )
+        raise _others_were_written(request, files)
 
     def stored_response(self, request: EncodeRequest, origin: str | None = None) -> SuccessResponse | None:
         """Return the response that this request got before, if its files are still there, whole and of this input.
@@ -306,6 +304,79 @@ class LatentEncoder:
             return None
         return success_response(request, files, stored.metadata, stored.whole)
 
+    def undrawn(self, request: EncodeRequest) -> Undrawn | None:
+        """Return the stored latent of a request that lacks only images, which are asked for now; None if it lacks more.
+
+        Raises:
+            RequestError: the VAE or the image cannot be read, or the output folder cannot be written to.
+        """
+        files = _files_of(request)
+        stored = read_stored(files, self._outputs)
+        if stored is None or not stored.complete or not stored.are_of(request) or self._wanted(files) <= stored.whole:
+            return None
+        if not self._is_of(stored, self._fingerprint_now(request, files, stored.metadata)):
+            return None
+        vae = self.vaes.get(request.vae_model_name)
+        with open_output_folder(files.folder, self._outputs) as folder:
+            tensors = read_tensors(folder, stored)
+        if tensors is None:
+            return None
+        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(tensors[1]), vae, request))
+        self._leftovers.remove(files.folder)
+        lacking = self._wanted(files) - stored.whole
+        return Undrawn(request, stored, vae, *tensors, files.preview in lacking, files.roundtrip in lacking)
+
+    def add_images(self, drawn: Drawn) -> SuccessResponse:
+        """Write the images that were made of a stored latent, and the metadata with their checksums. The latent stays.
+
+        Raises:
+            AccessDenied, OutputDirNotWritable: the files cannot be written, or the latent was replaced meanwhile.
+        """
+        request, files = drawn.undrawn.request, drawn.undrawn.stored.files
+        images = {files.preview: drawn.preview, files.roundtrip: drawn.comparison and drawn.comparison.png}
+        with (
+            WRITING,
+            open_output_folder(files.folder, self._outputs) as folder,
+            StagedFiles(folder, files.shared_name) as staged,
+        ):
+            stored = self._still_stored(folder, drawn.undrawn)  # another process may have added the other image
+            for path, data in images.items():
+                if data is not None:
+                    staged.add(path.name, data)
+            metadata = drawn.described(stored.metadata)
+            described = metadata.model_dump_json(indent=2).encode() + b"\n"
+            staged.add(files.metadata.name, described)
+            newer = staged.publish(partial(self._added_meanwhile, folder, drawn.undrawn, stored), adding=True)
+            if newer is not None:
+                return success_response(request, files, newer.metadata, newer.whole)
+            self._own.add(files.metadata, checksum(described))
+        return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
+
+    def _still_stored(self, folder: OutputFolder, undrawn: Undrawn) -> StoredFiles:
+        """Return the stored files as they are now.
+
+        Raises:
+            OutputDirNotWritable: they are no longer those of the latent of which the images were made.
+        """
+        files = undrawn.stored.files
+        stored = stored_in(folder, files)
+        if stored is None or not stored.complete or stored.metadata.latent_sha256 != undrawn.stored.metadata.latent_sha256:
+            raise _others_were_written(undrawn.request, files)
+        return stored
+
+    def _added_meanwhile(self, folder: OutputFolder, undrawn: Undrawn, described: StoredFiles) -> StoredFiles | None:
+        """Return the files to which another process added the same images; None if they are still the `described` ones.
+
+        Raises:
+            OutputDirNotWritable: they are others.
+        """
+        stored = self._still_stored(folder, undrawn)
+        if stored.metadata_sha256 == described.metadata_sha256:
+            return None
+        if self._wanted(stored.files) <= stored.whole:
+            return stored
+        raise _others_were_written(undrawn.request, stored.files)
+
     def _fingerprint_now(self, request: EncodeRequest, files: OutputFiles, stored: Metadata) -> str:
         """Return the fingerprint of a request with the image and the VAE as they are now."""
         try:
@@ -315,12 +386,16 @@ class LatentEncoder:
         return fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name), self.runtime)
 
     def _answers(self, stored: StoredFiles, expected: str) -> bool:
-        """Return whether stored files have the expected fingerprint, and are all that are asked for now.
+        """Return whether stored files have the expected fingerprint, and are all that are asked for now."""
+        return self._is_of(stored, expected) and self._wanted(stored.files) <= stored.whole
+
+    def _is_of(self, stored: StoredFiles, expected: str) -> bool:
+        """Return whether stored files have the expected fingerprint.
 
         A latent that was encoded in tiles is one only if OOM_POLICY still allows tiles.
         """
         tiles = [of_tiles(expected)] if self._settings.oom_policy == "tile" else []
-        return stored.metadata.fingerprint in (expected, *tiles) and self._wanted(stored.files) <= stored.whole
+        return stored.metadata.fingerprint in (expected, *tiles)
 
     def _wanted(self, files: OutputFiles) -> frozenset[Path]:
         """Return the files that a request gets under these settings, except the metadata."""
@@ -343,6 +418,13 @@ def ready_encoder(settings: Settings) -> LatentEncoder:
     if settings.warmup:
         encoder.warm_up()
     return encoder
+
+
+def _others_were_written(request: EncodeRequest, files: OutputFiles) -> OutputDirNotWritable:
+    return OutputDirNotWritable(
+        f"Cannot write to output folder: {files.folder} (another process has written other files of the request "
+        f"{request.request_id!r} meanwhile, {files.metadata.name} among them; send the request again to replace them)"
+    )
 
 
 def _files_of(request: EncodeRequest) -> OutputFiles:

@@ -110,10 +110,11 @@ class StagedFiles:
         else:
             self._obsolete.append(final)
 
-    def publish(self, instead: Callable[[], R | None] = lambda: None) -> R | None:
+    def publish(self, instead: Callable[[], R | None] = lambda: None, *, adding: bool = False) -> R | None:
         """Give all files their names, or none, while no other process does so; former files of these names are replaced.
 
-        If `instead` has a result, return it and publish nothing. It is called when no other process can publish.
+        If `instead` has a result, return it and publish nothing. It is called when no other process can publish. With
+        `adding`, the last file describes others too, which stay: the former one is there until the new one replaces it.
 
         Raises:
             OutputDirNotWritable: the files cannot be published. Each name has its former file, or the text tells otherwise.
@@ -122,13 +123,13 @@ class StagedFiles:
         with reported(self._folder.path), name_lock(self._folder, shared):
             found = instead()
             if found is None:
-                self._replace(Replacement(self._folder, key_of(shared)))
+                self._replace(Replacement(self._folder, key_of(shared)), adding=adding)
         return found
 
-    def _replace(self, replacement: Replacement) -> None:
+    def _replace(self, replacement: Replacement, *, adding: bool) -> None:
         replacement.check([*(final for _, final in self._staged), *self._obsolete])
         try:
-            for name in (self._staged[-1][1], *self._obsolete):
+            for name in (*([] if adding else [self._staged[-1][1]]), *self._obsolete):
                 replacement.remove(name)
             for temporary, final in self._staged:
                 replacement.place(temporary, final)

@@ -1,11 +1,13 @@
-"""Writing an image tensor as a PNG."""
+"""Writing an image tensor as a PNG, and reading it."""
 
 from __future__ import annotations
 
 import struct
+from io import BytesIO
 
 import torch
 from isal import isal_zlib
+from PIL import Image
 
 from latent_encoder.images.png_chunks import SIGNATURE
 from latent_encoder.outputs.marks import PNG_MARK
@@ -31,6 +33,17 @@ def png_bytes(image: torch.Tensor) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, BITS, RGB, 0, 0, 0)  # not interlaced
     data = isal_zlib.compress(scanlines.numpy(), DEFLATE_LEVEL)
     return SIGNATURE + _chunk(b"IHDR", header) + PNG_MARK + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+
+
+def pixels_of(png: bytes) -> torch.Tensor:
+    """Return the pixels of a PNG: float32 `[1, height, width, 3]` in [0, 1].
+
+    Raises:
+        OSError, Image.DecompressionBombError: it cannot be read.
+    """
+    with Image.open(BytesIO(png)) as image:
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        return pixels.view(1, image.height, image.width, 3).float() / 255
 
 
 def eight_bits(image: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def is_own_file(folder: Path, name: str, is_there: Callable[[str], bool]) -> boo
         return is_there(f"{name}.json") or _is_marked(folder / name)
     latent, _, ending = name.rpartition(".")
     if ending == "html":
-        return is_there(latent) and _LATENT.fullmatch(latent) is not None or _is_marked(folder / name)
+        return (is_there(latent) and _LATENT.fullmatch(latent) is not None) or _is_marked(folder / name)
     return ending == "json" and _LATENT.fullmatch(latent) is not None and (is_there(latent) or _is_metadata(folder / name))
 
 
