@@ -333,7 +333,8 @@ class LatentEncoder:
             AccessDenied, OutputDirNotWritable: the files cannot be written, or the latent was replaced meanwhile.
         """
         request, files = drawn.undrawn.request, drawn.undrawn.stored.files
-        images = {files.preview: drawn.preview, files.roundtrip: drawn.comparison and drawn.comparison.png}
+        decoded = drawn.comparison.png if drawn.comparison is not None else None
+        images = {files.preview: drawn.preview, files.roundtrip: decoded}
         with (
             WRITING,
             open_output_folder(files.folder, self._outputs) as folder,

@@ -97,4 +97,4 @@ def draw(runtime: ComfyRuntime, undrawn: Undrawn) -> Drawn:
 
 
 def _total(timings: Timings) -> int:
-    return round(sum(timings.model_dump().values()))
+    return round(sum(map(float, timings.model_dump().values())))
