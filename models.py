@@ -195,6 +195,7 @@ class Metadata(LatentFacts):
     roundtrip: Roundtrip | None = None
     request_id: str | None = None
     origin: str | None = None
+    source_id: str | None = None
 
     @property
     def sha256_by_file(self) -> dict[str, str]:

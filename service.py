@@ -38,17 +38,17 @@ from latent_encoder.outputs.folder import OutputFolder, open_output_folder
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.leftovers import Leftovers
 from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of, of_tiles
-from latent_encoder.outputs.names import OutputFiles, output_files
+from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.owners import owners_in, refuse_files_of_another
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.roundtrip import compare
+from latent_encoder.outputs.run_requests import RunRequest, files_of, settled, source_id_of
 from latent_encoder.outputs.stored_responses import (
     StoredFiles,
     look,
-    owners_in,
     read_stored,
-    refuse_files_of_another,
     stored_in,
     success_response,
 )
@@ -62,7 +62,7 @@ from latent_encoder.vae.gpu import pinned
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.model_folders import search_model_folders
 from latent_encoder.vae.precision import warn_of_slow_precision
-from models import EncodeRequest, ErrorResponse, Metadata, Response, SuccessResponse, Timings
+from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, Timings
 
 log = get_logger("latent_encoder")
 
@@ -171,7 +171,7 @@ class LatentEncoder:
             RequestError: a step failed; the class says which.
         """
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
-        files = _files_of(request)
+        files = files_of(request)
         replaceable, owners = look(files, self._outputs)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode(), ExitStack() as memory:
@@ -184,7 +184,7 @@ class LatentEncoder:
             with timed(timings, "scale"):
                 scaled = pinned(scale_image(self.runtime, image.pixels, request, vae.cells.factor), vae.vae.device)
         prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae, request))
-        refuse_files_of_another(request, files, owners)
+        refuse_files_of_another(files, owners, request.request_id, source_id_of(request), image.sha256)
         self._leftovers.remove(files.folder)
         return Prepared(
             request=request,
@@ -192,7 +192,7 @@ class LatentEncoder:
             vae=vae,
             origin=origin,
             replaceable=replaceable,
-            fingerprint=fingerprint(request, files, image.sha256, vae, self.runtime),
+            fingerprint=fingerprint(request, files.latent.name, image.sha256, vae, self.runtime),
             image_sha256=image.sha256,
             image_notes=image.notes,
             colour_error=image.colour_error,
@@ -265,7 +265,8 @@ class LatentEncoder:
             OutputDirNotWritable: they must stay, but are of another input.
         """
         request, files = prepared.request, prepared.files
-        refuse_files_of_another(request, files, owners_in(folder, files))
+        owners = owners_in(folder, files)
+        refuse_files_of_another(files, owners, request.request_id, source_id_of(request), prepared.image_sha256)
         stored = stored_in(folder, files)
         if stored is None or not stored.complete:
             return None
@@ -277,6 +278,17 @@ class LatentEncoder:
         if replaceable or self._own.has(files.metadata, stored.metadata_sha256):
             return None
         raise _others_were_written(request, files)
+
+    def settled(self, request: EncodeRequest) -> EncodeRequest:
+        """Return the request with the id of its files: a request of a run may find them under another one.
+
+        Raises:
+            RequestError: the request is not allowed, or the image cannot be read.
+        """
+        if not isinstance(request, RunRequest):
+            return request
+        admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
+        return settled(request, self._outputs, partial(self._checksum_of_image, request))
 
     def stored_response(self, request: EncodeRequest, origin: str | None = None) -> SuccessResponse | None:
         """Return the response that this request got before, if its files are still there, whole and of this input.
@@ -291,7 +303,7 @@ class LatentEncoder:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
-        files = _files_of(request)
+        files = files_of(request)
         stored = read_stored(files, self._outputs)
         if stored is None or not stored.are_of(request):
             return None
@@ -300,7 +312,7 @@ class LatentEncoder:
         # The image is not read if files are missing: reading and the VAE take time.
         if not self._wanted(files) <= stored.whole:
             return None
-        if not self._answers(stored, self._fingerprint_now(request, files, stored.metadata)):
+        if not self._is_of(stored, *self._fingerprints_now(request, stored)):
             return None
         return success_response(request, files, stored.metadata, stored.whole)
 
@@ -310,11 +322,11 @@ class LatentEncoder:
         Raises:
             RequestError: the VAE or the image cannot be read, or the output folder cannot be written to.
         """
-        files = _files_of(request)
+        files = files_of(request)
         stored = read_stored(files, self._outputs)
         if stored is None or not stored.complete or not stored.are_of(request) or self._wanted(files) <= stored.whole:
             return None
-        if not self._is_of(stored, self._fingerprint_now(request, files, stored.metadata)):
+        if not self._is_of(stored, *self._fingerprints_now(request, stored)):
             return None
         vae = self.vaes.get(request.vae_model_name)
         with open_output_folder(files.folder, self._outputs) as folder:
@@ -378,25 +390,35 @@ class LatentEncoder:
             return stored
         raise _others_were_written(undrawn.request, stored.files)
 
-    def _fingerprint_now(self, request: EncodeRequest, files: OutputFiles, stored: Metadata) -> str:
-        """Return the fingerprint of a request with the image and the VAE as they are now."""
+    def _fingerprints_now(self, request: EncodeRequest, stored: StoredFiles) -> tuple[str, str]:
+        """Return the fingerprint of a request with the image and the VAE as they are now, and that of earlier versions."""
+        image_sha256 = self._checksum_of_image(request) or stored.metadata.image_sha256
+        vae, latent = self.vaes.get(request.vae_model_name), stored.files.latent
+        now, earlier = (fingerprint(request, place, image_sha256, vae, self.runtime) for place in (latent.name, str(latent)))
+        return now, earlier
+
+    def _checksum_of_image(self, request: EncodeRequest) -> str | None:
+        """Return the checksum of a request's image; None if it is gone.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
         try:
-            image_sha256 = checksum(read_file(request.image_path, self._images))
+            return checksum(read_file(request.image_path, self._images))
         except ImageNotFound:
-            image_sha256 = stored.image_sha256
-        return fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name), self.runtime)
+            return None
 
     def _answers(self, stored: StoredFiles, expected: str) -> bool:
         """Return whether stored files have the expected fingerprint, and are all that are asked for now."""
         return self._is_of(stored, expected) and self._wanted(stored.files) <= stored.whole
 
-    def _is_of(self, stored: StoredFiles, expected: str) -> bool:
-        """Return whether stored files have the expected fingerprint.
+    def _is_of(self, stored: StoredFiles, *expected: str) -> bool:
+        """Return whether stored files have one of the expected fingerprints.
 
         A latent that was encoded in tiles is one only if OOM_POLICY still allows tiles.
         """
-        tiles = [of_tiles(expected)] if self._settings.oom_policy == "tile" else []
-        return stored.metadata.fingerprint in (expected, *tiles)
+        tiles = map(of_tiles, expected) if self._settings.oom_policy == "tile" else ()
+        return stored.metadata.fingerprint in (*expected, *tiles)
 
     def _wanted(self, files: OutputFiles) -> frozenset[Path]:
         """Return the files that a request gets under these settings, except the metadata."""
@@ -426,7 +448,3 @@ def _others_were_written(request: EncodeRequest, files: OutputFiles) -> OutputDi
         f"Cannot write to output folder: {files.folder} (another process has written other files of the request "
         f"{request.request_id!r} meanwhile, {files.metadata.name} among them; send the request again to replace them)"
     )
-
-
-def _files_of(request: EncodeRequest) -> OutputFiles:
-    return output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)

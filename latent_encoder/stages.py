@@ -166,6 +166,7 @@ class Stages(Generic[J]):
 
     def _prepare(self, job: J, request: Any) -> Prepared | Undrawn | SuccessResponse:
         """Prepare the encode, or return the stored response of a request that came before, or its latent for more images."""
+        request = self._encoder.settled(request)
         stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
         if stored is None and job.condemned:
             raise RequestCrashesWorker(

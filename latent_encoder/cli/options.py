@@ -108,7 +108,8 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     REQUEST.option(
         "--request-id",
         metavar="ID",
-        help="Id for the request of one image, part of the names of its files; by default a new UUID. In a replay, only dead "
+        help="Id for the request of one image, part of the names of its files; by default the same "
+        "for the same image and options. In a replay, only dead "
         "letters of the request with this id.",
     ),
     MANY.option("--force", is_flag=True, help="Encode images that have complete files already too."),

@@ -40,7 +40,7 @@ def make(*names: str) -> None:
 def walked(*paths: str, recursive: bool = True) -> tuple[list[str], dict[str, int]]:
     """Return the images that the paths stand for, and the counts of everything that was left out."""
     walk = Walk(IMAGE_SUFFIXES, recursive=recursive)
-    return find_images(paths, walk), walk.counts
+    return list(find_images(paths, walk)), walk.counts
 
 
 def test_everything_left_out_is_counted_by_reason(base: Path) -> None:
@@ -131,7 +131,7 @@ def test_own_outputs_are_recognised_wherever_they_lie(base: Path) -> None:
     assert images == ["p/a.png"]
     assert counts == {"own_output": 10, "other_ending": 1}
     assert walked("p/**/*.png")[0] == ["p/a.png"]
-    assert find_images([str(own[0])], Walk(IMAGE_SUFFIXES)) == [str(own[0])], "a file that is named is taken as it is"
+    assert list(find_images([str(own[0])], Walk(IMAGE_SUFFIXES))) == [str(own[0])], "a file that is named is taken as it is"
     assert base.is_dir()
 
 
