@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from glob import has_magic
 from itertools import takewhile
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from errors import InvalidRequest, LatentEncoderError, MessageUnusable, RequestError
+from latent_encoder.access import ANYWHERE, AllowedFolders
 from latent_encoder.outputs.run_requests import RunRequest, with_lasting_id
 from latent_encoder.requests import LONGEST_VALUE, parse_request, read_fields, request_id_of, usable_text
 from latent_encoder.standalone.folders import Walk, shown_counts
+from latent_encoder.standalone.naming import NamePattern, NameRefused, Names
 from latent_encoder.user_paths import expanded, expanded_file
 from models import EncodeRequest, ErrorResponse
 
@@ -46,6 +48,8 @@ class ImageSelection:
     recursive: bool = False
     input_list: str | None = None
     """A file of requests as JSON Lines; `-` is standard input."""
+    name: str | None = None
+    """The pattern of the output files' names; None for stem and id."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ class Inputs:
     """The folders that could not be read, with the system's reasons."""
 
 
-def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
+def inputs_of(
+    selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any], outputs: AllowedFolders = ANYWHERE
+) -> Inputs:
     """Return the inputs that the command line selects.
 
     A request without an id gets one made of its fields, so that a repeated run finds the files of the first.
@@ -94,10 +100,50 @@ def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Ma
         selection: the command line's choice of images.
         fields: the request's fields that the command line gives; None for each that it leaves out.
         defaults: the settings' values for fields that are left out.
+        outputs: the folders that files may be written to.
 
     Raises:
-        UnusableInputs: a folder or a pattern holds no image, the list cannot be read, or a request id is given for several.
+        UnusableInputs: a folder or a pattern holds no image, the list cannot be read, a request id is given for several, or
+            the names of the output files cannot be used.
     """
+    inputs = _selected(selection, fields, defaults)
+    if selection.name is None:
+        return inputs
+    try:
+        names = Names(NamePattern.of(selection.name), outputs)
+        return replace(inputs, items=_named(inputs.items, names, at_once=selection.input_list != STDIN))
+    except NameRefused as exc:
+        raise UnusableInputs(str(exc)) from exc
+
+
+def _named(items: Iterable[Input], names: Names, *, at_once: bool) -> Iterable[Input]:
+    """Return the inputs with the names of their files.
+
+    Raises:
+        NameRefused: `at_once`, and a name cannot be used. Otherwise its input becomes an error response when it is read.
+    """
+    return [_with_name(*item, names) for item in enumerate(items, 1)] if at_once else _named_as_read(items, names)
+
+
+def _named_as_read(items: Iterable[Input], names: Names) -> Iterator[Input]:
+    for index, item in enumerate(items, 1):
+        try:
+            yield _with_name(index, item, names)
+        except NameRefused as exc:
+            fields = item.model_dump() if isinstance(item, EncodeRequest) else {}
+            yield RefusedInput.of(InvalidRequest(f"Invalid request: {exc}"), fields)
+
+
+def _with_name(index: int, item: Input, names: Names) -> Input:
+    if isinstance(item, RefusedInput):
+        return item
+    try:
+        return names.named(item, index)
+    except RequestError as exc:
+        return RefusedInput.of(exc, item.model_dump())
+
+
+def _selected(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
     defaults = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     if len(selection.paths) == 1 and not _stands_for_several(selection.paths[0]):
         return Inputs([_lasting_item({**fields, "image_path": selection.paths[0]}, defaults)], total=1, single=True)

@@ -35,8 +35,8 @@ SMALL_SD_VAE = "taesd"
 NOT_IN_HEADER = {
     *("timings_ms", "timestamp", "processing_time_ms"),  # another time each time
     *("latent_sha256", "preview_sha256", "roundtrip"),  # not known before the latent is written
-    "fingerprint",  # of where the files are, too
-    *("request_id", "origin"),  # of the request, not of the latent
+    "fingerprint",  # of the name of the file, too
+    *("request_id", "origin", "source_id"),  # of the request, not of the latent
 }
 
 

@@ -23,6 +23,7 @@ from service import LatentEncoder
 from tests.helpers import IMAGES, TINY_VAE, load_latent
 
 STYLE = LogStyle("INFO", "text", tracebacks=True)
+USUAL = RunOptions()
 
 
 class Ended:
@@ -47,10 +48,12 @@ def run(settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str], e
     """Encode images in this process, in several lines of output; options are fields, `options` those of the run."""
     assert encoder is not None
 
-    def run(*paths: Path | str, recursive: bool = False, options: RunOptions = RunOptions(), **more: Any) -> Ended:  # noqa: B008
+    def run(
+        *paths: Path | str, recursive: bool = False, options: RunOptions = USUAL, name: str | None = None, **more: Any
+    ) -> Ended:
         capfd.readouterr()
         fields = {"output_dir": str(tmp_path / "out"), "vae_model_name": TINY_VAE, "megapixels": 0.02, **more}
-        selection = ImageSelection(tuple(map(str, paths)), recursive=recursive)
+        selection = ImageSelection(tuple(map(str, paths)), recursive=recursive, name=name)
         status = standalone.run(settings, selection, fields, options, STYLE)
         return Ended(status, *capfd.readouterr())
 
