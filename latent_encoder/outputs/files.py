@@ -18,7 +18,7 @@ from latent_encoder.outputs.folder import OutputFolder, flush, open_output_folde
 from latent_encoder.outputs.locks import create_temporary, key_of, name_lock
 from latent_encoder.outputs.replacing import Replacement
 
-FIXED_BYTES = 32_768  # more than the metadata (2 kB), the headers of the formats, and the unused rest of each last block
+FIXED_BYTES = 49_152  # more than metadata (3 kB; 12 kB with 128 channels), headers of formats and the rests of last blocks
 
 WRITING = threading.Lock()
 """Held from the first byte that is written until all files are published. Take it before ending the process at once."""
