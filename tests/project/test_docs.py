@@ -55,7 +55,10 @@ README_WORDS = 700
 """Most words that the README may have, code and table cells included: two screens."""
 
 # Pages whose blocks have a test of their own, because they need packages and models beside ours.
-TESTED_ELSEWHERE = {"docs/latents.md": "tests/project/test_latent_docs.py"}
+TESTED_ELSEWHERE = {
+    "clients/python/README.md": "tests/clients/test_python_client.py",
+    "docs/latents.md": "tests/project/test_latent_docs.py",
+}
 
 # Pages whose commands need the servers that another page has started.
 FOLLOWS = {"docs/operating.md": "docs/kafka.md"}
