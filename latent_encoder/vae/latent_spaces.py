@@ -50,8 +50,8 @@ def statistics_of(space: LatentSpace, channels: int) -> LatentStatistics | None:
     scale = space.process_in(ones) - shift
     if not _scales_and_shifts(space, scale, shift):
         return None
-    first = (0, slice(None), *(0 for _ in shape[2:]))
-    return LatentStatistics(mean=_float32(-shift[first] / scale[first]), std=_float32(1 / scale[first]))
+    scale, shift = (values.flatten(2)[0, :, 0] for values in (scale, shift))  # the first cell's: all cells have the same
+    return LatentStatistics(mean=_float32(-shift / scale), std=_float32(1 / scale))
 
 
 def _scales_and_shifts(space: LatentSpace, scale: torch.Tensor, shift: torch.Tensor) -> bool:

@@ -53,7 +53,7 @@ from latent_encoder_client import (
 from latent_encoder_client.client import ATTEMPT
 from latent_encoder_client.requests import RequestFields
 from latent_encoder_client.responses import RETRYABLE, Failure, parse_response
-from models import EncodeRequest, Metadata, ResponseMessage
+from models import EncodeRequest, FileFormat, Metadata, ResponseMessage
 from scripts.write_schemas import RESPONDED_AT, example_error, example_success
 from service import LatentEncoder
 from tests.broker.ports import free_ports
@@ -67,8 +67,8 @@ QUICK = Retries(attempts=3, first_pause_s=0.05)
 
 
 def client_of(bench: Bench, **options: Any) -> Client:
-    topics = {"request_topic": bench.request_topic, "response_topic": bench.response_topic}
-    return Client(bench.servers, **topics, **{"retries": QUICK, **options})
+    options = {"request_topic": bench.request_topic, "response_topic": bench.response_topic, "retries": QUICK, **options}
+    return Client(bench.servers, **options)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_latent_of_each_format_is_loaded_and_normalised(
 ) -> None:
     """Requests in flight together give verified latents, as tensors and arrays, that are scaled as ComfyUI scales them."""
     with running(bench, encoder, settings):
-        formats = ("pt", "safetensors", "comfy")
+        formats: tuple[FileFormat, ...] = get_args(FileFormat)
         futures = [client.send(PHOTO, latent_format=latent_format, correlation_id="w") for latent_format in formats]
         found = [future.result(PATIENCE_S) for future in futures]
     first = load_latent(found[0])
@@ -214,6 +214,10 @@ def record_of(response: Any) -> dict[str, Any]:
     return fields
 
 
+def attempt_of(record: Incoming) -> bytes:
+    return dict(record.headers)[ATTEMPT] or b""
+
+
 SUCCESS, ERROR = record_of(example_success()), record_of(example_error())
 TRANSIENT = {**ERROR, "error_code": "ENCODING_FAILED"}
 
@@ -230,7 +234,7 @@ def test_repeated_response_is_no_second_failure(client: Client, responder: Respo
     responder.respond(second, SUCCESS)
     assert future.result(PATIENCE_S).metadata.latent_shape == (1, 16, 128, 128)
     assert first.value == second.value
-    assert [dict(record.headers)[ATTEMPT][-2:] for record in (first, second)] == [b"/1", b"/2"]
+    assert [attempt_of(record)[-2:] for record in (first, second)] == [b"/1", b"/2"]
     assert responder.requests.all_within(0.5) == [first, second]
 
 
@@ -249,7 +253,7 @@ def test_responses_of_others_are_ignored(bench: Bench, client: Client, responder
     with client_of(bench) as other:
         futures = [each.send(PHOTO, request_id="same") for each in (client, other)]
         requests = responder.requests.take(2)
-        (mine,) = [request for request in requests if dict(request.headers)[ATTEMPT].startswith(client._id.encode())]
+        (mine,) = [request for request in requests if attempt_of(request).startswith(client._id.encode())]
         (theirs,) = [request for request in requests if request is not mine]
         responder.respond(replace(mine, key=None), SUCCESS)
         responder.respond(replace(mine, key=b"unknown"), SUCCESS)
@@ -459,7 +463,14 @@ def test_package_can_be_installed(tmp_path: Path) -> None:
     (command,) = re.findall(r"```bash\n(.*)\n```", PAGE)
     assert command == ".venv/bin/python -m pip install './clients/python[torch]'"
     source = copytree(FOLDER, tmp_path / "source")
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", tmp_path / "site"]
+    options = [
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--target",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, source], capture_output=True, text=True, check=False
     )

@@ -75,7 +75,7 @@ def typescript(modules: Path, folder: Path, consumer: str) -> subprocess.Complet
         (folder / f"{name}.d.ts").write_text(types, encoding="utf-8")
     shutil.copy(GENERATORS / consumer, folder)
     options = ["--noEmit", "--strict", "--target", "es2022", "--module", "preserve", "--lib", "es2022,dom"]
-    command = ["node", modules / "typescript" / "bin" / "tsc", *options, consumer]
+    command = ["node", str(modules / "typescript" / "bin" / "tsc"), *options, consumer]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
@@ -95,7 +95,7 @@ def test_typescript_refuses_a_path_without_a_look_at_the_status(modules: Path, t
 def test_go_reads_the_examples(modules: Path, tmp_path: Path) -> None:
     """The generated Go compiles, and reads the example responses."""
     go = program("go", GO_FOLDERS)
-    quicktype = ["node", modules / ".bin" / "quicktype", "--src-lang", "schema", "--lang", "go", "--package", "main"]
+    quicktype = ["node", str(modules / ".bin" / "quicktype"), "--src-lang", "schema", "--lang", "go", "--package", "main"]
     command = [*quicktype, "--telemetry", "disable", "-o", "types.go"]
     succeed(*command, *(f"{FOLDER / RESPONSE}#/$defs/{name}" for name in ("SuccessMessage", "ErrorMessage")), cwd=tmp_path)
     shutil.copy(GENERATORS / "use.go", tmp_path)

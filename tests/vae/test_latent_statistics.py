@@ -77,7 +77,7 @@ def test_back_again_it_is_the_latent_of_the_vae(name: str, encoder: LatentEncode
     [("Wan21", "AutoencoderKLQwenImage"), ("Wan21", "AutoencoderKLWan"), ("Mochi", "AutoencoderKLMochi")],
 )
 def test_numbers_are_those_of_diffusers(name: str, model: str, encoder: LatentEncoder) -> None:
-    """Where diffusers' VAE has means and deviations, they are the same float32 numbers; for Qwen-Image and Wan every digit."""
+    """Means and deviations of diffusers' VAEs are the same float32 numbers; those of Qwen-Image and Wan in every digit."""
     defaults = signature(getattr(pytest.importorskip("diffusers"), model).__init__).parameters
     space: Any = encoder.runtime.latent_space(name)
     found: Any = statistics_of(space, space.latent_channels)
@@ -96,7 +96,7 @@ def test_numbers_are_those_of_diffusers(name: str, model: str, encoder: LatentEn
     ],
 )
 def test_deviation_is_the_inverse_of_diffusers_factor(name: str, model: str, encoder: LatentEncoder) -> None:
-    """Where diffusers has one factor for all channels, it is 1 / std, and the mean is 0."""
+    """The one factor of other VAEs of diffusers is 1 / std, and the mean is 0."""
     diffusers = pytest.importorskip("diffusers")
     if (space := encoder.runtime.latent_space(name)) is None:
         assert is_older(encoder.runtime.version, "0.33.0")
