@@ -35,6 +35,7 @@ from latent_encoder_client.responses import Success, parse_response
 from latent_encoder_client.retries import Retries
 
 log = logging.getLogger("latent_encoder_client")
+log.addHandler(logging.NullHandler())  # the program that uses the client decides where logs go
 
 ATTEMPT = "latent-encoder-client-attempt"
 """Header of a request, which comes back in its response: the client's id and the number of the attempt, `<id>/<number>`."""
@@ -73,8 +74,13 @@ class Client:
         common: dict[str, Any] = {"client.id": "latent-encoder-client", **(properties or {})}
         common |= {"bootstrap.servers": bootstrap_servers, "error_cb": self._note_error}
         self._producer = Producer({"enable.idempotence": True, "linger.ms": 0, **common}, logger=log)
-        partitions_of(self._producer, request_topic, CONNECT_TIMEOUT_S)
-        self._responses = ResponseTopic(response_topic, common, f"latent-encoder-client-{self._id}", CONNECT_TIMEOUT_S, log)
+        try:
+            partitions_of(self._producer, request_topic, CONNECT_TIMEOUT_S)
+            self._responses = ResponseTopic(
+                response_topic, common, f"latent-encoder-client-{self._id}", CONNECT_TIMEOUT_S, log
+            )
+        finally:
+            self._producer.poll(0)  # hands librdkafka's logs to Python; it would write them to standard error at its end
         self._thread = threading.Thread(target=self._run, name="latent-encoder-client", daemon=True)
         self._thread.start()
 

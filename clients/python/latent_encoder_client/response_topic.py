@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from logging import Logger
-from typing import Any
+from typing import Any, TypeVar
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
 
@@ -13,6 +13,9 @@ from latent_encoder_client.errors import BrokerUnavailable
 
 REFRESH_S = 30.0  # between two looks for new partitions, in seconds; a topic rarely gets one
 REFRESH_TIMEOUT_S = 2.0  # the longest such look; meanwhile no response is read
+PAUSE_S = 0.1  # in seconds, before a question is repeated
+
+T = TypeVar("T")
 
 
 class ResponseTopic:
@@ -38,12 +41,8 @@ class ResponseTopic:
 
     def _end(self, partition: int, timeout_s: float) -> int:
         """Return the offset of the next record. `OFFSET_END` would be looked up later, after the first request perhaps."""
-        try:
-            found = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), timeout=timeout_s)
-        except KafkaException as exc:
-            raise BrokerUnavailable(f"Cannot read the topic {self._topic}: {exc.args[0].str()}.") from exc
-        if found is None:
-            raise BrokerUnavailable(f"Cannot read the topic {self._topic}: no response within {timeout_s:g} s.")
+        place = TopicPartition(self._topic, partition)
+        found = asked(lambda: self._consumer.get_watermark_offsets(place, timeout=timeout_s), self._topic, timeout_s)
         return int(found[1])
 
     def poll(self, timeout_s: float) -> Message | None:
@@ -73,11 +72,33 @@ def partitions_of(client: Any, topic: str, timeout_s: float) -> set[int]:
     Raises:
         BrokerUnavailable: the broker does not respond, or there is no such topic for this user.
     """
-    try:
+
+    def partitions() -> set[int] | None:
         found = client.list_topics(topic, timeout=timeout_s).topics[topic]
-    except KafkaException as exc:
-        raise BrokerUnavailable(f"Cannot reach the Kafka broker: {exc.args[0].str()}. Check the bootstrap servers.") from exc
-    if found.error is not None or not found.partitions:
-        reason = found.error.str() if found.error is not None else "it has no partitions"
-        raise BrokerUnavailable(f"Cannot use the topic {topic}: {reason}. Start the service, or check the topic's name.")
-    return set(found.partitions)
+        if found.error is not None:
+            raise KafkaException(found.error)
+        return set(found.partitions) or None
+
+    return asked(partitions, topic, timeout_s)
+
+
+def asked(question: Callable[[], T | None], topic: str, timeout_s: float) -> T:
+    """Return the broker's response to a question about a topic. It is repeated, because a new topic has no leader at first.
+
+    Raises:
+        BrokerUnavailable: there is no response within the time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if (found := question()) is not None:
+                return found
+            reason = f"no response within {timeout_s:g} s"
+        except KafkaException as exc:
+            reason = exc.args[0].str()
+        if time.monotonic() >= deadline:
+            raise BrokerUnavailable(
+                f"Cannot use the topic {topic}: {reason}. Check the bootstrap servers, the topic's name, and that the service "
+                "runs."
+            )
+        time.sleep(PAUSE_S)
