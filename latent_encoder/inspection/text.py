@@ -17,6 +17,7 @@ from models import Metadata
 UPPER_HALF = "▀"  # two pixels: the foreground colours the upper half of a character, the background the lower half
 MOST_COLUMNS, MOST_LINES = 64, 32  # the largest drawing, which leaves room for text on a usual terminal
 INDENT = "  "
+MOST_NUMBERS = 16  # of a list that is shown whole: those of most latent spaces, on a line of 160 characters
 LARGE = 10_000  # from here on, decimals carry no information and need room
 
 
@@ -75,7 +76,14 @@ def _flat(fields: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, str
         if isinstance(value, dict):
             yield from _flat(value, f"{outer}{name}.")
         elif value is not None:
-            yield outer + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield outer + name, value if isinstance(value, str) else _written(value)
+
+
+def _written(value: Any) -> str:
+    """Return a value as JSON; of a long list, its first numbers and their count."""
+    if isinstance(value, list) and len(value) > MOST_NUMBERS:
+        return f"{json.dumps(value[:3])[:-1]}, …] ({len(value)} numbers)"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def space_text(inspection: Inspection) -> str:

@@ -111,6 +111,14 @@ def test_documented_output_is_that_of_a_run(encode: Encode, inspect: Inspect) ->
     assert names(shown) == names(printed)
 
 
+def test_long_lists_are_shortened(latent: Path, inspect: Inspect) -> None:
+    """A list of more numbers than most latent spaces have channels is shown by its beginning and its length."""
+    edit_metadata(latent, latent_statistics={"mean": [0.0] * 128, "std": [1.0] * 16})
+    shown = inspect(latent).out
+    assert "[0.0, 0.0, 0.0, …] (128 numbers)" in shown
+    assert str([1.0] * 16) in shown
+
+
 def test_wrong_usage_is_status_2(inspect: Inspect, run_main: RunMain, tmp_path: Path) -> None:
     """No file, or two whose previews would have one name, is wrong usage."""
     done = run_main("--mode", "inspect")

@@ -60,7 +60,7 @@ between the ones that it uses and the ones that use it.
 NEVER_REACHED = {"kafka": {"torch", "service"}}
 """Modules that a part never imports, not even through another module."""
 
-BESIDE_THE_PRODUCT = {"tests", "fuzz", "benchmarks", "scripts"}
+BESIDE_THE_PRODUCT = {"tests", "fuzz", "benchmarks", "scripts", "clients", "latent_encoder_client"}
 
 MAY_IMPORT_COMFYUI = {"utils", "comfy_import", "comfy_runtime"}
 
