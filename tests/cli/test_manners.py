@@ -203,7 +203,7 @@ def test_unlike_any_vae_gets_no_suggestion(respond: Encode) -> None:
 def test_mistyped_method_and_format(run_main: RunMain) -> None:
     """The error response of the request has the suggestion, as for other values out of range."""
     done = run_main("x.png", "--upscale_method", "lancos", "--latent_format", "Safetensors")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "(got 'lancos'; did you mean 'lanczos'?)" in done.stdout
     assert "(got 'Safetensors'; did you mean 'safetensors'?)" in done.stdout
 
