@@ -82,13 +82,16 @@ def this_python() -> str:
 
 
 def next_step(arguments: "list[str]") -> str:
-    """Return the next step as a sentence: the command of the environment if there is another one, else setup."""
+    """Return the next step: setup, or the same command with the Python of the environment that setup has made."""
+    setup = "Run ./setup_comfyui.sh" + ("" if _in_project() else f" in {PROJECT_DIR}")
+    active = os.environ.get("VIRTUAL_ENV") or str(ENVIRONMENT)  # setup installs into an active environment
+    if Path(active).resolve() == Path(sys.prefix).resolve():
+        return f"{setup}, which installs the packages in this environment."
     python = ENVIRONMENT / "bin" / "python"
-    if os.access(str(python), os.X_OK) and ENVIRONMENT.resolve() != Path(sys.prefix).resolve():
-        command = [_shown(python), _shown(PROJECT_DIR / "main.py"), *arguments]
-        return f"Use the environment of this service: {' '.join(map(shlex.quote, command))}"
-    place = "" if _in_project() else f" in {PROJECT_DIR}"
-    return f"Run ./setup_comfyui.sh{place}, which makes .venv and installs the packages there."
+    command = " ".join(map(shlex.quote, [_shown(python), _shown(PROJECT_DIR / "main.py"), *arguments]))
+    if os.access(str(python), os.X_OK):
+        return f"Use the environment of this service: {command}"
+    return f"{setup}, then: {command}"
 
 
 def asks_doctor(arguments: "list[str]") -> bool:
@@ -124,7 +127,7 @@ def _report(reason: str, arguments: "list[str]") -> str:
     step = next_step(arguments)
     fit = sys.version_info >= OLDEST_PYTHON
     missing = missing_packages(tuple(sorted({*START_PACKAGES, *ENCODING_PACKAGES, "confluent_kafka", "jinja2"})))
-    tree = Path(os.environ.get("COMFYUI_PATH") or PROJECT_DIR / "comfyui")
+    tree = Path(os.environ.get("COMFYUI_PATH") or PROJECT_DIR / "comfyui").expanduser()
     absent = [name for name in ("nodes.py", "folder_paths.py", "comfy") if not (tree / name).exists()]
     checks = [
         ("Machine", "python", fit, this_python(), "Install Python 3.11 or newer and run ./setup_comfyui.sh."),

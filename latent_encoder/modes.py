@@ -112,6 +112,7 @@ def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
 
 def serve(settings: Settings) -> NoReturn:
     """Run Kafka mode until a signal: the first SIGTERM or SIGINT ends it after the work in flight, the second at once."""
+    _require_packages("kafka")
     log_stray_exceptions()
     log_missing_limits(settings)
     try:
@@ -139,8 +140,7 @@ def _reason(exc: Exception) -> str:
 
 def _served(settings: Settings) -> bool:
     """Respond to requests until a signal. Return whether all work in flight was finished."""
-    require_packages("kafka")
-    with explained_imports():
+    with _imports_explained():
         from kafka_handler import KafkaHandler
         from latent_encoder.start_event import log_start
         from latent_encoder.telemetry import tracing

@@ -23,7 +23,7 @@ from latent_encoder.model_files import require_vae
 from latent_encoder.outputs.folder import reported
 from latent_encoder.requests import parse_request
 from latent_encoder.standalone.inputs import STDIN, ImageSelection, refuse_shared_id
-from utils import find_path
+from utils import custom_node_path, find_path
 
 HOPELESS = (errno.ENAMETOOLONG, errno.ELOOP)
 """Errors of a path that can lead nowhere, whoever follows it."""
@@ -40,7 +40,7 @@ def check_run(settings: Settings, selection: ImageSelection, fields: Mapping[str
     Raises:
         RequestError: a field, an image's path, the VAE's name or the output folder cannot be used.
         UnusableInputs: one request id is given for several images.
-        SetupError: there is no ComfyUI.
+        SetupError: there is no ComfyUI, or no package of CUSTOM_NODES.
     """
     refuse_shared_id(selection, fields)
     image = selection.paths[0] if selection.single else "-"
@@ -53,7 +53,9 @@ def check_run(settings: Settings, selection: ImageSelection, fields: Mapping[str
         inputs.check(path)
     if writes := _is_used("output_dir", selection, fields):
         outputs.check(request.output_dir)
-    find_path(settings.comfyui_path)
+    tree = find_path(settings.comfyui_path)
+    for package in settings.custom_nodes:
+        custom_node_path(tree, package)
     if _is_used("vae_model_name", selection, fields):
         require_vae(request.vae_model_name, settings)
     _require_images(named)
@@ -67,9 +69,10 @@ def _is_used(field: str, selection: ImageSelection, fields: Mapping[str, Any]) -
     if name is None or fields.get(field) is not None:
         return True
     if name == STDIN:
-        return False  # its lines are not known yet
+        return False  # its lines are not known yet, and a pipe can be read once only
     try:
-        return any(_leaves_out(field, line) for line in Path(name).read_bytes().splitlines())
+        place = Path(name)
+        return place.is_file() and any(_leaves_out(field, line) for line in place.read_bytes().splitlines())
     except (OSError, ValueError):
         return False  # reading the list reports it
 

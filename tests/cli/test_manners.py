@@ -245,6 +245,11 @@ def complete(run_main: RunMain, line: str, **env: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
+        ("d", ["plain,dlq-replay", "plain,doctor"]),
+        ("inspect ", ["file,"]),
+        ("a.png d", ["file,d"]),
+        ("./d", ["file,./d"]),
+        ("-i a.png b", ["file,b"]),
         ("--mode d", ["plain,dlq-replay", "plain,doctor"]),
         ("--upscale_method near", ["plain,nearest", "plain,nearest-exact"]),
         ("--latent-format s", ["plain,safetensors"]),
@@ -293,6 +298,7 @@ def test_tab_completes_in_a_real_shell(shell: str, tmp_path: Path) -> None:
         child.expect(r"latent-encoder, version \d")
         for typed, seen in (
             ("--mode ins", "pect"),
+            ("standa", "lone"),
             ("--vae_model_name tin", "_qwen_vae.safetensors"),
             ("--image_path a", "photo.jpg"),
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_default_is_checked_if_a_line_takes_it(run_main: RunMain, tmp_path: Path
     assert mistake(run_main, "--input-list", "list.jsonl", "--vae_model_name", "none.safetensors").startswith("VAE model")
     (tmp_path / "list.jsonl").write_text(json.dumps({"image_path": str(PHOTO)}) + "\n")
     assert mistake(run_main, "--input-list", "list.jsonl", env=wrong).startswith("VAE model not found: none")
+
+
+def test_list_in_a_pipe_is_read_once(run_main: RunMain) -> None:
+    """The list of a process substitution reaches the run whole."""
+    lines = json.dumps({"image_path": "gone.png"}) + "\n"
+    prefix = ["bash", "-c", f'exec "$@" --input-list <(printf %s {shlex.quote(lines)})', "bash"]
+    done = run_main(*TINY, prefix=prefix)
+    assert (done.returncode, json.loads(done.stdout)["error_code"]) == (1, "IMAGE_NOT_FOUND")
+
+
+def test_package_of_nodes_that_is_missing(photos: Path, run_main: RunMain) -> None:
+    """A package of CUSTOM_NODES that does not exist is one line and status 3, before torch is imported."""
+    done = run_main(photos, env={"CUSTOM_NODES": "none"} | IMPORTS)
+    assert done.returncode == 3
+    assert "Error: No custom node package 'none' in " in done.stderr
+    assert "| torch" not in done.stderr
 
 
 def test_names_that_only_comfyui_knows_are_not_refused(run_main: RunMain, tmp_path: Path, model_dir: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from latent_encoder.interpreter import PACKAGES_OF_MODES, START_PACKAGES
 from tests.helpers import IMAGES, OUR_FILES, PROJECT, TINY_VAE, RunMain, clean_environment
 
 MODES = ([str(IMAGES / "photo.jpg"), "--vae_model_name", TINY_VAE], ["kafka"], ["doctor"], ["--mode", "inspect", "x.pt"])
+
+ENVIRONMENT = {name: value for name, value in clean_environment().items() if name != "VIRTUAL_ENV"}
 
 OLD_PYTHONS = sorted(Path("~/.pyenv/versions").expanduser().glob("3.[6-9].*/bin/python"))
 """Older Pythons of this machine, if there are any."""
@@ -42,7 +45,7 @@ def bare_python(folder: Path, packages: Sequence[str] = ()) -> Path:
 
 def started(python: Path, *arguments: str, program: Path = PROJECT / "main.py") -> subprocess.CompletedProcess[str]:
     command: list[str | Path] = [python, program, *arguments]
-    return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def project_in(folder: Path) -> Path:
@@ -63,7 +66,8 @@ def test_python_without_packages(arguments: list[str], tmp_path: Path) -> None:
     assert done.returncode == 3
     reason, step = done.stderr.splitlines()
     assert reason.startswith(f"Error: {python} (Python {sys.version.split()[0]}) lacks click, cloup, ")
-    assert step == f"Run ./setup_comfyui.sh in {project}, which makes .venv and installs the packages there."
+    command = shlex.join([f"{project}/.venv/bin/python", f"{project}/main.py", *arguments])
+    assert step == f"Run ./setup_comfyui.sh in {project}, then: {command}"
     assert ("comfyui" in done.stdout) == (arguments == ["doctor"])
 
 
@@ -75,10 +79,12 @@ def test_environment_that_exists_is_named(tmp_path: Path) -> None:
     step = done.stderr.splitlines()[1]
     assert step == f"Use the environment of this service: {own} {project}/main.py 'a b.png' --preview"
     command: list[str | Path] = [python, "main.py", "kafka"]
-    done = subprocess.run(command, cwd=project, env=clean_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=project, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[1] == "Use the environment of this service: .venv/bin/python main.py kafka"
     done = started(own, "kafka", program=project / "main.py")
-    assert done.stderr.splitlines()[1].startswith("Run ./setup_comfyui.sh in ")
+    assert (
+        done.stderr.splitlines()[1] == f"Run ./setup_comfyui.sh in {project}, which installs the packages in this environment."
+    )
 
 
 def test_doctor_without_packages_reports_what_it_can(tmp_path: Path) -> None:
