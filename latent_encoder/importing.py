@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from errors import OUT_OF_MEMORY, LatentEncoderError, SetupError, one_line, outside_cause
-from latent_encoder.interpreter import PACKAGES_OF_MODES, next_step, unfitness, unimportable
+from latent_encoder.interpreter import PACKAGES_OF_MODES, next_step, package_of, unfitness, unimportable
+
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError, ValueError, SyntaxError)
+"""The errors that packages raise while they are imported, if files are missing or versions do not fit each other."""
 
 
 def require_packages(mode: str) -> None:
@@ -31,7 +34,8 @@ def explained_imports() -> Iterator[None]:
         yield
     except LatentEncoderError:
         raise
-    except Exception as exc:
-        if outside_cause(exc) == OUT_OF_MEMORY:
+    except BROKEN as exc:
+        system_failed = isinstance(exc, OSError) and exc.errno is not None  # for example too many open files
+        if system_failed or outside_cause(exc) == OUT_OF_MEMORY or not package_of(exc):
             raise
         raise SetupError(f"{unimportable(exc, one_line(exc))} {next_step(sys.argv[1:])}") from exc

@@ -73,7 +73,7 @@ def missing_packages(packages: "tuple[str, ...]") -> "list[str]":
 
 def unimportable(exc: Exception, reason: str) -> str:
     """Return a sentence about an import that failed: the package and the reason."""
-    return f"{this_python()} cannot import {_package_of(exc)}: {reason.rstrip('.')}."
+    return f"{this_python()} cannot import {package_of(exc) or 'its modules'}: {reason.rstrip('.')}."
 
 
 def this_python() -> str:
@@ -110,8 +110,8 @@ def _in_project() -> bool:
         return False
 
 
-def _package_of(exc: Exception) -> str:
-    """Return the package whose import failed: the first that the service's own code asked for."""
+def package_of(exc: Exception) -> str:
+    """Return the package whose import failed, the first that the service's own code asked for; empty if there is none."""
     place = exc.__traceback__
     while place is not None:
         name = str(place.tb_frame.f_globals.get("__name__"))
@@ -119,7 +119,7 @@ def _package_of(exc: Exception) -> str:
         if not file.startswith(("<frozen", f"{PROJECT_DIR}{os.sep}")) or "site-packages" in Path(file).parts:
             return name.partition(".")[0]
         place = place.tb_next
-    return str(getattr(exc, "name", None) or "its packages").partition(".")[0]
+    return str(getattr(exc, "name", None) or "").partition(".")[0]
 
 
 def _report(reason: str, arguments: "list[str]") -> str:
