@@ -1,4 +1,4 @@
-"""The Python that runs this: is it new enough, and has it the packages? If not, the user gets a line and the next step.
+"""The check of the Python that runs this: its age and its packages. An unfit one ends with its name and the next step.
 
 `main.py` imports this module before every other one. Python 3.6 has to be able to run it, so it imports the standard library
 only, and its annotations are those that Python 3.6 has.

@@ -85,7 +85,7 @@ def test_mistake_comes_before_comfyui(photos: Path, run_main: RunMain) -> None:
 
 
 def test_all_missing_paths_are_named(photos: Path, run_main: RunMain, tmp_path: Path) -> None:
-    """Of several paths, all that do not exist are named, broken links too, and no image is encoded."""
+    """Every path that does not exist is named, broken links too, and no image is encoded."""
     (tmp_path / "link.png").symlink_to("nowhere.png")
     line = mistake(run_main, photos / "1.jpg", "gone.png", photos, "link.png", photos / "1.jpg" / "x.png", *TINY)
     assert line == f"Image file not found: gone.png, link.png, {photos}/1.jpg/x.png"
