@@ -53,6 +53,12 @@ def complain(text: str) -> None:
         click.echo(masked(text), err=True)
 
 
+def show_progress(text: str) -> None:
+    """Show a text on a line of standard error that the next text replaces. Only a terminal gets it."""
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        complain_at_once(f"\r\x1b[K{text}\r")  # a log line overwrites it
+
+
 def complain_at_once(text: str) -> None:
     """Write text to standard error without a buffer: a signal handler may interrupt a write to the buffer."""
     with suppress(OSError):

@@ -11,8 +11,8 @@ from cloup.constraints import mutually_exclusive
 
 from config import VERSION, Settings
 from errors import ErrorCode
-from latent_encoder.cli.completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
-from latent_encoder.cli.parsing import Choice, FilePath, Group, ManyValues, ModeArgument
+from latent_encoder.cli.completion import PROG_NAME, SHELLS, Commands, OneOf, files, folders, normalised, script, vae_names
+from latent_encoder.cli.parsing import MODES, Choice, FilePath, Group, ManyValues, ModeArgument
 from latent_encoder.kafka.places import Places
 from models import Alpha, FileFormat, Fit, UpscaleMethod
 
@@ -85,12 +85,18 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         nargs=-1,
         type=FilePath(),
         metavar="[PATH]...",
-        shell_complete=files,
+        shell_complete=Commands(MODES),
         help="Images, as with --image-path; in inspect mode, latent files.",
     ),
-    MODE.option("--mode", type=choice_of("mode"), metavar="MODE", help="See above; standalone is the default."),
+    MODE.option(
+        "--mode",
+        type=choice_of("mode"),
+        metavar="MODE",
+        help="See above; standalone is the default. The first word may name the mode instead.",
+    ),
     IMAGES.option(
         "--image-path",
+        "-i",
         cls=ManyValues,
         type=FilePath(),
         metavar="PATH...",
@@ -129,6 +135,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     PLACE.option(
         "--output-dir",
+        "-o",
         type=FilePath(),
         metavar="DIR",
         shell_complete=folders,

@@ -50,7 +50,7 @@ def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, 
 
 def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:
     if not paths:
-        return "Inspect mode needs latent files: python main.py --mode inspect FILE"
+        return "Inspect mode needs latent files: python main.py inspect FILE"
     name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
     if output_dir is not None and count > 1:
         return f"{count} files are named {name}, and the preview of one would replace the other's in {output_dir}."

@@ -19,6 +19,7 @@ from config import Settings
 from errors import LatentEncoderError, in_utf8
 from latent_encoder.access import AllowedFolders
 from latent_encoder.exits import EXIT_ERROR_RESPONSE, end_by_signal, stop_on_signals
+from latent_encoder.importing import explained_imports
 from latent_encoder.standalone.folders import shown_counts
 from latent_encoder.standalone.inputs import ImageSelection, Inputs, inputs_of
 from latent_encoder.standalone.ordering import Batch, Engine, Outcome, Report
@@ -124,8 +125,9 @@ class Run:
 
     def _make_engine(self, report: Report) -> Engine:
         # Imported here, so that --help and wrong usage do not wait for torch.
-        from latent_encoder.standalone.engines import InProcess
-        from latent_encoder.standalone.worker_processes import Processes
+        with explained_imports():
+            from latent_encoder.standalone.engines import InProcess
+            from latent_encoder.standalone.worker_processes import Processes
 
         reuse, count = not self._options.force, self._options.workers
         if count == 1 or self._inputs.single:

@@ -21,6 +21,7 @@ PACKAGE = "latent_encoder"
 
 LAYERS = """
 main
+command
 modes
 cli : standalone : kafka_handler : doctor : inspection : start_event
 stages : kafka : installer
@@ -37,6 +38,7 @@ images.features
 images.colours
 images.input_folder : images.jpeg_markers : images.png_metadata : images.pillow
 images.png_chunks
+model_files
 access
 setting_names
 telemetry
@@ -47,9 +49,10 @@ secret_files : env_file
 requests
 models
 utils
+importing
 errors : terminal
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
-masking : small_files : container : user_paths : shared_context
+masking : small_files : interpreter : container : user_paths : shared_context
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 
