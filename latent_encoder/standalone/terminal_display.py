@@ -30,8 +30,6 @@ THUMBNAIL = (50, 8)
 PICTURE = (66, 32)
 """The most columns and lines of the picture of a single image, as large as the inspection's."""
 
-Failure = tuple[str | None, ErrorResponse]
-
 
 class TerminalDisplay:
     """Lines of text, cut to the window as it is when each is written."""
@@ -44,7 +42,8 @@ class TerminalDisplay:
         known = inputs.items if isinstance(inputs.items, list) else []
         self._common = _common_folder(known)
         self._longest = max((width(self._name(item.image_path)) for item in known), default=None)
-        self._failures: list[Failure] = []
+        self._failures: dict[tuple[str, str], list[str | None]] = {}
+        """The images of the first failures, by code and reason."""
         self._failed = 0
         self._folders: set[Path] = set()
 
@@ -75,27 +74,28 @@ class TerminalDisplay:
     def _failure(self, name: str, path: str | None, response: ErrorResponse) -> str:
         line = Line(name, self._longest, self._screen, with_latent=not self._single)
         if self._single:
-            return f"{failure_line(line, response, '')}\n{self._message(path, response)}"
+            return f"{failure_line(line, response, '')}\n{self._indented(response.error_message)}"
         self._failed += 1
+        reason = reason_of(response.error_message, path)
         if self._failed <= MOST_FAILURES:
-            self._failures.append((path, response))
-        return f"{failure_line(line, response, reason_of(response.error_message, path))}\n"
+            self._failures.setdefault((response.error_code, reason), []).append(path)
+        return f"{failure_line(line, response, reason)}\n"
 
     def _failure_list(self) -> Iterator[str]:
-        """Yield the first failures with their whole messages."""
+        """Yield the first failures, those with the same reason together, with their whole reasons."""
         if not self._failures:
             return
         yield from ("", "1 image failed:" if self._failed == 1 else f"{self._failed} images failed:")
-        for path, response in self._failures:
-            mark = self._screen.styled(self._screen.shown("✗"), fg="red")
-            yield f"{mark} {self._screen.shown(path or NO_NAME)}  {response.error_code}"
-            yield self._message(path, response).rstrip("\n")
-        if more := self._failed - len(self._failures):
+        mark = self._screen.styled(self._screen.shown("✗"), fg="red")
+        for (code, reason), paths in self._failures.items():
+            yield from (f"{mark} {self._screen.shown(path or NO_NAME)}" for path in paths)
+            yield self._indented(f"{code}: {reason}").rstrip("\n")
+        if (more := self._failed - MOST_FAILURES) > 0:
             yield f"{self._screen.dots} and {more} more"
         yield ""
 
-    def _message(self, path: str | None, response: ErrorResponse) -> str:
-        lines = wrapped(self._screen.shown(reason_of(response.error_message, path)), self._screen.columns - 2)
+    def _indented(self, text: str) -> str:
+        lines = wrapped(self._screen.shown(text), self._screen.columns - 2)
         return "".join(f"  {line}\n" for line in lines)
 
     def _picture(self, preview: str | None) -> str:
