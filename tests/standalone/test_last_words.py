@@ -59,7 +59,7 @@ def test_python_is_the_one_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_settings_of_the_environment_come_before_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that decide about the files are repeated, quoted; others and secrets are not."""
+    """Settings that decide about the files are repeated, quoted; others and secrets are not."""
     monkeypatch.setenv("VAE_MODEL_NAME", "my vae.safetensors")
     monkeypatch.setenv("KAFKA_SASL_PASSWORD", "secret")
     monkeypatch.setenv("HTTP_PORT", "9")
