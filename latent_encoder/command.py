@@ -26,7 +26,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     """Encode images to the latents that a diffusion model works on, with ComfyUI's own nodes.
 
     \b
-    standalone  encodes images; a JSON response for each
+    standalone  encodes images; a line for each, or JSON in a pipe
     kafka       responds to requests from a topic until SIGTERM
     dlq-replay  sends dead letters back to their topic, each once
     health      shows the health of the worker on this machine

@@ -55,7 +55,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
 
     selection = _selected_images(given)
     fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
-    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
+    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet", "as_json")})
     try:
         check_run(settings, selection, fields)
         return standalone.run(settings, selection, fields, options, style)

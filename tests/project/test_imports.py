@@ -50,9 +50,9 @@ requests
 models
 utils
 importing
-errors : terminal
+errors : terminal : drawing
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
-masking : small_files : interpreter : container : user_paths : shared_context
+columns : masking : small_files : interpreter : container : user_paths : shared_context
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 
