@@ -37,6 +37,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     health      shows the health of the worker on this machine
     inspect     shows the content of latent files
     doctor      checks the installation
+    compare     measures ComfyUI's own encoder and the service's on an image
 
     Results go to standard output, logs to standard error.
     Exit status: 0 success, 1 error response or a worker that is not alive, 2 wrong usage, 3 the
@@ -52,6 +53,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
       python main.py --mode health
       python main.py --mode inspect output/latent_photo_1.pt --html
       python main.py --mode doctor
+      python main.py --mode compare photo.jpg
     """  # noqa: D301  # click needs the character that \b stands for
     settings, faults = settings_of(given)
     if faults and settings.mode != "doctor":
@@ -86,6 +88,8 @@ def run(settings: Settings, faults: Sequence[str], given: Mapping[str, Any], sty
             return modes.show_latents(settings, given)
         case "doctor":
             return modes.examine(settings, faults, given)
+        case "compare":
+            return modes.compare(settings, given, style)
         case _:
             return modes.encode_images(settings, given, style)
 

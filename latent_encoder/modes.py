@@ -12,16 +12,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
-from errors import KafkaFailed, LatentEncoderError, SetupError, one_line, outside_cause
+from errors import InvalidRequest, KafkaFailed, LatentEncoderError, SetupError, one_line, outside_cause
 from latent_encoder.access import log_missing_limits
 from latent_encoder.cli.parsing import fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
+    EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
     EXIT_WRONG_USAGE,
     SIGNAL_BASE,
@@ -195,6 +197,33 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
 
     try:
         return inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+
+
+def compare(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> int:
+    """Run compare mode: JSON if it is asked for or standard output is no terminal, else a table."""
+    if not given["paths"]:
+        raise click.UsageError("Compare mode needs an image: python main.py --mode compare FILE")
+    from latent_encoder import comparison
+
+    as_document = given["as_json"] or not sys.stdout.isatty()
+    watched = sys.stderr.isatty() and not given["quiet"]
+    other_tree = None if given["other_tree"] is None else Path(given["other_tree"])
+
+    def echo(text: str) -> None:
+        click.echo(encodable(text, sys.stdout.encoding))
+
+    view = comparison.View(
+        show=lambda found: comparison.shown_by(echo, found, as_document=as_document),
+        progress=complain if watched else lambda _: None,
+    )
+    try:
+        return comparison.run(settings, given["paths"], other_tree, style, view)
+    except InvalidRequest as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
+    except KeyboardInterrupt:
+        fail("Interrupted.", EXIT_INTERRUPTED)
     except OSError as exc:
         fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
 

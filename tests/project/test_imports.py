@@ -22,7 +22,7 @@ PACKAGE = "latent_encoder"
 LAYERS = """
 main
 modes
-cli : standalone : kafka_handler : doctor : inspection : start_event
+cli : standalone : kafka_handler : doctor : inspection : comparison : start_event
 stages : kafka : installer
 service
 outputs

@@ -1,0 +1,97 @@
+"""`--mode compare`: encodes an image with ComfyUI's own encoder and with the service's, here and now, and shows both.
+
+Each side is a process of its own, which prepares the image by the same nodes, encodes it several times and ends. So a side's
+memory is its own, and two ComfyUI trees can be compared. One side runs at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Settings
+from errors import RequestError, SetupError
+from latent_encoder.comparison.report import Comparison, as_json, as_text
+from latent_encoder.comparison.sides import Result, Side, measured
+from latent_encoder.exits import EXIT_ERROR_RESPONSE
+from latent_encoder.requests import parse_request
+from latent_encoder.telemetry.logs import LogStyle
+from latent_encoder.terminal import complain
+from models import EncodeRequest
+
+OURS = "Latent Encoder"
+COMFYUI = "ComfyUI"
+
+
+@dataclass(frozen=True)
+class View:
+    """The ways of a comparison to the person or the program that asked for it."""
+
+    show: Callable[[Comparison], None]
+    progress: Callable[[str], None]
+    """Takes a line about the side that is measured next."""
+
+
+def shown_by(echo: Callable[[str], None], comparison: Comparison, *, as_document: bool) -> None:
+    """Show a comparison as a line of JSON or as a table."""
+    echo(as_json(comparison) if as_document else as_text(comparison, shutil.get_terminal_size().columns))
+
+
+def run(settings: Settings, paths: Sequence[str], other_tree: Path | None, log_style: LogStyle, view: View) -> int:
+    """Compare both encoders on each image.
+
+    Args:
+        settings: the settings in force.
+        paths: the images.
+        other_tree: a ComfyUI tree whose own encoder is measured too.
+        log_style: the style of the log of the processes.
+        view: takes the comparison of each image, and the progress.
+
+    Returns:
+        The exit status: 0, or 1 if an image cannot be encoded on a side.
+
+    Raises:
+        InvalidRequest: a field of the settings cannot be used for a request.
+    """
+    sides = sides_of(settings, other_tree)
+    fine = True
+    with tempfile.TemporaryDirectory(prefix="latent-encoder-compare-") as folder:
+        for path in paths:
+            request = parse_request({"image_path": path, "output_dir": folder}, settings.request_defaults)
+            found = compared(request, sides, log_style, view.progress)
+            view.show(found)
+            for result in found.results:
+                if result.error:
+                    complain(f"Error: {result.side.name}: {result.error}")
+            fine = fine and not any(result.error for result in found.results)
+    return 0 if fine else EXIT_ERROR_RESPONSE
+
+
+def sides_of(settings: Settings, other_tree: Path | None) -> list[Side]:
+    """Return ComfyUI's own encoder in the service's tree, the service's, and ComfyUI's own in another tree if there is one.
+
+    Nothing is written, so limits on output folders do not apply, and no latent is decoded.
+    """
+    common = settings.model_copy(update={"allowed_output_dirs": None, "roundtrip": False, "preview": False})
+    stock = common.model_copy(update={"encoder": "stock"})
+    sides = [Side(COMFYUI, stock), Side(OURS, common)]
+    if other_tree is not None:
+        sides.append(Side(f"{COMFYUI} in {other_tree}", stock.model_copy(update={"comfyui_path": other_tree})))
+    return sides
+
+
+def compared(
+    request: EncodeRequest, sides: Sequence[Side], log_style: LogStyle, progress: Callable[[str], None]
+) -> Comparison:
+    """Return the results of all sides for one image. A side that fails has the reason in place of a latent."""
+    results = []
+    for side in sides:
+        progress(f"{request.image_path}: {side.name} …")
+        try:
+            results.append(measured(side, request, log_style))
+        except (RequestError, SetupError) as exc:
+            results.append(Result(side, error=str(exc)))
+    return Comparison(request, results)
