@@ -49,7 +49,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
 
     selection = _selected_images(given)
     fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
-    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
+    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet", "as_json")})
     try:
         return standalone.run(settings, selection, fields, options, style)
     except UnusableInputs as exc:
@@ -222,6 +222,8 @@ def compare(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> in
         return comparison.run(settings, given["paths"], other_tree, style, view)
     except InvalidRequest as exc:
         fail(str(exc), EXIT_WRONG_USAGE)
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
     except KeyboardInterrupt:
         fail("Interrupted.", EXIT_INTERRUPTED)
     except OSError as exc:

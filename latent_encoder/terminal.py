@@ -18,8 +18,15 @@ from latent_encoder.masking import masked
 
 STDOUT, STDERR = 1, 2  # file descriptors
 
-ASCII_MARKS = str.maketrans({"✓": "+", "✗": "x", "…": "..."})
+ERASE_LINE = "\r\x1b[K"
+
+ASCII_MARKS = str.maketrans({"✓": "+", "✗": "x", "…": "...", "→": "->", "×": "x"})
 """ASCII for the characters that our reports use and that not every encoding has."""
+
+
+def is_dumb() -> bool:
+    """Return whether the terminal understands no sequences: a line that was written cannot be changed any more."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def forced_colours() -> bool | None:
@@ -27,7 +34,7 @@ def forced_colours() -> bool | None:
 
     `NO_COLOR` (https://no-color.org) wins over its counterpart `FORCE_COLOR`.
     """
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if os.environ.get("NO_COLOR") or is_dumb():
         return False
     return True if os.environ.get("FORCE_COLOR") else None
 
@@ -45,6 +52,13 @@ def encodable(text: str, encoding: str) -> str:
     except UnicodeEncodeError:
         return text.translate(ASCII_MARKS).encode(encoding, "backslashreplace").decode(encoding)
     return text
+
+
+def printable(text: str) -> str:
+    """Return the text with everything escaped that a terminal does not show: control characters, bytes that are no UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
 
 
 def complain(text: str) -> None:

@@ -75,7 +75,7 @@ KAFKA = Group("Kafka", "kafka", "dlq-replay", "doctor")
 HEALTH = Group("Health and metrics", "kafka", "health", "doctor")
 DEAD_LETTERS = Group("Dead letters", "dlq-replay")
 PAGE = Group("Latent files", "inspect")
-REPORT = Group("Reports", "inspect", "doctor", "compare")
+REPORT = Group("Reports", "standalone", "inspect", "doctor", "compare")
 OUTPUT = Group("Output and logs")
 
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -205,7 +205,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Measure the encoder of this ComfyUI tree too.",
     ),
     PAGE.option("--html", is_flag=True, help="Write one page with images and histograms."),
-    REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
+    REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text, on a terminal too."),
     OUTPUT.option("--quiet", "-q", is_flag=True, help="Errors only: no progress bar, no summary, no warnings."),
     OUTPUT.option("--verbose", "-v", is_flag=True, help="Log each step, as text."),
     OUTPUT.option("--debug", is_flag=True, help="Log everything, with tracebacks."),

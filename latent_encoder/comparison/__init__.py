@@ -55,18 +55,24 @@ def run(settings: Settings, paths: Sequence[str], other_tree: Path | None, log_s
 
     Raises:
         InvalidRequest: a field of the settings cannot be used for a request.
+        SetupError: ComfyUI cannot be loaded.
     """
     sides = sides_of(settings, other_tree)
     fine = True
     with tempfile.TemporaryDirectory(prefix="latent-encoder-compare-") as folder:
         for path in paths:
             request = parse_request({"image_path": path, "output_dir": folder}, settings.request_defaults)
-            found = compared(request, sides, log_style, view.progress)
+            try:
+                found = compared(request, sides, log_style, view.progress)
+            except RequestError as exc:
+                complain(f"Error: {exc}")
+                fine = False
+                continue
             view.show(found)
             for result in found.results:
                 if result.error:
                     complain(f"Error: {result.side.name}: {result.error}")
-            fine = fine and not any(result.error for result in found.results)
+                    fine = False
     return 0 if fine else EXIT_ERROR_RESPONSE
 
 
@@ -86,12 +92,21 @@ def sides_of(settings: Settings, other_tree: Path | None) -> list[Side]:
 def compared(
     request: EncodeRequest, sides: Sequence[Side], log_style: LogStyle, progress: Callable[[str], None]
 ) -> Comparison:
-    """Return the results of all sides for one image. A side that fails has the reason in place of a latent."""
-    results = []
-    for side in sides:
+    """Return the results of all sides for one image. The service's is measured first, because it checks the image.
+
+    If another side fails, the reason is in the place of its latent: ComfyUI's own encoder may need more memory than there is.
+
+    Raises:
+        RequestError: the image or the VAE cannot be used.
+        SetupError: ComfyUI cannot be loaded.
+    """
+    results: dict[str, Result] = {}
+    for side in sorted(sides, key=lambda side: side.name != OURS):
         progress(f"{request.image_path}: {side.name} …")
         try:
-            results.append(measured(side, request, log_style))
+            results[side.name] = measured(side, request, log_style)
         except (RequestError, SetupError) as exc:
-            results.append(Result(side, error=str(exc)))
-    return Comparison(request, results)
+            if side.name == OURS:
+                raise
+            results[side.name] = Result(side, error=str(exc))
+    return Comparison(request, [results[side.name] for side in sides])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latent_encoder.columns import padded, width, wrapped
 from latent_encoder.comparison.sides import Facts, Result
 from latent_encoder.terminal import printable
 from models import EncodeRequest
@@ -88,8 +89,13 @@ def as_text(found: Comparison, columns: int) -> str:
     """
     rows = [_row(result, found.reference) for result in found.results]
     table = list(_aligned([HEADER, *rows]))
-    shown = table if max(map(len, table)) <= columns else [line for row in rows for line in _paragraph(row)]
-    return "\n".join([_heading(found), "", *shown, "", *_conclusions(found)]).rstrip() + "\n"
+    shown = table if max(map(width, table)) <= columns else [line for row in rows for line in _paragraph(row)]
+    parts = (_folded([_heading(found)], columns), shown, _folded(_conclusions(found), columns))
+    return "\n\n".join(map("\n".join, parts)) + "\n"
+
+
+def _folded(sentences: Iterable[str], columns: int) -> list[str]:
+    return [line for sentence in sentences for line in wrapped(sentence, columns)]
 
 
 def _paragraph(row: Sequence[str]) -> Iterator[str]:
@@ -102,15 +108,15 @@ def _heading(found: Comparison) -> str:
     heading = f"{printable(found.request.image_path)}, {found.request.vae_model_name}"
     if facts is None:
         return heading
-    height, width = facts.scaled_size
+    height, across = facts.scaled_size
     threads = f", {facts.threads} threads" if facts.device == "cpu" else ""
-    return f"{heading}, {width} x {height} pixels, {facts.vae_dtype} on {facts.device}{threads}"
+    return f"{heading}, {across} x {height} pixels, {facts.vae_dtype} on {facts.device}{threads}"
 
 
 def _row(result: Result, reference: Result) -> tuple[str, ...]:
     if (facts := result.facts) is None:
-        return (result.side.name, MISSING, MISSING, MISSING, "failed")
-    name = result.side.name.replace("ComfyUI", f"ComfyUI {facts.comfyui_version}", 1)
+        return (printable(result.side.name), MISSING, MISSING, MISSING, "failed")
+    name = printable(result.side.name).replace("ComfyUI", f"ComfyUI {facts.comfyui_version}", 1)
     return (name, f"{facts.median_s:.3g} s", _memory(facts), _apart(result, reference), facts.encoder)
 
 
@@ -130,9 +136,9 @@ def _apart(result: Result, reference: Result) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        yield GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        yield GAP.join(map(padded, row, widths)).rstrip()
 
 
 def _conclusions(found: Comparison) -> Iterator[str]:

@@ -402,10 +402,10 @@ def test_log_style(
 
 
 def test_person_at_a_terminal_sees_warnings_as_text(tmp_path: Path) -> None:
-    """A terminal shows the response and the warning about the tiny VAE, but no event of success."""
+    """A terminal shows the image's line and the warning about the tiny VAE, but no event of success."""
     words = (MAIN, IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02")
     shown = at_terminal(*words, folder=tmp_path, env={"NO_COLOR": "1"})
-    assert '"status":' in shown
+    assert "✓ photo.jpg" in shown
     assert "[warning  ] this vae is for trying the service" in shown
     assert "request encoded" not in shown
 

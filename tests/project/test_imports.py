@@ -47,9 +47,9 @@ secret_files : env_file
 requests
 models
 utils
-errors : terminal
+errors : terminal : drawing
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
-masking : small_files : container : user_paths : shared_context
+columns : masking : small_files : container : user_paths : shared_context
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 
