@@ -18,7 +18,6 @@ from latent_encoder.comparison.sides import Facts, Result, Side
 from models import EncodeRequest
 from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, RunMain, clean_environment
 
-
 OLDER_TREE = PROJECT / "tests" / ".comfyui-0.3.52"
 PHOTO = IMAGES / "photo.jpg"
 COMPARE = ("--mode", "compare", "--vae-model-name", TINY_VAE, "--megapixels", "0.03")
