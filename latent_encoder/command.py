@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -32,6 +32,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
     health      shows the health of the worker on this machine
     inspect     shows the content of latent files
     doctor      checks the installation
+    compare     measures ComfyUI's own encoder and the service's on an image
 
     The first word may be one of these in place of --mode. A file of such a name is given as ./doctor.
 
@@ -49,6 +50,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
       python main.py health
       python main.py inspect output/latent_photo_1.pt --html
       python main.py doctor
+      python main.py compare photo.jpg
     """  # noqa: D301  # click needs the character that \b stands for
     settings, faults = settings_of(given)
     if faults and settings.mode != "doctor":
@@ -80,16 +82,13 @@ def run(settings: Settings, faults: Sequence[str], given: Mapping[str, Any], sty
     """Run the mode that the settings name, and return its exit status."""
     if settings.mode in ("standalone", "kafka", "dlq-replay"):  # the doctor reports them itself; the others use few settings
         warn_of_variables()
-    match settings.mode:
-        case "kafka":
-            return modes.serve(settings)
-        case "dlq-replay":
-            return modes.replay(settings, given)
-        case "health":
-            return modes.show_health(settings)
-        case "inspect":
-            return modes.show_latents(settings, given)
-        case "doctor":
-            return modes.examine(settings, faults, given)
-        case _:
-            return modes.encode_images(settings, given, style)
+    runs: dict[str, Callable[[], int]] = {
+        "standalone": lambda: modes.encode_images(settings, given, style),
+        "kafka": lambda: modes.serve(settings),
+        "dlq-replay": lambda: modes.replay(settings, given),
+        "health": lambda: modes.show_health(settings),
+        "inspect": lambda: modes.show_latents(settings, given),
+        "doctor": lambda: modes.examine(settings, faults, given),
+        "compare": lambda: modes.compare(settings, given, style),
+    }
+    return runs[settings.mode]()

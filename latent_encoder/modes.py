@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -24,6 +25,7 @@ from latent_encoder.access import log_missing_limits
 from latent_encoder.cli.parsing import fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
+    EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
     EXIT_WRONG_USAGE,
     SIGNAL_BASE,
@@ -242,6 +244,41 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
 
     try:
         return inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+
+
+def compare(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> int:
+    """Run compare mode: JSON if it is asked for or standard output is no terminal, else a table."""
+    if not given["paths"]:
+        raise click.UsageError("Compare mode needs an image: python main.py --mode compare FILE")
+    _require_packages("compare")
+    with _imports_explained():
+        from latent_encoder import comparison
+        from latent_encoder.standalone.early_checks import check_run
+        from latent_encoder.standalone.inputs import ImageSelection
+
+    settings = comparison.without_outputs(settings)
+    as_document = given["as_json"] or not sys.stdout.isatty()
+    watched = sys.stderr.isatty() and not given["quiet"]
+    other_tree = None if given["other_tree"] is None else Path(given["other_tree"])
+
+    def echo(text: str) -> None:
+        click.echo(encodable(text, sys.stdout.encoding))
+
+    view = comparison.View(
+        show=lambda found: comparison.shown_by(echo, found, as_document=as_document),
+        progress=complain if watched else lambda _: None,
+    )
+    try:
+        check_run(settings, ImageSelection(tuple(given["paths"])), {})
+        return comparison.run(settings, given["paths"], other_tree, style, view)
+    except RequestError as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
+    except KeyboardInterrupt:
+        fail("Interrupted.", EXIT_INTERRUPTED)
     except OSError as exc:
         fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
 

@@ -65,23 +65,24 @@ def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | No
 
 MODE = Group("Mode")
 IMAGES = Group("Images", "standalone")
+COMPARISON = Group("Comparison", "compare")
 REQUEST = Group("One request", "standalone", "dlq-replay")
 MANY = Group("Many images", "standalone")
 PLACE = Group("Where files go", "standalone", "kafka", "inspect", "doctor")
-RESULTS = Group("Results", "standalone", "kafka", "doctor")
-MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor")
+RESULTS = Group("Results", "standalone", "kafka", "doctor", "compare")
+MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor", "compare")
 KAFKA = Group("Kafka", "kafka", "dlq-replay", "doctor")
 HEALTH = Group("Health and metrics", "kafka", "health", "doctor")
 DEAD_LETTERS = Group("Dead letters", "dlq-replay")
 PAGE = Group("Latent files", "inspect")
-REPORT = Group("Reports", "standalone", "inspect", "doctor")
+REPORT = Group("Reports", "standalone", "inspect", "doctor", "compare")
 OUTPUT = Group("Output and logs")
 
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     cloup.argument(
         "paths",
         cls=ModeArgument,
-        modes=("standalone", "inspect"),
+        modes=("standalone", "inspect", "compare"),
         nargs=-1,
         type=FilePath(),
         metavar="[PATH]...",
@@ -207,6 +208,14 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     DEAD_LETTERS.option(
         "--dry-run", is_flag=True, help="Send nothing; list the chosen dead letters, and those that were sent before."
+    ),
+    COMPARISON.option(
+        "--comfyui",
+        "other_tree",
+        type=FilePath(),
+        metavar="DIR",
+        shell_complete=folders,
+        help="Measure the encoder of this ComfyUI tree too.",
     ),
     PAGE.option("--html", is_flag=True, help="Write one page with images and histograms."),
     REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text, on a terminal too."),

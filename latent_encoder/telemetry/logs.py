@@ -24,7 +24,7 @@ from latent_encoder.terminal import ERASE_LINE, complain, is_dumb, takes_colours
 OUR_FIELDS = ("level", "logger", "timestamp")
 """The fields of every event whose values are ours: a secret such as `info` must not change them."""
 
-AT_THE_DESK = ("standalone", "inspect", "doctor")
+AT_THE_DESK = ("standalone", "inspect", "doctor", "compare")
 """The modes whose result a person waits for."""
 
 

@@ -56,6 +56,8 @@ class LoadedVae:
     no file."""
     single_frame: SingleFrameEncoder | None
     """The encoder that takes the place of the model's own `encode`; None if the model keeps it."""
+    encoder_reason: str
+    """The reason for that choice, for people."""
     latent_space: str | None
     """The name of ComfyUI's class in `comfy.latent_formats` for its latents; None if its family is unknown."""
     cells: Cells

@@ -23,7 +23,7 @@ LAYERS = """
 main
 command
 modes
-cli : standalone : kafka_handler : doctor : inspection : start_event
+cli : standalone : kafka_handler : doctor : inspection : comparison : start_event
 stages : kafka : installer
 service
 outputs
