@@ -15,12 +15,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 
 from config import PROJECT_DIR
 from errors import EncodingFailed
 from latent_encoder.exits import on_exit
 from latent_encoder.images.faults import ImageDamage, ImageFault
-from latent_encoder.images.judge import READY, VERDICT, Question, Verdict, received
+from latent_encoder.images.judge import READY, VERDICT, Question, Verdict, receive_into, received
+from latent_encoder.images.png import HEADER_END, MOST_KEPT
 
 MOST_PROCESSES = 4
 """Judgements at a time. More would only wait for CPUs: a judgement is all computing."""
@@ -34,8 +36,14 @@ END_S = 5.0
 LONGEST_VERDICT = 64 * 1024
 """Bytes. A verdict has less than 1000; more would come from a decoder that the image has taken over."""
 
+LARGEST_COPY = 2 * MOST_KEPT
+"""Bytes of a copy beyond those of the file. A whole one has the rows, and less than a thousandth of that for their blocks."""
+
 LAST_LOOK_S = 0.01
 """Seconds to take a verdict that lies there after the deadline."""
+
+COPY_S = 10.0
+"""Seconds for a copy to come after its verdict. The largest one, 70 MB, takes 0.05 s on an idle machine."""
 
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 """Signals that a process causes itself."""
@@ -84,8 +92,8 @@ class Judge:
         """False if the process has ended."""
         return self._process.poll() is None
 
-    def verdict(self, data: bytes, max_pixels: int, seconds: float) -> Verdict:
-        """Return the verdict on an image file.
+    def verdict(self, data: bytes, max_pixels: int, seconds: float) -> tuple[Verdict, bytes]:
+        """Return the verdict on an image file, and the copy of a whole one that LoadImage gets in its place, if there is one.
 
         Raises:
             ImageFault: the image took too long, or crashed the decoder. The process is gone then.
@@ -112,18 +120,29 @@ class Judge:
             raise EncodingFailed(f"Cannot judge images: their process did not start within {START_S:g} s") from exc
         self._is_ready = True
 
-    def _asked(self, data: bytes, question: Question) -> Verdict:
+    def _asked(self, data: bytes, question: Question) -> tuple[Verdict, bytes]:
         deadline = time.monotonic() + question.seconds
         self._socket.settimeout(question.seconds)
         self._socket.sendall(question.packed())
         self._socket.sendall(data)
-        (size,) = VERDICT.unpack(self._by(deadline, VERDICT.size))
-        if size > LONGEST_VERDICT:
+        size, copy_size = VERDICT.unpack(self._by(deadline, VERDICT.size))
+        if size > LONGEST_VERDICT or copy_size > len(data) + LARGEST_COPY:
             raise _taken_over()
         try:
-            return Verdict.unpacked(self._by(deadline, size))
+            verdict = Verdict.unpacked(self._by(deadline, size))
         except (ValueError, TypeError) as exc:
             raise _taken_over() from exc
+        copy = self._copy(copy_size)
+        if not data.startswith(copy[:HEADER_END]):
+            raise _taken_over()
+        return verdict, copy
+
+    def _copy(self, size: int) -> bytes:
+        """Return the bytes of a copy, which are in memory only once."""
+        file = BytesIO(bytes(size))
+        with file.getbuffer() as view:
+            receive_into(self._socket, view, time.monotonic() + COPY_S)
+        return file.getvalue()
 
     def _by(self, deadline: float, size: int) -> bytearray:
         """Return bytes that come before the deadline, or that lie there: this process may have been stopped meanwhile."""
@@ -184,25 +203,26 @@ class Judges:
         self._all: set[Judge] = set()
         self._ends_with_us = False
 
-    def judge(self, data: bytes, max_pixels: int, seconds: float) -> ImageDamage | None:
-        """Return the damage of an image file, None if it is whole. Files that are neither JPEG nor PNG have none.
+    def judge(self, data: bytes, max_pixels: int, seconds: float) -> bytes:
+        """Return the bytes that LoadImage gets for a JPEG or PNG that is whole: the file, or a copy with the same pixels.
 
         Raises:
+            ImageDamage: it is damaged.
             ImageFault: it must not be decoded: it is hostile, too large, or of a kind that ComfyUI cannot load.
             EncodingFailed: no process can judge it.
         """
         try:
-            verdict = self._verdict(data, max_pixels, seconds)
+            verdict, copy = self._verdict(data, max_pixels, seconds)
         except _EndedError:
             try:
-                verdict = self._verdict(data, max_pixels, seconds)  # somebody killed the first process
+                verdict, copy = self._verdict(data, max_pixels, seconds)  # somebody killed the first process
             except _EndedError as exc:
                 raise EncodingFailed(f"Cannot judge images, twice: their process {exc}") from exc
         match verdict.outcome:
             case "whole":
-                return None
+                return copy or data
             case "damaged":
-                return ImageDamage(verdict.words)
+                raise ImageDamage(verdict.words)
             case "no memory":
                 raise ImageFault("takes more memory to check than other images of MAX_IMAGE_PIXELS; save it anew")
             case "broken":
@@ -223,7 +243,7 @@ class Judges:
             self._idle.clear()
             self._all.clear()
 
-    def _verdict(self, data: bytes, max_pixels: int, seconds: float) -> Verdict:
+    def _verdict(self, data: bytes, max_pixels: int, seconds: float) -> tuple[Verdict, bytes]:
         with self._borrowed() as judge:
             return judge.verdict(data, max_pixels, seconds)
 

@@ -1,7 +1,7 @@
 """Input images: read once and checked strictly by their content, before ComfyUI gets them.
 
 LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are judged first, in a process
-apart (see `images/judging.py`). LoadImage then reads the same bytes from a file of ours (see `images/input_folder.py`). A
+apart (see `images/judging.py`). LoadImage then reads the same image from a file of ours (see `images/input_folder.py`). A
 change to the source file meanwhile does not matter: the checked bytes are encoded, and the checksum is theirs.
 """
 
@@ -29,7 +29,6 @@ from latent_encoder.images.jpeg_markers import without_further_images
 from latent_encoder.images.judge import is_judged
 from latent_encoder.images.judging import JUDGES
 from latent_encoder.images.pillow import quiet_pillow, tolerant_pillow
-from latent_encoder.images.png import facts_of, without
 from latent_encoder.images.png_chunks import SIGNATURE
 
 IMAGE_TIMEOUT_S: float = Settings.model_fields["image_timeout_s"].default
@@ -64,11 +63,11 @@ class SourceImage:
     """An image file that passed every check."""
 
     data: bytes
-    """Bytes of the file. A JPEG with further images lacks its index of them: LoadImage would decode them all. A PNG lacks
-    metadata that Pillow cannot read.
+    """Bytes for LoadImage, with the pixels of the file. A JPEG with further images lacks its index of them: LoadImage would
+    decode them all. Of a PNG, it is the copy of `images/png_copy.py`.
     """
     sha256: str
-    """Checksum of the file, with them."""
+    """Checksum of the file itself."""
     ending: Ending
     """Ending of a file name for its format."""
     size: Size
@@ -91,46 +90,46 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
     """
     data = read_file(path, limits)
     try:
-        damage = _judged(data, limits)
+        shown, damage = _judged(data, limits)
         with tolerant_pillow() if damage is not None else nullcontext(), quiet_pillow():
-            return _source(data, damage)
+            return _source(shown, hashlib.sha256(data).hexdigest(), damage)
     except ImageFault as exc:
         raise ImageInvalid(f"Image file {exc}: {path}") from exc.__cause__
 
 
-def _judged(data: bytes, limits: ImageLimits) -> ImageDamage | None:
-    """Return the damage of a file that is encoded all the same, None of a whole one.
+def _judged(data: bytes, limits: ImageLimits) -> tuple[bytes, ImageDamage | None]:
+    """Return the bytes for LoadImage, and the damage of a file that is encoded all the same.
 
     Raises:
         ImageFault: it is not to be encoded.
     """
     if not is_judged(data):
         raise fault_of(data)
-    damage = JUDGES.judge(data, limits.max_pixels, limits.timeout_s)
-    if damage is not None and limits.damaged == "refuse":
-        raise damage
-    return damage
+    try:
+        return JUDGES.judge(data, limits.max_pixels, limits.timeout_s), None
+    except ImageDamage as damage:
+        if limits.damaged == "refuse":
+            raise
+        return data, damage
 
 
-def _source(data: bytes, damage: ImageDamage | None) -> SourceImage:
-    """Return the image of a file that was judged.
+def _source(data: bytes, sha256: str, damage: ImageDamage | None) -> SourceImage:
+    """Return the image of bytes that were judged.
 
     Raises:
         ImageFault: Pillow cannot read its header.
     """
     is_png = data.startswith(SIGNATURE)
-    shown = without(data, facts_of(data).unreadable) if is_png and damage is None else data
     try:
-        with Image.open(BytesIO(shown), formats=("PNG" if is_png else "JPEG",)) as image:
-            size, features = Size(*image.size), features_of(image, shown)
+        with Image.open(BytesIO(data), formats=("PNG" if is_png else "JPEG",)) as image:
+            size, features = Size(*image.size), features_of(image, data)
     except Exception as exc:
         if is_out_of_memory(exc):
             raise
         raise damage or ImageFault("cannot be read by Pillow, although its structure is sound; save it again") from exc
     if FurtherImages() in features:
-        shown = without_further_images(shown)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return SourceImage(shown, sha256, ".png" if is_png else ".jpg", size, features, damage)
+        data = without_further_images(data)
+    return SourceImage(data, sha256, ".png" if is_png else ".jpg", size, features, damage)
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:
