@@ -29,7 +29,8 @@ LARGEST_PALETTE = 3 * 256  # bytes
 MOST_FRAMES = 2**31  # more are invalid for Pillow
 PALETTE_COLOURS = 3  # the colour type of an image whose samples are places in a palette
 
-MOST_KEPT = 70_000_000  # bytes of rows; 16 megapixels (4096 x 4096) with alpha have 67 million
+MOST_KEPT = 60_000_000  # bytes of rows; 4096 x 4096 pixels of 24 bits have 50 million, and Docker gives /dev/shm 64 MB
+MOST_GROWTH = 4  # times the compressed size; rows that are larger than that take Pillow little time to inflate
 
 CRITICAL = frozenset((b"IHDR", b"PLTE", b"IDAT", b"IEND"))
 
@@ -44,7 +45,7 @@ class SoundPng:
     pixels: Span
     """Place of the chunks with the pixels."""
     rows: tuple[bytes, ...] = field(repr=False)
-    """The inflated rows in pieces; none if they have more than `MOST_KEPT` bytes."""
+    """The inflated rows in pieces; none if they are not to be kept."""
 
 
 def check_png(data: Buffer, max_pixels: int | None = None) -> SoundPng:
@@ -66,7 +67,7 @@ def check_png(data: Buffer, max_pixels: int | None = None) -> SoundPng:
     _check_texts(data, head)
     _check_controls(data, header, head)
     spans = tuple(unreadable(data, chunks, header.colour_type))
-    rows = check_pixels(data, header, pixels, keep=size_of_rows(header) <= MOST_KEPT)
+    rows = check_pixels(data, header, pixels, keep=_are_kept(size_of_rows(header), sum(chunk.length for chunk in pixels)))
     return SoundPng(header, spans, (pixels[0].start, pixels[-1].end), rows)
 
 
@@ -76,6 +77,11 @@ def _header_within(data: Buffer, max_pixels: int | None) -> Header:
         size = f"{header.width} x {header.height} px"
         raise ImageFault(f"has more than MAX_IMAGE_PIXELS={max_pixels} pixels, {size}; scale it down, or raise the limit")
     return header
+
+
+def _are_kept(size: int, compressed: int) -> bool:
+    """Return whether rows of that size are worth a copy: inflating them takes time, and they are not much larger."""
+    return compressed < size <= min(MOST_KEPT, MOST_GROWTH * compressed)
 
 
 def _no_header(fault: str) -> ImageFault:
