@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 
@@ -64,6 +64,10 @@ OF_PROCESS = {
 MODULE = "latent_encoder.images.judge"
 
 
+Meanwhile = Callable[[], object]
+"""Work that this process does while the other one judges."""
+
+
 class _EndedError(Exception):
     """The process is gone, and the image is not known to be the reason."""
 
@@ -102,7 +106,7 @@ class Judge:
         """False if the process has ended."""
         return self._process.poll() is None
 
-    def verdict(self, data: bytes, max_pixels: int, seconds: float) -> tuple[Verdict, bytes]:
+    def verdict(self, data: bytes, question: Question, meanwhile: Meanwhile) -> tuple[Verdict, bytes]:
         """Return the verdict on an image file, and the copy of a whole one that LoadImage gets in its place, if there is one.
 
         Raises:
@@ -112,12 +116,12 @@ class Judge:
         """
         try:
             self._wait_until_ready()
-            return self._asked(data, Question(len(data), max_pixels, seconds))
+            return self._asked(data, question, meanwhile)
         except TimeoutError as exc:
             self.end()
-            raise _too_slow(seconds) from exc
+            raise _too_slow(question.seconds) from exc
         except (EOFError, OSError) as exc:
-            raise self._fault_of_the_end(seconds) from exc
+            raise self._fault_of_the_end(question.seconds) from exc
 
     def _wait_until_ready(self) -> None:
         if self._is_ready:
@@ -130,11 +134,12 @@ class Judge:
             raise EncodingFailed(f"Cannot judge images: their process did not start within {START_S:g} s") from exc
         self._is_ready = True
 
-    def _asked(self, data: bytes, question: Question) -> tuple[Verdict, bytes]:
+    def _asked(self, data: bytes, question: Question, meanwhile: Meanwhile) -> tuple[Verdict, bytes]:
         deadline = time.monotonic() + question.seconds
         self._socket.settimeout(question.seconds)
         self._socket.sendall(question.packed())
         self._socket.sendall(data)
+        meanwhile()
         size, copy_size = VERDICT.unpack(self._by(deadline, VERDICT.size))
         if size > LONGEST_VERDICT or copy_size > len(data) + LARGEST_COPY:
             raise _taken_over()
@@ -213,19 +218,22 @@ class Judges:
         self._all: set[Judge] = set()
         self._ends_with_us = False
 
-    def judge(self, data: bytes, max_pixels: int, seconds: float) -> bytes:
+    def judge(self, data: bytes, max_pixels: int, seconds: float, meanwhile: Meanwhile = lambda: None) -> bytes:
         """Return the bytes that LoadImage gets for a JPEG or PNG that is whole: the file, or a copy with the same pixels.
+
+        `meanwhile` is called while the process works, once or twice.
 
         Raises:
             ImageDamage: it is damaged.
             ImageFault: it must not be decoded: it is hostile, too large, or of a kind that ComfyUI cannot load.
             EncodingFailed: no process can judge it.
         """
+        question = Question(len(data), max_pixels, seconds)
         try:
-            verdict, copy = self._verdict(data, max_pixels, seconds)
+            verdict, copy = self._verdict(data, question, meanwhile)
         except _EndedError:
             try:
-                verdict, copy = self._verdict(data, max_pixels, seconds)  # somebody killed the first process
+                verdict, copy = self._verdict(data, question, meanwhile)  # somebody killed the first process
             except _EndedError as exc:
                 raise EncodingFailed(f"Cannot judge images, twice: their process {exc}") from exc
         match verdict.outcome:
@@ -253,9 +261,9 @@ class Judges:
             self._idle.clear()
             self._all.clear()
 
-    def _verdict(self, data: bytes, max_pixels: int, seconds: float) -> tuple[Verdict, bytes]:
+    def _verdict(self, data: bytes, question: Question, meanwhile: Meanwhile) -> tuple[Verdict, bytes]:
         with self._borrowed() as judge:
-            return judge.verdict(data, max_pixels, seconds)
+            return judge.verdict(data, question, meanwhile)
 
     @contextmanager
     def _borrowed(self) -> Iterator[Judge]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import Self
 
@@ -89,16 +91,19 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
         EncodingFailed: no process can judge it.
     """
     data = read_file(path, limits)
+    checksum = cache(lambda: hashlib.sha256(data).hexdigest())
     try:
-        shown, damage = _judged(data, limits)
+        shown, damage = _judged(data, limits, checksum)
         with tolerant_pillow() if damage is not None else nullcontext(), quiet_pillow():
-            return _source(shown, hashlib.sha256(data).hexdigest(), damage)
+            return _source(shown, checksum(), damage)
     except ImageFault as exc:
         raise ImageInvalid(f"Image file {exc}: {path}") from exc.__cause__
 
 
-def _judged(data: bytes, limits: ImageLimits) -> tuple[bytes, ImageDamage | None]:
+def _judged(data: bytes, limits: ImageLimits, meanwhile: Callable[[], object]) -> tuple[bytes, ImageDamage | None]:
     """Return the bytes for LoadImage, and the damage of a file that is encoded all the same.
+
+    `meanwhile` is called during the judgement.
 
     Raises:
         ImageFault: it is not to be encoded.
@@ -106,7 +111,7 @@ def _judged(data: bytes, limits: ImageLimits) -> tuple[bytes, ImageDamage | None
     if not is_judged(data):
         raise fault_of(data)
     try:
-        return JUDGES.judge(data, limits.max_pixels, limits.timeout_s), None
+        return JUDGES.judge(data, limits.max_pixels, limits.timeout_s, meanwhile), None
     except ImageDamage as damage:
         if limits.damaged == "refuse":
             raise
