@@ -62,7 +62,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Result:
-    """What a side did with one image: facts and the latent, float32 `[1, channels, height, width]`, or an error."""
+    """The result of a side for one image: facts and the latent, float32 `[1, channels, height, width]`, or an error."""
 
     side: Side
     facts: Facts | None = None
