@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,18 @@ from latent_encoder.vae.gpu import MOST_STRIP_PIXELS
 Rows = tuple[Tensor, bool]
 """A strip, `[height, width, channels]`: consecutive rows of an image, and whether they are the image's last."""
 
-Stream = Iterator[Rows]
-"""An image, strip after strip from the top. Every strip has at least one row; the heights may differ."""
+
+@dataclass(frozen=True)
+class Stream:
+    """An image, strip after strip from the top. Every strip has at least one row; the heights may differ."""
+
+    strips: Iterable[Rows]
+    height: int
+    """The rows of the whole image."""
+
+    def __iter__(self) -> Iterator[Rows]:
+        return iter(self.strips)
+
 
 STRIP_PIXELS = {"cpu": 16 * 1024}
 """Pixels of a strip at the image's full size, by the kind of device. With the 96 float32 channels of Wan 2.1's first level
@@ -28,11 +39,15 @@ pixels by that factor, so that they take the same memory."""
 
 
 def strips(pixels: Tensor, patch: int, elsewhere: int = MOST_STRIP_PIXELS) -> Stream:
-    """Yield an image `[colours, height, width]` in strips of whole rows of patches, `[rows, width / patch, channels]`.
+    """Return an image `[colours, height, width]` in strips of whole rows of patches, `[rows, width / patch, channels]`.
 
     The `patch` x `patch` pixels of a patch (2 x 2 for Wan 2.2, else 1 x 1) become `colours` * `patch` * `patch` channels.
     `height` and `width` are multiples of `patch`. `elsewhere` is the count of pixels in a strip if the device is no CPU.
     """
+    return Stream(_strips(pixels, patch, elsewhere), pixels.shape[1] // patch)
+
+
+def _strips(pixels: Tensor, patch: int, elsewhere: int) -> Iterator[Rows]:
     colours, height, width = pixels.shape
     rows = max(1, STRIP_PIXELS.get(pixels.device.type, elsewhere) // width // patch) * patch
     for start in range(0, height, rows):
@@ -43,12 +58,24 @@ def strips(pixels: Tensor, patch: int, elsewhere: int = MOST_STRIP_PIXELS) -> St
 
 
 def joined(stream: Stream) -> Tensor:
-    """Return all rows of a stream as one tensor."""
-    return torch.cat([rows for rows, _ in stream])
+    """Return all rows of a stream as one tensor. A strip's own memory is free again before the next strip is made."""
+    image: Tensor | None = None
+    start = 0
+    for rows, _ in stream:
+        if image is None:
+            image = rows.new_empty(stream.height, *rows.shape[1:])
+        image[start : start + rows.shape[0]] = rows
+        start += rows.shape[0]
+    assert image is not None, "an image has at least one row"
+    return image
 
 
 def regrouped(stream: Stream) -> Stream:
-    """Yield the same rows in strips of a good height: strips that come out of the down-sampling have very few rows."""
+    """Return the same rows in strips of a good height: strips that come out of the down-sampling have very few rows."""
+    return Stream(_regrouped(stream), stream.height)
+
+
+def _regrouped(stream: Stream) -> Iterator[Rows]:
     waiting: list[Tensor] = []
     for rows, last in stream:
         waiting.append(rows)
