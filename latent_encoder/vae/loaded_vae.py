@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ def encode_with(
     size = Size(width=pixels.shape[2], height=pixels.shape[1])
     whole = latent_crop(size, int(vae.spacial_compression_encode())).size if getattr(vae, "crop_input", True) else size
     model: Any = vae.first_stage_model
-    encode = model.encode if single_frame is None else single_frame.encode_and_free
+    encode = model.encode if single_frame is None else partial(single_frame, free=True)
     with ENCODING, watched(model, encode, whole, oom_policy) as watch:
         samples = runtime.encode(vae, pixels)
     return Encoding(samples, watch.tiled, watch.seen or whole, _kind(single_frame))

@@ -93,7 +93,7 @@ def _regrouped(stream: Stream) -> Iterator[Rows]:
             if last or rows.shape[0] >= wanted:
                 yield from _split(rows, wanted, last)
                 continue
-            waiting = RowBuffer(rows, spare=wanted)
+            waiting = RowBuffer(rows, spare=min(wanted, stream.height))
         waiting.add(rows.shape[0]).copy_(rows)
         if last or waiting.rows.shape[0] >= wanted:
             yield from _split(waiting.rows, wanted, last)

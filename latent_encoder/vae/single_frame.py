@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from latent_encoder.vae.activation import activation_for
 from latent_encoder.vae.gpu import strip_pixels
-from latent_encoder.vae.row_strips import Stream, joined, strips
+from latent_encoder.vae.row_strips import joined, strips
 from latent_encoder.vae.single_frame_layers import (
     Attention,
     Build,
@@ -78,29 +78,20 @@ class SingleFrameEncoder(nn.Module):
             raise UnknownArchitecture(f"{type(model).__name__} is not built like a Wan VAE: {exc}") from exc
         self.requires_grad_(False)
 
-    def forward(self, pixels: Tensor, **_: Any) -> Tensor:
+    def forward(self, pixels: Tensor, *, free: bool = False, **_: Any) -> Tensor:
         """Return the mean of the latent's distribution, `[1, channels, 1, height / 8, width / 8]` (Wan 2.2: / 16).
 
         `pixels` are `[1, colours, 1, height, width]` in [-1, 1], in the weights' dtype. Both sides are multiples of 8 (Wan
         2.2: of 16). They are moved to the weights' device. Further options, which ComfyUI gives to
         the `encode` of some models, are ignored.
+
+        With `free`, `pixels` are left empty: their memory is free before the attention begins. VAEEncode makes them for
+        the model alone and keeps them until it has the latent, 0.2 GB of a 16-megapixel image.
         """
-        return self._encoded(self._strips(pixels))
-
-    def encode_and_free(self, pixels: Tensor, **_: Any) -> Tensor:
-        """Return the latent as `forward` does, and leave `pixels` empty: their memory is free before the attention begins.
-
-        VAEEncode makes pixels for the model alone and keeps them until it has the latent, 0.2 GB of a 16-megapixel image.
-        """
-        stream = self._strips(pixels)
-        pixels.data = pixels.new_empty(0)
-        return self._encoded(stream)
-
-    def _strips(self, pixels: Tensor) -> Stream:
         height = strip_pixels(self.device, self.bytes_per_pixel)
-        return strips(pixels[0, :, 0].to(self.device), self.patch, height)
-
-    def _encoded(self, stream: Stream) -> Tensor:
+        stream = strips(pixels[0, :, 0].to(self.device), self.patch, height)
+        if free:
+            pixels.data = pixels.new_empty(0)
         for layer in self.layers:
             stream = layer(stream)
         return joined(stream).permute(2, 0, 1)[None, :, None]

@@ -117,12 +117,12 @@ def test_options_of_a_models_encode_are_taken(models: dict[str, Pair]) -> None:
 
 
 def test_pixels_are_free_before_the_attention(models: dict[str, Pair]) -> None:
-    """The encode that VAEEncode calls leaves its pixels empty, and gives the same latent to the last bit."""
+    """With `free` the encoder leaves its pixels empty, and gives the same latent to the last bit."""
     _, encoder, _ = models["2.1"]
     with torch.inference_mode():
         pixels = image_of(32, 48)
-        assert torch.equal(encoder.encode_and_free(pixels.clone()), encoder(pixels))
-        encoder.encode_and_free(pixels)
+        assert torch.equal(encoder(pixels.clone(), free=True), encoder(pixels))
+        encoder(pixels, free=True)
     assert pixels.numel() == 0
 
 
