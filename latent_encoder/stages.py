@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 
 from errors import RequestCrashesWorker
+from latent_encoder.outputs.drawing import Drawn, Undrawn, draw
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
 from latent_encoder.torch_threads import set_torch_threads
-from latent_encoder.vae.encoders import give_back_freed_memory
+from latent_encoder.vae.freed_memory import give_back_freed_memory
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
 
@@ -163,8 +164,9 @@ class Stages(Generic[J]):
             self._report(job, result)
         return True
 
-    def _prepare(self, job: J, request: Any) -> Prepared | SuccessResponse:
-        """Prepare the encode, or return the stored response of a request that came before."""
+    def _prepare(self, job: J, request: Any) -> Prepared | Undrawn | SuccessResponse:
+        """Prepare the encode, or return the stored response of a request that came before, or its latent for more images."""
+        request = self._encoder.settled(request)
         stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
         if stored is None and job.condemned:
             raise RequestCrashesWorker(
@@ -172,13 +174,21 @@ class Stages(Generic[J]):
                 "most often memory runs out. Ask for fewer megapixels or give the workers more memory."
             )
         job.redelivered = stored is not None
+        if stored is None and self._reuse and (undrawn := self._encoder.undrawn(request)):
+            return undrawn
         return stored or self._encoder.prepare(request, job.origin)
 
-    def _encode(self, job: J, prepared: Prepared) -> Encoded:
+    def _encode(self, job: J, prepared: Prepared | Undrawn) -> Encoded | Drawn:
         job.encoding = True
+        if isinstance(prepared, Undrawn):
+            return draw(self._encoder.runtime, prepared)
         return self._encoder.encode_prepared(prepared)
 
-    def _write(self, _: J, encoded: Encoded) -> SuccessResponse:
+    def _write(self, job: J, encoded: Encoded | Drawn) -> SuccessResponse:
+        if isinstance(encoded, Drawn):
+            response = self._encoder.add_images(encoded)
+            job.redelivered = True
+            return response
         return self._encoder.write(encoded)
 
 

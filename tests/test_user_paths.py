@@ -156,4 +156,4 @@ def test_run_reads_and_writes_in_the_home_folder(tmp_path: Path, run_main: RunMa
     assert not (tmp_path / "~").exists()
     done = run_main("--image_path", home / "photo.jpg", "--output_dir=~no-such-user/x", *common)
     assert done.returncode == 2
-    assert "'--output-dir': '~no-such-user/x': ~ cannot be expanded" in done.stderr
+    assert "'--output-dir' / '-o': '~no-such-user/x': ~ cannot be expanded" in done.stderr

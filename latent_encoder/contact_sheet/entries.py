@@ -8,7 +8,7 @@ from statistics import median
 
 from latent_encoder.contact_sheet.thumbnails import Stored
 from latent_encoder.inspection.findings import Inspection
-from latent_encoder.inspection.text import printable
+from latent_encoder.terminal import printable
 from models import Roundtrip
 
 LONGEST_SHOWN = 240
@@ -58,10 +58,11 @@ def entry_of(inspection: Inspection, image_path: str | None, thumbnails: dict[st
     named = image_path or getattr(metadata, "image_path", None)
     _, channels, height, width = inspection.latent.shape
     size = "{1} x {0} px, ".format(*metadata.original_image_shape) if metadata else ""
+    cells = f"latent {width} x {height}, {channels} channels"
     return Entry(
         name=shown(named or inspection.files.latent.name),
         latent=shown(str(inspection.files.latent)),
-        facts=f"{size}latent {channels} x {height} x {width}",
+        facts=f"{size}{cells}",
         problems=tuple(shown(problem) for problem in inspection.problems),
         roundtrip=metadata.roundtrip if metadata else None,
         thumbnails=thumbnails,

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from config import Settings
 from errors import RequestError
+from latent_encoder.contact_sheet.place import check_place
 from latent_encoder.contact_sheet.sheet import ContactSheet
 from latent_encoder.exits import EXIT_ERROR_RESPONSE, end_by_signal, stop_on_signals
-from latent_encoder.inspection.text import printable
 from latent_encoder.outputs.names import SUFFIXES
-from latent_encoder.terminal import complain
+from latent_encoder.terminal import complain, printable
 
 
 def run(settings: Settings, paths: Sequence[str], place: Path, *, as_json: bool, echo: Callable[[str], None]) -> int:
@@ -28,6 +28,7 @@ def run(settings: Settings, paths: Sequence[str], place: Path, *, as_json: bool,
     Raises:
         SheetRefused: the sheet cannot be written to that place.
     """
+    check_place(place, settings)
     sheet = ContactSheet(settings, place, lambda text: complain(f"Warning: {printable(text)}"))
     faulty = 0
 

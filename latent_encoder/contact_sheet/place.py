@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from config import Settings
 from errors import LatentEncoderError, RequestError
 from latent_encoder.access import AllowedFolders
 from latent_encoder.outputs.files import prepare_output_folder
@@ -20,7 +21,7 @@ class SheetRefused(LatentEncoderError):
     """The contact sheet cannot be written there; the text names the file and the reason."""
 
 
-def check_place(place: Path, allowed: AllowedFolders) -> None:
+def check_place(place: Path, settings: Settings) -> None:
     """Create the folder of the sheet if it is missing, and check that the sheet can be written.
 
     Raises:
@@ -31,6 +32,7 @@ def check_place(place: Path, allowed: AllowedFolders) -> None:
     if os.path.lexists(place) and not is_own_file(place.parent, place.name, lambda _: False):
         raise SheetRefused(f"--html {place}: the file is there and is no contact sheet; move it, or choose another name.")
     try:
+        allowed = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
         prepare_output_folder(place.parent, allowed, EXPECTED_BYTES)
     except RequestError as exc:
         raise SheetRefused(f"--html {place}: no contact sheet can be written there. {exc}") from exc

@@ -14,7 +14,7 @@ from errors import LatentUnreadable, in_utf8, one_line
 from latent_encoder.access import AllowedFolders
 from latent_encoder.contact_sheet.entries import Entry, Failure, entry_of, shown
 from latent_encoder.contact_sheet.page import page_parts
-from latent_encoder.contact_sheet.place import SheetRefused, check_place
+from latent_encoder.contact_sheet.place import SheetRefused
 from latent_encoder.contact_sheet.thumbnails import Stored, ThumbnailStore, share_of, thumbnail
 from latent_encoder.geometry import Size
 from latent_encoder.images.pillow import quiet_pillow
@@ -32,13 +32,12 @@ class ContactSheet:
     """A contact sheet. Thumbnails go to a temporary file beside it, so memory does not grow with their number."""
 
     def __init__(self, settings: Settings, place: Path, warn: Callable[[str], None], *, beside_encodes: bool = False) -> None:
-        """With `beside_encodes`, other threads of this process may use ComfyUI.
+        """Begin a sheet for a place that was checked. With `beside_encodes`, other threads of this process may use ComfyUI.
 
         Raises:
-            SheetRefused: the sheet cannot be written to that place.
+            SheetRefused: thumbnails cannot be stored there.
         """
         self._allowed = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
-        check_place(place, self._allowed)
         self._place = place
         self._warn = warn
         self._painter = Painter(settings, warn, beside_encodes=beside_encodes)

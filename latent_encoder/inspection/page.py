@@ -11,8 +11,10 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latent_encoder.inspection.findings import Inspection
-from latent_encoder.inspection.text import metadata_rows, number_text, printable, space_text
+from latent_encoder.inspection.text import metadata_rows, number_text, space_text
+from latent_encoder.outputs.marks import HTML_MARK
 from latent_encoder.outputs.png import png_bytes
+from latent_encoder.terminal import printable
 
 if TYPE_CHECKING:
     from latent_encoder.inspection.images import Painter
@@ -59,21 +61,21 @@ def templates(*folders: Path) -> Environment:
 def as_page(inspection: Inspection, painter: Painter) -> str:
     """Return the page. Markup in metadata and names is escaped."""
     low, high = value_range(inspection.latent)
-    return (
-        templates(Path(__file__).parent)
-        .get_template("page.html")
-        .render(
-            found=inspection,
-            name=printable(inspection.files.latent.name),
-            space=space_text(inspection),
-            figures=_figures(inspection, painter),
-            histograms=[histogram(values, low, high) for values in inspection.latent.unbind(1)],
-            low=low,
-            high=high,
-            width=HISTOGRAM_WIDTH,
-            height=HISTOGRAM_HEIGHT,
-            metadata=metadata_rows(inspection.metadata) if inspection.metadata else {},
-        )
+    image = inspection.metadata.image_path if inspection.metadata else None
+    template = templates(Path(__file__).parent).get_template("page.html")
+    return template.render(
+        found=inspection,
+        mark=HTML_MARK,
+        image=printable(image or ""),
+        name=printable(inspection.files.latent.name),
+        space=space_text(inspection),
+        figures=_figures(inspection, painter),
+        histograms=[histogram(values, low, high) for values in inspection.latent.unbind(1)],
+        low=low,
+        high=high,
+        width=HISTOGRAM_WIDTH,
+        height=HISTOGRAM_HEIGHT,
+        metadata=metadata_rows(inspection.metadata) if inspection.metadata else {},
     )
 
 

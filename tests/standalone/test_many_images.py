@@ -109,6 +109,30 @@ def test_run_goes_on_where_it_was(photos: Path, run: Any, tmp_path: Path) -> Non
     assert not set(modified(tmp_path / "output").values()) & set(after.values())
 
 
+def test_images_are_added_to_a_finished_run(
+    photos: Path, run: Any, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run with PREVIEW and ROUNDTRIP encodes nothing: the images are made of the stored latents."""
+    (photos / "broken.jpg").unlink()
+    _, first, _ = run(ImageSelection((str(photos),)))
+    before = modified(tmp_path / "output")
+    monkeypatch.setitem(vars(settings), "preview", True)
+    monkeypatch.setitem(vars(settings), "roundtrip", True)
+    status, second, errors = run(ImageSelection((str(photos),)))
+    assert (status, len(second)) == (0, 3)
+    assert errors.splitlines()[-1].startswith("0 encoded, 3 done before, 0 failed, in ")
+    after = modified(tmp_path / "output")
+    kept = {name for name in before if after[name] == before[name]}
+    assert kept == {name for name in before if not name.endswith(".json")}
+    assert len(after) == len(before) + 6
+    for old, new in zip(first, second, strict=True):
+        assert Path(new["preview_path"]).is_file()
+        assert Path(new["roundtrip_path"]).is_file()
+        assert new["metadata"]["latent_sha256"] == old["metadata"]["latent_sha256"]
+    _, third, _ = run(ImageSelection((str(photos),)))
+    assert third == second
+
+
 def test_hidden_colours_are_counted_in_the_summary(photos: Path, run: Any) -> None:
     """The summary counts images with transparency, encoded now or before, unless they lie over a colour."""
     for name in ("rgba.png", "palette_with_transparency.png"):
@@ -165,9 +189,11 @@ def test_fail_fast_ends_with_the_first_failure(tmp_path: Path, run: Any) -> None
     """After the first failure no image is begun; those in flight may be finished."""
     images = [str(IMAGES / "truncated.jpg"), *(str(IMAGES / name) for name in GOOD * 1)]
     copies = [str(shutil.copy(IMAGES / "photo.jpg", tmp_path / f"{n}.jpg")) for n in range(20)]
-    status, responses, _ = run(ImageSelection((*images, *copies)), RunOptions(fail_fast=True))
+    status, responses, errors = run(ImageSelection((*images, *copies)), RunOptions(fail_fast=True))
     assert (status, responses[0]["error_code"]) == (1, "IMAGE_INVALID")
     assert len(responses) < 10
+    left = len(images) + len(copies) - len(responses)
+    assert errors.splitlines()[-1] == f"--fail-fast: stopped at a failure; {left} of 24 images were not tried."
 
 
 def test_list_of_requests_is_answered_like_a_topic(photos: Path, run: Any, tmp_path: Path) -> None:
@@ -262,7 +288,7 @@ def test_ctrl_c_finishes_the_image_in_hand(tmp_path: Path) -> None:
     responses = [json.loads(line) for line in (first, second, *output.splitlines())]
     assert process.returncode == 130, errors
     *_, summary, last = errors.splitlines()
-    assert last == "Error: Interrupted; the same command goes on from here."
+    assert last.startswith("Error: Interrupted. The requests were read from a stream: give them again. Images whose files ")
     assert json.loads(summary) | {"encoded": len(responses), "failed": 0, "interrupted": True} == json.loads(summary)
     assert len(responses) < 20
     assert_whole(responses, tmp_path / "output")
@@ -322,8 +348,8 @@ def test_workers_that_cannot_start_end_the_run(photos: Path, tmp_path: Path) -> 
 
 
 def test_progress_is_seen_on_a_terminal_alone(photos: Path, tmp_path: Path) -> None:
-    """A terminal shows counts, speed and the time left on one line, of any width, between whole lines of responses."""
-    arguments = [str(PROJECT / "main.py"), "--image-path", str(photos), *TINY]
+    """A terminal shows counts, speed and the time left on one line, between whole lines of JSON with `--json`."""
+    arguments = [str(PROJECT / "main.py"), "--image-path", str(photos), "--json", *TINY]
     terminal = pexpect.spawn(
         sys.executable,
         arguments,
