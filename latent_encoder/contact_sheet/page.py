@@ -21,7 +21,7 @@ ROWS, FAILURE_ROWS = 50, 10
 PARTS_AT_ONCE = 200
 """Pieces of the template that are joined before they are written, about one row."""
 
-PICTURES = {"scaled_image": "Image", "latent": "Latent", "roundtrip": "Round trip"}
+KINDS = {"scaled_image": "Image", "latent": "Latent", "roundtrip": "Round trip"}
 LONGEST_ALT = 60  # characters of a name that a screen reader reads three times in a row
 
 FULL_SIDE, SMALL_SIDE = "14rem", "8rem"
@@ -31,7 +31,7 @@ MANY = 1000
 
 
 @dataclass(frozen=True)
-class Picture:
+class PageImage:
     """A thumbnail in the page."""
 
     title: str
@@ -47,7 +47,7 @@ class Row:
     entry: Entry
     place: int
     """Number in the order of the run."""
-    pictures: tuple[Picture | None, ...]
+    images: tuple[PageImage | None, ...]
     psnr: str
     ssim: float | None
 
@@ -56,7 +56,7 @@ def page_parts(
     entries: Sequence[Entry], failures: Sequence[Failure], store: ThumbnailStore, *, title: str, unfinished: str | None
 ) -> Iterator[bytes]:
     """Yield the page in UTF-8. `unfinished` says that images are missing, and why."""
-    kinds = [kind for kind in PICTURES if kind != "roundtrip" or any(kind in entry.thumbnails for entry in entries)]
+    kinds = [kind for kind in KINDS if kind != "roundtrip" or any(kind in entry.thumbnails for entry in entries)]
     script = (HERE / "sheet.js").read_text("utf-8")
     compared = [entry.roundtrip for entry in entries if entry.roundtrip is not None]
     stream = (
@@ -69,7 +69,7 @@ def page_parts(
             title=title,
             unfinished=unfinished,
             count=len(entries),
-            columns=[PICTURES[kind] for kind in kinds],
+            columns=[KINDS[kind] for kind in kinds],
             compared=bool(compared),
             summary=summary_of(compared),
             rows=_rows(entries, kinds, store),
@@ -91,16 +91,16 @@ def _rows(entries: Sequence[Entry], kinds: Sequence[str], store: ThumbnailStore)
         yield Row(
             entry,
             place,
-            pictures=tuple(_picture(entry, kind, store, most_bytes) for kind in kinds),
+            images=tuple(_page_image(entry, kind, store, most_bytes) for kind in kinds),
             psnr=decibels(psnr_of(found)) if found else "-",
             ssim=found.ssim if found else None,
         )
 
 
-def _picture(entry: Entry, kind: str, store: ThumbnailStore, most_bytes: int) -> Picture | None:
+def _page_image(entry: Entry, kind: str, store: ThumbnailStore, most_bytes: int) -> PageImage | None:
     place = entry.thumbnails.get(kind)
     data = store.read(place, most_bytes) if place is not None else None
     if data is None:
         return None
-    alt = f"{PICTURES[kind]}: {entry.name[-LONGEST_ALT:]}"
-    return Picture(PICTURES[kind], alt, base64.b64encode(data).decode(), cells=kind == "latent")
+    alt = f"{KINDS[kind]}: {entry.name[-LONGEST_ALT:]}"
+    return PageImage(KINDS[kind], alt, base64.b64encode(data).decode(), cells=kind == "latent")

@@ -25,7 +25,7 @@ class Sheet(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: dict[str, list[list[str]]] = {"failures": [], "latents": []}
-        self.pictures: list[tuple[str, Image.Image]] = []
+        self.images: list[tuple[str, Image.Image]] = []
         self.text = ""
         self._section = ""
         self._open: list[str] = []
@@ -46,7 +46,7 @@ class Sheet(HTMLParser):
             self.rows[self._section][-1].append("")
         elif tag == "img":
             data = base64.b64decode(str(attributes["src"]).removeprefix(WEBP))
-            self.pictures.append((str(attributes["alt"]), Image.open(BytesIO(data))))
+            self.images.append((str(attributes["alt"]), Image.open(BytesIO(data))))
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag

@@ -70,8 +70,8 @@ def test_images_stand_side_by_side_with_words_for_those_who_do_not_see_them(tmp_
     data = thumbnail(NOISE, 100_000)
     assert data is not None
     page = sheet_of(Made(tmp_path, [entry("photo.jpg")]).write(data, data, data))
-    assert [alt for alt, _ in page.pictures] == ["Image: photo.jpg", "Latent: photo.jpg", "Round trip: photo.jpg"]
-    assert {picture.size for _, picture in page.pictures} == {(171, 256)}
+    assert [alt for alt, _ in page.images] == ["Image: photo.jpg", "Latent: photo.jpg", "Round trip: photo.jpg"]
+    assert {image.size for _, image in page.images} == {(171, 256)}
     (row,) = sheet_of(Made(tmp_path, [entry("photo.jpg")]).write(data)).rows["latents"]
     assert row[1:3] == ["", "none"]
 

@@ -72,7 +72,7 @@ def test_run_with_round_trips(run: Run, photos: Path, tmp_path: Path) -> None:
     for row, stem in zip(page.rows["latents"], worst_first, strict=True):
         found = stored[stem]["roundtrip"]
         assert row[-2:] == [f"{found['psnr_db']:.2f} dB", f"{found['ssim']:.4f}"]
-    assert [alt.split(":")[0] for alt, _ in page.pictures] == ["Image", "Latent", "Round trip"] * 2
+    assert [alt.split(":")[0] for alt, _ in page.images] == ["Image", "Latent", "Round trip"] * 2
     ((name, code, reason),) = page.rows["failures"]
     assert (name, code) == (str(photos / "truncated.jpg"), "IMAGE_INVALID")
     assert "damaged" in reason
@@ -121,11 +121,11 @@ def test_an_interrupted_run_has_a_sheet(tmp_path: Path) -> None:
 
 
 def test_workers(photos: Path, tmp_path: Path, run_main: RunMain) -> None:
-    """With several processes the sheet is the same: colours, pictures, failures."""
+    """With several processes the sheet is the same: colours, images, failures."""
     done = run_main("--image_path", photos, *TINY, "--workers", "2", "--html", "sheet.html")
     assert done.returncode == FAILED, done.stderr
     page = sheet_of(tmp_path / "sheet.html")
-    assert (len(page.rows["latents"]), len(page.rows["failures"]), len(page.pictures)) == (2, 1, 4)
+    assert (len(page.rows["latents"]), len(page.rows["failures"]), len(page.images)) == (2, 1, 4)
 
 
 def test_the_sheet_is_no_input(run: Run, photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
