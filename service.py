@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -34,6 +35,7 @@ from latent_encoder.outputs.files import (
     space_needed,
 )
 from latent_encoder.outputs.folder import OutputFolder, open_output_folder
+from latent_encoder.outputs.holds import hold, renewed
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.leftovers import Leftovers
 from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of, of_tiles
@@ -305,6 +307,18 @@ class LatentEncoder:
         if not self._answers(stored, self._fingerprint_now(request, files, stored.metadata)):
             return None
         return success_response(request, files, stored.metadata, stored.whole)
+
+    def still_stored(self, response: SuccessResponse) -> bool:
+        """Return whether the files of a stored response are still there, and let them stay for all of OUTPUT_TTL_DAYS again.
+
+        Raises:
+            OutputDirNotWritable: another process has been writing or removing these files for long.
+        """
+        return self._settings.output_ttl_days is None or renewed(response, self._outputs)
+
+    def hold(self, response: SuccessResponse) -> BinaryIO | None:
+        """Keep the files of a response from OUTPUT_TTL_DAYS, until the returned file is closed."""
+        return None if self._settings.output_ttl_days is None else hold(response, self._outputs)
 
     def _fingerprint_now(self, request: EncodeRequest, files: OutputFiles, stored: Metadata) -> str:
         """Return the fingerprint of a request with the image and the VAE as they are now."""

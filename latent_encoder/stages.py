@@ -6,7 +6,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ class Job(Protocol):
     """The encode has begun. Set by the stages."""
     redelivered: bool
     """The response was made from the files of an earlier one. Set by the stages."""
+    held: BinaryIO | None
+    """An open file that keeps the files of the response, for the owner to close. Set by the stages for a Kafka record."""
 
     @property
     def request(self) -> EncodeRequest | None: ...
@@ -160,12 +162,23 @@ class Stages(Generic[J]):
             if not isinstance(result, SuccessResponse):
                 self._stages[number + 1].inbox.put((job, result))
                 return False
+            self._hold(job, result)
             self._report(job, result)
         return True
+
+    def _hold(self, job: J, response: SuccessResponse) -> None:
+        """Keep the files of a record's response until the job ends, which may be long after, if the broker is away."""
+        if job.origin is None:
+            return
+        job.held = self._encoder.hold(response)
+        if job.dropped and job.held is not None:  # meanwhile, in the owner's thread
+            job.held.close()
 
     def _prepare(self, job: J, request: Any) -> Prepared | SuccessResponse:
         """Prepare the encode, or return the stored response of a request that came before."""
         stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
+        if stored is not None and not self._encoder.still_stored(stored):
+            stored = None
         if stored is None and job.condemned:
             raise RequestCrashesWorker(
                 "Every worker that began this request died or hung before it ended. Look for the cause in the workers' logs: "
