@@ -157,6 +157,7 @@ class LatentFacts(BaseModel):
     vae_model_name: str
 
     # The fields from here on are ours; the specification has those above.
+    image_path: str | None = Field(None, description="Path of the image, as the request gave it.")
     upscale_method: str
     megapixels: float
     fit: Fit = "crop"
@@ -194,6 +195,7 @@ class Metadata(LatentFacts):
     roundtrip: Roundtrip | None = None
     request_id: str | None = None
     origin: str | None = None
+    source_id: str | None = None
 
     @property
     def sha256_by_file(self) -> dict[str, str]:

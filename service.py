@@ -27,6 +27,7 @@ from latent_encoder.images.loading import load_image
 from latent_encoder.images.pixel_budget import PixelBudget
 from latent_encoder.images.scaling import scale_image
 from latent_encoder.images.source import ImageLimits, read_file, read_image
+from latent_encoder.outputs.drawing import Drawn, Undrawn, read_tensors
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.files import (
     WRITING,
@@ -39,17 +40,17 @@ from latent_encoder.outputs.holds import hold, renewed
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.leftovers import Leftovers
 from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of, of_tiles
-from latent_encoder.outputs.names import OutputFiles, output_files
+from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.owners import owners_in, refuse_files_of_another
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.roundtrip import compare
+from latent_encoder.outputs.run_requests import RunRequest, files_of, settled, source_id_of
 from latent_encoder.outputs.stored_responses import (
     StoredFiles,
     look,
-    owners_in,
     read_stored,
-    refuse_files_of_another,
     stored_in,
     success_response,
 )
@@ -172,7 +173,7 @@ class LatentEncoder:
             RequestError: a step failed; the class says which.
         """
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
-        files = _files_of(request)
+        files = files_of(request)
         replaceable, owners = look(files, self._outputs)
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode(), ExitStack() as memory:
@@ -184,8 +185,8 @@ class LatentEncoder:
                 image = load_image(self.runtime, request.image_path, source, request.alpha)
             with timed(timings, "scale"):
                 scaled = pinned(scale_image(self.runtime, image.pixels, request, vae.cells.factor), vae.vae.device)
-        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae))
-        refuse_files_of_another(request, files, owners)
+        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae, request))
+        refuse_files_of_another(files, owners, request.request_id, source_id_of(request), image.sha256)
         self._leftovers.remove(files.folder)
         return Prepared(
             request=request,
@@ -193,7 +194,7 @@ class LatentEncoder:
             vae=vae,
             origin=origin,
             replaceable=replaceable,
-            fingerprint=fingerprint(request, files, image.sha256, vae, self.runtime),
+            fingerprint=fingerprint(request, files.latent.name, image.sha256, vae, self.runtime),
             image_sha256=image.sha256,
             image_notes=image.notes,
             colour_error=image.colour_error,
@@ -266,7 +267,8 @@ class LatentEncoder:
             OutputDirNotWritable: they must stay, but are of another input.
         """
         request, files = prepared.request, prepared.files
-        refuse_files_of_another(request, files, owners_in(folder, files))
+        owners = owners_in(folder, files)
+        refuse_files_of_another(files, owners, request.request_id, source_id_of(request), prepared.image_sha256)
         stored = stored_in(folder, files)
         if stored is None or not stored.complete:
             return None
@@ -277,10 +279,18 @@ class LatentEncoder:
             return stored
         if replaceable or self._own.has(files.metadata, stored.metadata_sha256):
             return None
-        raise OutputDirNotWritable(
-            f"Cannot write to output folder: {files.folder} (another process has written other files of the request "
-            f"{request.request_id!r} meanwhile, {files.metadata.name} among them; send the request again to replace them)"
-        )
+        raise _others_were_written(request, files)
+
+    def settled(self, request: EncodeRequest) -> EncodeRequest:
+        """Return the request with the id of its files: a request of a run may find them under another one.
+
+        Raises:
+            RequestError: the request is not allowed, or the image cannot be read.
+        """
+        if not isinstance(request, RunRequest):
+            return request
+        admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
+        return settled(request, self._outputs, partial(self._checksum_of_image, request))
 
     def stored_response(self, request: EncodeRequest, origin: str | None = None) -> SuccessResponse | None:
         """Return the response that this request got before, if its files are still there, whole and of this input.
@@ -295,7 +305,7 @@ class LatentEncoder:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
-        files = _files_of(request)
+        files = files_of(request)
         stored = read_stored(files, self._outputs)
         if stored is None or not stored.are_of(request):
             return None
@@ -304,46 +314,134 @@ class LatentEncoder:
         # The image is not read if files are missing: reading and the VAE take time.
         if not self._wanted(files) <= stored.whole:
             return None
-        if not self._answers(stored, self._fingerprint_now(request, files, stored.metadata)):
+        if not self._is_of(stored, *self._fingerprints_now(request, stored)):
             return None
         return success_response(request, files, stored.metadata, stored.whole)
 
-    def still_stored(self, response: SuccessResponse) -> bool:
-        """Return whether the files of a stored response are still there, and let them stay for all of OUTPUT_TTL_DAYS again.
+    def renewed(self, files: OutputFiles, metadata: Metadata) -> bool:
+        """Return whether stored files are still those of the metadata, and let them stay for all of OUTPUT_TTL_DAYS again.
 
         Raises:
             OutputDirNotWritable: another process has been writing or removing these files for long.
         """
-        return self._settings.output_ttl_days is None or renewed(response, self._outputs)
+        return self._settings.output_ttl_days is None or renewed(files, metadata, self._outputs)
 
     def hold(self, response: SuccessResponse) -> BinaryIO | None:
         """Keep the files of a response from OUTPUT_TTL_DAYS, until the returned file is closed."""
         return None if self._settings.output_ttl_days is None else hold(response, self._outputs)
 
-    def _fingerprint_now(self, request: EncodeRequest, files: OutputFiles, stored: Metadata) -> str:
-        """Return the fingerprint of a request with the image and the VAE as they are now."""
+    def undrawn(self, request: EncodeRequest) -> Undrawn | None:
+        """Return the stored latent of a request that lacks only images, which are asked for now; None if it lacks more.
+
+        Raises:
+            RequestError: the VAE or the image cannot be read, or the output folder cannot be written to.
+        """
+        files = files_of(request)
+        stored = read_stored(files, self._outputs)
+        if stored is None or not stored.complete or not stored.are_of(request) or self._wanted(files) <= stored.whole:
+            return None
+        if not self._is_of(stored, *self._fingerprints_now(request, stored)):
+            return None
+        vae = self.vaes.get(request.vae_model_name)
+        with open_output_folder(files.folder, self._outputs) as folder:
+            tensors = read_tensors(folder, stored)
+        if tensors is None:
+            return None
+        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(tensors[1]), vae, request))
+        self._leftovers.remove(files.folder)
+        lacking = self._wanted(files) - stored.whole
+        return Undrawn(request, stored, vae, *tensors, files.preview in lacking, files.roundtrip in lacking)
+
+    def add_images(self, drawn: Drawn) -> SuccessResponse:
+        """Write the images that were made of a stored latent, and the metadata with their checksums. The latent stays.
+
+        Raises:
+            AccessDenied, OutputDirNotWritable: the files cannot be written, or the latent was replaced meanwhile.
+        """
+        request, files = drawn.undrawn.request, drawn.undrawn.stored.files
+        decoded = drawn.comparison.png if drawn.comparison is not None else None
+        images = {files.preview: drawn.preview, files.roundtrip: decoded}
+        with (
+            WRITING,
+            open_output_folder(files.folder, self._outputs) as folder,
+            StagedFiles(folder, files.shared_name) as staged,
+        ):
+            stored = self._still_stored(folder, drawn.undrawn)  # another process may have added the other image
+            for path, data in images.items():
+                if data is not None:
+                    staged.add(path.name, data)
+            metadata = drawn.described(stored.metadata)
+            described = metadata.model_dump_json(indent=2).encode() + b"\n"
+            staged.add(files.metadata.name, described)
+            newer = staged.publish(partial(self._added_meanwhile, folder, drawn.undrawn, stored), adding=True)
+            if newer is not None:
+                return success_response(request, files, newer.metadata, newer.whole)
+            self._own.add(files.metadata, checksum(described))
+        return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
+
+    def _still_stored(self, folder: OutputFolder, undrawn: Undrawn) -> StoredFiles:
+        """Return the stored files as they are now.
+
+        Raises:
+            OutputDirNotWritable: they are no longer those of the latent of which the images were made.
+        """
+        files = undrawn.stored.files
+        stored = stored_in(folder, files)
+        if stored is None or not stored.complete or stored.metadata.latent_sha256 != undrawn.stored.metadata.latent_sha256:
+            raise _others_were_written(undrawn.request, files)
+        return stored
+
+    def _added_meanwhile(self, folder: OutputFolder, undrawn: Undrawn, described: StoredFiles) -> StoredFiles | None:
+        """Return the files to which another process added the same images; None if they are still the `described` ones.
+
+        Raises:
+            OutputDirNotWritable: they are others.
+        """
+        stored = self._still_stored(folder, undrawn)
+        if stored.metadata_sha256 == described.metadata_sha256:
+            return None
+        if self._wanted(stored.files) <= stored.whole:
+            return stored
+        raise _others_were_written(undrawn.request, stored.files)
+
+    def _fingerprints_now(self, request: EncodeRequest, stored: StoredFiles) -> tuple[str, str]:
+        """Return the fingerprint of a request with the image and the VAE as they are now, and that of earlier versions."""
+        image_sha256 = self._checksum_of_image(request) or stored.metadata.image_sha256
+        vae, latent = self.vaes.get(request.vae_model_name), stored.files.latent
+        now, earlier = (fingerprint(request, place, image_sha256, vae, self.runtime) for place in (latent.name, str(latent)))
+        return now, earlier
+
+    def _checksum_of_image(self, request: EncodeRequest) -> str | None:
+        """Return the checksum of a request's image; None if it is gone.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
         try:
-            image_sha256 = checksum(read_file(request.image_path, self._images))
+            return checksum(read_file(request.image_path, self._images))
         except ImageNotFound:
-            image_sha256 = stored.image_sha256
-        return fingerprint(request, files, image_sha256, self.vaes.get(request.vae_model_name), self.runtime)
+            return None
 
     def _answers(self, stored: StoredFiles, expected: str) -> bool:
-        """Return whether stored files have the expected fingerprint, and are all that are asked for now.
+        """Return whether stored files have the expected fingerprint, and are all that are asked for now."""
+        return self._is_of(stored, expected) and self._wanted(stored.files) <= stored.whole
+
+    def _is_of(self, stored: StoredFiles, *expected: str) -> bool:
+        """Return whether stored files have one of the expected fingerprints.
 
         A latent that was encoded in tiles is one only if OOM_POLICY still allows tiles.
         """
-        tiles = [of_tiles(expected)] if self._settings.oom_policy == "tile" else []
-        return stored.metadata.fingerprint in (expected, *tiles) and self._wanted(stored.files) <= stored.whole
+        tiles = map(of_tiles, expected) if self._settings.oom_policy == "tile" else ()
+        return stored.metadata.fingerprint in (*expected, *tiles)
 
     def _wanted(self, files: OutputFiles) -> frozenset[Path]:
         """Return the files that a request gets under these settings, except the metadata."""
         optional = {files.preview: self._settings.preview, files.roundtrip: self._settings.roundtrip}
         return frozenset({files.latent, files.scaled_image, *(path for path, wanted in optional.items() if wanted)})
 
-    def _space_needed(self, scaled: Size, vae: LoadedVae) -> int:
+    def _space_needed(self, scaled: Size, vae: LoadedVae, request: EncodeRequest) -> int:
         images = 1 + 2 * self._settings.preview + self._settings.roundtrip  # a preview is twice as wide as the others
-        return space_needed(scaled, vae.cells.factor, vae.cells.channels, images)
+        return space_needed(scaled, vae.cells.factor, vae.cells.channels, images, request.image_path)
 
 
 def ready_encoder(settings: Settings) -> LatentEncoder:
@@ -359,5 +457,8 @@ def ready_encoder(settings: Settings) -> LatentEncoder:
     return encoder
 
 
-def _files_of(request: EncodeRequest) -> OutputFiles:
-    return output_files(request.output_dir, request.image_path, request.request_id, request.latent_format)
+def _others_were_written(request: EncodeRequest, files: OutputFiles) -> OutputDirNotWritable:
+    return OutputDirNotWritable(
+        f"Cannot write to output folder: {files.folder} (another process has written other files of the request "
+        f"{request.request_id!r} meanwhile, {files.metadata.name} among them; send the request again to replace them)"
+    )

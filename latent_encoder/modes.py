@@ -62,7 +62,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
 def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
     from latent_encoder.standalone.inputs import ImageSelection
 
-    selection = ImageSelection((*given["image_path"], *given["paths"]), given["recursive"], given["input_list"])
+    selection = ImageSelection((*given["image_path"], *given["paths"]), given["recursive"], given["input_list"], given["name"])
     if not selection.paths and selection.input_list is None:
         raise click.UsageError("Standalone mode needs --image_path FILE, or --input-list FILE.")
     if selection.paths and selection.input_list is not None:

@@ -20,7 +20,7 @@ LONGEST_VALUE = 80  # characters of a wrong value in an error message: enough to
 
 NOT_UTF8 = "is not UTF-8, so no response can hold it"
 
-FieldName = Literal["request_id", "correlation_id"]
+FieldName = Literal["request_id", "correlation_id", "image_path"]
 
 SEARCHED_BYTES = 65_536
 """Length of the beginning and of the end of an unusable message in which an id is looked for. Senders write the id before or

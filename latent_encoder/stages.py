@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
 
 import torch
 
 from errors import RequestCrashesWorker
+from latent_encoder.outputs.drawing import Drawn, Undrawn, draw
 from latent_encoder.outputs.encoded import Encoded, Prepared
+from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
 from latent_encoder.torch_threads import set_torch_threads
@@ -174,10 +177,11 @@ class Stages(Generic[J]):
         if job.dropped and job.held is not None:  # meanwhile, in the owner's thread
             job.held.close()
 
-    def _prepare(self, job: J, request: Any) -> Prepared | SuccessResponse:
-        """Prepare the encode, or return the stored response of a request that came before."""
+    def _prepare(self, job: J, request: Any) -> Prepared | Undrawn | SuccessResponse:
+        """Prepare the encode, or return the stored response of a request that came before, or its latent for more images."""
+        request = self._encoder.settled(request)
         stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
-        if stored is not None and not self._encoder.still_stored(stored):
+        if stored is not None and not self._encoder.renewed(OutputFiles.of(Path(stored.latent_file_path)), stored.metadata):
             stored = None
         if stored is None and job.condemned:
             raise RequestCrashesWorker(
@@ -185,13 +189,22 @@ class Stages(Generic[J]):
                 "most often memory runs out. Ask for fewer megapixels or give the workers more memory."
             )
         job.redelivered = stored is not None
+        undrawn = self._encoder.undrawn(request) if stored is None and self._reuse else None
+        if undrawn is not None and self._encoder.renewed(undrawn.stored.files, undrawn.stored.metadata):
+            return undrawn
         return stored or self._encoder.prepare(request, job.origin)
 
-    def _encode(self, job: J, prepared: Prepared) -> Encoded:
+    def _encode(self, job: J, prepared: Prepared | Undrawn) -> Encoded | Drawn:
         job.encoding = True
+        if isinstance(prepared, Undrawn):
+            return draw(self._encoder.runtime, prepared)
         return self._encoder.encode_prepared(prepared)
 
-    def _write(self, _: J, encoded: Encoded) -> SuccessResponse:
+    def _write(self, job: J, encoded: Encoded | Drawn) -> SuccessResponse:
+        if isinstance(encoded, Drawn):
+            response = self._encoder.add_images(encoded)
+            job.redelivered = True
+            return response
         return self._encoder.write(encoded)
 
 

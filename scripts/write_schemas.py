@@ -154,6 +154,7 @@ def example_success() -> SuccessResponse:
             scaled_image_shape=(1024, 1024, 3),
             latent_shape=(1, 16, 128, 128),
             vae_model_name=request.vae_model_name,
+            image_path=request.image_path,
             processing_time_ms=450,
             timestamp=utc_timestamp(RESPONDED_AT),
             timings_ms=timings,

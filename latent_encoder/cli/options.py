@@ -108,8 +108,14 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     REQUEST.option(
         "--request-id",
         metavar="ID",
-        help="Id for the request of one image, part of the names of its files; by default a new UUID. In a replay, only dead "
+        help="Id for the request of one image, part of the names of its files; by default the same "
+        "for the same image and options. In a replay, only dead "
         "letters of the request with this id.",
+    ),
+    MANY.option(
+        "--name",
+        metavar="PATTERN",
+        help="Names of the output files, made of {stem}, {id}, {index} and {folder}; by default '{stem}_{id}'.",
     ),
     MANY.option("--force", is_flag=True, help="Encode images that have complete files already too."),
     MANY.option("--fail-fast", is_flag=True, help="Stop at the first image that fails."),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, lru_cache
-from io import BytesIO
 from typing import Literal
 
 import torch
-from PIL import Image
 
 from config import Settings
 from errors import EncodingFailed, ImageInvalid, ImageNotFound, SetupError
@@ -17,7 +15,7 @@ from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.geometry import Box, Size, latent_crop
 from latent_encoder.images.source import ImageLimits, read_image
 from latent_encoder.inspection.findings import Inspection
-from latent_encoder.outputs.png import png_bytes
+from latent_encoder.outputs.png import pixels_of, png_bytes
 from latent_encoder.outputs.preview import latent_image, preview_image
 
 ImageName = Literal["scaled_image", "preview", "roundtrip"]
@@ -71,11 +69,7 @@ class Painter:
 
     def _scaled_image(self, inspection: Inspection) -> torch.Tensor | None:
         data = self.whole(inspection, "scaled_image")
-        if data is None:
-            return None
-        with Image.open(BytesIO(data)) as image:
-            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-            return pixels.view(1, image.height, image.width, 3).float() / 255
+        return None if data is None else pixels_of(data)
 
 
 def fitting_crop(inspection: Inspection, scaled: Size) -> Box | None:

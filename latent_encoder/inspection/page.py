@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latent_encoder.inspection.findings import Inspection
 from latent_encoder.inspection.text import metadata_rows, number_text, printable, space_text
+from latent_encoder.outputs.marks import HTML_MARK
 from latent_encoder.outputs.png import png_bytes
 
 if TYPE_CHECKING:
@@ -54,8 +55,11 @@ def as_page(inspection: Inspection, painter: Painter) -> str:
     )
     environment.filters.update(number=number_text, printable=printable)
     low, high = value_range(inspection.latent)
+    image = inspection.metadata.image_path if inspection.metadata else None
     return environment.get_template("page.html").render(
         found=inspection,
+        mark=HTML_MARK,
+        image=printable(image or ""),
         name=printable(inspection.files.latent.name),
         space=space_text(inspection),
         figures=_figures(inspection, painter),

@@ -114,6 +114,11 @@ class RecordJob:
         return (self.record.topic, self.record.partition)
 
     @property
+    def place(self) -> dict[str, str | int | None]:
+        """The fields of a log event that name the request: its image, and the place of its record."""
+        return {"image_path": self.sender.image_path, **self.record.place}
+
+    @property
     def dropped(self) -> bool:
         return self.state is State.DROPPED
 

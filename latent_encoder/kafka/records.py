@@ -121,10 +121,11 @@ RefusedRecord = tuple[Outgoing, KafkaError]
 
 @dataclass(frozen=True)
 class Sender:
-    """The ids that an error response is addressed with."""
+    """The ids that an error response is addressed with, and the image for log events."""
 
     request_id: str | None
     correlation_id: str | None
+    image_path: str | None = None
 
 
 def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
@@ -154,7 +155,7 @@ def read_request(record: Incoming, settings: Settings) -> EncodeRequest:
 
 
 def sender_of(record: Incoming, max_bytes: int) -> Sender:
-    """Return the ids of a request that may be invalid.
+    """Return the ids and the image of a request that may be invalid.
 
     An unusable message has an id only if exactly one can be found in it (`find_text`). For example, a message that was cut off
     after `"request_id": "a"` has the id `a`.
@@ -163,9 +164,10 @@ def sender_of(record: Incoming, max_bytes: int) -> Sender:
         fields = _read_fields(record.value, max_bytes)
     except Exception:  # MessageUnusable, or a fault that `read_request` reports
         value = record.value or b""
-        return Sender(find_text(value, "request_id") or _id_of_header(record), find_text(value, "correlation_id"))
+        request_id = find_text(value, "request_id") or _id_of_header(record)
+        return Sender(request_id, find_text(value, "correlation_id"), find_text(value, "image_path"))
     request_id = usable_text(fields, "request_id") or _id_of_header(record) or _id_of_place(record)
-    return Sender(request_id, usable_text(fields, "correlation_id"))
+    return Sender(request_id, usable_text(fields, "correlation_id"), usable_text(fields, "image_path"))
 
 
 def header_text(record: Incoming, name: str) -> str | None:

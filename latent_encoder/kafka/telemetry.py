@@ -67,7 +67,7 @@ def acknowledged(job: RecordJob) -> None:
     else:
         error, code = result, result.code.value
         event |= {"outcome": "error", "error_code": code, "reason": str(result), "dead_lettered": job.dead_lettered}
-    log.info("request answered", **event, attempts=job.attempts, seconds=round(seconds, 3), **job.record.place)
+    log.info("request answered", **event, attempts=job.attempts, seconds=round(seconds, 3), **job.place)
     REQUESTS.labels(event["outcome"], code).inc()
     REQUEST_SECONDS.observe(seconds)
     if job.dead_lettered:
@@ -81,10 +81,10 @@ def refused(job: RecordJob, records: Sequence[RefusedRecord], settings: Settings
     """Log each record of a job that the broker refused, with the reason."""
     for record, error in records:
         if error.code() in TOPIC_GONE:
-            log.error("topic is gone, waiting for it", gone=record.topic, reason=error.str(), **job.record.place)
+            log.error("topic is gone, waiting for it", gone=record.topic, reason=error.str(), **job.place)
         else:
             event = "response refused" if record.topic == settings.kafka_response_topic else "dead letter refused"
-            log.error(event, refused_by=record.topic, reason=error.str(), **job.record.place)
+            log.error(event, refused_by=record.topic, reason=error.str(), **job.place)
 
 
 def dropped(job: RecordJob) -> None:

@@ -108,7 +108,7 @@ class PublishInTransaction:
             error: KafkaError = exc.args[0]
             if error.code() in FATAL:
                 raise
-            log.warning("transaction failed", reason=error.str(), error_code=error.name(), **job.record.place)
+            log.warning("transaction failed", reason=error.str(), error_code=error.name(), **job.place)
             abort = isinstance(exc, _NotProduced) or error.txn_requires_abort()
             if not self._undone(job, abort=abort):
                 self._committed(job)

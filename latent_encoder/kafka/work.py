@@ -84,7 +84,7 @@ class Work:
             job.sender = sender_of(job.record, self._settings.kafka_max_message_bytes)
             self._failed(job, exc)
         else:
-            job.sender = Sender(job.request.request_id, job.request.correlation_id)
+            job.sender = Sender(job.request.request_id, job.request.correlation_id, job.request.image_path)
 
     def begin(self) -> list[RecordJob]:
         """Begin attempts of the jobs whose turn it is; return those to encode: the broker has the notes of their starts."""
@@ -124,7 +124,7 @@ class Work:
                 job.forgive()
 
     def _failed(self, job: RecordJob, error: RequestError) -> None:
-        log_failure(error, request_id=job.sender.request_id, attempt=job.attempts, **job.record.place)
+        log_failure(error, request_id=job.sender.request_id, attempt=job.attempts, **job.place)
         job.blamed = isinstance(error, DeviceLost)
         fault = accused(error, job, self._settings, self._vaes)
         self._breaker.failed(job, fault, time.monotonic())
@@ -190,7 +190,7 @@ class Work:
             if stop is not None:
                 self._stop_because(stop.reason)
             elif not job.overdue:
-                log.error("response is not acknowledged", reason=decisions.late(self._settings), **job.record.place)
+                log.error("response is not acknowledged", reason=decisions.late(self._settings), **job.place)
                 job.overdue = True
 
     # Jobs that end otherwise.

@@ -18,7 +18,10 @@ from latent_encoder.outputs.folder import OutputFolder, flush, open_output_folde
 from latent_encoder.outputs.locks import create_temporary, key_of, name_lock
 from latent_encoder.outputs.replacing import Replacement
 
-FIXED_BYTES = 32_768  # more than the metadata (2 kB), the headers of the formats, and the unused rest of each last block
+FIXED_BYTES = 32_768  # more than the metadata without the path (2 kB), the formats' headers, and the rest of each last block
+
+BYTES_OF_A_CHARACTER = 20
+"""The most bytes of one character of a path: 14 in a header, where JSON stands in JSON, and 6 in the metadata file."""
 
 WRITING = threading.Lock()
 """Held from the first byte that is written until all files are published. Take it before ending the process at once."""
@@ -44,15 +47,16 @@ def prepare_output_folder(path: Path, allowed: AllowedFolders, needed: int) -> N
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def space_needed(scaled: Size, factor: int, channels: int, images: int = 1) -> int:
+def space_needed(scaled: Size, factor: int, channels: int, images: int = 1, image_path: str = "") -> int:
     """Return the most bytes that a request's files can take.
 
     They are `images` PNGs of the scaled size that do not compress, and a float32 latent with `channels` channels and a cell
-    for `factor` pixels a side. Deflate adds under 1 % to bytes that do not compress.
+    for `factor` pixels a side. Deflate adds under 1 % to bytes that do not compress. The metadata and the latent's header have
+    the `image_path`.
     """
     latent = 4 * channels * (scaled.width // factor) * (scaled.height // factor)
     scanlines = images * (1 + 3 * scaled.width) * scaled.height
-    return latent + scanlines + scanlines // 100 + FIXED_BYTES
+    return latent + scanlines + scanlines // 100 + FIXED_BYTES + BYTES_OF_A_CHARACTER * len(image_path)
 
 
 def _megabytes(count: int) -> str:
@@ -106,10 +110,11 @@ class StagedFiles:
         else:
             self._obsolete.append(final)
 
-    def publish(self, instead: Callable[[], R | None] = lambda: None) -> R | None:
+    def publish(self, instead: Callable[[], R | None] = lambda: None, *, adding: bool = False) -> R | None:
         """Give all files their names, or none, while no other process does so; former files of these names are replaced.
 
-        If `instead` has a result, return it and publish nothing. It is called when no other process can publish.
+        If `instead` has a result, return it and publish nothing. It is called when no other process can publish. With
+        `adding`, the last file describes others too, which stay: the former one is there until the new one replaces it.
 
         Raises:
             OutputDirNotWritable: the files cannot be published. Each name has its former file, or the text tells otherwise.
@@ -118,13 +123,13 @@ class StagedFiles:
         with reported(self._folder.path), name_lock(self._folder, shared):
             found = instead()
             if found is None:
-                self._replace(Replacement(self._folder, key_of(shared)))
+                self._replace(Replacement(self._folder, key_of(shared)), adding=adding)
         return found
 
-    def _replace(self, replacement: Replacement) -> None:
+    def _replace(self, replacement: Replacement, *, adding: bool) -> None:
         replacement.check([*(final for _, final in self._staged), *self._obsolete])
         try:
-            for name in (self._staged[-1][1], *self._obsolete):
+            for name in (*([] if adding else [self._staged[-1][1]]), *self._obsolete):
                 replacement.remove(name)
             for temporary, final in self._staged:
                 replacement.place(temporary, final)

@@ -28,8 +28,8 @@ PAUSE_S = 0.01
 """Attempts to hold files, and the seconds between two: a sweep looks at the age of young files for a few milliseconds."""
 
 
-def renewed(response: SuccessResponse, allowed: AllowedFolders) -> bool:
-    """Make the files of a stored response as young as new ones, and return whether they are still there.
+def renewed(files: OutputFiles, metadata: Metadata, allowed: AllowedFolders) -> bool:
+    """Make stored files as young as new ones, and return whether they are still those of the metadata.
 
     Files in a folder that cannot be written to stay as they are: no sweep removes them either.
 
@@ -37,12 +37,11 @@ def renewed(response: SuccessResponse, allowed: AllowedFolders) -> bool:
         AccessDenied: the folder is none of those that are allowed.
         OutputDirNotWritable: another process has been writing or removing these files for long.
     """
-    files = OutputFiles.of(Path(response.latent_file_path))
     try:
         with allowed.open_folder(str(files.folder)) as descriptor:
             folder = OutputFolder(files.folder, descriptor)
             with name_lock(folder, files.shared_name):
-                return _renewed(folder, files.metadata.name, response.metadata)
+                return _renewed(folder, files.metadata.name, metadata)
     except OSError:
         return True
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import torch as safetensors_torch
 
 from errors import LatentUnreadable, is_out_of_memory
+from latent_encoder.outputs.marks import HEADER_KEY
 from latent_encoder.outputs.names import SUFFIXES
 from latent_encoder.vae.weights_files import check_weights_file
 from models import FileFormat
@@ -26,9 +27,6 @@ TENSOR_NAMES: dict[FileFormat, str] = {"safetensors": "latent", "comfy": "latent
 
 NOT_SCALED = "latent_format_version_0"
 """Name of an empty tensor: with it LoadLatent takes the latent as the VAE gave it, without it the node scales the latent."""
-
-HEADER_KEY = "latent_encoder"
-"""The only key of a header. safetensors writes several keys in another order each time, so the bytes would differ."""
 
 NOT_TORCH = "it is truncated, or not a plain tensor that torch.save wrote"
 NOT_SAFETENSORS = "it is empty, truncated or not a safetensors file"

@@ -11,7 +11,7 @@ import torch
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import size_of
 from latent_encoder.outputs.encoded import Encoded
-from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.run_requests import source_id_of
 from latent_encoder.vae.loaded_vae import LoadedVae
 from models import CONTENT_FIELDS, EncodeRequest, LatentFacts, Metadata, Timings, utc_timestamp
 
@@ -33,6 +33,7 @@ def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: byte
         scaled_image_shape=(scaled.height, scaled.width, 3),
         latent_shape=(batch, channels, height, width),
         vae_model_name=request.vae_model_name,
+        image_path=request.image_path,
         upscale_method=request.upscale_method,
         megapixels=request.megapixels,
         fit=request.fit,
@@ -73,14 +74,16 @@ def metadata_of(encoded: Encoded, facts: LatentFacts, latent: bytes, preview: by
         roundtrip=encoded.comparison and encoded.comparison.roundtrip,
         request_id=prepared.request.request_id,
         origin=prepared.origin,
+        source_id=source_id_of(prepared.request),
     )
 
 
-def fingerprint(request: EncodeRequest, files: OutputFiles, image_sha256: str, vae: LoadedVae, runtime: ComfyRuntime) -> str:
-    """Return the SHA-256 of everything that decides content and place of the files.
+def fingerprint(request: EncodeRequest, place: str, image_sha256: str, vae: LoadedVae, runtime: ComfyRuntime) -> str:
+    """Return the SHA-256 of everything that decides content and name of the files.
 
-    If the fingerprint in stored metadata is equal to that of a new request, the files beside them are its result. For a latent
-    that was encoded in tiles the metadata have `of_tiles` of it.
+    `place` is the latent's name; earlier versions had its absolute path there. If the fingerprint in stored metadata is equal
+    to that of a new request, the files beside them are its result. For a latent that was encoded in tiles the metadata have
+    `of_tiles` of it.
 
     Left out is what changes only the order of additions: the count of threads, and the model of the CPU or GPU. torch counts,
     because a release may change a kernel; its build does not.
@@ -98,7 +101,7 @@ def fingerprint(request: EncodeRequest, files: OutputFiles, image_sha256: str, v
         runtime.decoder,
         runtime.custom_nodes,
         torch.__version__.partition("+")[0],
-        str(files.latent),
+        place,
         *([] if request.alpha == "drop" else [request.alpha]),
     )
     return checksum(json.dumps(parts).encode())

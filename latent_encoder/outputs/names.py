@@ -56,10 +56,13 @@ class OutputFiles:
         return cls(latent=latent, metadata=latent.with_name(f"{latent.name}.json"), **images)
 
 
-def output_files(output_dir: str, image_path: str, request_id: str, latent_format: FileFormat = "pt") -> OutputFiles:
+def output_files(
+    output_dir: str, image_path: str, request_id: str, latent_format: FileFormat = "pt", name: str | None = None
+) -> OutputFiles:
     """Return the paths of a request's files: `latent_<stem>_<request_id>.pt`, with the suffix of the format, and the others.
 
     `stem` is the name of the image file without its suffix, made safe by `safe_name`; `safe_id` makes the request id safe.
+    Another `name` may stand in the place of both.
 
     Raises:
         InvalidRequest: the folder is relative, and the working folder has a name that no response can hold.
@@ -70,9 +73,22 @@ def output_files(output_dir: str, image_path: str, request_id: str, latent_forma
             f"Invalid request: output_dir: its absolute path is not UTF-8, so no response can hold it (got {shown}); "
             "give an absolute path, or start the service in another folder"
         )
-    limit = (_longest_name(folder) - LONGEST_FRAME) // 2
-    unique = f"{safe_name(Path(image_path).stem, limit)}_{safe_id(request_id, limit)}"
-    return OutputFiles.of(folder / f"latent_{unique}{SUFFIXES[latent_format]}")
+    return OutputFiles.of(folder / f"latent_{name or usual_name(folder, image_path, request_id)}{SUFFIXES[latent_format]}")
+
+
+def usual_name(folder: Path, image_path: str, request_id: str) -> str:
+    """Return the part that the names of a request's files have in common, if nothing else is asked for."""
+    return f"{safe_stem(folder, image_path)}_{safe_id(request_id, part_limit(folder))}"
+
+
+def safe_stem(folder: Path, image_path: str) -> str:
+    """Return the name of an image without its suffix, as a part of names in that folder."""
+    return safe_name(Path(image_path).stem, part_limit(folder))
+
+
+def part_limit(folder: Path) -> int:
+    """Return the most characters that stem and id may each have in the names of files in a folder."""
+    return (longest_name(folder) - LONGEST_FRAME) // 2
 
 
 def safe_name(text: str, limit: int) -> str:
@@ -106,7 +122,7 @@ def _with_checksum(safe: str, text: str, limit: int, digits: int) -> str:
     return f"{safe[: limit - digits - 1]}-{checksum}"
 
 
-def _longest_name(folder: Path) -> int:
+def longest_name(folder: Path) -> int:
     """Return the longest file name, in bytes, that the file system of the folder takes. The folder need not exist yet."""
     with reported(folder):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

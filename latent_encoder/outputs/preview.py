@@ -15,6 +15,7 @@ from latent_encoder.geometry import Box, cropped
 from latent_encoder.outputs.encoded import Encoded
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.vae.loaded_vae import LoadedVae
 
 log = get_logger("latent_encoder")
 
@@ -22,10 +23,14 @@ DEVIATIONS_SHOWN = 3  # to either side of the middle grey: 99.7 % of normally di
 
 
 def preview_png(runtime: ComfyRuntime, encoded: Encoded) -> bytes:
-    """Return a PNG of the part of the image that the latent covers, with the latent as an image beside it."""
-    prepared, image = encoded.prepared, encoded.image
-    shown = latent_image(runtime, image.latent, prepared.vae.latent_space)
-    return png_bytes(preview_image(shown, prepared.scaled, image.crop, prepared.vae.cells.factor))
+    """Return the preview of an encoded request as a PNG."""
+    return preview_of(runtime, encoded.prepared.vae, encoded.image.latent, encoded.prepared.scaled, encoded.image.crop)
+
+
+def preview_of(runtime: ComfyRuntime, vae: LoadedVae, latent: Tensor, scaled: Tensor, crop: Box) -> bytes:
+    """Return a PNG of the part of the scaled image that the latent covers, with the latent as an image beside it."""
+    shown = latent_image(runtime, latent, vae.latent_space)
+    return png_bytes(preview_image(shown, scaled, crop, vae.cells.factor))
 
 
 def latent_image(runtime: ComfyRuntime, latent: Tensor, latent_space: str | None) -> Tensor:

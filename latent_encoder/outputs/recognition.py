@@ -1,4 +1,4 @@
-"""Recognising the service's own files, wherever they lie: by their names and by the files of the same request beside them."""
+"""Recognising the service's own files, wherever they lie: by their names, and by the files beside them or a mark in them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_encoder.outputs.locks import PREFIX
+from latent_encoder.outputs.marks import MARKED_BYTES, has_mark
 from latent_encoder.outputs.names import SUFFIXES
 from models import IMAGE_FILES
 
@@ -22,14 +23,15 @@ ALWAYS = {"original_image_shape", "scaled_image_shape", "latent_shape", "vae_mod
 """The fields that the metadata of every version have."""
 
 LARGEST_METADATA = 65_536
-"""Bytes. Ours have 2 kB."""
+"""Bytes. Ours have 2 kB and the path of an image, at most 24 kB."""
 
 
 def is_own_file(folder: Path, name: str, is_there: Callable[[str], bool]) -> bool:
     """Return whether the service wrote the file of that name in a folder; `is_there` tells if the folder has a name.
 
     An image counts as ours if our metadata or the latent of its request lie beside it: a process that was killed may have left
-    no metadata. A user's image with such a name has neither. A latent and its metadata are known by each other.
+    no metadata. If it was moved away from them, its mark tells; older versions wrote none. A user's image with such a name has
+    none of these. A latent, its metadata and its page are known by each other, or by their marks.
     """
     if name.startswith(PREFIX):
         return True
@@ -37,22 +39,35 @@ def is_own_file(folder: Path, name: str, is_there: Callable[[str], bool]) -> boo
         latents = [f"latent_{image[1]}{suffix}" for suffix in SUFFIXES.values()]
         if any(map(is_there, latents)):
             return True
-        return any(is_there(f"{latent}.json") and _is_metadata(folder / f"{latent}.json") for latent in latents)
+        described = any(is_there(f"{latent}.json") and _is_metadata(folder / f"{latent}.json") for latent in latents)
+        return described or _is_marked(folder / name)
     if _LATENT.fullmatch(name):
-        return is_there(f"{name}.json")
-    latent = name.removesuffix(".json")
-    return latent != name and _LATENT.fullmatch(latent) is not None and (is_there(latent) or _is_metadata(folder / name))
+        return is_there(f"{name}.json") or _is_marked(folder / name)
+    latent, _, ending = name.rpartition(".")
+    if ending == "html":
+        return (is_there(latent) and _LATENT.fullmatch(latent) is not None) or _is_marked(folder / name)
+    return ending == "json" and _LATENT.fullmatch(latent) is not None and (is_there(latent) or _is_metadata(folder / name))
+
+
+def _is_marked(path: Path) -> bool:
+    return has_mark(path.name, _beginning(path, MARKED_BYTES))
 
 
 def _is_metadata(path: Path) -> bool:
     try:
-        with open(path, "rb", opener=_opened) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return False
-            fields: Any = json.loads(file.read(LARGEST_METADATA))
-    except (OSError, ValueError, RecursionError):
+        fields: Any = json.loads(_beginning(path, LARGEST_METADATA))
+    except (ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and fields.keys() >= ALWAYS
+
+
+def _beginning(path: Path, size: int) -> bytes:
+    """Return the first bytes of a regular file; none if it cannot be read."""
+    try:
+        with open(path, "rb", opener=_opened) as file:
+            return file.read(size) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+    except OSError:
+        return b""
 
 
 def _opened(path: str, flags: int) -> int:

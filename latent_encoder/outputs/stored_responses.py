@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from errors import InvalidRequest
 from latent_encoder.access import AllowedFolders
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.metadata import checksum
 from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.owners import Owner, metadata_in, owners_in
 from models import EncodeRequest, Metadata, SuccessResponse
 
 READS = 3
@@ -79,30 +78,7 @@ def stored_in(folder: OutputFolder, files: OutputFiles) -> StoredFiles | None:
     return None
 
 
-def metadata_in(folder: OutputFolder, name: str) -> bytes | None:
-    """Return the content of a metadata file, or None if it cannot be read."""
-    try:
-        return folder.read(name)
-    except OSError:
-        return None
-
-
-def owners_in(folder: OutputFolder, files: OutputFiles) -> frozenset[str]:
-    """Return the request ids in the metadata files of these names, in any format of the latent and of any version."""
-    contents = (metadata_in(folder, name) for name in files.metadata_of_all_formats)
-    return frozenset(owner for content in contents if (owner := _owner(content)) is not None)
-
-
-def _owner(metadata: bytes | None) -> str | None:
-    try:
-        fields = json.loads(metadata or b"null")
-    except (ValueError, RecursionError):
-        return None
-    owner = fields.get("request_id") if isinstance(fields, dict) else None
-    return owner if isinstance(owner, str) else None
-
-
-def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, frozenset[str]]:
+def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, frozenset[Owner]]:
     """Return the checksum of the metadata file, None if there is none, and the `owners_in` the folder.
 
     Raises:
@@ -117,32 +93,19 @@ def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, froze
         return None, frozenset()
 
 
-def refuse_files_of_another(request: EncodeRequest, files: OutputFiles, owners: Collection[str]) -> None:
-    """Refuse a request whose files would replace those of another request id.
-
-    Ids with the same file names are rare: two that differ only in case, on a file system that ignores it, or two with the same
-    checksum. `owners` are the ids in the metadata files that are there.
-
-    Raises:
-        InvalidRequest: one of them is another id.
-    """
-    if others := sorted(set(owners) - {request.request_id}):
-        raise InvalidRequest(
-            f"Invalid request: request_id: {files.latent} and the files beside it belong to the request "
-            f"{others[0][:80]!r}, and would be replaced; use another request_id or output_dir, or move those files"
-        )
-
-
 def success_response(
     request: EncodeRequest, files: OutputFiles, metadata: Metadata, present: Collection[Path]
 ) -> SuccessResponse:
-    """Return the response to a request with these files. It names preview and roundtrip image only if they are `present`."""
+    """Return the response to a request with these files. It names preview and roundtrip image only if they are `present`.
+
+    Stored metadata may name the image by another path; the response has the path of this request.
+    """
     return SuccessResponse(
         request_id=request.request_id,
         latent_file_path=str(files.latent),
         latent_shape=metadata.latent_shape,
         scaled_image_path=str(files.scaled_image),
-        metadata=metadata,
+        metadata=metadata.model_copy(update={"image_path": request.image_path}),
         preview_path=str(files.preview) if files.preview in present else None,
         roundtrip_path=str(files.roundtrip) if files.roundtrip in present else None,
     )

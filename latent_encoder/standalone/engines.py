@@ -82,7 +82,9 @@ class InProcess:
         request_id, about = job.request.request_id, (job.request.image_path, job.request.correlation_id)
         if isinstance(result, SuccessResponse):
             event = "request answered from its files" if job.redelivered else "request encoded"
-            log.info(event, request_id=request_id, latent=result.latent_file_path, **result.metadata.timings_ms.model_dump())
+            log.info(
+                event, request_id=result.request_id, latent=result.latent_file_path, **result.metadata.timings_ms.model_dump()
+            )
             self._report(job.number, Outcome(result, *about, job.redelivered))
         else:
             error = as_request_error(result)

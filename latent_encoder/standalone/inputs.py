@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import NAMESPACE_URL, uuid5
 
-from errors import InvalidRequest, LatentEncoderError, MessageUnusable, RequestError, in_utf8
-from latent_encoder.access import absolute
+from errors import InvalidRequest, LatentEncoderError, MessageUnusable, RequestError
+from latent_encoder.access import ANYWHERE, AllowedFolders
+from latent_encoder.outputs.run_requests import RunRequest, with_lasting_id
 from latent_encoder.requests import LONGEST_VALUE, parse_request, read_fields, request_id_of, usable_text
 from latent_encoder.standalone.folders import Walk, shown_counts
+from latent_encoder.standalone.naming import NamePattern, NameRefused, Names
 from latent_encoder.user_paths import expanded, expanded_file
-from models import CONTENT_FIELDS, EncodeRequest, ErrorResponse
+from models import EncodeRequest, ErrorResponse
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -35,8 +37,6 @@ IMAGE_SUFFIXES = (
 )
 """Endings of the images in a folder: those of browsers, phones and Twitter too. A file that is named may have any."""
 STDIN = "-"
-IN_LASTING_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
-"""The fields that a lasting id is made of, with the image's path: a request that differs in one of them has another id."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class ImageSelection:
     recursive: bool = False
     input_list: str | None = None
     """A file of requests as JSON Lines; `-` is standard input."""
+    name: str | None = None
+    """The pattern of the output files' names; None for stem and id."""
 
 
 @dataclass(frozen=True)
@@ -87,41 +89,84 @@ class Inputs:
     """The folders that could not be read, with the system's reasons."""
 
 
-def inputs_of(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
+def inputs_of(
+    selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any], outputs: AllowedFolders = ANYWHERE
+) -> Inputs:
     """Return the inputs that the command line selects.
 
-    A request without an id gets one made of its fields, so that a repeated run finds the files of the first. A single image
-    gets a new id.
+    A request without an id gets one made of its fields, so that a repeated run finds the files of the first.
 
     Args:
         selection: the command line's choice of images.
         fields: the request's fields that the command line gives; None for each that it leaves out.
         defaults: the settings' values for fields that are left out.
+        outputs: the folders that files may be written to.
 
     Raises:
-        UnusableInputs: a folder or a pattern holds no image, the list cannot be read, or a request id is given for several.
+        UnusableInputs: a folder or a pattern holds no image, the list cannot be read, a request id is given for several, or
+            the names of the output files cannot be used.
     """
+    inputs = _selected(selection, fields, defaults)
+    if selection.name is None:
+        return inputs
+    try:
+        names = Names(NamePattern.of(selection.name), outputs)
+        return replace(inputs, items=_named(inputs.items, names, at_once=selection.input_list != STDIN))
+    except NameRefused as exc:
+        raise UnusableInputs(str(exc)) from exc
+
+
+def _named(items: Iterable[Input], names: Names, *, at_once: bool) -> Iterable[Input]:
+    """Return the inputs with the names of their files.
+
+    Raises:
+        NameRefused: `at_once`, and a name cannot be used. Otherwise its input becomes an error response when it is read.
+    """
+    return [_with_name(*item, names) for item in enumerate(items, 1)] if at_once else _named_as_read(items, names)
+
+
+def _named_as_read(items: Iterable[Input], names: Names) -> Iterator[Input]:
+    for index, item in enumerate(items, 1):
+        try:
+            yield _with_name(index, item, names)
+        except NameRefused as exc:
+            fields = item.model_dump() if isinstance(item, EncodeRequest) else {}
+            yield RefusedInput.of(InvalidRequest(f"Invalid request: {exc}"), fields)
+
+
+def _with_name(index: int, item: Input, names: Names) -> Input:
+    if isinstance(item, RefusedInput):
+        return item
+    try:
+        return names.named(item, index)
+    except RequestError as exc:
+        return RefusedInput.of(exc, item.model_dump())
+
+
+def _selected(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
     defaults = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     if len(selection.paths) == 1 and not _stands_for_several(selection.paths[0]):
-        return Inputs([_item({**fields, "image_path": selection.paths[0]}, defaults)], total=1, single=True)
+        return Inputs([_lasting_item({**fields, "image_path": selection.paths[0]}, defaults)], total=1, single=True)
     if fields.get("request_id") is not None:
         raise UnusableInputs("--request-id is for one image; leave it out, and each image gets an id of its own.")
     if selection.input_list is not None:
         return _of_list(selection.input_list, defaults)
     walk = Walk(IMAGE_SUFFIXES, recursive=selection.recursive)
-    items = [_lasting_item({**fields, "image_path": path}, defaults) for path in find_images(selection.paths, walk)]
+    found = find_images(selection.paths, walk)
+    items = list(_with_rivals_marked(_lasting_item({**fields, "image_path": path}, defaults, found[path]) for path in found))
     return Inputs(items, total=len(items), single=False, left_out=walk.counts, unreadable=walk.unreadable)
 
 
-def find_images(paths: Iterable[str], walk: Walk) -> list[str]:
+def find_images(paths: Iterable[str], walk: Walk) -> dict[str, str | None]:
     """Return the files that the paths stand for, each once. Those of a folder or a pattern are sorted by name.
 
-    Own outputs are left out of folders and patterns; a file that is named is taken as it is.
+    The value of each is its path below the folder, or below the part of the pattern that stands for one folder. It is None
+    for a file that is named. Own outputs are left out of folders and patterns; a file that is named is taken as it is.
 
     Raises:
         UnusableInputs: a folder or a pattern holds no image.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str | None] = {}
     for path in paths:
         if not _stands_for_several(path):
             found |= dict.fromkeys([path] if walk.take(Path(path)) else [])
@@ -130,10 +175,27 @@ def find_images(paths: Iterable[str], walk: Walk) -> list[str]:
         images = walk.images_in(Path(path)) if Path(path).is_dir() else walk.matching(path)
         if not images and str(Path(path)) not in walk.unreadable:
             raise UnusableInputs(_nothing_in(path, walk, before))
-        found |= dict.fromkeys(map(str, sorted(filter(walk.take, images))))
+        root = _root_of(path)
+        found |= {str(image): str(image.relative_to(root)) for image in sorted(filter(walk.take, images))}
     if not found:
         raise UnusableInputs(f"Cannot read {'; '.join(f'{path} ({reason})' for path, reason in walk.unreadable.items())}")
-    return list(found)
+    return found
+
+
+def _root_of(path: str) -> Path:
+    """Return the folder that a path stands for; of a pattern, the part before its first magic character."""
+    place = Path(path)
+    return place if place.is_dir() else Path(*takewhile(lambda part: not has_magic(part), place.parts))
+
+
+def _with_rivals_marked(items: Iterable[Input]) -> Iterator[Input]:
+    """Mark each image that has the id of one before it, because both have the same path below two folders."""
+    seen: set[str] = set()
+    for item in items:
+        rival = isinstance(item, RunRequest) and item.request_id in seen
+        yield item.model_copy(update={"contested": True}) if isinstance(item, RunRequest) and rival else item
+        if isinstance(item, EncodeRequest):
+            seen.add(item.request_id)
 
 
 def _stands_for_several(path: str) -> bool:
@@ -215,12 +277,9 @@ def _item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Input:
         return RefusedInput.of(exc, fields)
 
 
-def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Input:
+def _lasting_item(fields: Mapping[str, Any], defaults: Mapping[str, Any], inside: str | None = None) -> Input:
     """Return the input of these fields. An absent id is replaced by one that is the same for every equal request."""
     item = _item(fields, defaults)
     if isinstance(item, RefusedInput) or fields.get("request_id") is not None:
         return item
-    # A field that came later changes no id of a request that does not use it.
-    used = {name for name in CONTENT_FIELDS if getattr(item, name) != EncodeRequest.model_fields[name].default}
-    asked = item.model_dump_json(include=IN_LASTING_IDS | used)
-    return item.model_copy(update={"request_id": str(uuid5(NAMESPACE_URL, in_utf8(f"{absolute(item.image_path)} {asked}")))})
+    return with_lasting_id(item, inside)

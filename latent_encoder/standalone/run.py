@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from config import Settings
 from errors import LatentEncoderError, in_utf8
+from latent_encoder.access import AllowedFolders
 from latent_encoder.exits import EXIT_ERROR_RESPONSE, end_by_signal, stop_on_signals
 from latent_encoder.standalone.folders import shown_counts
 from latent_encoder.standalone.inputs import ImageSelection, Inputs, inputs_of
@@ -210,7 +211,8 @@ def run(
         SetupError: the service cannot start.
         OutputFailed: a response cannot be written.
     """
-    inputs = inputs_of(selection, fields, settings.request_defaults)
+    outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
+    inputs = inputs_of(selection, fields, settings.request_defaults, outputs)
     with stdout_on_stderr() as stdout:
         return Run(settings, inputs, options, log_style).run(stdout)
 

@@ -29,7 +29,7 @@ def test_success_is_one_json_document_on_stdout(tmp_path: Path, run_main: RunMai
     assert done.returncode == 0, done.stderr
     response = json.loads(done.stdout)
     assert response["status"] == "success"
-    assert UUID(response["request_id"]).version == 4
+    assert UUID(response["request_id"]).version == 5
     for name in ("latent_file_path", "scaled_image_path"):
         assert Path(response[name]).parent == tmp_path / "output"
     assert list(load_latent(response["latent_file_path"]).shape) == response["latent_shape"]

@@ -237,13 +237,13 @@ def test_held_response_keeps_its_files(encode: Encode, tmp_path: Path) -> None:
 def test_stored_response_makes_its_files_young(encode: Encode) -> None:
     """Files whose response is given again are kept for the whole time from then on; files that are gone are reported."""
     response = encode("photo.jpg")
-    os.utime(metadata_of(response), (0, 0))
-    assert renewed(response, ANYWHERE)
-    assert metadata_of(response).stat().st_mtime > time.time() - 60
-    changed = response.model_copy(update={"metadata": response.metadata.model_copy(update={"fingerprint": "other"})})
-    assert not renewed(changed, ANYWHERE)
-    metadata_of(response).unlink()
-    assert not renewed(response, ANYWHERE)
+    files = OutputFiles.of(Path(response.latent_file_path))
+    os.utime(files.metadata, (0, 0))
+    assert renewed(files, response.metadata, ANYWHERE)
+    assert files.metadata.stat().st_mtime > time.time() - 60
+    assert not renewed(files, response.metadata.model_copy(update={"fingerprint": "other"}), ANYWHERE)
+    files.metadata.unlink()
+    assert not renewed(files, response.metadata, ANYWHERE)
 
 
 def test_removed_files_are_encoded_anew(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from config import Settings
 from errors import InvalidRequest, LatentUnreadable
 from latent_encoder.kafka.records import Incoming, read_request
-from latent_encoder.outputs.latent_files import HEADER_KEY, latent_bytes, read_latent, read_latent_file
+from latent_encoder.outputs.latent_files import latent_bytes, read_latent, read_latent_file
+from latent_encoder.outputs.marks import HEADER_KEY
 from latent_encoder.outputs.names import SUFFIXES
 from models import FileFormat, Metadata
 from service import LatentEncoder
@@ -34,8 +35,8 @@ SMALL_SD_VAE = "taesd"
 NOT_IN_HEADER = {
     *("timings_ms", "timestamp", "processing_time_ms"),  # another time each time
     *("latent_sha256", "preview_sha256", "roundtrip"),  # not known before the latent is written
-    "fingerprint",  # of where the files are, too
-    *("request_id", "origin"),  # of the request, not of the latent
+    "fingerprint",  # of the name of the file, too
+    *("request_id", "origin", "source_id"),  # of the request, not of the latent
 }
 
 

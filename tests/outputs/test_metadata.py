@@ -18,7 +18,6 @@ from config import Settings
 from latent_encoder.comfy_runtime import checksum_of_package
 from latent_encoder.outputs import metadata
 from latent_encoder.outputs.metadata import fingerprint
-from latent_encoder.outputs.names import OutputFiles
 from models import EncodeRequest
 from service import LatentEncoder
 from tests.helpers import VAE, request_for
@@ -32,12 +31,13 @@ def fingerprint_with(encoder: LatentEncoder, settings: Settings, tmp_path: Path)
     request = request_for(settings, tmp_path, "photo.jpg", {})
     vae = encoder.vaes.get(VAE)
 
-    def fingerprint_with(image: str = IMAGE, runtime: Any = (), vae_parts: Any = (), **fields: Any) -> str:
+    def fingerprint_with(
+        place: str = "latent_x.pt", image: str = IMAGE, runtime: Any = (), vae_parts: Any = (), **fields: Any
+    ) -> str:
         other = copy.copy(encoder.runtime)
         vars(other).update({"decoder": "Pillow", **dict(runtime)})
-        files = OutputFiles.of(tmp_path / "latent_x.pt")
         asked: EncodeRequest = request.model_copy(update=fields)
-        return fingerprint(asked, files, image, replace(vae, **dict(vae_parts)), other)
+        return fingerprint(asked, place, image, replace(vae, **dict(vae_parts)), other)
 
     return fingerprint_with
 
@@ -45,6 +45,7 @@ def fingerprint_with(encoder: LatentEncoder, settings: Settings, tmp_path: Path)
 @pytest.mark.parametrize(
     "change",
     [
+        {"place": "latent_y.pt"},
         {"image": "1" * 64},
         {"upscale_method": "area"},
         {"megapixels": 0.5},
@@ -68,7 +69,7 @@ def test_fingerprint_has_each_part(change: dict[str, Any], fingerprint_with: Cal
 
 
 def test_fields_that_came_later_change_no_fingerprint(
-    fingerprint_with: Callable[..., str], encoder: LatentEncoder, settings: Settings, tmp_path: Path
+    fingerprint_with: Callable[..., str], encoder: LatentEncoder, settings: Settings
 ) -> None:
     """The fingerprint of a request without the field `alpha` is that of the versions before it, so stored files stay valid."""
     vae = encoder.vaes.get(VAE)
@@ -76,7 +77,7 @@ def test_fields_that_came_later_change_no_fingerprint(
         *(metadata.RESULT_VERSION, IMAGE, vae.sha256, vae.dtype, vae.encoder, vae.compiled, "cpu"),
         *("lanczos", settings.megapixels, "crop"),
         *(encoder.runtime.version, "Pillow", encoder.runtime.custom_nodes, torch.__version__.partition("+")[0]),
-        str(tmp_path / "latent_x.pt"),
+        "latent_x.pt",
     )
     assert fingerprint_with() == hashlib.sha256(json.dumps(before).encode()).hexdigest()
 

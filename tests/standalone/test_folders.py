@@ -8,15 +8,19 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from config import Settings
+from latent_encoder import inspection
 from latent_encoder.outputs.names import output_files
 from latent_encoder.standalone.folders import LeftOut, Walk, shown_counts
 from latent_encoder.standalone.inputs import IMAGE_SUFFIXES, UnusableInputs, find_images
-from models import IMAGE_FILES
+from models import IMAGE_FILES, FileFormat
+from service import LatentEncoder
 from tests.cli.test_cli import TINY, powerless
-from tests.helpers import IMAGES, RunMain
+from tests.helpers import IMAGES, RunMain, request_for
 
 OURS = {"original_image_shape": [1, 1, 3], "scaled_image_shape": [1, 1, 3], "latent_shape": [1], "vae_model_name": "v"}
 
@@ -36,7 +40,7 @@ def make(*names: str) -> None:
 def walked(*paths: str, recursive: bool = True) -> tuple[list[str], dict[str, int]]:
     """Return the images that the paths stand for, and the counts of everything that was left out."""
     walk = Walk(IMAGE_SUFFIXES, recursive=recursive)
-    return find_images(paths, walk), walk.counts
+    return list(find_images(paths, walk)), walk.counts
 
 
 def test_everything_left_out_is_counted_by_reason(base: Path) -> None:
@@ -127,8 +131,30 @@ def test_own_outputs_are_recognised_wherever_they_lie(base: Path) -> None:
     assert images == ["p/a.png"]
     assert counts == {"own_output": 10, "other_ending": 1}
     assert walked("p/**/*.png")[0] == ["p/a.png"]
-    assert find_images([str(own[0])], Walk(IMAGE_SUFFIXES)) == [str(own[0])], "a file that is named is taken as it is"
+    assert list(find_images([str(own[0])], Walk(IMAGE_SUFFIXES))) == [str(own[0])], "a file that is named is taken as it is"
     assert base.is_dir()
+
+
+@pytest.mark.parametrize("latent_format", get_args(FileFormat))
+def test_outputs_that_were_moved_apart_are_recognised(
+    latent_format: str, encoder: LatentEncoder, settings: Settings, base: Path
+) -> None:
+    """Each file of a request, its page too, is known where no other lies beside it; under another name it is the user's."""
+    seeing = LatentEncoder(settings.model_copy(update={"preview": True, "roundtrip": True}), encoder.runtime)
+    response = seeing.encode(request_for(settings, base / "out", "photo.jpg", {"latent_format": latent_format}))
+    latent = response.latent_file_path
+    assert inspection.run(settings, [latent], html=True, as_json=True, echo=lambda _: None) == 0
+    files = sorted((base / "out").iterdir())
+    assert len(files) == 6
+    for number, file in enumerate(files):
+        (base / "moved" / str(number)).mkdir(parents=True)
+        file.rename(base / "moved" / str(number) / file.name)
+    make("moved/mine.png", "moved/page.html")
+    assert walked("moved") == (["moved/mine.png"], {"own_output": 6, "other_ending": 1})
+    assert walked("moved/**/*") == (["moved/mine.png", "moved/page.html"], {"own_output": 6})
+    (scaled,) = Path("moved").glob("*/scaled_image_*")
+    shutil.copy(scaled, "moved/renamed.png")
+    assert "moved/renamed.png" in walked("moved")[0]
 
 
 @pytest.mark.parametrize("metadata", ["{}", "[]", "not JSON", '{"original_image_shape": 1}', "[" * 10_000])

@@ -42,7 +42,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def found(*paths: str | Path, recursive: bool = False) -> list[str]:
-    return find_images(map(str, paths), Walk(IMAGE_SUFFIXES, recursive=recursive))
+    return list(find_images(map(str, paths), Walk(IMAGE_SUFFIXES, recursive=recursive)))
 
 
 def requests(inputs: Inputs) -> list[EncodeRequest]:
@@ -130,12 +130,31 @@ def test_ids_last_over_runs_and_differ_by_what_is_asked(photos: Path) -> None:
     assert len(ids) == 3 * 6
 
 
-def test_single_image_gets_a_new_id(photos: Path) -> None:
-    """A single image gets a new id each time, unless one is given."""
+def test_single_image_has_the_same_id_each_time(photos: Path) -> None:
+    """The id of a single image is that of the image among others that are named, unless one is given."""
     selection = ImageSelection((str(photos / "b.png"),))
     first, second = (requests(inputs_of(selection, {"request_id": None}, DEFAULTS))[0].request_id for _ in range(2))
-    assert first != second
+    named = requests(inputs_of(ImageSelection(("photos/b.png", "photos/c.jpeg")), {}, DEFAULTS))
+    assert first == second == named[0].request_id != named[1].request_id
     assert requests(inputs_of(selection, {"request_id": "mine"}, DEFAULTS))[0].request_id == "mine"
+
+
+@pytest.mark.parametrize("path", ["photos", "photos/", "photos/**/*.*[gG]", "{0}", "{0}/**/*", "./photos/../photos"])
+def test_id_is_that_of_the_path_below_the_folder(path: str, photos: Path) -> None:
+    """The folder's own place does not count, nor does the fixed part of a pattern; so a moved folder keeps its ids."""
+    (photos / "notes.txt").unlink()
+    (photos / "folder.png").rmdir()
+    elsewhere = photos.parent / "else" / "where"
+
+    def ids(path: str) -> set[str]:
+        found = requests(inputs_of(ImageSelection((path,), recursive=True), {}, DEFAULTS))
+        return {request.request_id for request in found}
+
+    before = ids(path.format(photos))
+    elsewhere.parent.mkdir()
+    photos.rename(elsewhere)
+    assert before == ids("else/where")
+    assert len(before) == 5
 
 
 def test_list_holds_requests_as_kafka_has_them(photos: Path) -> None:

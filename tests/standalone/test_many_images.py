@@ -109,6 +109,30 @@ def test_run_goes_on_where_it_was(photos: Path, run: Any, tmp_path: Path) -> Non
     assert not set(modified(tmp_path / "output").values()) & set(after.values())
 
 
+def test_images_are_added_to_a_finished_run(
+    photos: Path, run: Any, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run with PREVIEW and ROUNDTRIP encodes nothing: the images are made of the stored latents."""
+    (photos / "broken.jpg").unlink()
+    _, first, _ = run(ImageSelection((str(photos),)))
+    before = modified(tmp_path / "output")
+    monkeypatch.setitem(vars(settings), "preview", True)
+    monkeypatch.setitem(vars(settings), "roundtrip", True)
+    status, second, errors = run(ImageSelection((str(photos),)))
+    assert (status, len(second)) == (0, 3)
+    assert errors.splitlines()[-1].startswith("0 encoded, 3 done before, 0 failed, in ")
+    after = modified(tmp_path / "output")
+    kept = {name for name in before if after[name] == before[name]}
+    assert kept == {name for name in before if not name.endswith(".json")}
+    assert len(after) == len(before) + 6
+    for old, new in zip(first, second, strict=True):
+        assert Path(new["preview_path"]).is_file()
+        assert Path(new["roundtrip_path"]).is_file()
+        assert new["metadata"]["latent_sha256"] == old["metadata"]["latent_sha256"]
+    _, third, _ = run(ImageSelection((str(photos),)))
+    assert third == second
+
+
 def test_hidden_colours_are_counted_in_the_summary(photos: Path, run: Any) -> None:
     """The summary counts images with transparency, encoded now or before, unless they lie over a colour."""
     for name in ("rgba.png", "palette_with_transparency.png"):
