@@ -38,7 +38,7 @@ try:
     from latent_encoder.terminal import encodable
     from models import Metadata
     from scripts.send_request import assign_ends, receive, request_for, send
-    from tests.broker import ApacheKafka, BrokerError, Tansu, choose_local
+    from tests.broker import ApacheKafka, BrokerError, choose_local
     from tests.broker.__main__ import create_topics
     from tests.broker.process import Process
 except ModuleNotFoundError as exc:
@@ -59,6 +59,12 @@ POLL_S = 0.1
 CONNECT_S = 30.0
 TAIL_LINES = 5
 """Lines of a worker's log that are shown if it ends by itself: the last ones have the reason."""
+
+NO_JAVA = (
+    "Apache Kafka needs Java 17 or newer and Maven, and they are not here. Install them (on Debian and Ubuntu: apt install "
+    "default-jre-headless maven), and run this again."
+)
+"""The small broker of the tests is no substitute: its group took minutes to give a worker its partitions."""
 
 KEPT = ("comfyui_path", "device", "torch_num_threads")
 """The settings that the workers take from the environment. Any other one could lead them to another broker or folder."""
@@ -91,8 +97,8 @@ class Interrupted(Exception):  # it is no error
 def main(count: int, workers: int, kills: int, *, keep: bool, timeout: float) -> None:
     """Start a Kafka broker and a worker, send requests, kill the worker halfway, and show that none is lost.
 
-    Needs ./setup_comfyui.sh --dev, and Java 17 with Maven for Apache Kafka; without them, a small broker takes its place.
-    Everything runs on this machine, in a temporary folder, and is gone at the end.
+    Needs ./setup_comfyui.sh --dev, and Java 17 with Maven for Apache Kafka. Everything runs on this machine, in a temporary
+    folder, and is gone at the end.
 
     Exit status: 0 each request has a response and each file its checksum, 1 not so, 2 wrong usage, 3 the broker or a worker
     cannot run, 130 or 143 interrupted.
@@ -224,13 +230,10 @@ class Demo:
     # The parts.
 
     def _start_broker(self, ending: ExitStack) -> None:
-        kind = choose_local()
-        if kind is Tansu:
-            self._story.tell(
-                "broker", f"Java 17 and Maven, which Apache Kafka needs, are not here: {Tansu.name} takes its place"
-            )
+        if choose_local() is not ApacheKafka:
+            raise DemoFailed(NO_JAVA)
         self._story.tell("broker", "starts; the first time, its files are downloaded")
-        broker = ApacheKafka(folder=self._folder / "kafka") if kind is ApacheKafka else Tansu()
+        broker = ApacheKafka(folder=self._folder / "kafka")
         self._broker = ending.enter_context(broker)
         create_topics(broker.bootstrap_servers, PARTITIONS)
         self._story.tell("broker", f"{broker.name} at {broker.bootstrap_servers}, {PARTITIONS} partitions")

@@ -13,8 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.broker import ApacheKafka, choose_local
 from tests.helpers import PATIENCE_S, PROJECT, clean_environment
 from tests.kafka_tools import wait_until
+
+apache_kafka = pytest.mark.skipif(choose_local() is not ApacheKafka, reason="Java 17 and Maven are not here")
 
 
 @contextmanager
@@ -57,6 +60,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
     raise AssertionError(f"no {text!r} in {lines}")
 
 
+@apache_kafka
 def test_no_request_is_lost_and_nothing_is_left(tmp_path: Path) -> None:
     """With a worker killed halfway, each request has its response and each file its checksum; the demo leaves nothing."""
     with demo(tmp_path / "t", "--requests", "6") as process:
@@ -76,6 +80,7 @@ def test_no_request_is_lost_and_nothing_is_left(tmp_path: Path) -> None:
     assert (processes_in(tmp_path / "t"), list((tmp_path / "t").iterdir())) == ([], [])
 
 
+@apache_kafka
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_demo_leaves_nothing(number: signal.Signals, status: int, tmp_path: Path) -> None:
     """After Ctrl-C or SIGTERM while a worker starts, broker, worker and files are gone."""
@@ -88,6 +93,7 @@ def test_interrupted_demo_leaves_nothing(number: signal.Signals, status: int, tm
     assert (processes_in(tmp_path / "t"), list((tmp_path / "t").iterdir())) == ([], [])
 
 
+@apache_kafka
 def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
     """Broker and worker end with the demo, even if it is killed."""
     with demo(tmp_path / "t") as process:
@@ -97,6 +103,7 @@ def test_killed_demo_leaves_no_process(tmp_path: Path) -> None:
     wait_until(lambda: not processes_in(tmp_path / "t"), "the end of broker and worker")
 
 
+@apache_kafka
 def test_worker_that_cannot_run(tmp_path: Path) -> None:
     """The end of a worker's log is shown; with --keep the files stay, and no process."""
     with demo(tmp_path / "t", "--keep", COMFYUI_PATH=str(tmp_path / "none")) as process:
@@ -108,6 +115,15 @@ def test_worker_that_cannot_run(tmp_path: Path) -> None:
     assert f"the files are in {kept}" in stdout
     assert (kept / "worker-1.log").is_file()
     assert processes_in(tmp_path / "t") == []
+
+
+def test_machine_without_java(tmp_path: Path) -> None:
+    """Without Java and Maven, one line has the next step."""
+    with demo(tmp_path / "t", PATH=str(tmp_path)) as process:
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3
+    assert re.fullmatch(r"Error: Apache Kafka needs Java 17 or newer and Maven.* Install them .*\n", stderr)
+    assert list((tmp_path / "t").iterdir()) == []
 
 
 def test_more_kills_than_responses(tmp_path: Path) -> None:
