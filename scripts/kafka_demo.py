@@ -304,6 +304,7 @@ class Demo:
         message = receive(self._consumer, self._connection, POLL_S)
         if message is None:
             return False
+        self._announce()
         response: dict[str, Any] = json.loads(message.value() or b"")
         again = response["request_id"] in self._done
         self._responses.append(response)
@@ -330,7 +331,7 @@ class Demo:
         while not condition():
             for worker in self._workers:
                 worker.check()
-                self._announce(worker)
+            self._announce()
             if self._receive():
                 deadline = time.monotonic() + self._timeout
             if time.monotonic() > deadline:
@@ -340,13 +341,14 @@ class Demo:
                     f"For {self._timeout:g} seconds nothing came: {awaited}.{waiting} With --keep, the logs stay.",
                     EXIT_NOT_ALL,
                 )
-        for worker in self._workers:
-            self._announce(worker)
+        self._announce()
 
-    def _announce(self, worker: Worker) -> None:
-        if not worker.announced and worker.ready:
-            worker.announced = True
-            self._story.tell(worker.name, "is ready")
+    def _announce(self) -> None:
+        """Tell of each worker once that it takes requests."""
+        for worker in self._workers:
+            if not worker.announced and worker.ready:
+                worker.announced = True
+                self._story.tell(worker.name, "is ready")
 
     def _all_committed(self) -> bool:
         """Return whether the group has committed each request, so no response comes again."""

@@ -163,6 +163,17 @@ def test_default_megapixels_are_within_the_limit(monkeypatch: pytest.MonkeyPatch
     assert load_settings({"megapixels": 0.5}).max_output_megapixels == 0.5
 
 
+@pytest.mark.parametrize("days", ["0", "-1", "inf", "nan", "soon", "40000"])
+def test_time_to_keep_files_that_cannot_be_used(days: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero does not mean off, and a time beyond a century is a mistake: only a setting that is absent keeps files for ever."""
+    assert load_settings({}).output_ttl_days is None
+    monkeypatch.setenv("OUTPUT_TTL_DAYS", "0.5")
+    assert load_settings({}).output_ttl_days == 0.5
+    monkeypatch.setenv("OUTPUT_TTL_DAYS", days)
+    with pytest.raises(SettingsError, match=r"^OUTPUT_TTL_DAYS: "):
+        load_settings({})
+
+
 def test_settings_are_frozen() -> None:
     """Settings cannot be changed once they are read."""
     with pytest.raises(ValidationError):

@@ -56,8 +56,8 @@ class Retention:
         usual = min(max(ttl_s / SWEEPS_IN_A_TTL, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
         while not self._closed.is_set():
             full = self._sweep(ttl_s)
-            # Varied by a quarter, so that workers that were started together do not read the folder together.
-            self._closed.wait(min(usual, BREATH_S) if full else usual * random.uniform(0.75, 1.25))  # noqa: S311
+            # Varied, so that workers that were started together do not read the folder together.
+            self._closed.wait(min(usual, BREATH_S) if full else usual * random.uniform(0.5, 1))  # noqa: S311
 
     def _sweep(self, ttl_s: float) -> bool:
         """Remove expired sets, and return whether more may be left."""
