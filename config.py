@@ -146,7 +146,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    mode: Literal["standalone", "kafka", "dlq-replay", "health", "inspect", "doctor"] = Field(
+    mode: Literal["standalone", "kafka", "dlq-replay", "health", "inspect", "doctor", "compare"] = Field(
         "standalone",
         description="`standalone` encodes images and exits; `kafka` serves a topic; "
         "`dlq-replay` sends dead letters back to their topic; `health` shows the health of a worker; "

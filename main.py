@@ -1,94 +1,28 @@
-"""The command line: parses, wires and exits. `latent_encoder/exits.py` has the exit statuses."""
+"""The start of the program: this Python is checked, then the command line is read.
 
-from __future__ import annotations
+Python 3.6 has to be able to read this file and `latent_encoder/interpreter.py`, so that an old Python gets a message.
+"""
 
 import signal
+import sys
+
+__all__ = ["main"]
 
 if __name__ == "__main__":
     # While the modules below are imported, Ctrl-C just ends the process: there is nothing to clean up or to report.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from latent_encoder import interpreter
 
-import click
-import cloup
+if __name__ == "__main__":
+    interpreter.refuse_unfit_python(sys.argv[1:])
 
-from config import REQUEST_SETTINGS, Settings, usable_settings
-from latent_encoder import modes
-from latent_encoder.cli.options import CONTEXT, EPILOG, all_options
-from latent_encoder.cli.parsing import Command, refuse_options_of_other_modes
-from latent_encoder.setting_names import warn_of_variables
-from latent_encoder.telemetry.logs import LogStyle, configure_logging, log_style
-from latent_encoder.torch_caches import limit_torch_caches
-
-
-@cloup.command(cls=Command, epilog=EPILOG, context_settings=CONTEXT)
-@all_options
-@click.pass_context
-def main(ctx: click.Context, /, **given: Any) -> None:
-    """Encode images to the latents that a diffusion model works on, with ComfyUI's own nodes.
-
-    \b
-    standalone  encodes images; a JSON response for each
-    kafka       responds to requests from a topic until SIGTERM
-    dlq-replay  sends dead letters back to their topic, each once
-    health      shows the health of the worker on this machine
-    inspect     shows the content of latent files
-    doctor      checks the installation
-
-    Results go to standard output, logs to standard error.
-    Exit status: 0 success, 1 error response or a worker that is not alive, 2 wrong usage, 3 the
-    service cannot start or go on, 130 interrupted.
-
-    \b
-    Examples:
-      python main.py --image_path photo.jpg --preview
-      python main.py --image_path a.png b.png 'c/*.png' --recursive folder
-      python main.py --input-list requests.jsonl --workers 2
-      python main.py --mode kafka --kafka-bootstrap-servers localhost:9092
-      python main.py --mode dlq-replay --error-code IMAGE_NOT_FOUND --dry-run
-      python main.py --mode health
-      python main.py --mode inspect output/latent_photo_1.pt --html
-      python main.py --mode doctor
-    """  # noqa: D301  # click needs the character that \b stands for
-    settings, faults = settings_of(given)
-    if faults and settings.mode != "doctor":
-        raise click.UsageError(f"A setting cannot be used. {'; '.join(faults)}")
-    refuse_options_of_other_modes(ctx, settings)
-    style = log_style(settings, **{name: given[name] for name in ("quiet", "verbose", "debug")})
-    configure_logging(*style)
-    limit_torch_caches()
-    sys.exit(run(settings, faults, given, style))
-
-
-def settings_of(given: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """Return the settings and a list of faults; a setting that cannot be used keeps its default."""
-    settings, faults = usable_settings({name: value for name, value in given.items() if name not in REQUEST_SETTINGS})
-    if settings.mode != "standalone":  # there, the fields of a request are its own, and a fault of one is an error response
-        settings, faults = usable_settings(given)
-    return settings, faults
-
-
-def run(settings: Settings, faults: Sequence[str], given: Mapping[str, Any], style: LogStyle) -> int:
-    """Run the mode that the settings name, and return its exit status."""
-    if settings.mode in ("standalone", "kafka", "dlq-replay"):  # the doctor reports them itself; the others use few settings
-        warn_of_variables()
-    match settings.mode:
-        case "kafka":
-            return modes.serve(settings)
-        case "dlq-replay":
-            return modes.replay(settings, given)
-        case "health":
-            return modes.show_health(settings)
-        case "inspect":
-            return modes.show_latents(settings, given)
-        case "doctor":
-            return modes.examine(settings, faults, given)
-        case _:
-            return modes.encode_images(settings, given, style)
-
+try:
+    from latent_encoder.command import main
+except Exception as exc:
+    if __name__ != "__main__":
+        raise
+    interpreter.end(interpreter.unimportable(exc, " ".join(str(exc).split())), sys.argv[1:])
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -120,16 +120,27 @@ def utc_timestamp(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+# The schema states the forms of these texts. They are not checked here, because our own code writes them.
+Sha256 = Annotated[str, Field(json_schema_extra={"pattern": "^[0-9a-f]{64}$"})]
+DateTime = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+ImageShape = tuple[int, int, int]
+LatentShape = tuple[int, int, int, int]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Timings(BaseModel):
     """Duration of each step in milliseconds."""
 
     model_config = ConfigDict(frozen=True)
 
-    load_vae: float
-    load_image: float
-    scale: float
-    encode: float
-    save: float
+    load_vae: float = Field(description="Finding, judging and loading the VAE; near 0 if it was loaded already.")
+    load_image: float = Field(description="Reading, judging and decoding the image.")
+    scale: float = Field(description="Scaling the image.")
+    encode: float = Field(description="Encoding the scaled image.")
+    save: float = Field(description="Writing the files, without the final renames.")
     roundtrip: float = Field(0.0, description="Decoding and comparing, if ROUNDTRIP is set.")
 
 
@@ -140,7 +151,16 @@ class Roundtrip(BaseModel):
 
     psnr_db: float | None = Field(description="Peak signal-to-noise ratio in decibels; null if both are equal.")
     ssim: float | None = Field(description="Mean structural similarity, at most 1; null if a side is shorter than 7 pixels.")
-    image_sha256: str
+    image_sha256: Sha256 = Field(description="SHA-256 of the decoded latent's image.")
+
+
+class LatentStatistics(BaseModel):
+    """Mean and deviation of each channel of a latent space: a diffusion model works on `(latent - mean) / std`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: tuple[float, ...] = Field(description="Mean of each channel, as a float32.")
+    std: tuple[float, ...] = Field(description="Standard deviation of each channel, as a float32; never 0.")
 
 
 class LatentFacts(BaseModel):
@@ -151,51 +171,79 @@ class LatentFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    original_image_shape: tuple[int, int, int]
-    scaled_image_shape: tuple[int, int, int]
-    latent_shape: tuple[int, int, int, int]
-    vae_model_name: str
+    original_image_shape: ImageShape = Field(description="`[height, width, 3]` after the EXIF orientation was applied.")
+    scaled_image_shape: ImageShape = Field(description="`[height, width, 3]` of the scaled image, before the crop.")
+    latent_shape: LatentShape = Field(description="`[batch, channels, height, width]`.")
+    vae_model_name: str = Field(description="Name of the VAE, as requested.")
 
     # The fields from here on are ours; the specification has those above.
     image_path: str | None = Field(None, description="Path of the image, as the request gave it.")
-    upscale_method: str
-    megapixels: float
-    fit: Fit = "crop"
-    alpha: Alpha = "drop"
-    crop: tuple[int, int, int, int]
-    image_notes: tuple[str, ...]
-    colour_error: float | None = None
-    latent_dtype: str
-    vae_dtype: str
-    encoder: EncoderKind
-    tiled: bool
-    device: str
-    comfyui_version: str
-    image_decoder: str | None = None
-    torch_version: str
-    image_sha256: str
-    vae_sha256: str | None
-    scaled_image_sha256: str
-    latent_format: FileFormat = "pt"
-    latent_space: str | None = None
+    upscale_method: UpscaleMethod = Field(description="As requested.")
+    megapixels: float = Field(description="As requested.")
+    fit: Fit = Field("crop", description="As requested.")
+    alpha: Alpha = Field("drop", description="As requested.")
+    crop: tuple[int, int, int, int] = Field(
+        description="`[left, upper, right, lower]`: the box of the scaled image that the latent covers."
+    )
+    image_notes: tuple[ImageNote, ...] = Field(description="Changes beyond decoding, as codes.")
+    colour_error: float | None = Field(
+        None,
+        description="With the note `colour_profile_ignored`, the mean difference of the image's samples from its colours in "
+        "sRGB, in levels of 8 bits; null if it was not measured.",
+    )
+    latent_dtype: str = Field(description="Type of the latent's numbers in its file, always `float32`.")
+    vae_dtype: str = Field(description="Precision of the VAE, for example `bfloat16`.")
+    encoder: EncoderKind = Field(
+        description="The encoder that ran: `single-frame` is ours, for VAEs of the Wan family; `stock` is the VAE's own."
+    )
+    tiled: bool = Field(description="True if memory ran out and ComfyUI encoded in tiles: a slightly different latent.")
+    device: str = Field(description="Device of the VAE, for example `cuda:0`.")
+    comfyui_version: str = Field(description="Version of ComfyUI.")
+    image_decoder: str | None = Field(None, description="Decoder of the image, with its version; null if it is not known.")
+    torch_version: str = Field(description="Version of torch.")
+    image_sha256: Sha256 = Field(description="SHA-256 of the input image's file.")
+    vae_sha256: Sha256 | None = Field(
+        description="SHA-256 of the VAE's file; for a TAESD pair, of the encoder's bytes followed by the decoder's; null if "
+        "it has no file."
+    )
+    scaled_image_sha256: Sha256 = Field(description="SHA-256 of the scaled image's file.")
+    latent_format: FileFormat = Field("pt", description="Format of the latent's file, as requested.")
+    latent_space: str | None = Field(
+        None,
+        description="Meaning of the latent's numbers: the name of ComfyUI's class in `comfy.latent_formats`; null if it is "
+        "not known.",
+    )
+    latent_statistics: LatentStatistics | None = Field(
+        None,
+        description="The numbers that scale the latent for a diffusion model; null if they are not known, or if ComfyUI does "
+        "more than scale and shift each channel.",
+    )
 
 
 class Metadata(LatentFacts):
     """Facts about a latent and the run that made it. Shapes of images are `[height, width, 3]`, checksums SHA-256 in hex."""
 
     # Fields with a default, here and in `LatentFacts`, came later: the metadata that older versions wrote lack them.
-    processing_time_ms: int
-    timestamp: str
+    processing_time_ms: int = Field(description="Sum of the timings in milliseconds, without the final renames.")
+    timestamp: DateTime = Field(description="Time when the files were written, in UTC to the second.")
 
     # The fields from here on are ours; the specification has those above.
-    timings_ms: Timings
-    latent_sha256: str
-    fingerprint: str
-    preview_sha256: str | None = None
-    roundtrip: Roundtrip | None = None
-    request_id: str | None = None
-    origin: str | None = None
-    source_id: str | None = None
+    timings_ms: Timings = Field(description="Milliseconds of each step.")
+    latent_sha256: Sha256 = Field(description="SHA-256 of the latent's file.")
+    fingerprint: Sha256 = Field(description="SHA-256 of everything that decides the content and the place of the files.")
+    preview_sha256: Sha256 | None = Field(None, description="SHA-256 of the preview's file; null if none was asked for.")
+    roundtrip: Roundtrip | None = Field(
+        None, description="Distance of the decoded latent from the image; null if it was not asked for."
+    )
+    request_id: str | None = Field(None, description="Id of the request that the files belong to; null in old metadata.")
+    origin: str | None = Field(
+        None,
+        description="Kafka record that the files were written for, `<topic id>/<partition>/<offset>`; null outside of Kafka.",
+    )
+    source_id: str | None = Field(
+        None,
+        description="Id made of the image's absolute path and the request's fields; null if the request was given an id.",
+    )
 
     @property
     def sha256_by_file(self) -> dict[str, str]:
@@ -214,14 +262,18 @@ class SuccessResponse(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    status: Literal["success"] = "success"
-    request_id: str
-    latent_file_path: str
-    latent_shape: tuple[int, int, int, int]
-    scaled_image_path: str
-    metadata: Metadata
-    preview_path: str | None = None
-    roundtrip_path: str | None = None
+    status: Literal["success"] = Field("success", description="Outcome of the request.")
+    request_id: str = Field(description="That of the request, or one made for it.")
+    latent_file_path: str = Field(description="Absolute path of the latent.")
+    latent_shape: LatentShape = Field(description="`[batch, channels, height, width]`.")
+    scaled_image_path: str = Field(description="Absolute path of the scaled image, not yet cropped.")
+    metadata: Metadata = Field(description="Facts about the latent.")
+    preview_path: str | None = Field(
+        None, exclude_if=_is_none, description="Absolute path of the preview; absent if there is none."
+    )
+    roundtrip_path: str | None = Field(
+        None, exclude_if=_is_none, description="Absolute path of the decoded latent's image; absent if there is none."
+    )
 
 
 class ErrorResponse(BaseModel):
@@ -229,11 +281,11 @@ class ErrorResponse(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    status: Literal["error"] = "error"
-    request_id: str
-    error_code: ErrorCode
-    error_message: str
-    timestamp: str
+    status: Literal["error"] = Field("error", description="Outcome of the request.")
+    request_id: str = Field(description="That of the request, or one made for it.")
+    error_code: ErrorCode = Field(description="Kind of the fault.")
+    error_message: str = Field(description="Fault, the file or field, and how to fix it.")
+    timestamp: DateTime = Field(description="Time of the response, in UTC to the second.")
 
     @classmethod
     def of(cls, error: RequestError, request_id: str, moment: datetime) -> ErrorResponse:
@@ -250,24 +302,31 @@ Response = SuccessResponse | ErrorResponse
 
 
 class ResponseMessage(BaseModel):
-    """Response as it goes to the response topic: one shape for both outcomes. Fields that do not apply are null."""
+    """Response as it goes to the response topic: one shape for both outcomes. Fields that do not apply are null.
+
+    The exceptions are the paths of preview and roundtrip image, which are absent.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     request_id: str = Field(description="That of the request, or one made for it.")
     correlation_id: str | None = Field(description="That of the request; null if it has no valid one.")
-    status: Literal["success", "error"]
+    status: Literal["success", "error"] = Field(description="Outcome of the request.")
     latent_file_path: str | None = Field(None, description="Absolute path of the latent.")
-    latent_shape: tuple[int, int, int, int] | None = Field(None, description="`[batch, channels, height, width]`.")
+    latent_shape: LatentShape | None = Field(None, description="`[batch, channels, height, width]`.")
     error_message: str | None = Field(None, description="Fault, the file or field, and how to fix it.")
     timestamp: int = Field(description="Unix time in whole seconds.")
 
     # The fields from here on are ours; the specification has those above.
-    error_code: ErrorCode | None = None
+    error_code: ErrorCode | None = Field(None, description="Kind of the fault.")
     scaled_image_path: str | None = Field(None, description="Absolute path of the scaled image, not yet cropped.")
-    metadata: Metadata | None = None
-    preview_path: str | None = Field(None, description="Absolute path of the preview, if one was asked for.")
-    roundtrip_path: str | None = Field(None, description="Absolute path of the decoded latent's image, if it was asked for.")
+    metadata: Metadata | None = Field(None, description="Facts about the latent.")
+    preview_path: str | None = Field(
+        None, exclude_if=_is_none, description="Absolute path of the preview; absent if there is none."
+    )
+    roundtrip_path: str | None = Field(
+        None, exclude_if=_is_none, description="Absolute path of the decoded latent's image; absent if there is none."
+    )
 
     @classmethod
     def of(cls, response: Response, correlation_id: str | None, moment: datetime) -> ResponseMessage:

@@ -60,6 +60,7 @@ from latent_encoder.torch_threads import encode_threads
 from latent_encoder.trial import try_nodes
 from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.encoding import encode_image
+from latent_encoder.vae.freed_memory import share_one_heap
 from latent_encoder.vae.gpu import pinned
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.model_folders import search_model_folders
@@ -111,6 +112,7 @@ class LatentEncoder:
             SetupError: ComfyUI is missing, lacks a node or a package, fails on the image, or cannot run on the device.
         """
         JUDGES.start()  # it is ready when ComfyUI is
+        share_one_heap()
         torch.set_num_threads(settings.torch_num_threads or encode_threads())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
         warn_of_slow_precision(settings.vae_precision, runtime.device)

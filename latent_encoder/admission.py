@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from config import Settings
 from errors import InvalidRequest
 from latent_encoder.access import AllowedFolders
-from latent_encoder.comfy_runtime import ComfyRuntime
 from models import EncodeRequest
+
+if TYPE_CHECKING:
+    from latent_encoder.comfy_runtime import ComfyRuntime
 
 
 def admit(
@@ -18,11 +22,7 @@ def admit(
         InvalidRequest: more megapixels than MAX_OUTPUT_MEGAPIXELS, or an exact fit that this ComfyUI cannot make.
         AccessDenied: a path leads out of the allowed folders.
     """
-    limit = settings.max_output_megapixels
-    if request.megapixels > limit:
-        raise InvalidRequest(
-            f"Invalid request: megapixels: must be at most MAX_OUTPUT_MEGAPIXELS={limit} (got {request.megapixels})"
-        )
+    refuse_more_megapixels(request, settings)
     if request.fit == "exact" and not runtime.can_fit_exactly:
         raise InvalidRequest(
             "Invalid request: fit: 'exact' takes a ComfyUI whose ImageScaleToTotalPixels has the input resolution_steps, "
@@ -30,3 +30,16 @@ def admit(
         )
     inputs.check(request.image_path)
     outputs.check(request.output_dir)
+
+
+def refuse_more_megapixels(request: EncodeRequest, settings: Settings) -> None:
+    """Refuse a request for more megapixels than MAX_OUTPUT_MEGAPIXELS.
+
+    Raises:
+        InvalidRequest: it asks for more.
+    """
+    limit = settings.max_output_megapixels
+    if request.megapixels > limit:
+        raise InvalidRequest(
+            f"Invalid request: megapixels: must be at most MAX_OUTPUT_MEGAPIXELS={limit} (got {request.megapixels})"
+        )

@@ -10,18 +10,22 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
-from errors import KafkaFailed, LatentEncoderError, SetupError, one_line, outside_cause
+from errors import KafkaFailed, LatentEncoderError, RequestError, SetupError, one_line, outside_cause
 from latent_encoder.access import log_missing_limits
 from latent_encoder.cli.parsing import fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
+    EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
     EXIT_WRONG_USAGE,
     SIGNAL_BASE,
@@ -29,9 +33,12 @@ from latent_encoder.exits import (
     end_by_signal,
     stop_on_signals,
 )
+from latent_encoder.importing import explained_imports, require_packages
 from latent_encoder.masking import masked
+from latent_encoder.requests import request_id_of
 from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_exceptions
-from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, stdout_on_stderr
+from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, show_progress, stdout_on_stderr
+from models import ErrorResponse
 
 if TYPE_CHECKING:
     from latent_encoder.kafka.replay import Selection
@@ -42,14 +49,20 @@ log = get_logger("latent_encoder")
 
 def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> int:
     """Run standalone mode. `given` are the command line's options, None for each that it leaves out."""
-    from latent_encoder.standalone import run as standalone
-    from latent_encoder.standalone.inputs import UnusableInputs
+    _require_packages("standalone")
+    with _imports_explained():
+        from latent_encoder.standalone import run as standalone
+        from latent_encoder.standalone.early_checks import check_run
+        from latent_encoder.standalone.inputs import UnusableInputs
 
     selection = _selected_images(given)
     fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
-    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet")})
+    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet", "as_json")})
     try:
+        check_run(settings, selection, fields)
         return standalone.run(settings, selection, fields, options, style)
+    except RequestError as exc:
+        _refuse_run(exc, selection, fields, as_json=given["as_json"])
     except UnusableInputs as exc:
         fail(str(exc), EXIT_WRONG_USAGE)
     except SetupError as exc:
@@ -57,6 +70,35 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     except standalone.OutputFailed as exc:
         complain(f"Error: {exc}")
         end_at_once(EXIT_SERVICE_FAILED)
+
+
+def _refuse_run(error: RequestError, selection: ImageSelection, fields: Mapping[str, Any], *, as_json: bool) -> NoReturn:
+    """End a run that cannot succeed. A program that waits for the response to a single image gets that too."""
+    if selection.single and (as_json or not sys.stdout.isatty()):
+        response = ErrorResponse.of(error, request_id_of(fields), datetime.now(UTC))
+        try:
+            click.echo(json.dumps(response.model_dump(mode="json"), indent=2, ensure_ascii=False).encode())
+        except OSError as exc:
+            fail(f"Cannot write the response to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+    fail(str(error), EXIT_WRONG_USAGE)
+
+
+def _require_packages(mode: str) -> None:
+    """End the process if this Python lacks a package that the mode needs."""
+    try:
+        require_packages(mode)
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
+
+
+@contextmanager
+def _imports_explained() -> Iterator[None]:
+    """End the process with an explanation if an import inside fails."""
+    try:
+        with explained_imports():
+            yield
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
 
 
 def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
@@ -72,6 +114,7 @@ def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
 
 def serve(settings: Settings) -> NoReturn:
     """Run Kafka mode until a signal: the first SIGTERM or SIGINT ends it after the work in flight, the second at once."""
+    _require_packages("kafka")
     log_stray_exceptions()
     log_missing_limits(settings)
     try:
@@ -99,11 +142,12 @@ def _reason(exc: Exception) -> str:
 
 def _served(settings: Settings) -> bool:
     """Respond to requests until a signal. Return whether all work in flight was finished."""
-    from kafka_handler import KafkaHandler
-    from latent_encoder.start_event import log_start
-    from latent_encoder.telemetry import tracing
-    from latent_encoder.telemetry.http_server import http_server
-    from service import ready_encoder
+    with _imports_explained():
+        from kafka_handler import KafkaHandler
+        from latent_encoder.start_event import log_start
+        from latent_encoder.telemetry import tracing
+        from latent_encoder.telemetry.http_server import http_server
+        from service import ready_encoder
 
     handler = KafkaHandler(settings)
     stop_on_signals(lambda _: handler.stop(), _end_kafka_mode)
@@ -125,7 +169,9 @@ def replay(settings: Settings, given: Mapping[str, Any]) -> int:
 
     The first SIGTERM or SIGINT ends the replay after the letters under way, the second ends it at once.
     """
-    from latent_encoder.kafka.replay import Replay
+    _require_packages("dlq-replay")
+    with _imports_explained():
+        from latent_encoder.kafka.replay import Replay
 
     run = Replay(settings, _selected_letters(settings, given), given["dry_run"], report=click.echo, rate=given["rate"])
     signals: list[int] = []
@@ -172,7 +218,8 @@ def _end_replay(number: int) -> NoReturn:
 
 def show_health(settings: Settings) -> int:
     """Print the health that the worker on this machine reports."""
-    from latent_encoder.telemetry.http_server import ask
+    with _imports_explained():
+        from latent_encoder.telemetry.http_server import ask
 
     if not settings.http_port:
         raise click.UsageError("HTTP_PORT=0: a worker without an HTTP port cannot be asked.")
@@ -190,8 +237,10 @@ def show_health(settings: Settings) -> int:
 def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
     """Run inspect mode: show the content of latent files."""
     if not given["paths"]:
-        raise click.UsageError("Inspect mode needs latent files: python main.py --mode inspect FILE")
-    from latent_encoder import inspection
+        raise click.UsageError("Inspect mode needs latent files: python main.py inspect FILE")
+    _require_packages("inspect")
+    with _imports_explained():
+        from latent_encoder import inspection
 
     try:
         return inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
@@ -199,20 +248,54 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
         fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
 
 
+def compare(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> int:
+    """Run compare mode: JSON if it is asked for or standard output is no terminal, else a table."""
+    if not given["paths"]:
+        raise click.UsageError("Compare mode needs an image: python main.py --mode compare FILE")
+    _require_packages("compare")
+    with _imports_explained():
+        from latent_encoder import comparison
+        from latent_encoder.standalone.early_checks import check_run
+        from latent_encoder.standalone.inputs import ImageSelection
+
+    settings = comparison.without_outputs(settings)
+    as_document = given["as_json"] or not sys.stdout.isatty()
+    watched = sys.stderr.isatty() and not given["quiet"]
+    other_tree = None if given["other_tree"] is None else Path(given["other_tree"])
+
+    def echo(text: str) -> None:
+        click.echo(encodable(text, sys.stdout.encoding))
+
+    view = comparison.View(
+        show=lambda found: comparison.shown_by(echo, found, as_document=as_document),
+        progress=complain if watched else lambda _: None,
+    )
+    try:
+        check_run(settings, ImageSelection(tuple(given["paths"])), {})
+        return comparison.run(settings, given["paths"], other_tree, style, view)
+    except RequestError as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
+    except KeyboardInterrupt:
+        fail("Interrupted.", EXIT_INTERRUPTED)
+    except OSError as exc:
+        fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+
+
 def examine(settings: Settings, faults: Sequence[str], given: Mapping[str, Any]) -> int:
     """Run doctor mode, even if settings cannot be used (`faults`). Nothing but the report goes to standard output."""
     from latent_encoder import doctor
+    from latent_encoder.doctor import report
+    from latent_encoder.doctor.check import Installation
 
     encoding = sys.stdout.encoding
     try:
         # ComfyUI prints while it is loaded, in the middle of the report.
         with os.fdopen(os.dup(STDOUT), "w", encoding=encoding) as stdout, stdout_on_stderr():
-            return doctor.run(
-                settings,
-                origins_of(given),
-                faults=faults,
-                as_json=given["as_json"],
-                echo=lambda text: click.echo(encodable(masked(text), encoding), file=stdout),
-            )
+            groups = doctor.examine(Installation(settings, origins_of(given), faults), show_progress)
+            text = report.as_json(groups) if given["as_json"] else report.as_text(groups, verbose=given["verbose"])
+            click.echo(encodable(masked(text), encoding), file=stdout)
+            return doctor.exit_status(groups)
     except OSError as exc:
         fail(f"Cannot write the report to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)

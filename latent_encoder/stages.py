@@ -18,7 +18,7 @@ from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
 from latent_encoder.torch_threads import set_torch_threads
-from latent_encoder.vae.encoders import give_back_freed_memory
+from latent_encoder.vae.freed_memory import give_back_freed_memory
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
 

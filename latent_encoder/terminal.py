@@ -18,8 +18,15 @@ from latent_encoder.masking import masked
 
 STDOUT, STDERR = 1, 2  # file descriptors
 
-ASCII_MARKS = str.maketrans({"✓": "+", "✗": "x", "…": "..."})
+ERASE_LINE = "\r\x1b[K"
+
+ASCII_MARKS = str.maketrans({"✓": "+", "✗": "x", "…": "...", "→": "->", "×": "x"})
 """ASCII for the characters that our reports use and that not every encoding has."""
+
+
+def is_dumb() -> bool:
+    """Return whether the terminal understands no sequences: a line that was written cannot be changed any more."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def forced_colours() -> bool | None:
@@ -27,7 +34,7 @@ def forced_colours() -> bool | None:
 
     `NO_COLOR` (https://no-color.org) wins over its counterpart `FORCE_COLOR`.
     """
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if os.environ.get("NO_COLOR") or is_dumb():
         return False
     return True if os.environ.get("FORCE_COLOR") else None
 
@@ -47,10 +54,23 @@ def encodable(text: str, encoding: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """Return the text with everything escaped that a terminal does not show: control characters, bytes that are no UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
+
+
 def complain(text: str) -> None:
     """Write a line without secrets to standard error. If that fails, the exit status is the only report left."""
     with suppress(OSError):
         click.echo(masked(text), err=True)
+
+
+def show_progress(text: str) -> None:
+    """Show a text on a line of standard error that the next text replaces. Only a terminal gets it."""
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        complain_at_once(f"\r\x1b[K{text}\r")  # a log line overwrites it
 
 
 def complain_at_once(text: str) -> None:

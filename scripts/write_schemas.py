@@ -3,6 +3,9 @@
     python scripts/write_schemas.py
 
 Fields, defaults and topics come from models.py, config.py and kafka/records.py, examples and descriptions of topics from here.
+
+A new version may add optional fields, and codes to enumerations. So the schemas allow fields that they do not name, and in
+responses each enumeration except `status` is open: one of the known values, or another text.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -24,12 +28,25 @@ from config import VERSION, Settings
 from errors import ImageNotFound
 from latent_encoder.kafka import records as kafka_records
 from latent_encoder.requests import parse_request
-from models import EncodeRequest, ErrorResponse, Metadata, ResponseMessage, SuccessResponse, Timings, utc_timestamp
+from models import (
+    EncodeRequest,
+    ErrorResponse,
+    Metadata,
+    ResponseMessage,
+    SuccessResponse,
+    Timings,
+    utc_timestamp,
+)
 
 FOLDER = PROJECT / "docs" / "schemas"
 REQUEST = "request.schema.json"
 RESPONSE = "response.schema.json"
 ASYNCAPI = "asyncapi.yaml"
+
+ENVELOPE = ("request_id", "correlation_id", "status", "timestamp")
+"""The fields of a response's record that both outcomes have."""
+IF_THERE = ("preview_path", "roundtrip_path")
+"""The fields that are absent instead of null."""
 
 Document = dict[str, Any]
 
@@ -97,10 +114,19 @@ def as_yaml(document: Document) -> str:
 
 
 class UntitledFields(GenerateJsonSchema):
-    """A generator without titles of fields, which would only repeat their names."""
+    """A generator without titles of fields, which would only repeat their names, and with arrays that every tool reads."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
         return False
+
+    def tuple_schema(self, schema: Any) -> Document:
+        """Return the schema of an array of a fixed length by `items`: many tools do not read `prefixItems`."""
+        made = super().tuple_schema(schema)
+        items = made.get("prefixItems")
+        if not items or items.count(items[0]) < len(items):
+            return made
+        del made["prefixItems"]
+        return {**made, "items": items[0]}
 
 
 def request_schema() -> Document:
@@ -109,7 +135,9 @@ def request_schema() -> Document:
     for name in schema["properties"].keys() - schema["required"]:
         schema["properties"][name] = or_null(schema["properties"][name])
     schema["description"] += " Null counts as absent. The service's settings can change the defaults."
-    return finished(schema, EXAMPLE_REQUEST)
+    head = {"$schema": GenerateJsonSchema.schema_dialect, "$id": identifier("request")}
+    head |= {key: schema[key] for key in ("title", "description", "type", "required", "properties")}
+    return {**head, **schema, "examples": [EXAMPLE_REQUEST]}
 
 
 def or_null(schema: Document) -> Document:
@@ -122,21 +150,85 @@ def or_null(schema: Document) -> Document:
 
 
 def response_schema() -> Document:
-    """Return the schema of a response. A response has every field, so that the schema has no defaults."""
-    schema = ResponseMessage.model_json_schema(mode="serialization", schema_generator=UntitledFields)
-    for field in schema["properties"].values():
-        field.pop("default", None)
-    schema["required"] = list(schema["properties"])
+    """Return the schema of a response: a success or an error, told apart by `status`."""
+    both = ResponseMessage.model_json_schema(mode="serialization", schema_generator=UntitledFields)
+    parts = {name: opened(part) for name, part in both["$defs"].items()}
+    outcomes = {
+        "SuccessMessage": outcome(both, SuccessResponse, "success"),
+        "ErrorMessage": outcome(both, ErrorResponse, "error"),
+    }
+    del parts["ErrorCode"]
     responses = (example_success(), example_error())
     messages = (ResponseMessage.of(response, EXAMPLE_REQUEST["correlation_id"], RESPONDED_AT) for response in responses)
-    return finished(schema, *(message.model_dump(mode="json") for message in messages))
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        "$id": identifier("response"),
+        "title": "Response",
+        "description": "Response to a request, as a record of the response topic. Accept fields and codes that are not listed "
+        "here: a newer version may add some.",
+        "oneOf": [{"$ref": f"#/$defs/{name}"} for name in outcomes],
+        "$defs": {**outcomes, **parts},
+        "examples": [message.model_dump(mode="json") for message in messages],
+    }
 
 
-def finished(schema: Document, *examples: Document) -> Document:
-    """Return the schema with its dialect and examples. Its title, description and properties come first, for the reader."""
-    head = {"$schema": GenerateJsonSchema.schema_dialect}
-    head |= {key: schema[key] for key in ("title", "description", "type", "required", "properties")}
-    return {**head, **schema, "examples": list(examples)}
+def outcome(both: Document, response: type[BaseModel], status: str) -> Document:
+    """Return the schema of one outcome's record: its own fields without null, and those of the other one as null alone.
+
+    `both` is the schema of the record's class, `response` the class of the outcome.
+    """
+    own = {*ENVELOPE, *response.model_fields}
+    fields: dict[str, Document] = {}
+    for name, field in both["properties"].items():
+        if name in own:
+            fields[name] = without_null(inlined(field, both)) if name != "correlation_id" else field
+        elif name not in IF_THERE:
+            fields[name] = {"type": "null", "description": f"Null in a response with the status `{status}`."}
+    fields["status"] = {"type": "string", "const": status, "description": "Outcome of the request."}
+    return opened(
+        {
+            "title": f"{status.capitalize()}Message",
+            "description": (response.__doc__ or "").partition("\n")[0],
+            "type": "object",
+            "required": [name for name in fields if name not in IF_THERE],
+            "properties": fields,
+        }
+    )
+
+
+def without_null(field: Document) -> Document:
+    """Return the schema of a field whose value is never null."""
+    kept = {key: value for key, value in field.items() if key != "default"}
+    options = [option for option in kept.pop("anyOf", []) if option != NULL]
+    return {**kept, **options[0]} if len(options) == 1 else {**kept, **({"anyOf": options} if options else {})}
+
+
+def inlined(field: Document, both: Document) -> Document:
+    """Return the schema of a field with the error codes in it instead of a reference to them."""
+    code = {key: value for key, value in both["$defs"]["ErrorCode"].items() if key in ("type", "enum")}
+    options = [code if option.get("$ref") == "#/$defs/ErrorCode" else option for option in field.get("anyOf", [])]
+    return {**field, "anyOf": options} if options else field
+
+
+def opened(schema: Document) -> Document:
+    """Return the schema without defaults, and with open enumerations: also values that a later version adds are valid."""
+    schema = {key: value for key, value in schema.items() if key != "default"}
+    if "enum" in schema:
+        known = {key: schema.pop(key) for key in ("type", "enum")}
+        return {**schema, "anyOf": [known, {"type": "string", "description": "A value that a later version adds."}]}
+    return {key: opened_parts(value) for key, value in schema.items()}
+
+
+def opened_parts(value: Any) -> Any:
+    """Return a part of a schema with each schema in it `opened`."""
+    if isinstance(value, dict):
+        return opened(value)
+    return [opened_parts(part) for part in value] if isinstance(value, list) else value
+
+
+def identifier(name: str) -> str:
+    """Return the `$id` of a schema, which has the version of the service."""
+    return f"urn:latent-encoder:{name}:{VERSION}"
 
 
 def example_success() -> SuccessResponse:
@@ -203,22 +295,32 @@ def asyncapi() -> Document:
         "defaultContentType": "application/json",
         "channels": {
             "requests": channel(DEFAULTS.kafka_request_topic, "Requests to encode an image.", request=request_message()),
-            "responses": channel(DEFAULTS.kafka_response_topic, "The responses to the requests.", response=response_message()),
+            "responses": channel(
+                DEFAULTS.kafka_response_topic,
+                "The responses to the requests.",
+                success=response_message("SuccessMessage", "Success", "The latent is written."),
+                error=response_message("ErrorMessage", "Error", "There is no latent."),
+            ),
             "deadLetters": channel(
                 DEFAULTS.kafka_dlq_topic, "Records that the service could not process.", deadLetter=dead_letter_message()
             ),
         },
         "operations": {
-            "receiveRequest": operation(
-                "receive", "requests", "request", "Encode an image; its offset is committed after the response."
-            ),
-            "sendResponse": operation("send", "responses", "response", "Respond to a request."),
+            "encode": {
+                **operation(
+                    "receive",
+                    "requests",
+                    "Encode an image, and respond. The offset of the request is committed after the response.",
+                    "request",
+                ),
+                "reply": reply("responses", "success", "error"),
+            },
             "sendDeadLetter": operation(
                 "send",
                 "deadLetters",
-                "deadLetter",
                 "Put aside a record that holds no request, one that failed for a transient reason and is not tried again, "
                 "or one whose response was refused for its size.",
+                "deadLetter",
             ),
         },
     }
@@ -228,17 +330,20 @@ def channel(topic: str, description: str, **messages: Document) -> Document:
     return {"address": topic, "description": description, "messages": messages}
 
 
-def operation(action: str, channel: str, message: str, description: str) -> Document:
-    described = {
-        "action": action,
-        "channel": {"$ref": f"#/channels/{channel}"},
-        "description": description,
-        "messages": [{"$ref": f"#/channels/{channel}/messages/{message}"}],
-    }
+def operation(action: str, channel: str, description: str, *messages: str) -> Document:
+    described = {"action": action, **reply(channel, *messages), "description": description}
     if action == "receive":
         group = {"type": "string", "const": DEFAULTS.kafka_consumer_group}
         described["bindings"] = {"kafka": {"groupId": group, **KAFKA_BINDING}}
     return described
+
+
+def reply(channel: str, *messages: str) -> Document:
+    """Return the references to a channel and to messages in it."""
+    return {
+        "channel": {"$ref": f"#/channels/{channel}"},
+        "messages": [{"$ref": f"#/channels/{channel}/messages/{message}"} for message in messages],
+    }
 
 
 def request_message() -> Document:
@@ -252,11 +357,11 @@ def request_message() -> Document:
     )
 
 
-def response_message() -> Document:
+def response_message(schema: str, title: str, description: str) -> Document:
     return json_message(
-        RESPONSE,
-        title="Response",
-        description="The response to one request.",
+        f"{RESPONSE}#/$defs/{schema}",
+        title=title,
+        description=description,
         headers="Those of the request.",
         key="That of the request, or the response's `request_id` if the request has none.",
     )

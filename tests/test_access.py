@@ -345,7 +345,7 @@ def test_command_line_says_the_same_of_what_is_there_and_what_is_not(site: Site,
         assert response.pop("timestamp")
         told.append((done.returncode, response))
     expected = {"status": "error", "request_id": "r", "error_code": "ACCESS_DENIED", "error_message": denied(path)}
-    assert told == [(1, expected), (1, expected)]
+    assert told == [(2, expected), (2, expected)]
 
 
 def test_command_line_takes_folders_from_the_working_folder_on(tmp_path: Path, run_main: RunMain) -> None:

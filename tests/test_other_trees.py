@@ -177,8 +177,9 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Co
         folder = tmp_path_factory.mktemp("spoiled")
         place_runtime(COMFYUI, folder, copy_entry)
         SPOILED[words](folder)
-        arguments = ("--image_path", str(IMAGES / "photo.jpg"), "--comfyui_path", str(folder), "--log-level", "ERROR")
-        command = [sys.executable, str(PROJECT / "main.py"), *arguments]
+        arguments = ("-i", str(IMAGES / "photo.jpg"), "--comfyui_path", str(folder), "--log-level", "ERROR")
+        vae = ("--vae_model_name", TINY_VAE)
+        command = [sys.executable, str(PROJECT / "main.py"), *arguments, *vae]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
     with ThreadPoolExecutor(2) as pool:

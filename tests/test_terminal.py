@@ -33,7 +33,7 @@ def test_standard_output_that_takes_nothing_is_status_3(redirection: str, fault:
 
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
 @pytest.mark.parametrize(
-    ("arguments", "status"), [(VERSION, 0), (ENCODED, 0), (REFUSED, 1), (WRONG_USAGE, 2), (("--mode", "health"), 1)]
+    ("arguments", "status"), [(VERSION, 0), (ENCODED, 0), (REFUSED, 2), (WRONG_USAGE, 2), (("--mode", "health"), 1)]
 )
 def test_standard_error_that_takes_nothing_leaves_the_status_alone(
     redirection: str, arguments: tuple[str | Path, ...], status: int, run_main: RunMain

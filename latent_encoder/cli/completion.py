@@ -23,13 +23,11 @@ from click.shell_completion import (
 )
 
 from config import PROJECT_DIR, SettingsError, load_settings
+from latent_encoder import model_files
 
 PROG_NAME = "latent-encoder"
 COMPLETE_VAR = "_LATENT_ENCODER_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
-
-VAE_FILES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
-"""Suffixes of the files that ComfyUI lists as models."""
 
 
 def normalised(token: str) -> str:
@@ -97,14 +95,7 @@ def vae_names(ctx: click.Context, _param: click.Parameter, incomplete: str) -> l
         settings = load_settings({name: ctx.params.get(name) for name in ("model_dir", "comfyui_path")})
     except SettingsError:
         return []  # the fault is reported when the command runs, not while it is typed
-    found = [PROJECT_DIR / "comfyui" / "models" / "vae", settings.comfyui_path / "models" / "vae"]
-    if settings.model_dir is not None:
-        found += [settings.model_dir, settings.model_dir / "vae"]
-    return _items(sorted({name for folder in found for name in _names_in(folder)}), incomplete)
-
-
-def _names_in(folder: Path) -> list[str]:
-    return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix.lower() in VAE_FILES]
+    return _items(model_files.vae_names(settings), incomplete)
 
 
 class OneOf:
@@ -115,6 +106,21 @@ class OneOf:
 
     def __call__(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
         return _items(self.values, incomplete)
+
+
+class Commands:
+    """A completion of the first word: a mode, or a file in this folder. Later words are files."""
+
+    def __init__(self, modes: Sequence[str]) -> None:
+        self.modes = modes
+
+    def __call__(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[Any]]:
+        modes = _items(self.modes, incomplete)
+        if not modes or ctx.params.get("mode") is not None or ctx.params.get("paths"):
+            return files(ctx, param, incomplete)
+        # Listed here, because the shells complete either files or the given words.
+        names = sorted(place.name for place in Path().iterdir() if not place.name.startswith("."))
+        return modes + _items([name for name in names if name not in self.modes], incomplete)
 
 
 def _items(values: Sequence[str], incomplete: str) -> list[CompletionItem[Any]]:

@@ -11,8 +11,8 @@ from cloup.constraints import mutually_exclusive
 
 from config import VERSION, Settings
 from errors import ErrorCode
-from latent_encoder.cli.completion import PROG_NAME, SHELLS, OneOf, files, folders, normalised, script, vae_names
-from latent_encoder.cli.parsing import Choice, FilePath, Group, ManyValues, ModeArgument
+from latent_encoder.cli.completion import PROG_NAME, SHELLS, Commands, OneOf, files, folders, normalised, script, vae_names
+from latent_encoder.cli.parsing import MODES, Choice, FilePath, Group, ManyValues, ModeArgument
 from latent_encoder.kafka.places import Places
 from models import Alpha, FileFormat, Fit, UpscaleMethod
 
@@ -65,32 +65,39 @@ def show_completion(ctx: click.Context, _param: click.Parameter, shell: str | No
 
 MODE = Group("Mode")
 IMAGES = Group("Images", "standalone")
+COMPARISON = Group("Comparison", "compare")
 REQUEST = Group("One request", "standalone", "dlq-replay")
 MANY = Group("Many images", "standalone")
 PLACE = Group("Where files go", "standalone", "kafka", "inspect", "doctor")
-RESULTS = Group("Results", "standalone", "kafka", "doctor")
-MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor")
+RESULTS = Group("Results", "standalone", "kafka", "doctor", "compare")
+MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor", "compare")
 KAFKA = Group("Kafka", "kafka", "dlq-replay", "doctor")
 HEALTH = Group("Health and metrics", "kafka", "health", "doctor")
 DEAD_LETTERS = Group("Dead letters", "dlq-replay")
 PAGE = Group("Latent files", "inspect")
-REPORT = Group("Reports", "inspect", "doctor")
+REPORT = Group("Reports", "standalone", "inspect", "doctor", "compare")
 OUTPUT = Group("Output and logs")
 
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     cloup.argument(
         "paths",
         cls=ModeArgument,
-        modes=("standalone", "inspect"),
+        modes=("standalone", "inspect", "compare"),
         nargs=-1,
         type=FilePath(),
         metavar="[PATH]...",
-        shell_complete=files,
+        shell_complete=Commands(MODES),
         help="Images, as with --image-path; in inspect mode, latent files.",
     ),
-    MODE.option("--mode", type=choice_of("mode"), metavar="MODE", help="See above; standalone is the default."),
+    MODE.option(
+        "--mode",
+        type=choice_of("mode"),
+        metavar="MODE",
+        help="See above; standalone is the default. The first word may name the mode instead.",
+    ),
     IMAGES.option(
         "--image-path",
+        "-i",
         cls=ManyValues,
         type=FilePath(),
         metavar="PATH...",
@@ -129,6 +136,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     PLACE.option(
         "--output-dir",
+        "-o",
         type=FilePath(),
         metavar="DIR",
         shell_complete=folders,
@@ -201,8 +209,16 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     DEAD_LETTERS.option(
         "--dry-run", is_flag=True, help="Send nothing; list the chosen dead letters, and those that were sent before."
     ),
+    COMPARISON.option(
+        "--comfyui",
+        "other_tree",
+        type=FilePath(),
+        metavar="DIR",
+        shell_complete=folders,
+        help="Measure the encoder of this ComfyUI tree too.",
+    ),
     PAGE.option("--html", is_flag=True, help="Write one page with images and histograms."),
-    REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
+    REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text, on a terminal too."),
     OUTPUT.option("--quiet", "-q", is_flag=True, help="Errors only: no progress bar, no summary, no warnings."),
     OUTPUT.option("--verbose", "-v", is_flag=True, help="Log each step, as text."),
     OUTPUT.option("--debug", is_flag=True, help="Log everything, with tracebacks."),

@@ -5,23 +5,28 @@ Two things differ from click: an option may take several values in a row, and an
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from glob import has_magic
+from typing import Any, NoReturn, get_args
 
 import click
 import cloup
+from click.core import ParameterSource
 
 from config import Settings
 from errors import one_line
 from latent_encoder.cli.completion import COMPLETE_VAR, normalised
-from latent_encoder.exits import EXIT_INTERRUPTED, EXIT_SERVICE_FAILED
+from latent_encoder.exits import EXIT_INTERRUPTED, EXIT_SERVICE_FAILED, EXIT_WRONG_USAGE
 from latent_encoder.masking import masked
 from latent_encoder.suggestions import closest
 from latent_encoder.terminal import complain, drop_unwritten, forced_colours, open_closed_streams
 from latent_encoder.user_paths import expanded_file
+
+MODES: tuple[str, ...] = get_args(Settings.model_fields["mode"].annotation)
 
 
 class Group(cloup.OptionGroup):
@@ -96,7 +101,9 @@ class Command(cloup.Command):
         ctx.color = forced_colours()
         repeated = [name for param in self.params if isinstance(param, ManyValues) for name in param.opts]
         with _wrong_usage_shown():
-            return super().parse_args(ctx, spread(args, repeated))
+            rest = super().parse_args(ctx, spread(args, repeated))
+        take_command(ctx)
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -113,6 +120,8 @@ def _wrong_usage_shown() -> Iterator[None]:
         yield
     except click.UsageError as exc:
         exc.message = masked(exc.message)  # type: ignore[misc]  # it is final for subclasses
+        if isinstance(exc, click.BadParameter):  # a wrong value: the usage, which lists no values, would not help
+            fail(exc.format_message(), exc.exit_code)
         with suppress(OSError):
             exc.show()
         sys.exit(exc.exit_code)
@@ -131,6 +140,31 @@ def spread(args: Sequence[str], repeated: Sequence[str]) -> list[str]:
     return words
 
 
+def take_command(ctx: click.Context) -> None:
+    """Take the first word for the mode if it is one and `--mode` is not given: `main.py doctor`.
+
+    A word that is almost a mode, and no file, ends the process.
+    """
+    paths = ctx.params.get("paths") or ()
+    if not paths or ctx.params.get("mode") is not None:
+        return
+    mode = normalised(paths[0])
+    if mode in MODES:
+        ctx.params |= {"mode": mode, "paths": paths[1:]}
+        ctx.set_parameter_source("mode", ParameterSource.COMMANDLINE)
+        if not paths[1:]:
+            ctx.set_parameter_source("paths", ParameterSource.DEFAULT)
+    elif not ctx.resilient_parsing:
+        _refuse_misspelt_command(paths[0])
+
+
+def _refuse_misspelt_command(word: str) -> None:
+    """End the process if the word is almost a command and nothing that could be an image."""
+    meant = closest(word, (*MODES, "--help", "--version"))
+    if meant and not has_magic(word) and not {".", "/"} & set(word) and not os.path.lexists(word):
+        fail(f"No such file or command: {word}. Did you mean {meant}?", EXIT_WRONG_USAGE)
+
+
 def refuse_options_of_other_modes(ctx: click.Context, settings: Settings) -> None:
     """Refuse options on the command line that the mode in force does not use.
 
@@ -139,7 +173,7 @@ def refuse_options_of_other_modes(ctx: click.Context, settings: Settings) -> Non
     """
     for param in ctx.command.params:
         modes = _modes_of(param)
-        given = param.name and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE
+        given = param.name and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
         if given and modes and settings.mode not in modes:
             name = param.opts[0] if isinstance(param, click.Option) else param.make_metavar(ctx)
             raise click.UsageError(f"{name} is for --mode {_listed(modes)}, not for --mode {settings.mode}.")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from config import Settings
-from latent_encoder.doctor import report
 from latent_encoder.doctor.check import Check, Installation, State, guarded
+from latent_encoder.doctor.report import worst
 
 GROUPS = {
     "Settings": {
@@ -15,7 +14,7 @@ GROUPS = {
         ".env": "latent_encoder.doctor.settings.check_env_file",
     },
     "Machine": {
-        "python": "latent_encoder.doctor.machine.check_python",
+        "python": "latent_encoder.doctor.python.check_python",
         "memory": "latent_encoder.doctor.machine.check_memory",
         "torch": "latent_encoder.doctor.torch_and_device.check_torch",
         "device": "latent_encoder.doctor.torch_and_device.check_device",
@@ -44,30 +43,16 @@ A function's module is imported when its turn comes, so that a module that canno
 """
 
 
-def run(
-    settings: Settings,
-    origins: Mapping[str, str],
-    *,
-    faults: Sequence[str] = (),
-    as_json: bool,
-    echo: Callable[[str], None],
-) -> int:
-    """Examine the installation and report each check with `echo`; return the exit status: 1 if there is a cross, else 0.
-
-    `faults` describe the settings that cannot be used; `settings` has their defaults. Text is written check by check, JSON as
-    one document at the end.
-    """
-    installation = Installation(settings, origins, faults)
+def examine(installation: Installation, progress: Callable[[str], None]) -> dict[str, list[Check]]:
+    """Examine the installation, and return the checks by group. `progress` gets each group before it is examined."""
     groups: dict[str, list[Check]] = {}
     for group, examinations in GROUPS.items():
-        groups[group] = []
-        if not as_json:
-            echo(report.heading(group))
-        for name, place in examinations.items():
-            for check in guarded(name, place, installation):
-                groups[group].append(check)
-                if not as_json:
-                    echo(report.as_text(check))
-    found = [check for checks in groups.values() for check in checks]
-    echo(report.as_json(groups) if as_json else report.summary(found))
-    return 1 if report.worst(found) is State.CROSS else 0
+        progress(f"Examining: {group} …")
+        groups[group] = [check for name, place in examinations.items() for check in guarded(name, place, installation)]
+    progress("")
+    return groups
+
+
+def exit_status(groups: Mapping[str, Sequence[Check]]) -> int:
+    """Return 1 if there is a cross, else 0."""
+    return 1 if worst([check for checks in groups.values() for check in checks]) is State.CROSS else 0

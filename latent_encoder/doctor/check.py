@@ -6,6 +6,7 @@ Nothing that may be missing or broken is imported here: torch itself is examined
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from config import Settings
 from errors import LatentEncoderError, SetupError, one_line
+from latent_encoder.interpreter import next_step
 
 if TYPE_CHECKING:
     from latent_encoder.comfy_runtime import ComfyRuntime
@@ -40,6 +42,8 @@ class Check:
     state: State
     found: str
     advice: str = ""
+    folded: str = ""
+    """A shorter `found` for the text report."""
 
 
 def tick(name: str, found: str) -> Check:
@@ -118,4 +122,6 @@ def guarded(name: str, place: str, installation: Installation) -> Iterator[Check
         yield from examine(installation)
     except (Exception, SystemExit) as exc:  # custom nodes have been seen to exit
         advice = "Run ./setup_comfyui.sh, which installs what is missing; if that does not help, report it with this line."
+        if isinstance(exc, ImportError):
+            advice = next_step(sys.argv[1:])
         yield cross(name, f"it cannot be examined: {type(exc).__name__}: {one_line(exc)}", advice)

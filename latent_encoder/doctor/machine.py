@@ -1,32 +1,17 @@
-"""Checks of the machine: Python and memory. They need no torch."""
+"""The check of the machine's memory. It needs no torch."""
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import psutil
 
 from latent_encoder.container import CGROUP_LIMIT, memory_limit
-from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
-
-OLDEST_PYTHON, TESTED_PYTHONS = (3, 11), ("3.11", "3.12", "3.13")
+from latent_encoder.doctor.check import Check, Installation, tick, warning
 
 PEAK_AT_MEGAPIXELS, PEAK_GB = (1.0, 4.0, 16.0), (1.4, 1.9, 4.4)
 """Peak memory of an encode with the full-size VAE in float32 on a CPU, measured: docs/encode_benchmark.png has the curve."""
-
-
-def check_python(_: Installation) -> Iterator[Check]:
-    """Check the version of the Python that runs this."""
-    version = platform.python_version()
-    found = f"{version}, {sys.executable}"
-    if sys.version_info < OLDEST_PYTHON:
-        yield cross("python", found, "Install Python 3.11 or newer and run ./setup_comfyui.sh.")
-    else:
-        tested = version.rpartition(".")[0] in TESTED_PYTHONS
-        yield tick("python", found if tested else f"{found} (tested: {', '.join(TESTED_PYTHONS)})")
 
 
 def check_memory(installation: Installation) -> Iterator[Check]:

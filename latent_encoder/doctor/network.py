@@ -101,4 +101,4 @@ def _taken(installation: Installation, place: str, reason: str) -> Check:
     )
     if alive:
         return tick("http port", found)
-    return warning("http port", found, "Run python main.py --mode health to see which part of it is not alive.")
+    return warning("http port", found, "Run python main.py health to see which part of it is not alive.")

@@ -1,4 +1,7 @@
-"""The doctor's report, as text for people or as JSON."""
+"""The doctor's report, as text for people or as JSON.
+
+The text begins with the findings, the worst first. The checks that found nothing follow in their groups.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,32 @@ def worst(checks: Sequence[Check]) -> State:
 
 def as_json(groups: Mapping[str, Sequence[Check]]) -> str:
     """Return one document: `worst`, and `checks` with their `group`, in order."""
-    checks = [{"group": group, **asdict(check)} for group, found in groups.items() for check in found]
+    checks = [{"group": group, **_fields(check)} for group, found in groups.items() for check in found]
     return json.dumps({"worst": worst([check for found in groups.values() for check in found]), "checks": checks}, indent=2)
 
 
-def as_text(check: Check) -> str:
+def _fields(check: Check) -> dict[str, str]:
+    return {name: value for name, value in asdict(check).items() if name != "folded"}
+
+
+def as_text(groups: Mapping[str, Sequence[Check]], *, verbose: bool) -> str:
+    """Return all checks as lines: the findings, the others in their groups, and the verdict."""
+    checks = [check for found in groups.values() for check in found]
+    findings = sorted((check for check in checks if check.state is not State.TICK), key=lambda check: -check.state.severity)
+    sections = {"Findings": findings}
+    sections |= {group: [check for check in found if check.state is State.TICK] for group, found in groups.items()}
+    lines = []
+    for title, shown in sections.items():
+        if shown:
+            lines += [heading(title), *(line(check, verbose=verbose) for check in shown)]
+    return "\n".join([*lines, summary(checks)])
+
+
+def line(check: Check, *, verbose: bool = False) -> str:
     """Return a check as lines that fit the terminal: mark, name and finding, then the advice."""
     mark = MARKS[check.state]
-    lines = _wrapped(f"{mark} {check.name}: {check.found}", first_indent="  ")
+    found = check.folded if check.folded and not verbose else check.found
+    lines = _wrapped(f"{mark} {check.name}: {found}", first_indent="  ")
     if check.advice:
         lines += "\n" + _wrapped(check.advice, first_indent=INDENT)
     return lines.replace(mark, click.style(mark, fg=COLOURS[check.state], bold=True), 1)
@@ -45,7 +66,7 @@ def summary(checks: Sequence[Check]) -> str:
     counts = {state: sum(check.state is state for check in checks) for state in reversed(State)}
     verdict = {
         State.TICK: "All is well.",
-        State.WARNING: "It works; read the checks marked with !.",
+        State.WARNING: "It works; read the findings marked with !.",
         State.CROSS: f"Something does not work; follow the advice under each {MARKS[State.CROSS]}.",
     }[worst(checks)]
     return f"{verdict} ({', '.join(f'{count} {MARKS[state]}' for state, count in counts.items())})"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import VARIABLES, Settings, env_file_variables
-from latent_encoder.doctor.check import Check, Installation, cross, tick, warning
+from latent_encoder.doctor.check import Check, Installation, State, cross, tick, warning
 from latent_encoder.setting_names import UnknownVariable, repeated_variables, unknown_variables
 
 
@@ -29,7 +29,8 @@ def check_set(installation: Installation) -> Iterator[Check]:
             yield tick("setting", f"{shown} ({origin})")
         elif not shown.endswith("="):
             defaults.append(shown)
-    yield tick("defaults", " ".join(defaults))
+    folded = f"{len(defaults)} settings have their default; --verbose shows them"
+    yield Check("defaults", State.TICK, " ".join(defaults), folded=folded)
 
 
 def check_env_file(_: Installation) -> Iterator[Check]:

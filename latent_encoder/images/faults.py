@@ -9,3 +9,8 @@ class ImageFault(ValueError):
 
 class ImageDamage(ImageFault):
     """Damage to an image that a tolerant decoder may still show in part."""
+
+
+def png_damage(fault: str) -> ImageDamage:
+    """Return the damage of a PNG, with the next step."""
+    return ImageDamage(f"is damaged: {fault}; fetch or export it again")

@@ -12,7 +12,8 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +25,15 @@ from latent_encoder.images.jpeg_markers import FIRST_BYTES as JPEG_SIGNATURE
 from latent_encoder.images.jpeg_structure import ADVICE
 from latent_encoder.images.png import check_png
 from latent_encoder.images.png_chunks import SIGNATURE as PNG_SIGNATURE
+from latent_encoder.images.png_copy import parts_of_copy
 
 READY = b"\1"
 """Sent once, when everything is imported."""
 
 QUESTION = struct.Struct(">QQd")
 """The fields of `Question`."""
-VERDICT = struct.Struct(">I")
-"""Precedes a verdict: its number of bytes."""
+VERDICT = struct.Struct(">IQ")
+"""Precedes a verdict: its number of bytes, and that of the copy which follows it."""
 
 GRACE_S = 2.0
 """Seconds beyond its limit after which the process ends itself. Before that the parent kills it, if there is still one."""
@@ -69,9 +71,9 @@ class Verdict:
     words: str = ""
     """The fault, in words for the sender."""
 
-    def packed(self) -> bytes:
+    def packed(self, copy_size: int = 0) -> bytes:
         content = json.dumps(asdict(self)).encode()
-        return VERDICT.pack(len(content)) + content
+        return VERDICT.pack(len(content), copy_size) + content
 
     @classmethod
     def unpacked(cls, content: bytearray) -> Self:
@@ -83,17 +85,21 @@ def is_judged(data: bytes) -> bool:
     return data.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)) and len(data) > len(JPEG_SIGNATURE)
 
 
-def check_image(data: bytearray, max_pixels: int) -> None:
-    """Check a JPEG or PNG file. The buffer may be changed.
+Parts = Sequence[bytes | bytearray | memoryview]
+"""A file in parts; none if there is no file."""
+
+
+def check_image(data: bytearray, max_pixels: int) -> Parts:
+    """Check a JPEG or PNG file. Return the copy that LoadImage gets in its place. The buffer may be changed.
 
     Raises:
         ImageDamage: the file is damaged.
         ImageFault: it must not be decoded, or cannot be.
     """
     if data.startswith(PNG_SIGNATURE):
-        check_png(data, max_pixels)
-    else:
-        check_jpeg(data, max_pixels)
+        return parts_of_copy(data, check_png(data, max_pixels))
+    check_jpeg(data, max_pixels)
+    return ()
 
 
 def main() -> None:
@@ -109,8 +115,7 @@ def main() -> None:
         connection.sendall(READY)
         while True:
             question = Question.unpacked(received(connection, QUESTION.size))
-            verdict = Verdict("broken", missing) if missing else _judged(connection, question, loaded)
-            connection.sendall(verdict.packed())
+            _respond(connection, *((Verdict("broken", missing), ()) if missing else _judged(connection, question, loaded)))
 
 
 def _be_the_first_to_go() -> None:
@@ -128,21 +133,27 @@ def _missing_package() -> str:
     return ""
 
 
-def _judged(connection: socket.socket, question: Question, loaded: int) -> Verdict:
+def _judged(connection: socket.socket, question: Question, loaded: int) -> tuple[Verdict, Parts]:
+    """Return the verdict on the file that comes, and the copy for LoadImage."""
     try:
         _limit_memory(loaded + COPIES * question.size + BYTES_PER_PIXEL * question.max_pixels + SPARE_BYTES)
         data = received(connection, question.size)
         with _limited_time(question.seconds + GRACE_S):
-            check_image(data, question.max_pixels)
+            return Verdict("whole"), check_image(data, question.max_pixels)
     except ImageDamage as exc:
-        return Verdict("damaged", str(exc))
+        return Verdict("damaged", str(exc)), ()
     except ImageFault as exc:
-        return Verdict("refused", str(exc))
+        return Verdict("refused", str(exc)), ()
     except MemoryError:
-        return Verdict("no memory")
+        return Verdict("no memory"), ()
     except Exception as exc:  # whatever a decoder makes of bytes from anybody, the next image is judged
-        return Verdict("refused", f"is damaged: it cannot be decoded ({type(exc).__name__}); {ADVICE}")
-    return Verdict("whole")
+        return Verdict("refused", f"is damaged: it cannot be decoded ({type(exc).__name__}); {ADVICE}"), ()
+
+
+def _respond(connection: socket.socket, verdict: Verdict, copy: Parts) -> None:
+    connection.sendall(verdict.packed(sum(map(len, copy))))
+    for part in copy:
+        connection.sendall(part)
 
 
 @contextmanager
@@ -156,21 +167,30 @@ def _limited_time(seconds: float) -> Iterator[None]:
 
 
 def received(connection: socket.socket, size: int) -> bytearray:
-    """Return that number of bytes from a socket.
+    """Return that number of bytes from a socket. Raise as `receive_into`."""
+    data = bytearray(size)
+    with memoryview(data) as view:  # a buffer with a view cannot change its size
+        receive_into(connection, view)
+    return data
+
+
+def receive_into(connection: socket.socket, view: memoryview, deadline: float | None = None) -> None:
+    """Fill a buffer with bytes from a socket. A deadline is a time of `time.monotonic`.
 
     Raises:
         EOFError: the other side is gone.
-        OSError: of the socket, for example its time-out.
+        OSError: of the socket, for example its time-out, or TimeoutError at the deadline.
     """
-    data = bytearray(size)
-    view, place = memoryview(data), 0
-    while place < size:
+    place = 0
+    while place < len(view):
+        if deadline is not None:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            connection.settimeout(left)
         count = connection.recv_into(view[place:])
         if not count:
             raise EOFError
         place += count
-    view.release()  # a buffer with a view cannot change its size
-    return data
 
 
 def _address_space() -> int:

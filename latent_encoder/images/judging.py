@@ -13,14 +13,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 
 from config import PROJECT_DIR
 from errors import EncodingFailed
 from latent_encoder.exits import on_exit
 from latent_encoder.images.faults import ImageDamage, ImageFault
-from latent_encoder.images.judge import READY, VERDICT, Question, Verdict, received
+from latent_encoder.images.judge import READY, VERDICT, Question, Verdict, receive_into, received
+from latent_encoder.images.png import HEADER_END, MOST_KEPT
 
 MOST_PROCESSES = 4
 """Judgements at a time. More would only wait for CPUs: a judgement is all computing."""
@@ -34,8 +36,14 @@ END_S = 5.0
 LONGEST_VERDICT = 64 * 1024
 """Bytes. A verdict has less than 1000; more would come from a decoder that the image has taken over."""
 
+LARGEST_COPY = 2 * MOST_KEPT
+"""Bytes of a copy beyond those of the file. A whole one has the rows, and less than a thousandth of that for their blocks."""
+
 LAST_LOOK_S = 0.01
 """Seconds to take a verdict that lies there after the deadline."""
+
+COPY_S = 10.0
+"""Seconds for a copy to come after its verdict. The largest one, 60 MB, takes 0.05 s on an idle machine."""
 
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 """Signals that a process causes itself."""
@@ -43,7 +51,21 @@ CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.
 PASSED_ON = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "LANG", "TZ")
 """Variables that a process needs to start. No secret is among them."""
 
+KEPT_BYTES = 32 * 1024 * 1024
+"""Free memory that a process keeps for its next image. A PNG of 3 megapixels needs 17 MB, and a fifth less CPU with them."""
+
+OF_PROCESS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES),  # of glibc; others ignore it
+    "MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES),
+}
+"""Further variables of a process."""
+
 MODULE = "latent_encoder.images.judge"
+
+
+Meanwhile = Callable[[], object]
+"""Work that this process does while the other one judges."""
 
 
 class _EndedError(Exception):
@@ -57,7 +79,7 @@ def _started(connection: socket.socket) -> subprocess.Popen[bytes]:
         stdin=connection.fileno(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"},
+        env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | OF_PROCESS,
         start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
     )
 
@@ -84,8 +106,8 @@ class Judge:
         """False if the process has ended."""
         return self._process.poll() is None
 
-    def verdict(self, data: bytes, max_pixels: int, seconds: float) -> Verdict:
-        """Return the verdict on an image file.
+    def verdict(self, data: bytes, question: Question, meanwhile: Meanwhile) -> tuple[Verdict, bytes]:
+        """Return the verdict on an image file, and the copy of a whole one that LoadImage gets in its place, if there is one.
 
         Raises:
             ImageFault: the image took too long, or crashed the decoder. The process is gone then.
@@ -94,12 +116,12 @@ class Judge:
         """
         try:
             self._wait_until_ready()
-            return self._asked(data, Question(len(data), max_pixels, seconds))
+            return self._asked(data, question, meanwhile)
         except TimeoutError as exc:
             self.end()
-            raise _too_slow(seconds) from exc
+            raise _too_slow(question.seconds) from exc
         except (EOFError, OSError) as exc:
-            raise self._fault_of_the_end(seconds) from exc
+            raise self._fault_of_the_end(question.seconds) from exc
 
     def _wait_until_ready(self) -> None:
         if self._is_ready:
@@ -112,18 +134,30 @@ class Judge:
             raise EncodingFailed(f"Cannot judge images: their process did not start within {START_S:g} s") from exc
         self._is_ready = True
 
-    def _asked(self, data: bytes, question: Question) -> Verdict:
+    def _asked(self, data: bytes, question: Question, meanwhile: Meanwhile) -> tuple[Verdict, bytes]:
         deadline = time.monotonic() + question.seconds
         self._socket.settimeout(question.seconds)
         self._socket.sendall(question.packed())
         self._socket.sendall(data)
-        (size,) = VERDICT.unpack(self._by(deadline, VERDICT.size))
-        if size > LONGEST_VERDICT:
+        meanwhile()
+        size, copy_size = VERDICT.unpack(self._by(deadline, VERDICT.size))
+        if size > LONGEST_VERDICT or copy_size > len(data) + LARGEST_COPY:
             raise _taken_over()
         try:
-            return Verdict.unpacked(self._by(deadline, size))
+            verdict = Verdict.unpacked(self._by(deadline, size))
         except (ValueError, TypeError) as exc:
             raise _taken_over() from exc
+        copy = self._copy(copy_size)
+        if not data.startswith(copy[:HEADER_END]):
+            raise _taken_over()
+        return verdict, copy
+
+    def _copy(self, size: int) -> bytes:
+        """Return the bytes of a copy, which are in memory only once."""
+        file = BytesIO(bytes(size))
+        with file.getbuffer() as view:
+            receive_into(self._socket, view, time.monotonic() + COPY_S)
+        return file.getvalue()
 
     def _by(self, deadline: float, size: int) -> bytearray:
         """Return bytes that come before the deadline, or that lie there: this process may have been stopped meanwhile."""
@@ -184,25 +218,29 @@ class Judges:
         self._all: set[Judge] = set()
         self._ends_with_us = False
 
-    def judge(self, data: bytes, max_pixels: int, seconds: float) -> ImageDamage | None:
-        """Return the damage of an image file, None if it is whole. Files that are neither JPEG nor PNG have none.
+    def judge(self, data: bytes, max_pixels: int, seconds: float, meanwhile: Meanwhile = lambda: None) -> bytes:
+        """Return the bytes that LoadImage gets for a JPEG or PNG that is whole: the file, or a copy with the same pixels.
+
+        `meanwhile` is called while the process works, once or twice.
 
         Raises:
+            ImageDamage: it is damaged.
             ImageFault: it must not be decoded: it is hostile, too large, or of a kind that ComfyUI cannot load.
             EncodingFailed: no process can judge it.
         """
+        question = Question(len(data), max_pixels, seconds)
         try:
-            verdict = self._verdict(data, max_pixels, seconds)
+            verdict, copy = self._verdict(data, question, meanwhile)
         except _EndedError:
             try:
-                verdict = self._verdict(data, max_pixels, seconds)  # somebody killed the first process
+                verdict, copy = self._verdict(data, question, meanwhile)  # somebody killed the first process
             except _EndedError as exc:
                 raise EncodingFailed(f"Cannot judge images, twice: their process {exc}") from exc
         match verdict.outcome:
             case "whole":
-                return None
+                return copy or data
             case "damaged":
-                return ImageDamage(verdict.words)
+                raise ImageDamage(verdict.words)
             case "no memory":
                 raise ImageFault("takes more memory to check than other images of MAX_IMAGE_PIXELS; save it anew")
             case "broken":
@@ -223,9 +261,9 @@ class Judges:
             self._idle.clear()
             self._all.clear()
 
-    def _verdict(self, data: bytes, max_pixels: int, seconds: float) -> Verdict:
+    def _verdict(self, data: bytes, question: Question, meanwhile: Meanwhile) -> tuple[Verdict, bytes]:
         with self._borrowed() as judge:
-            return judge.verdict(data, max_pixels, seconds)
+            return judge.verdict(data, question, meanwhile)
 
     @contextmanager
     def _borrowed(self) -> Iterator[Judge]:

@@ -19,6 +19,17 @@ TEXTS = frozenset((b"iTXt", b"tEXt", b"zTXt"))
 LONGEST_KEYWORD = 79  # bytes of a text's keyword; a zero follows it
 
 
+@dataclass(frozen=True)
+class Header:
+    """The content of IHDR."""
+
+    width: int
+    height: int
+    bit_depth: int
+    colour_type: int
+    is_interlaced: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A chunk: its name, its place in the file, and a checksum that fits or not."""

@@ -1,7 +1,7 @@
 """Input images: read once and checked strictly by their content, before ComfyUI gets them.
 
 LoadImage accepts a truncated file silently and takes an animation for a video. So the bytes are judged first, in a process
-apart (see `images/judging.py`). LoadImage then reads the same bytes from a file of ours (see `images/input_folder.py`). A
+apart (see `images/judging.py`). LoadImage then reads the same image from a file of ours (see `images/input_folder.py`). A
 change to the source file meanwhile does not matter: the checked bytes are encoded, and the checksum is theirs.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import Self
 
@@ -29,7 +31,6 @@ from latent_encoder.images.jpeg_markers import without_further_images
 from latent_encoder.images.judge import is_judged
 from latent_encoder.images.judging import JUDGES
 from latent_encoder.images.pillow import quiet_pillow, tolerant_pillow
-from latent_encoder.images.png import facts_of, without
 from latent_encoder.images.png_chunks import SIGNATURE
 
 IMAGE_TIMEOUT_S: float = Settings.model_fields["image_timeout_s"].default
@@ -64,11 +65,11 @@ class SourceImage:
     """An image file that passed every check."""
 
     data: bytes
-    """Bytes of the file. A JPEG with further images lacks its index of them: LoadImage would decode them all. A PNG lacks
-    metadata that Pillow cannot read.
+    """Bytes for LoadImage, with the pixels of the file. A JPEG with further images lacks its index of them: LoadImage would
+    decode them all. Of a PNG, it is the copy of `images/png_copy.py`.
     """
     sha256: str
-    """Checksum of the file, with them."""
+    """Checksum of the file itself."""
     ending: Ending
     """Ending of a file name for its format."""
     size: Size
@@ -90,47 +91,50 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
         EncodingFailed: no process can judge it.
     """
     data = read_file(path, limits)
+    checksum = cache(lambda: hashlib.sha256(data).hexdigest())
     try:
-        damage = _judged(data, limits)
+        shown, damage = _judged(data, limits, checksum)
         with tolerant_pillow() if damage is not None else nullcontext(), quiet_pillow():
-            return _source(data, damage)
+            return _source(shown, checksum(), damage)
     except ImageFault as exc:
         raise ImageInvalid(f"Image file {exc}: {path}") from exc.__cause__
 
 
-def _judged(data: bytes, limits: ImageLimits) -> ImageDamage | None:
-    """Return the damage of a file that is encoded all the same, None of a whole one.
+def _judged(data: bytes, limits: ImageLimits, meanwhile: Callable[[], object]) -> tuple[bytes, ImageDamage | None]:
+    """Return the bytes for LoadImage, and the damage of a file that is encoded all the same.
+
+    `meanwhile` is called during the judgement.
 
     Raises:
         ImageFault: it is not to be encoded.
     """
     if not is_judged(data):
         raise fault_of(data)
-    damage = JUDGES.judge(data, limits.max_pixels, limits.timeout_s)
-    if damage is not None and limits.damaged == "refuse":
-        raise damage
-    return damage
+    try:
+        return JUDGES.judge(data, limits.max_pixels, limits.timeout_s, meanwhile), None
+    except ImageDamage as damage:
+        if limits.damaged == "refuse":
+            raise
+        return data, damage
 
 
-def _source(data: bytes, damage: ImageDamage | None) -> SourceImage:
-    """Return the image of a file that was judged.
+def _source(data: bytes, sha256: str, damage: ImageDamage | None) -> SourceImage:
+    """Return the image of bytes that were judged.
 
     Raises:
         ImageFault: Pillow cannot read its header.
     """
     is_png = data.startswith(SIGNATURE)
-    shown = without(data, facts_of(data).unreadable) if is_png and damage is None else data
     try:
-        with Image.open(BytesIO(shown), formats=("PNG" if is_png else "JPEG",)) as image:
-            size, features = Size(*image.size), features_of(image, shown)
+        with Image.open(BytesIO(data), formats=("PNG" if is_png else "JPEG",)) as image:
+            size, features = Size(*image.size), features_of(image, data)
     except Exception as exc:
         if is_out_of_memory(exc):
             raise
         raise damage or ImageFault("cannot be read by Pillow, although its structure is sound; save it again") from exc
     if FurtherImages() in features:
-        shown = without_further_images(shown)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return SourceImage(shown, sha256, ".png" if is_png else ".jpg", size, features, damage)
+        data = without_further_images(data)
+    return SourceImage(data, sha256, ".png" if is_png else ".jpg", size, features, damage)
 
 
 def read_file(path: str, limits: ImageLimits) -> bytes:

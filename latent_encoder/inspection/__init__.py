@@ -26,10 +26,10 @@ from latent_encoder.exits import EXIT_ERROR_RESPONSE, EXIT_WRONG_USAGE
 from latent_encoder.inspection.findings import Inspection, inspect_latent
 from latent_encoder.inspection.images import Painter
 from latent_encoder.inspection.text import as_json as json_line
-from latent_encoder.inspection.text import as_text, drawing, printable, unreadable_as_json
+from latent_encoder.inspection.text import as_text, drawn, unreadable_as_json
 from latent_encoder.outputs.files import StagedFiles
 from latent_encoder.outputs.folder import open_output_folder
-from latent_encoder.terminal import complain, encodable, takes_colours
+from latent_encoder.terminal import complain, encodable, printable, takes_colours
 
 
 def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, echo: Callable[[str], None]) -> int:
@@ -50,7 +50,7 @@ def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, 
 
 def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:
     if not paths:
-        return "Inspect mode needs latent files: python main.py --mode inspect FILE"
+        return "Inspect mode needs latent files: python main.py inspect FILE"
     name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
     if output_dir is not None and count > 1:
         return f"{count} files are named {name}, and the preview of one would replace the other's in {output_dir}."
@@ -124,7 +124,7 @@ class Inspector:
         image = self._painter.image(inspection)
         if image is not None:
             terminal = shutil.get_terminal_size()
-            self._echo(drawing(image, terminal.columns, terminal.lines - 2) + "\n")
+            self._echo(drawn(image, terminal.columns, terminal.lines - 2) + "\n")
 
     def _place(self, beside: Path) -> Path:
         return beside if self._output_dir is None else self._output_dir / beside.name

@@ -11,9 +11,10 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latent_encoder.inspection.findings import Inspection
-from latent_encoder.inspection.text import metadata_rows, number_text, printable, space_text
+from latent_encoder.inspection.text import metadata_rows, number_text, space_text
 from latent_encoder.outputs.marks import HTML_MARK
 from latent_encoder.outputs.png import png_bytes
+from latent_encoder.terminal import printable
 
 if TYPE_CHECKING:
     from latent_encoder.inspection.images import Painter

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from PIL import Image
 
+from latent_encoder.drawing import INDENT, drawing
 from latent_encoder.inspection.findings import Channel, Inspection
+from latent_encoder.terminal import printable
 from models import Metadata
 
-UPPER_HALF = "▀"  # two pixels: the foreground colours the upper half of a character, the background the lower half
-MOST_COLUMNS, MOST_LINES = 64, 32  # the largest drawing, which leaves room for text on a usual terminal
-INDENT = "  "
+MOST_COLUMNS, MOST_LINES = 66, 32  # the largest drawing, which leaves room for text on a usual terminal
+MOST_NUMBERS = 16  # of a list that is shown whole: those of most latent spaces, on a line of 160 characters
 LARGE = 10_000  # from here on, decimals carry no information and need room
 
 
@@ -75,7 +75,14 @@ def _flat(fields: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, str
         if isinstance(value, dict):
             yield from _flat(value, f"{outer}{name}.")
         elif value is not None:
-            yield outer + name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield outer + name, value if isinstance(value, str) else _written(value)
+
+
+def _written(value: Any) -> str:
+    """Return a value as JSON; of a long list, its first numbers and their count."""
+    if isinstance(value, list) and len(value) > MOST_NUMBERS:
+        return f"{json.dumps(value[:3])[:-1]}, …] ({len(value)} numbers)"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def space_text(inspection: Inspection) -> str:
@@ -128,23 +135,10 @@ def _indented(lines: list[str]) -> list[str]:
     return [INDENT + line for line in lines]
 
 
-def printable(text: str) -> str:
-    """Return the text with everything escaped that a terminal does not show: control characters, bytes that are no UTF-8."""
-    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
-
-
-def drawing(image: torch.Tensor, columns: int, lines: int) -> str:
+def drawn(image: torch.Tensor, columns: int, lines: int) -> str:
     """Return the first image of a float tensor `[batch, height, width, 3]` as coloured text.
 
     It is at most as large as a terminal of that size, and never enlarged.
     """
     pixels = Image.fromarray(image[0].mul(255).round().clamp(0, 255).to(torch.uint8).numpy())
-    widest, highest = min(columns - len(INDENT), MOST_COLUMNS), 2 * min(lines, MOST_LINES)
-    pixels.thumbnail((max(widest, 1), max(highest, 2)), Image.Resampling.BOX)
-    rows = [[pixels.getpixel((x, y)) for x in range(pixels.width)] for y in range(pixels.height)]
-    rows += [[None] * pixels.width] if pixels.height % 2 else []
-    return "\n".join(INDENT + _line(upper, lower) for upper, lower in zip(rows[::2], rows[1::2], strict=True))
-
-
-def _line(upper: list[Any], lower: list[Any]) -> str:
-    return "".join(click.style(UPPER_HALF, fg=above, bg=below) for above, below in zip(upper, lower, strict=True))
+    return drawing(pixels, min(columns, MOST_COLUMNS), min(lines, MOST_LINES))

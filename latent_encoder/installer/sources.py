@@ -84,7 +84,7 @@ def version_of(tree: Path) -> str | None:
     """Return the version that a tree states in `comfyui_version.py`; None if it states none."""
     try:
         text = (tree / "comfyui_version.py").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except OSError:
         return None
     stated = re.search(r"""^__version__\s*=\s*["']([^"']+)["']""", text, re.MULTILINE)
     return stated[1] if stated else None

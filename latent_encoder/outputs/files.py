@@ -18,7 +18,7 @@ from latent_encoder.outputs.folder import OutputFolder, flush, open_output_folde
 from latent_encoder.outputs.locks import create_temporary, key_of, name_lock
 from latent_encoder.outputs.replacing import Replacement
 
-FIXED_BYTES = 32_768  # more than the metadata without the path (2 kB), the formats' headers, and the rest of each last block
+FIXED_BYTES = 49_152  # more than metadata without the path (3 kB; 12 kB with 128 channels), headers, rests of last blocks
 
 BYTES_OF_A_CHARACTER = 20
 """The most bytes of one character of a path: 14 in a header, where JSON stands in JSON, and 6 in the metadata file."""

@@ -12,6 +12,7 @@ from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import size_of
 from latent_encoder.outputs.encoded import Encoded
 from latent_encoder.outputs.run_requests import source_id_of
+from latent_encoder.vae.latent_spaces import statistics_of
 from latent_encoder.vae.loaded_vae import LoadedVae
 from models import CONTENT_FIELDS, EncodeRequest, LatentFacts, Metadata, Timings, utc_timestamp
 
@@ -28,6 +29,7 @@ def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: byte
     prepared, request, vae = encoded.prepared, encoded.prepared.request, encoded.prepared.vae
     image, original, scaled = encoded.image, prepared.original, size_of(prepared.scaled)
     batch, channels, height, width = image.latent.shape
+    space = runtime.latent_space(vae.latent_space) if vae.latent_space is not None else None
     return LatentFacts(
         original_image_shape=(original.height, original.width, 3),
         scaled_image_shape=(scaled.height, scaled.width, 3),
@@ -54,6 +56,7 @@ def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: byte
         scaled_image_sha256=checksum(scaled_image_png),
         latent_format=request.latent_format,
         latent_space=vae.latent_space,
+        latent_statistics=statistics_of(space, channels) if space is not None else None,
     )
 
 

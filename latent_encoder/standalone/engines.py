@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import BinaryIO
 
 from config import Settings
-from errors import as_request_error
+from errors import UnexpectedError, as_request_error
 from latent_encoder.cpus import prepare_threads
 from latent_encoder.outputs.files import WRITING
 from latent_encoder.stages import Stages
@@ -52,12 +52,16 @@ class ImageJob:
 class InProcess:
     """The stages of this process: while one image is encoded, the next are prepared and the last is written."""
 
-    def __init__(self, settings: Settings, report: Report, *, reuse: bool) -> None:
-        """With `reuse`, an image whose output files are complete and match is not encoded."""
+    def __init__(self, settings: Settings, report: Report, *, reuse: bool, log_failures: bool = True) -> None:
+        """With `reuse`, an image whose output files are complete and match is not encoded.
+
+        Without `log_failures`, only failures that may be faults of ours are logged.
+        """
         self.capacity = capacity(settings)
         self._settings = settings
         self._report = report
         self._reuse = reuse
+        self._log_failures = log_failures
         self._stopping = threading.Event()
 
     def start(self) -> None:
@@ -88,6 +92,7 @@ class InProcess:
             self._report(job.number, Outcome(result, *about, job.redelivered))
         else:
             error = as_request_error(result)
-            log_failure(error, image=job.request.image_path, request_id=request_id)
+            if self._log_failures or isinstance(error, UnexpectedError):
+                log_failure(error, image=job.request.image_path, request_id=request_id)
             response = ErrorResponse.of(error, request_id, datetime.now(UTC))
             self._report(job.number, Outcome(response, *about))

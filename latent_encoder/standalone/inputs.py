@@ -51,6 +51,16 @@ class ImageSelection:
     name: str | None = None
     """The pattern of the output files' names; None for stem and id."""
 
+    @property
+    def single(self) -> bool:
+        """The choice of one image, named by its own path."""
+        return self.input_list is None and len(self.paths) == 1 and self.named_images == self.paths
+
+    @property
+    def named_images(self) -> tuple[str, ...]:
+        """The images that are named by their own paths, which need not exist."""
+        return tuple(path for path in self.paths if not _stands_for_several(path))
+
 
 @dataclass(frozen=True)
 class RefusedInput:
@@ -147,14 +157,23 @@ def _selected(selection: ImageSelection, fields: Mapping[str, Any], defaults: Ma
     defaults = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     if len(selection.paths) == 1 and not _stands_for_several(selection.paths[0]):
         return Inputs([_lasting_item({**fields, "image_path": selection.paths[0]}, defaults)], total=1, single=True)
-    if fields.get("request_id") is not None:
-        raise UnusableInputs("--request-id is for one image; leave it out, and each image gets an id of its own.")
+    refuse_shared_id(selection, fields)
     if selection.input_list is not None:
         return _of_list(selection.input_list, defaults)
     walk = Walk(IMAGE_SUFFIXES, recursive=selection.recursive)
     found = find_images(selection.paths, walk)
     items = list(_with_rivals_marked(_lasting_item({**fields, "image_path": path}, defaults, found[path]) for path in found))
     return Inputs(items, total=len(items), single=False, left_out=walk.counts, unreadable=walk.unreadable)
+
+
+def refuse_shared_id(selection: ImageSelection, fields: Mapping[str, Any]) -> None:
+    """Refuse one request id for several images.
+
+    Raises:
+        UnusableInputs: an id is given, and the selection is not a single image.
+    """
+    if fields.get("request_id") is not None and not selection.single:
+        raise UnusableInputs("--request-id is for one image; leave it out, and each image gets an id of its own.")
 
 
 def find_images(paths: Iterable[str], walk: Walk) -> dict[str, str | None]:

@@ -60,9 +60,11 @@ class Engine(Protocol):
 class Batch:
     """One run. Everything slow is in threads, so that its consumer can be interrupted at any moment."""
 
-    def __init__(self, inputs: Iterable[Input], make_engine: Callable[[Report], Engine]) -> None:
+    def __init__(self, inputs: Iterable[Input], make_engine: Callable[[Report], Engine], ready: Callable[[], None]) -> None:
+        """`ready` is called when the engine is ready, from another thread and before the first outcome."""
         self._inputs = inputs
         self._engine = make_engine(self._report)
+        self._ready = ready
         self._room = threading.Semaphore(self._engine.capacity)
         self._started = threading.Event()
         self._stopping = threading.Event()
@@ -120,6 +122,7 @@ class Batch:
     def _start(self) -> None:
         try:
             self._engine.start()
+            self._ready()
         except BaseException as exc:  # raised again by `outcomes`
             self._events.put(exc)
         else:

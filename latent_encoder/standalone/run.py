@@ -1,34 +1,31 @@
-"""Standalone mode: a response on standard output for each image, with a progress bar on standard error."""
+"""Standalone mode: the outcome of each image on standard output, with the progress on standard error."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Any, NoReturn
-
-from tqdm import tqdm
 
 from config import Settings
 from errors import LatentEncoderError, in_utf8
 from latent_encoder.access import AllowedFolders
 from latent_encoder.exits import EXIT_ERROR_RESPONSE, end_by_signal, stop_on_signals
+from latent_encoder.importing import explained_imports
+from latent_encoder.installer.sources import version_of
+from latent_encoder.standalone import last_words
+from latent_encoder.standalone.display import Display, display_for
 from latent_encoder.standalone.folders import shown_counts
 from latent_encoder.standalone.inputs import ImageSelection, Inputs, inputs_of
-from latent_encoder.standalone.ordering import Batch, Engine, Outcome, Report
+from latent_encoder.standalone.ordering import Batch, Engine, Report
+from latent_encoder.standalone.progress import Progress
+from latent_encoder.standalone.tally import HIDING, RunTally
 from latent_encoder.telemetry.logs import LogStyle, get_logger
-from latent_encoder.terminal import complain, complain_at_once, stdout_on_stderr
-from models import ErrorResponse
+from latent_encoder.terminal import ERASE_LINE, complain, complain_at_once, encodable, is_dumb, stdout_on_stderr
 
 ALPHA_REMEDY = "--alpha black, white or grey lays the image over that colour"
-HIDING = "transparency, whose hidden colours are encoded"
-BAR = "{n_fmt}/{total_fmt}{postfix} |{bar}| {rate_fmt}, {remaining} left"
 
 log = get_logger("latent_encoder")
 
@@ -48,122 +45,132 @@ class RunOptions:
     workers: int = 1
     """The number of processes that share the images."""
     quiet: bool = False
-    """Show neither progress bar nor summary."""
-
-
-@dataclass
-class RunTally:
-    """The counts of images of a run so far."""
-
-    started: float = field(default_factory=time.monotonic)
-    encoded: int = 0
-    stored: int = 0
-    hiding: int = 0
-    """Images with transparency, of which the colours under it were encoded, now or before."""
-    failed: Counter[str] = field(default_factory=Counter)
-
-    def add(self, outcome: Outcome) -> None:
-        if isinstance(outcome.response, ErrorResponse):
-            self.failed[outcome.response.error_code] += 1
-            return
-        self.hiding += "alpha_dropped" in outcome.response.metadata.image_notes
-        if outcome.stored:
-            self.stored += 1
-        else:
-            self.encoded += 1
-
-    @property
-    def failures(self) -> int:
-        return self.failed.total()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def __str__(self) -> str:
-        codes = f" ({', '.join(f'{code}: {count}' for code, count in self.failed.most_common())})" if self.failed else ""
-        counts = f"{self.encoded} encoded, {self.stored} done before, {self.failures} failed{codes}"
-        speed = f", {60 * self.encoded / self.seconds:.3g} a minute" if self.encoded else ""
-        hiding = f"; {self.hiding} with {HIDING} (see --alpha)" if self.hiding else ""
-        return f"{counts}, in {timedelta(seconds=round(self.seconds))}{speed}{hiding}"
+    """Show neither progress nor summary."""
+    as_json: bool = False
+    """Write JSON even if standard output is a terminal."""
 
 
 class Run:
     """One run of standalone mode. The first signal ends it after the encodes that have begun, the second at once."""
 
-    def __init__(self, settings: Settings, inputs: Inputs, options: RunOptions, log_style: LogStyle) -> None:
+    def __init__(  # noqa: PLR0913  # all that a run consists of
+        self,
+        settings: Settings,
+        selection: ImageSelection,
+        inputs: Inputs,
+        options: RunOptions,
+        log_style: LogStyle,
+        *,
+        progress: Progress,
+        display: Display,
+    ) -> None:
         self._settings = settings
+        self._selection = selection
         self._log_style = log_style
         self._inputs = inputs
         self._options = options
+        self._progress = progress
+        self._display = display
         self._tally = RunTally()
         self._stopped_by: int | None = None
-        self._batch = Batch(inputs.items, self._make_engine)
+        self._batch = Batch(inputs.items, self._make_engine, self._ready)
 
     def run(self, stdout: int) -> int:
-        """Write a response for each image to the file descriptor `stdout`, and return the exit status.
+        """Write the outcome of each image to the file descriptor `stdout`, and return the exit status.
 
         Raises:
             SetupError: the service cannot start.
-            OutputFailed: a response cannot be written.
+            OutputFailed: an outcome cannot be written.
         """
         for folder, reason in self._inputs.unreadable.items():
             log.error("folder cannot be read, its images are left out", folder=in_utf8(folder), reason=reason)
-        with self._stopping_on_signals(), self._bar() as bar:
-            for outcome in self._batch.outcomes():
-                self._tally.add(outcome)
-                self._write(outcome, stdout, bar)
-                bar.set_postfix_str(f"{self._tally.failures} failed", refresh=False)
-                bar.update()
-                if self._tally.failures and self._options.fail_fast:
-                    self._batch.stop()
-        self._summarize()
+        with self._stopping_on_signals():
+            with self._progress:
+                for outcome in self._batch.outcomes():
+                    self._tally.add(outcome)
+                    self._write(stdout, self._display.outcome(outcome))
+                    self._progress.advance(self._tally.failures)
+                    if self._tally.failures and self._options.fail_fast:
+                        self._batch.stop()
+            self._end(stdout)
         if self._stopped_by is not None:
-            _end_interrupted(self._stopped_by, "Interrupted; the same command goes on from here.")
+            _end_interrupted(self._stopped_by, self._last_words)
         return EXIT_ERROR_RESPONSE if self._tally.failures or self._inputs.unreadable else 0
 
     def _make_engine(self, report: Report) -> Engine:
         # Imported here, so that --help and wrong usage do not wait for torch.
-        from latent_encoder.standalone.engines import InProcess
-        from latent_encoder.standalone.worker_processes import Processes
+        with explained_imports():
+            from latent_encoder.standalone.engines import InProcess
+            from latent_encoder.standalone.worker_processes import Processes
 
         reuse, count = not self._options.force, self._options.workers
         if count == 1 or self._inputs.single:
-            return InProcess(self._settings, report, reuse=reuse)
-        return Processes(self._settings, report, reuse=reuse, count=count, log_style=self._log_style)
+            return InProcess(self._settings, report, reuse=reuse, log_failures=self._log_failures)
+        return Processes(
+            self._settings,
+            report,
+            reuse=reuse,
+            count=count,
+            log_style=self._log_style,
+            log_failures=self._log_failures,
+        )
 
-    def _bar(self) -> tqdm[NoReturn]:
-        """Return the progress bar on standard error. It is shown on a terminal, unless the run is quiet or of one image."""
-        hidden = self._options.quiet or self._inputs.single
-        disable = True if hidden else None  # None: tqdm disables it if standard error is no terminal
-        return tqdm(total=self._inputs.total, unit="image", bar_format=BAR, dynamic_ncols=True, disable=disable)
+    @property
+    def _log_failures(self) -> bool:
+        """Failed images are logged, unless a terminal shows them to the same person."""
+        return not (self._display.for_people and self._log_style.watched and sys.stderr.isatty())
 
-    def _write(self, outcome: Outcome, stdout: int, bar: tqdm[NoReturn]) -> None:
-        text = json.dumps(_document(outcome, self._inputs), indent=2 if self._inputs.single else None, ensure_ascii=False)
+    def _ready(self) -> None:
+        """Show that images are encoded from now on."""
+        if self._inputs.single:
+            self._progress.wait_for(f"encoding {os.path.basename(self._selection.paths[0])}")  # noqa: PTH119  # any text
+        else:
+            self._progress.count(self._inputs.total)
+
+    def _write(self, stdout: int, text: str) -> None:
         try:
-            with bar.external_write_mode(file=sys.stderr) if os.isatty(stdout) else nullcontext():  # both on one terminal
-                _write_all(stdout, f"{text}\n".encode())
+            with self._progress.erased() if os.isatty(stdout) else nullcontext():  # both on one terminal
+                _write_all(stdout, self._display.encoded(text))
         except OSError as exc:
             raise OutputFailed(f"Cannot write the response to standard output ({exc.strerror}).") from exc
 
-    def _summarize(self) -> None:
+    @property
+    def _left(self) -> int | None:
+        """The number of images without an outcome; None if it is not known."""
+        return None if self._inputs.total is None else self._inputs.total - self._tally.done
+
+    @property
+    def _last_words(self) -> str:
+        return last_words.interrupted(self._selection, self._left, self._inputs.total, force=self._options.force)
+
+    def _end(self, stdout: int) -> None:
+        """Report the end of the run, in words or as an event."""
         if self._options.quiet:
             return
         if self._inputs.single:
             self._warn_of_hidden_colours()
-        elif self._log_style.log_format == "json":
-            counts = {"encoded": self._tally.encoded, "stored": self._tally.stored, "failed": self._tally.failures}
-            counts["alpha_dropped"] = self._tally.hiding
-            log.info(
-                "run ended",
-                **counts,
-                left_out=dict(self._inputs.left_out),
-                seconds=round(self._tally.seconds, 1),
-                interrupted=self._stopped_by is not None,
-            )
-        else:
-            left_out = shown_counts(self._inputs.left_out)
-            complain(f"{self._tally}{left_out and '; '}{left_out}.")
+            return
+        left_out = shown_counts(self._inputs.left_out)
+        summary = f"{self._tally}{left_out and '; '}{left_out}."
+        self._write(stdout, self._display.end(summary))
+        if self._log_style.log_format == "json":
+            self._log_end()
+        elif not (self._display.for_people and sys.stderr.isatty()):
+            complain(summary)
+        if self._options.fail_fast and self._tally.failures and self._stopped_by is None:
+            complain(last_words.stopped_by_failure(self._left, self._inputs.total))
+
+    def _log_end(self) -> None:
+        counts = {"encoded": self._tally.encoded, "stored": self._tally.stored, "failed": self._tally.failures}
+        counts["alpha_dropped"] = self._tally.hiding
+        log.info(
+            "run ended",
+            **counts,
+            left=self._left,
+            left_out=dict(self._inputs.left_out),
+            seconds=round(self._tally.seconds, 1),
+            interrupted=self._stopped_by is not None,
+        )
 
     def _warn_of_hidden_colours(self) -> None:
         """Report, if the only image has transparency, that an invisible background is part of the latent."""
@@ -187,11 +194,11 @@ class Run:
         self._stopped_by = number
         self._batch.stop()
         if sys.stderr.isatty():
-            complain_at_once("\nStopping after the images in flight; Ctrl-C again stops at once.\n")
+            complain_at_once(f"{_new_line()}Stopping after the images in flight; Ctrl-C again stops at once.\n")
 
     def _abort(self, number: int) -> NoReturn:
         self._batch.abort()
-        _end_interrupted(number, "Interrupted.")
+        _end_interrupted(number, "Interrupted." if self._inputs.single else self._last_words)
 
 
 def run(
@@ -212,17 +219,11 @@ def run(
         OutputFailed: a response cannot be written.
     """
     outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
-    inputs = inputs_of(selection, fields, settings.request_defaults, outputs)
-    with stdout_on_stderr() as stdout:
-        return Run(settings, inputs, options, log_style).run(stdout)
-
-
-def _document(outcome: Outcome, inputs: Inputs) -> dict[str, Any]:
-    """Return the fields of the response, first the image in a run over many, last the correlation id of a request with one."""
-    fields = outcome.response.model_dump(mode="json")
-    if not inputs.single:
-        fields = {"image_path": outcome.image_path and in_utf8(outcome.image_path), **fields}
-    return fields if outcome.correlation_id is None else {**fields, "correlation_id": outcome.correlation_id}
+    with Progress(quiet=options.quiet) as progress, stdout_on_stderr() as stdout:
+        progress.wait_for(f"loading ComfyUI {version_of(settings.comfyui_path) or ''}".rstrip())
+        inputs = inputs_of(selection, fields, settings.request_defaults, outputs)
+        display = display_for(stdout, inputs, as_json=options.as_json)
+        return Run(settings, selection, inputs, options, log_style, progress=progress, display=display).run(stdout)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -231,6 +232,13 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+def _new_line() -> str:
+    """Return the characters that begin a new line on a terminal whose last line may have a bar."""
+    if not sys.stderr.isatty():
+        return ""
+    return "\n" if is_dumb() else ERASE_LINE
+
+
 def _end_interrupted(number: int, message: str) -> NoReturn:
-    complain_at_once(f"Error: {message}\n")
+    complain_at_once(f"{_new_line()}Error: {encodable(message, sys.stderr.encoding)}\n")
     end_by_signal(number)

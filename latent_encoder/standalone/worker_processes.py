@@ -43,6 +43,7 @@ class Share:
     place: int
     count: int
     log_style: LogStyle
+    log_failures: bool
 
 
 @dataclass(eq=False)
@@ -61,14 +62,23 @@ class Worker:
 class Processes:
     """Worker processes with an `InProcess` each. They share the CPUs. Each has a GPU of its own, if there are enough."""
 
-    def __init__(self, settings: Settings, report: Report, *, reuse: bool, count: int, log_style: LogStyle) -> None:
+    def __init__(  # noqa: PLR0913  # the parts of a share
+        self,
+        settings: Settings,
+        report: Report,
+        *,
+        reuse: bool,
+        count: int,
+        log_style: LogStyle,
+        log_failures: bool,
+    ) -> None:
         self.capacity = count * capacity(_with_prepare_threads(settings, count))
         self._report = report
         self._lock = threading.Lock()
         self._aborted = False
         self._workers: list[Worker] = []
         self._listeners: list[threading.Thread] = []
-        self._shares = [Share(settings, reuse, place, count, log_style) for place in range(count)]
+        self._shares = [Share(settings, reuse, place, count, log_style, log_failures) for place in range(count)]
 
     def start(self) -> None:
         self._workers = [_spawn(share) for share in self._shares]
@@ -175,7 +185,7 @@ def work(connection: Connection, share: Share) -> None:
         with sending:
             connection.send(message)
 
-    engine = InProcess(_settings_of(share), lambda *outcome: send(outcome), reuse=share.reuse)
+    engine = InProcess(_settings_of(share), lambda *outcome: send(outcome), reuse=share.reuse, log_failures=share.log_failures)
     signal.signal(DROP, lambda *_: engine.drop_unstarted())
     signal.signal(signal.SIGTERM, lambda *_: _end_now(engine))
     try:

@@ -19,14 +19,12 @@ from structlog.typing import FilteringBoundLogger, Processor
 from config import Settings
 from errors import RequestError, UnexpectedError, one_line
 from latent_encoder.masking import masked
-from latent_encoder.terminal import complain, takes_colours
-
-ERASE_LINE = "\r\x1b[K"
+from latent_encoder.terminal import ERASE_LINE, complain, is_dumb, takes_colours
 
 OUR_FIELDS = ("level", "logger", "timestamp")
 """The fields of every event whose values are ours: a secret such as `info` must not change them."""
 
-AT_THE_DESK = ("standalone", "inspect", "doctor")
+AT_THE_DESK = ("standalone", "inspect", "doctor", "compare")
 """The modes whose result a person waits for."""
 
 
@@ -36,6 +34,11 @@ class LogStyle(NamedTuple):
     level: str
     log_format: str
     tracebacks: bool
+
+    @property
+    def watched(self) -> bool:
+        """A person reads the log as text, and wants no events of success."""
+        return self.log_format == "text" and self.level in ("WARNING", "ERROR")
 
 
 def log_style(settings: Settings, *, quiet: bool = False, verbose: bool = False, debug: bool = False) -> LogStyle:
@@ -163,7 +166,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         with _bars_cleared():
-            if self._beside_bar and self.stream.isatty():
+            if self._beside_bar and self.stream.isatty() and not is_dumb():
                 self.stream.write(ERASE_LINE)  # the other process soon draws the bar again
             super().emit(record)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.vae.freed_memory import give_back_freed_memory
 from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitecture
 
 log = get_logger("latent_encoder")
@@ -34,10 +34,17 @@ It allows another order of additions in each dtype. An encoder that does not fit
 """
 
 
-def prepare_for_encoding(
-    model: nn.Module, name: str, *, target: torch.device, compiled: bool, decodes: bool
-) -> SingleFrameEncoder | None:
-    """Return the single-frame encoder of a VAE's `first_stage_model`; None if its own `encode` has to be used.
+class ChosenEncoder(NamedTuple):
+    """The encoder of a VAE."""
+
+    single_frame: SingleFrameEncoder | None
+    """The encoder that takes the place of the model's own `encode`; None if the model keeps it."""
+    reason: str
+    """The reason for the choice, for people."""
+
+
+def prepare_for_encoding(model: nn.Module, name: str, *, target: torch.device, compiled: bool, decodes: bool) -> ChosenEncoder:
+    """Return the encoder of a VAE's `first_stage_model`: the single-frame encoder, or its own if that one does not fit.
 
     `target` is the device on which ComfyUI will encode.
 
@@ -46,26 +53,27 @@ def prepare_for_encoding(
     """
     if type(model).__name__ in WITHOUT_DECODER and not decodes:
         drop_weights(model, DECODER_PARTS)
-    single_frame = _single_frame_encoder(model, name, compiled=compiled, target=target)
-    if single_frame is not None:
+    chosen = _choose(model, name, compiled=compiled, target=target)
+    if chosen.single_frame is not None:
         drop_weights(model, ENCODER_PARTS if decodes else ("",))
-        model.single_frame = single_frame
-    give_back_freed_memory()
-    return single_frame
+        model.single_frame = chosen.single_frame
+    give_back_freed_memory()  # half of the memory that loading a VAE took
+    return chosen
 
 
-def _single_frame_encoder(model: nn.Module, name: str, **options: Any) -> SingleFrameEncoder | None:
-    """Return a single-frame encoder that passed the check; None, with the reason in the log, if there is none."""
+def _choose(model: nn.Module, name: str, **options: Any) -> ChosenEncoder:
+    """Return the single-frame encoder if it passes the check, else the model's own. The log has the choice."""
     try:
         encoder = SingleFrameEncoder(model, **options)
     except UnknownArchitecture as exc:
         log.info("vae uses its own encoder", vae=name, reason=str(exc))
-        return None
-    if reason := difference(model, encoder):
-        log.warning("vae uses its own encoder", vae=name, reason=f"the single-frame encoder does not fit: {reason}")
-        return None
+        return ChosenEncoder(None, f"the single-frame encoder is for other VAEs: {exc}")
+    if wrong := difference(model, encoder):
+        reason = f"the single-frame encoder does not fit: {wrong}"
+        log.warning("vae uses its own encoder", vae=name, reason=reason)
+        return ChosenEncoder(None, reason)
     log.info("vae uses the single-frame encoder", vae=name)
-    return encoder
+    return ChosenEncoder(encoder, f"{type(model).__name__} gave the same latent of a test image")
 
 
 def difference(model: Any, encoder: SingleFrameEncoder) -> str | None:
@@ -92,9 +100,3 @@ def drop_weights(model: nn.Module, prefixes: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
             parameter.data = parameter.new_empty(0)
-
-
-def give_back_freed_memory() -> None:
-    """Let the C library return freed memory to the system: half of the memory that loading a VAE took, which it would keep."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
-        trim(0)

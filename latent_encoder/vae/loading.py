@@ -22,13 +22,12 @@ from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.vae.checks import NAMES_SHOWN, fault, recorded_loads, structural_fault
 from latent_encoder.vae.comfy_vae import vae_from
 from latent_encoder.vae.contents import GET_PLAIN, GET_VAE, kind_of_tensors, part_of, quantised, shortened
-from latent_encoder.vae.encoders import prepare_for_encoding
+from latent_encoder.vae.encoders import ChosenEncoder, prepare_for_encoding
 from latent_encoder.vae.families import Family, family_of
 from latent_encoder.vae.latent_spaces import latent_space_of
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.probe import probe
 from latent_encoder.vae.recognition import Shapes
-from latent_encoder.vae.single_frame import SingleFrameEncoder
 from latent_encoder.vae.weights_files import UNREADABLE, read_hollow, read_shapes, unreadable
 
 log = get_logger("latent_encoder")
@@ -56,18 +55,18 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
         EncodingFailed: memory ran out.
     """
     refusal = _refusal(name, files)
-    with _refused(name, files), recorded_loads() as loads:
+    with _refused(name, files), recorded_loads(decodes=settings.roundtrip) as loads:
         family = family_of(_shapes(files), name)
         sha256 = _sha256(files)
         vae = _loaded(runtime, name, files, family)
     if reason := fault(vae, loads, decodes=settings.roundtrip):
         raise VaeModelInvalid(f"{refusal}: {in_parts(files) or reason}.")
-    single_frame = _single_frame_encoder(vae, name, settings)
+    chosen = _choose_encoder(vae, name, settings)
     if name == TRIAL_VAE:
         log.warning("this vae is for trying the service: its latents mean nothing to a diffusion model", vae=name)
-    cells = probe(runtime, vae, single_frame, refusal)
+    cells = probe(runtime, vae, chosen.single_frame, refusal)
     load = partial(vae_from, runtime, name, files)
-    return LoadedVae(name, vae, load, sha256, single_frame, latent_space_of(family, vae, runtime), cells)
+    return LoadedVae(name, vae, load, sha256, *chosen, latent_space_of(family, vae, runtime), cells)
 
 
 def check_vae_files(name: str, files: Sequence[Path]) -> None:
@@ -90,10 +89,9 @@ def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     return {tensor: shape for file in files for tensor, shape in read_shapes(file).items()}
 
 
-def _single_frame_encoder(vae: Vae, name: str, settings: Settings) -> SingleFrameEncoder | None:
-    """Return the encoder that takes the place of the model's own; None if the model keeps its own."""
+def _choose_encoder(vae: Vae, name: str, settings: Settings) -> ChosenEncoder:
     if settings.encoder != "auto":
-        return None
+        return ChosenEncoder(None, f"ENCODER={settings.encoder}")
     with torch.inference_mode():
         return prepare_for_encoding(
             vae.first_stage_model, name, target=vae.device, compiled=settings.compile, decodes=settings.roundtrip

@@ -39,10 +39,10 @@ def test_success_is_one_json_document_on_stdout(tmp_path: Path, run_main: RunMai
 
 
 @pytest.mark.core
-def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> None:
-    """Options may have hyphens for underscores; the error message is the specification's."""
+def test_error_response_is_one_json_document(run_main: RunMain) -> None:
+    """A missing image is status 2 with the specification's message; options may have hyphens for underscores."""
     done = run_main("--image-path", "/no/image.jpg", "--request-id", "mine", "--log-format", "text", *TINY)
-    assert done.returncode == 1
+    assert done.returncode == 2
     response = json.loads(done.stdout)
     assert response.pop("timestamp").endswith("Z")
     assert response == {
@@ -51,7 +51,15 @@ def test_error_response_is_one_json_document_and_status_1(run_main: RunMain) -> 
         "error_code": "IMAGE_NOT_FOUND",
         "error_message": "Image file not found: /no/image.jpg",
     }
-    assert "Traceback" not in done.stderr
+    assert done.stderr == "Error: Image file not found: /no/image.jpg\n"
+
+
+@pytest.mark.core
+def test_damaged_image_is_an_error_response_and_status_1(run_main: RunMain) -> None:
+    """A fault in the content of an image is status 1, and no line on standard error is added to the log."""
+    done = run_main("--image-path", IMAGES / "truncated.jpg", *TINY)
+    assert (done.returncode, json.loads(done.stdout)["error_code"]) == (1, "IMAGE_INVALID")
+    assert "Error:" not in done.stderr
 
 
 @pytest.mark.core
@@ -77,19 +85,19 @@ def test_precision_that_is_asked_for_is_used(run_main: RunMain) -> None:
     ],
 )
 def test_field_out_of_range_is_invalid_request(arguments: list[str], field: str, run_main: RunMain) -> None:
-    """The error response names the field, and comes before ComfyUI is loaded."""
+    """The error response and the line on standard error name the field, and come before ComfyUI is loaded."""
     done = run_main("--image_path", IMAGES / "photo.jpg", *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     response = json.loads(done.stdout)
     assert response["error_code"] == "INVALID_REQUEST"
     assert response["error_message"].startswith(f"Invalid request: {field}: ")
-    assert done.stderr == ""
+    assert done.stderr == f"Error: {response['error_message']}\n"
 
 
 def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
     """A file name that is not UTF-8, which JSON cannot hold, gets an error response."""
     done = run_main("--image_path", os.fsdecode(b"\xff.png"))
-    assert (done.returncode, json.loads(done.stdout)["error_code"]) == (1, "INVALID_REQUEST")
+    assert (done.returncode, json.loads(done.stdout)["error_code"]) == (2, "INVALID_REQUEST")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,7 @@ def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
         (["--no-such-option"], {}, "No such option"),
         (["--megapixels", "many"], {}, "'many' is not a valid float"),
         (["--mode", "batch"], {}, "'batch' is not one of"),
-        (["--mode", "health", "stray"], {}, "[PATH]... is for --mode standalone or inspect, not for --mode health."),
+        (["--mode", "health", "stray"], {}, "[PATH]... is for --mode standalone, inspect or compare, not for --mode health."),
         (["--image_path", "x.png"], {"MEGAPIXELS": "17"}, "MEGAPIXELS: Input should be less than or equal to 16"),
         (["--image_path", "x.png"], {"LOG_FORMAT": "xml"}, "LOG_FORMAT: Input should be 'json' or 'text'"),
         (["--image_path", "x.png", "--log-level", "loud"], {}, "LOG_LEVEL: Input should be 'DEBUG'"),
@@ -204,7 +212,7 @@ def test_read_only_output_folder_is_not_writable(tmp_path: Path, run_main: RunMa
     folder.mkdir(mode=0o555)
     done = run_main("--image_path", IMAGES / "photo.jpg", *TINY, "--output_dir", folder, prefix=powerless())
     response = json.loads(done.stdout)
-    assert (done.returncode, response["error_code"]) == (1, "OUTPUT_DIR_NOT_WRITABLE")
+    assert (done.returncode, response["error_code"]) == (2, "OUTPUT_DIR_NOT_WRITABLE")
     assert response["error_message"] == f"Cannot write to output folder: {folder} (Permission denied)"
 
 

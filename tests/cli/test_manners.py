@@ -203,7 +203,7 @@ def test_unlike_any_vae_gets_no_suggestion(respond: Encode) -> None:
 def test_mistyped_method_and_format(run_main: RunMain) -> None:
     """The error response of the request has the suggestion, as for other values out of range."""
     done = run_main("x.png", "--upscale_method", "lancos", "--latent_format", "Safetensors")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "(got 'lancos'; did you mean 'lanczos'?)" in done.stdout
     assert "(got 'Safetensors'; did you mean 'safetensors'?)" in done.stdout
 
@@ -245,6 +245,11 @@ def complete(run_main: RunMain, line: str, **env: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
+        ("d", ["plain,dlq-replay", "plain,doctor"]),
+        ("inspect ", ["file,"]),
+        ("a.png d", ["file,d"]),
+        ("./d", ["file,./d"]),
+        ("-i a.png b", ["file,b"]),
         ("--mode d", ["plain,dlq-replay", "plain,doctor"]),
         ("--upscale_method near", ["plain,nearest", "plain,nearest-exact"]),
         ("--latent-format s", ["plain,safetensors"]),
@@ -293,6 +298,7 @@ def test_tab_completes_in_a_real_shell(shell: str, tmp_path: Path) -> None:
         child.expect(r"latent-encoder, version \d")
         for typed, seen in (
             ("--mode ins", "pect"),
+            ("standa", "lone"),
             ("--vae_model_name tin", "_qwen_vae.safetensors"),
             ("--image_path a", "photo.jpg"),
         ):
@@ -402,10 +408,10 @@ def test_log_style(
 
 
 def test_person_at_a_terminal_sees_warnings_as_text(tmp_path: Path) -> None:
-    """A terminal shows the response and the warning about the tiny VAE, but no event of success."""
+    """A terminal shows the image's line and the warning about the tiny VAE, but no event of success."""
     words = (MAIN, IMAGES / "photo.jpg", "--vae_model_name", TINY_VAE, "--megapixels", "0.02")
     shown = at_terminal(*words, folder=tmp_path, env={"NO_COLOR": "1"})
-    assert '"status":' in shown
+    assert "✓ photo.jpg" in shown
     assert "[warning  ] this vae is for trying the service" in shown
     assert "request encoded" not in shown
 

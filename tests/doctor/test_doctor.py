@@ -23,10 +23,11 @@ from latent_encoder.doctor import machine
 from latent_encoder.doctor.check import Check, Examine, Installation, State, guarded, tick
 from latent_encoder.doctor.comfyui import check_nodes, check_tree
 from latent_encoder.doctor.folders import check_allowed_folders, check_output_dir
-from latent_encoder.doctor.machine import check_memory, check_python
+from latent_encoder.doctor.machine import check_memory
 from latent_encoder.doctor.models import check_models
 from latent_encoder.doctor.network import check_http_port, check_kafka
-from latent_encoder.doctor.report import as_text, worst
+from latent_encoder.doctor.python import check_python
+from latent_encoder.doctor.report import line, worst
 from latent_encoder.doctor.settings import check_env_file, check_faults, check_set
 from latent_encoder.doctor.torch_and_device import check_device, check_torch
 from latent_encoder.installer.checksums import record_checksums
@@ -108,7 +109,7 @@ def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, ru
     done = run_main("--mode", "doctor", env=environment, prefix=powerless())
     assert done.returncode == 1
     assert done.stdout.isascii()
-    for line in (
+    for shown in (
         "  x setting: MEGAPIXELS: Input should be less than or equal to 16 (got",
         "  + setting: DEVICE=cpu (.env)",
         "  + setting: KAFKA_SASL_PASSWORD=********** (environment)",
@@ -117,7 +118,7 @@ def test_bad_installation_is_status_1_and_every_fault_is_told(tmp_path: Path, ru
         "  x comfyui: No ComfyUI in /nowhere: nodes.py, folder_paths.py, comfy\n",
         "  x kafka broker: 127.0.0.1:1 cannot be reached",
     ):
-        assert f"\n{line}" in done.stdout
+        assert f"\n{shown}" in done.stdout
     unwrapped = " ".join(done.stdout.split())
     assert f"x output folder: {tmp_path}/read_only cannot be written to (Permission denied)" in unwrapped
     assert "Run ./setup_comfyui.sh, or set COMFYUI_PATH" in unwrapped
@@ -535,7 +536,7 @@ def test_lines_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     """Lines wrap with a hanging indent and a coloured mark; paths are not broken, and missing characters are in ASCII."""
     monkeypatch.setenv("COLUMNS", "30")
     path = "/a/very-long-path/" + "x" * 30
-    text = as_text(Check("vae file", CROSS, f"{path} is damaged in its header", "Get it again … or remove it from there."))
+    text = line(Check("vae file", CROSS, f"{path} is damaged in its header", "Get it again … or remove it from there."))
     assert text.startswith("  \x1b[31m\x1b[1m✗\x1b[0m vae file:\n")
     assert click.unstyle(text).splitlines()[1:] == [
         f"    {path}",

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from fuzz.pngs import build, parse
-from latent_encoder.images.png import CHANNELS, DEPTHS, PASSES
+from latent_encoder.images.png import DEPTHS
+from latent_encoder.images.png_pixels import CHANNELS, PASSES
 
 Chunks = list[tuple[bytes, bytes]]
 

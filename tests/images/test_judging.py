@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
+from PIL import Image
 
 from config import Settings
 from errors import EncodingFailed, ErrorCode
@@ -40,7 +43,12 @@ def judges() -> Iterator[Judges]:
 
 
 def judge(judges: Judges, data: bytes, seconds: float = LONG_S) -> ImageDamage | None:
-    return judges.judge(data, MAX_PIXELS, seconds)
+    """Return the damage of an image, None if it is whole."""
+    try:
+        judges.judge(data, MAX_PIXELS, seconds)
+    except ImageDamage as damage:
+        return damage
+    return None
 
 
 def process_of(judges: Judges) -> psutil.Process:
@@ -118,6 +126,69 @@ def test_killed_process_is_replaced(judges: Judges) -> None:
         wait_until(lambda: not judges._idle, "the process has the image")
         process.kill()
         assert waiting.result(PATIENCE_S) is None
+
+
+PNG = (IMAGES / "grey.png").read_bytes()
+TAKEN_OVER = """
+import socket, sys
+from latent_encoder.images.judge import QUESTION, READY, Question, Verdict, received
+connection = socket.socket(fileno=0)
+connection.sendall(READY)
+question = Question.unpacked(received(connection, QUESTION.size))
+data = received(connection, question.size)
+connection.sendall({response})
+received(connection, 1)
+"""
+NONSENSE = {
+    "another header": "Verdict('whole').packed(len(data)) + b'%!PS' + data[4:]",
+    "a copy without end": "Verdict('whole').packed(1 << 62)",
+    "a verdict without end": "bytes([255]) * 12",
+    "an unknown verdict": "(2).to_bytes(4) + bytes(8) + b'[]'",
+}
+
+
+@pytest.mark.parametrize("response", NONSENSE)
+def test_process_that_an_image_has_taken_over_is_ended(
+    response: str, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A response that no judgement gives refuses the image. LoadImage gets no copy with another header."""
+    (tmp_path / "taken_over.py").write_text(TAKEN_OVER.format(response=NONSENSE[response]))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(judging, "MODULE", "taken_over")
+        judges.start()
+    (process,) = (psutil.Process(idle.pid) for idle in judges._idle)
+    with pytest.raises(ImageFault, match="makes the decoder respond with nonsense"):
+        judge(judges, PNG)
+    assert not psutil.pid_exists(process.pid)
+    assert judge(judges, PNG) is None
+
+
+def test_copy_that_does_not_come_refuses_the_image(judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that stops in the middle of its copy is ended."""
+    (tmp_path / "taken_over.py").write_text(TAKEN_OVER.format(response="Verdict('whole').packed(100) + data[:50]"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(judging, "MODULE", "taken_over")
+    monkeypatch.setattr(judging, "COPY_S", 0.2)
+    with pytest.raises(ImageFault, match="takes longer to check"):
+        judge(judges, PNG)
+    assert not judges._idle
+
+
+def test_copies_of_large_images_come_whole(judges: Judges) -> None:
+    """Many at a time, each larger than a socket holds, and of its own image."""
+    files = []
+    for number in range(4):
+        file = BytesIO()
+        pixels = bytes(Random(number).choices(range(16), k=800 * 500 * 3))  # noqa: S311  # the same each time
+        Image.frombytes("RGB", (800, 500), pixels).save(file, "PNG")
+        files.append(file.getvalue())
+    with ThreadPoolExecutor(8) as pool:
+        copies = list(pool.map(lambda data: judges.judge(data, MAX_PIXELS, LONG_S), files * 4))
+    for data, copy in zip(files * 4, copies, strict=True):
+        assert len(copy) > 1_000_000
+        with Image.open(BytesIO(data)) as expected, Image.open(BytesIO(copy)) as found:
+            assert found.tobytes() == expected.tobytes()
 
 
 def test_installation_that_cannot_judge_is_no_fault_of_the_image(judges: Judges, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +280,7 @@ def test_forked_process_has_its_own(judges: Judges) -> None:
         "JUDGES.judge(data, 10**8, 60)\n"
         "mine = JUDGES._idle[0].pid\n"
         "child = os.fork()\n"
-        "assert JUDGES.judge(data, 10**8, 60) is None\n"
+        "assert JUDGES.judge(data, 10**8, 60) == data\n"
         "assert (JUDGES._idle[0].pid == mine) == bool(child)\n"
         "assert not child or os.waitpid(child, 0)[1] == 0\n"
     )

@@ -20,10 +20,11 @@ from errors import ErrorCode, ImageInvalid
 from fuzz import pngs
 from fuzz.pngs import build, parse
 from latent_encoder.access import ANYWHERE
-from latent_encoder.images import png_unreadable
+from latent_encoder.images import png, png_unreadable
 from latent_encoder.images.faults import ImageDamage, ImageFault
 from latent_encoder.images.pillow import quiet_pillow
-from latent_encoder.images.png import check_png, facts_of, read_header, without
+from latent_encoder.images.png import check_png, read_header
+from latent_encoder.images.png_copy import parts_of_copy
 from latent_encoder.images.source import ImageLimits, read_image
 from service import LatentEncoder
 from tests.helpers import IMAGES, PROJECT, Encode, stock
@@ -34,6 +35,17 @@ QUICK = sorted(
     set(pngs.MUTATIONS) - {pngs.bomb, pngs.many_chunks, pngs.large_image, pngs.tiny_chunks}, key=lambda mutate: mutate.__name__
 )
 LIMITS = ImageLimits(ANYWHERE, max_bytes=100_000_000, max_pixels=1_000_000)
+
+
+def copy_of(data: bytes) -> bytes:
+    """Return the bytes that LoadImage gets for a whole PNG."""
+    return b"".join(parts_of_copy(data, check_png(data))) or data
+
+
+@pytest.fixture
+def every_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the rows of every image, also if that saves no time."""
+    monkeypatch.setattr(png, "_are_kept", lambda *_: True)
 
 
 def pixels_of(data: bytes) -> bytes:
@@ -65,12 +77,13 @@ def test_damage_is_refused_as_by_libpng(name: str) -> None:
     assert str(caught.value).endswith("; fetch or export it again")
 
 
+@pytest.mark.usefixtures("every_copy")
 @pytest.mark.parametrize("name", SOUND)
 def test_oddity_is_accepted_as_by_libpng(name: str) -> None:
     """Pillow reads the copy for LoadImage without an error, and finds the pixels of the image without the oddity."""
     data = SOUND[name]
     with quiet_pillow():
-        pixels = pixels_of(without(data, check_png(data).unreadable))
+        pixels = pixels_of(copy_of(data))
     plain = [chunk for chunk in parse(data) if chunk[0] in (b"IHDR", b"PLTE", b"IDAT", b"tRNS")]
     if "transparency" not in name:
         assert pixels == pixels_of(build([*plain, END]))
@@ -101,11 +114,11 @@ def test_text_with_which_comfyui_decodes_wrong_pixels_is_refused(kind: bytes) ->
     """Pillow keeps texts and its own notes on the image in one place; behind the pixels it is too late to matter."""
     with pytest.raises(ImageFault, match="has a text called `interlace`"):
         check_png(with_chunk(1, kind, b"interlace\0\0\0\0\0text"))
-    assert check_png(with_chunk(3, kind, b"interlace\0\0\0\0\0text")).keywords == ("interlace",)
+    assert check_png(with_chunk(3, kind, b"interlace\0\0\0\0\0text")).unreadable == ()
 
 
 @pytest.mark.parametrize("kind", [b"prVt", b"IDAT", b"tEXt", b"fcTL"])
-def test_tiny_chunks_without_number_are_refused_at_once(kind: bytes) -> None:
+def test_tiny_otherswithout_number_are_refused_at_once(kind: bytes) -> None:
     """16 MiB of chunks of 12 bytes cost well under a second, for they are not read to their end."""
     head, rest = RGB.file()[:33], RGB.file()[33:]
     data = head + with_chunk(1, kind)[33:45] * (16 * 1024 * 1024 // 12) + rest
@@ -130,24 +143,52 @@ def test_bytes_of_a_stream_that_is_too_long_are_not_inflated() -> None:
     assert time.process_time() - start < 0.2
 
 
-def test_facts_are_those_of_the_chunks() -> None:
-    """Raw contents, the profile's name and the keywords of texts; a chunk with a wrong checksum is none."""
-    chunks = parse(RGB.file())
-    profile = b"Display P3\0\0" + zlib.compress(b"profile")
-    added = [
-        (b"gAMA", b"\0\0\xb1\x8f"),
-        (b"iCCP", profile),
-        (b"cICP", b"\x0c\x0d\0\1"),
-        TEXT,
-        (b"zTXt", b"Comment\0\0"),
-        (b"tEXt", b"A\0"),
-    ]
-    facts = check_png(build([chunks[0], *added, *chunks[1:-1], (b"eXIf", b"MM\0*\0\0\0\x08"), END]))
-    assert facts.profile_name == "Display P3"
-    assert facts.raw == {"gAMA": b"\0\0\xb1\x8f", "iCCP": profile, "cICP": b"\x0c\x0d\0\1", "eXIf": b"MM\0*\0\0\0\x08"}
-    assert facts.keywords == ("Comment", "A")
-    assert check_png(RGB.file()).profile_name is None
-    assert facts_of(RGB.file()) == check_png(RGB.file()) == check_png(bytearray(RGB.file()))
+@pytest.mark.usefixtures("every_copy")
+@pytest.mark.parametrize("form", forms(), ids=repr)
+def test_copy_has_the_rows_of_the_file(form: Form) -> None:
+    """Pillow finds the same pixels in it, and zlib the rows, with a checksum of the stream that fits."""
+    data, added = form.file(), [TEXT, (b"gAMA", b"\0\0\xb1\x8f")]
+    data = build([*parse(data)[:1], *added, *parse(data)[1:-1], (b"tIME", bytes(7)), END])
+    copy = copy_of(data)
+    assert [chunk for chunk in parse(copy) if chunk[0] != b"IDAT"] == [chunk for chunk in parse(data) if chunk[0] != b"IDAT"]
+    (packed,) = (content for kind, content in parse(copy) if kind == b"IDAT")
+    assert zlib.decompress(packed) == b"".join(form.rows())
+    assert build(parse(copy)) == copy, "the checksums of its chunks are right"
+    assert pixels_of(copy) == pixels_of(data)
+
+
+@pytest.mark.parametrize(
+    ("side", "level", "noise", "kept"),
+    [(570, 1, True, True), (580, 1, True, False), (570, 1, False, False), (570, 0, True, False)],
+)
+def test_rows_are_kept_if_that_saves_time(
+    side: int, level: int, noise: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not too large, were compressed, and not to less than a quarter. LoadImage gets other files as they are."""
+    monkeypatch.setattr(png, "MOST_KEPT", 1_000_000)
+    pixels = bytes(Random(0).choices(range(16 if noise else 1), k=side * side * 3))  # noqa: S311  # the same each time
+    file = BytesIO()
+    Image.frombytes("RGB", (side, side), pixels).save(file, "PNG", compress_level=level)
+    data = file.getvalue()
+    assert bool(check_png(data).rows) == kept
+    assert (copy_of(data) != data) == kept
+    others = parse(data)
+    assert parse(copy_of(build([others[0], BIG_TEXT, *others[1:]]))) == parse(copy_of(data))
+
+
+@pytest.mark.usefixtures("every_copy")
+def test_copy_of_odd_streams_has_the_same_pixels() -> None:
+    """A stream may be longer than the image, in pieces of a byte, in empty pieces, or go on behind another chunk."""
+    packed = zlib.compress(b"".join(RGB.rows()))
+    pieces = [(b"IDAT", packed[place : place + 1]) for place in range(len(packed))]
+    for pixels in (
+        pieces,
+        [(b"IDAT", b""), *pieces, (b"IDAT", b"")],
+        [(b"IDAT", packed), (b"IDAT", b"more")],
+        [(b"IDAT", packed), TEXT, (b"IDAT", b"more")],
+        [(b"IDAT", zlib.compress(b"".join(RGB.rows()) + bytes(100_000)))],
+    ):
+        assert pixels_of(copy_of(build([RGB.header(), *pixels, END]))) == pixels_of(RGB.file())
 
 
 def test_limit_of_a_text_is_that_of_pillow() -> None:
@@ -235,11 +276,17 @@ def test_large_metadata_leaves_the_numbers_of_comfyui(model_dir: Path, tmp_path:
             assert (loaded.shape[1] > loaded.shape[2]) == (name in TURNED), name
 
 
-def test_sound_file_is_given_to_load_image_as_it_is() -> None:
-    """Nothing is left out of a usual file."""
+@pytest.mark.parametrize("name", ["grey.png", "rgba.png", "palette_with_transparency.png"])
+def test_load_image_gets_inflated_pixels(name: str, encoder: LatentEncoder) -> None:
+    """The copy comes from the process that judges. LoadImage gives the same pixels and mask for it and for the file."""
+    data = (IMAGES / name).read_bytes()
     with quiet_pillow():
-        for name in ("astronaut.png", "rgba.png", "palette_with_transparency.png"):
-            assert read_image(str(IMAGES / name), LIMITS).data == (IMAGES / name).read_bytes()
+        copy = read_image(str(IMAGES / name), LIMITS).data
+        assert copy == copy_of(data) != data
+        for ours, expected in zip(*(encoder.runtime.load_image_and_mask(file, ".png") for file in (copy, data)), strict=True):
+            assert ours is not None
+            assert expected is not None
+            assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("name", ["stream ends before the last row", "no palette", "two headers", "unknown critical chunk"])
@@ -263,6 +310,7 @@ def test_animation_is_refused(frames: int, tmp_path: Path) -> None:
         read_image(str(tmp_path / "a.png"), LIMITS)
 
 
+@pytest.mark.usefixtures("every_copy")
 def test_file_that_is_accepted_is_read_without_tolerance() -> None:
     """Pillow decodes every file that passes, of 1500 damaged ones; LoadImage decodes a part of the others too."""
     files = tuple(form.file() for form in forms() if form.width > 1)
@@ -271,7 +319,7 @@ def test_file_that_is_accepted_is_read_without_tolerance() -> None:
         rng = Random(number)  # noqa: S311  # the same each time
         data = rng.choice(QUICK)(rng.choice(files), rng)
         with suppress(ImageFault), quiet_pillow():
-            copy = without(data, check_png(data, 1_000_000).unreadable)
+            copy = copy_of(data)
             with Image.open(BytesIO(copy), formats=("PNG",)) as image:
                 image.load()
                 image.getexif()

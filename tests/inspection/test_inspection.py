@@ -27,9 +27,10 @@ from latent_encoder.geometry import Size, latent_crop
 from latent_encoder.inspection.findings import Inspection, NamedSpace, channel_statistics
 from latent_encoder.inspection.images import fitting_crop
 from latent_encoder.inspection.page import HISTOGRAM_WIDTH, histogram
-from latent_encoder.inspection.text import drawing, printable
+from latent_encoder.inspection.text import drawn
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.names import SUFFIXES, OutputFiles
+from latent_encoder.terminal import printable
 from models import FileFormat, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import PATIENCE_S, PROJECT, Encode, RunMain, load_latent, request_for
@@ -109,6 +110,14 @@ def test_documented_output_is_that_of_a_run(encode: Encode, inspect: Inspect) ->
         return [re.split(r" {2,}", line.strip())[0] for line in text.strip().splitlines()[1:]]
 
     assert names(shown) == names(printed)
+
+
+def test_long_lists_are_shortened(latent: Path, inspect: Inspect) -> None:
+    """A list of more numbers than most latent spaces have channels is shown by its beginning and its length."""
+    edit_metadata(latent, latent_statistics={"mean": [0.0] * 128, "std": [1.0] * 16})
+    shown = inspect(latent).out
+    assert "[0.0, 0.0, 0.0, …] (128 numbers)" in shown
+    assert str([1.0] * 16) in shown
 
 
 def test_wrong_usage_is_status_2(inspect: Inspect, run_main: RunMain, tmp_path: Path) -> None:
@@ -456,7 +465,7 @@ def test_histogram_is_highest_where_most_values_are() -> None:
 @pytest.mark.parametrize(("columns", "lines"), [(20, 50), (200, 10), (1, 1)])
 def test_drawing_fits_the_terminal(columns: int, lines: int) -> None:
     """It is shrunk in proportion, and is wider than the window only if that has no room for one cell."""
-    rows = drawing(torch.rand(1, 60, 90, 3, generator=torch.Generator().manual_seed(0)), columns, lines).split("\n")
+    rows = drawn(torch.rand(1, 60, 90, 3, generator=torch.Generator().manual_seed(0)), columns, lines).split("\n")
     widths = {row.count("▀") for row in rows}
     assert len(widths) == 1
     assert len(rows) <= max(lines, 1)

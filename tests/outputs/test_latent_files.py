@@ -182,7 +182,7 @@ def test_mistyped_format_is_an_invalid_request(run_main: RunMain) -> None:
     """The command line refuses it like any field that is out of range."""
     done = run_main("--image_path", IMAGES / "photo.jpg", "--latent-format", "safetensor")
     response = json.loads(done.stdout)
-    assert (done.returncode, response["error_code"]) == (1, "INVALID_REQUEST")
+    assert (done.returncode, response["error_code"]) == (2, "INVALID_REQUEST")
     assert response["error_message"].startswith("Invalid request: latent_format: ")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from config import Settings
-from models import FileFormat
+from models import FileFormat, ResponseMessage
 from service import LatentEncoder
 from tests.helpers import request_for
 
@@ -39,7 +41,7 @@ def test_repeated_request_gets_its_stored_response(
 def test_a_stored_response_has_the_images_that_are_asked_for(
     encoder: LatentEncoder, seeing: LatentEncoder, settings: Settings, tmp_path: Path
 ) -> None:
-    """A preview is named if it was written and is whole, even if it is not asked for now."""
+    """A preview is named if it was written and is whole, even if it is not asked for now; otherwise its key is absent."""
     request = request_for(settings, tmp_path, "photo.jpg", {})
     first = encoder.encode(request)
     assert encoder.stored_response(request) == first
@@ -54,3 +56,6 @@ def test_a_stored_response_has_the_images_that_are_asked_for(
     stored = encoder.stored_response(request)
     assert stored is not None
     assert (stored.preview_path, stored.roundtrip_path) == (None, drawn.roundtrip_path)
+    messages = (ResponseMessage.of(response, None, datetime.now(UTC)) for response in (first, drawn, stored))
+    keys = [{"preview_path", "roundtrip_path"} & json.loads(message.model_dump_json()).keys() for message in messages]
+    assert keys == [set(), {"preview_path", "roundtrip_path"}, {"roundtrip_path"}]

@@ -21,8 +21,9 @@ PACKAGE = "latent_encoder"
 
 LAYERS = """
 main
+command
 modes
-cli : standalone : kafka_handler : doctor : inspection : start_event
+cli : standalone : kafka_handler : doctor : inspection : comparison : start_event
 stages : kafka : installer
 service
 outputs
@@ -37,6 +38,7 @@ images.features
 images.colours
 images.input_folder : images.jpeg_markers : images.png_metadata : images.pillow
 images.png_chunks
+model_files
 access
 setting_names
 telemetry
@@ -47,9 +49,10 @@ secret_files : env_file
 requests
 models
 utils
-errors : terminal
+importing
+errors : terminal : drawing
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
-masking : small_files : container : user_paths : shared_context
+columns : masking : small_files : interpreter : container : user_paths : shared_context
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 
@@ -60,7 +63,7 @@ between the ones that it uses and the ones that use it.
 NEVER_REACHED = {"kafka": {"torch", "service"}}
 """Modules that a part never imports, not even through another module."""
 
-BESIDE_THE_PRODUCT = {"tests", "fuzz", "benchmarks", "scripts"}
+BESIDE_THE_PRODUCT = {"tests", "fuzz", "benchmarks", "scripts", "clients", "latent_encoder_client"}
 
 MAY_IMPORT_COMFYUI = {"utils", "comfy_import", "comfy_runtime"}
 

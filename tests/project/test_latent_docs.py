@@ -111,6 +111,16 @@ def test_service_of_ones_own_reads_them(encode_photo: Callable[..., Any]) -> Non
     assert torch.equal(run([kafka], value=value)["latent"], expected)
 
 
+def test_page_scales_the_latent_as_comfyui_does(encode_photo: Callable[..., Any], encoder: LatentEncoder) -> None:
+    """The page's code scales a latent to the numbers of `process_in`, and back."""
+    response = encode_photo()
+    shown = run(snippets("Scaling a latent for a model"))
+    space: Any = encoder.runtime.latent_space(response.metadata.latent_space)
+    expected = space.process_in(shown["latent"].unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(shown["scaled"], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shown["restored"], shown["latent"], rtol=1e-6, atol=1e-6)
+
+
 def test_node_of_the_workflow_opens_the_latent(
     encoder: LatentEncoder, encode_photo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

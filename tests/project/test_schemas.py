@@ -13,11 +13,32 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from config import VERSION, Settings
-from errors import InvalidRequest, RequestError
+from errors import ErrorCode, InvalidRequest, RequestError
 from latent_encoder.kafka.records import DLQ_HEADERS, OMISSIONS, REPLAY_HEADERS, Incoming, response_record
 from latent_encoder.requests import parse_request
-from models import MAX_MEGAPIXELS, MIN_MEGAPIXELS, EncodeRequest, ErrorResponse, Response, ResponseMessage, UpscaleMethod
-from scripts.write_schemas import ASYNCAPI, FOLDER, REQUEST, RESPONDED_AT, RESPONSE, documents, example_success
+from models import (
+    MAX_MEGAPIXELS,
+    MIN_MEGAPIXELS,
+    EncodeRequest,
+    ErrorResponse,
+    ImageNote,
+    LatentStatistics,
+    Response,
+    ResponseMessage,
+    Roundtrip,
+    UpscaleMethod,
+)
+from scripts.write_schemas import (
+    ASYNCAPI,
+    FOLDER,
+    IF_THERE,
+    REQUEST,
+    RESPONDED_AT,
+    RESPONSE,
+    documents,
+    example_error,
+    example_success,
+)
 
 REQUEST_SCHEMA = json.loads((FOLDER / REQUEST).read_text(encoding="utf-8"))
 RESPONSE_SCHEMA = json.loads((FOLDER / RESPONSE).read_text(encoding="utf-8"))
@@ -187,7 +208,16 @@ def test_every_error_response_validates(error: type[RequestError]) -> None:
     RESPONSES.validate(written(ErrorResponse.of(error("Went wrong."), "id", RESPONDED_AT)))
 
 
-@pytest.mark.parametrize("changed", [{}, {"vae_sha256": None}, {"image_notes": ("alpha_dropped",)}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"vae_sha256": None},
+        {"image_notes": ("alpha_dropped",)},
+        {"latent_space": "SD15", "latent_statistics": LatentStatistics(mean=(0.0,) * 4, std=(5.49,) * 4)},
+        {"roundtrip": Roundtrip(psnr_db=None, ssim=0.5, image_sha256="0" * 64), "preview_sha256": "f" * 64},
+    ],
+)
 def test_every_success_response_validates(changed: dict[str, Any]) -> None:
     """A success response is valid by its schema, also without a VAE file and with notes."""
     success = example_success()
@@ -195,12 +225,90 @@ def test_every_success_response_validates(changed: dict[str, Any]) -> None:
     RESPONSES.validate(written(success.model_copy(update={"metadata": metadata})))
 
 
-@pytest.mark.parametrize("name", ResponseMessage.model_fields)
-def test_no_field_of_a_response_is_ever_absent(name: str) -> None:
+@pytest.mark.parametrize("name", ResponseMessage.model_fields.keys() - IF_THERE)
+@pytest.mark.parametrize("status", ["success", "error"])
+def test_no_field_of_a_response_is_ever_absent(status: str, name: str) -> None:
     """A response without one of its fields is not valid; a field that does not apply is null."""
-    response = written(example_success())
+    response = written(example_success() if status == "success" else example_error())
     del response[name]
     assert not RESPONSES.is_valid(response)
+
+
+@pytest.mark.parametrize("name", IF_THERE)
+def test_path_of_an_image_that_was_not_asked_for_is_absent(name: str) -> None:
+    """The paths of preview and roundtrip image stand in a success that has the file, and nowhere else; they are never null."""
+    success = example_success()
+    drawn = written(success.model_copy(update={name: "/output/drawn.png"}))
+    assert drawn[name] == "/output/drawn.png"
+    RESPONSES.validate(drawn)
+    assert not RESPONSES.is_valid({**drawn, name: None})
+    assert name not in written(success)
+    assert name not in written(example_error())
+
+
+@pytest.mark.parametrize("name", ["latent_file_path", "latent_shape", "scaled_image_path", "metadata"])
+def test_outcomes_do_not_mix(name: str) -> None:
+    """A success without its files, or an error with one, is not valid."""
+    success, error = written(example_success()), written(example_error())
+    assert not RESPONSES.is_valid({**success, name: None})
+    assert not RESPONSES.is_valid({**error, name: success[name]})
+    assert not RESPONSES.is_valid({**success, "status": "error"})
+    assert not RESPONSES.is_valid({**error, "status": "success"})
+    assert not RESPONSES.is_valid({**error, "status": "pending"})
+
+
+def test_additions_of_a_later_version_are_valid() -> None:
+    """Unknown fields, codes, notes and methods in a response are valid, as API.md promises."""
+    error = written(example_error())
+    RESPONSES.validate({**error, "error_code": "TOMORROWS_CODE", "hint": "none"})
+    success = written(example_success())
+    metadata = {**success["metadata"], "image_notes": ["tomorrows_note"], "upscale_method": "sinc", "more": {"a": 1}}
+    RESPONSES.validate({**success, "metadata": metadata})
+    assert not RESPONSES.is_valid({**error, "error_code": 7})
+
+
+def schemas_in(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield the schema of every field, at any depth."""
+    if isinstance(node, dict):
+        yield from node.get("properties", {}).values()
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from schemas_in(child)
+
+
+@pytest.mark.parametrize("schema", [REQUEST_SCHEMA, RESPONSE_SCHEMA], ids=[REQUEST, RESPONSE])
+def test_every_field_is_described(schema: dict[str, Any]) -> None:
+    """Each field has a description of at least two words, and each object too."""
+    fields = list(schemas_in(schema))
+    assert len(fields) > 10
+    assert [field for field in fields if " " not in field.get("description", "")] == []
+    assert all(part["description"] for part in schema.get("$defs", {}).values())
+
+
+@pytest.mark.parametrize(("schema", "name"), [(REQUEST_SCHEMA, "request"), (RESPONSE_SCHEMA, "response")])
+def test_id_has_the_version(schema: dict[str, Any], name: str) -> None:
+    """The `$id` of each schema is a URN with the version of the service."""
+    assert schema["$id"] == f"urn:latent-encoder:{name}:{VERSION}"
+
+
+def test_forms_of_texts_are_marked() -> None:
+    """Checksums have a pattern, and times the format of a date."""
+    fields = [pair for part in RESPONSE_SCHEMA["$defs"].values() for pair in part["properties"].items()]
+    checksums = [json.dumps(field) for name, field in fields if name.endswith("sha256") or name == "fingerprint"]
+    assert len(checksums) == 7
+    assert [field for field in checksums if '"^[0-9a-f]{64}$"' not in field] == []
+    assert RESPONSE_SCHEMA["$defs"]["Metadata"]["properties"]["timestamp"]["format"] == "date-time"
+    success = written(example_success())
+    assert not RESPONSES.is_valid({**success, "metadata": {**success["metadata"], "latent_sha256": "none"}})
+
+
+@pytest.mark.parametrize(("field", "known"), [("error_code", ErrorCode), ("image_notes", get_args(ImageNote))])
+def test_codes_are_listed(field: str, known: Any) -> None:
+    """The schema lists every code that this version has, in its order."""
+    parts = RESPONSE_SCHEMA["$defs"]
+    schema = parts["ErrorMessage" if field == "error_code" else "Metadata"]["properties"][field]
+    assert schema.get("items", schema)["anyOf"][0]["enum"] == list(known)
 
 
 def references(node: Any) -> Iterator[str]:
@@ -235,24 +343,27 @@ def test_asyncapi_has_what_version_3_requires() -> None:
 def test_references_lead_somewhere() -> None:
     """Each reference in the AsyncAPI document has a target, in the document or in a schema."""
     found = set(references(SERVICE))
-    assert {f"./{REQUEST}", f"./{RESPONSE}"} < found
+    payloads = {f"./{REQUEST}", *(f"./{RESPONSE}#/$defs/{name}" for name in ("SuccessMessage", "ErrorMessage"))}
+    assert payloads < found
     assert all(isinstance(resolved(reference), dict) for reference in found)
 
 
 def test_operations_are_the_services() -> None:
-    """The service receives from one topic in its group and sends to two, with the default names of the settings."""
+    """The service receives from one topic in its group, replies to one and sends to one, with the settings' default names."""
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     operations = SERVICE["operations"].values()
     assert [(each["action"], resolved(each["channel"]["$ref"])["address"]) for each in operations] == [
         ("receive", defaults["kafka_request_topic"]),
-        ("send", defaults["kafka_response_topic"]),
         ("send", defaults["kafka_dlq_topic"]),
     ]
+    (replies,) = [each["reply"] for each in operations if "reply" in each]
+    assert resolved(replies["channel"]["$ref"])["address"] == defaults["kafka_response_topic"]
+    assert [resolved(message["$ref"])["title"] for message in replies["messages"]] == ["Success", "Error"]
     groups = [each["bindings"]["kafka"]["groupId"]["const"] for each in operations if each["action"] == "receive"]
     assert groups == [defaults["kafka_consumer_group"]]
 
 
-@pytest.mark.parametrize(("channel", "message"), [("requests", "request"), ("responses", "response")])
+@pytest.mark.parametrize(("channel", "message"), [("requests", "request"), ("responses", "success"), ("responses", "error")])
 def test_correlation_id_is_where_asyncapi_says(channel: str, message: str) -> None:
     """The correlation id of each message is a field of the payload's schema."""
     described = SERVICE["channels"][channel]["messages"][message]

@@ -16,7 +16,7 @@ from tests.helpers import FEWEST_FILES, OUR_FILES, PROJECT
 
 BESIDE = sorted(
     file
-    for folder in ("tests", "fuzz", "benchmarks", "scripts")
+    for folder in ("tests", "fuzz", "benchmarks", "scripts", "clients")
     for file in (PROJECT / folder).rglob("*.py")
     if not any(part.startswith(".") for part in file.relative_to(PROJECT).parts)  # another ComfyUI tree of the tests
 )

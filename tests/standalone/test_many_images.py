@@ -189,9 +189,11 @@ def test_fail_fast_ends_with_the_first_failure(tmp_path: Path, run: Any) -> None
     """After the first failure no image is begun; those in flight may be finished."""
     images = [str(IMAGES / "truncated.jpg"), *(str(IMAGES / name) for name in GOOD * 1)]
     copies = [str(shutil.copy(IMAGES / "photo.jpg", tmp_path / f"{n}.jpg")) for n in range(20)]
-    status, responses, _ = run(ImageSelection((*images, *copies)), RunOptions(fail_fast=True))
+    status, responses, errors = run(ImageSelection((*images, *copies)), RunOptions(fail_fast=True))
     assert (status, responses[0]["error_code"]) == (1, "IMAGE_INVALID")
     assert len(responses) < 10
+    left = len(images) + len(copies) - len(responses)
+    assert errors.splitlines()[-1] == f"--fail-fast: stopped at a failure; {left} of 24 images were not tried."
 
 
 def test_list_of_requests_is_answered_like_a_topic(photos: Path, run: Any, tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def test_ctrl_c_finishes_the_image_in_hand(tmp_path: Path) -> None:
     responses = [json.loads(line) for line in (first, second, *output.splitlines())]
     assert process.returncode == 130, errors
     *_, summary, last = errors.splitlines()
-    assert last == "Error: Interrupted; the same command goes on from here."
+    assert last.startswith("Error: Interrupted. The requests were read from a stream: give them again. Images whose files ")
     assert json.loads(summary) | {"encoded": len(responses), "failed": 0, "interrupted": True} == json.loads(summary)
     assert len(responses) < 20
     assert_whole(responses, tmp_path / "output")
@@ -346,8 +348,8 @@ def test_workers_that_cannot_start_end_the_run(photos: Path, tmp_path: Path) -> 
 
 
 def test_progress_is_seen_on_a_terminal_alone(photos: Path, tmp_path: Path) -> None:
-    """A terminal shows counts, speed and the time left on one line, of any width, between whole lines of responses."""
-    arguments = [str(PROJECT / "main.py"), "--image-path", str(photos), *TINY]
+    """A terminal shows counts, speed and the time left on one line, between whole lines of JSON with `--json`."""
+    arguments = [str(PROJECT / "main.py"), "--image-path", str(photos), "--json", *TINY]
     terminal = pexpect.spawn(
         sys.executable,
         arguments,
