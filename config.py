@@ -32,7 +32,7 @@ from models import (
     VaeModelName,
 )
 
-VERSION = "0.9.0"
+VERSION = "0.10.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
@@ -150,7 +150,8 @@ class Settings(BaseSettings):
         "standalone",
         description="`standalone` encodes images and exits; `kafka` serves a topic; "
         "`dlq-replay` sends dead letters back to their topic; `health` shows the health of a worker; "
-        "`inspect` shows the content of latent files; `doctor` checks the installation.",
+        "`inspect` shows the content of latent files; `doctor` checks the installation; "
+        "`compare` measures ComfyUI's own encoder and the service's.",
     )
 
     kafka_bootstrap_servers: Annotated[Text, AfterValidator(_without_credentials)] = Field(
