@@ -28,7 +28,7 @@ OLD_PYTHONS = sorted(Path("~/.pyenv/versions").expanduser().glob("3.[6-9].*/bin/
 """Older Pythons of this machine, if there are any."""
 
 
-NEXT_STEPS = ("Run ./setup_comfyui.sh in ", "Use the environment of this service: ")
+NEXT_STEPS = ("Run ./setup_comfyui.sh", "Use the environment of this service: ")
 """Beginnings of the next step in this project, without `.venv` and with it."""
 
 
@@ -137,7 +137,7 @@ def test_half_an_environment(tmp_path: Path) -> None:
         errors = [line for line in done.stderr.splitlines() if not line.startswith("{")]
         assert len(errors) == 1
         assert errors[0].startswith(f"Error: {python} (Python {sys.version.split()[0]}) lacks torch, torchvision, numpy, ")
-        assert "Run ./setup_comfyui.sh in " in errors[0] or "Use the environment of this service: " in errors[0]
+        assert "Run ./setup_comfyui.sh" in errors[0] or "Use the environment of this service: " in errors[0]
     done = started(python, "doctor", "--json")
     assert (done.returncode, done.stderr) == (1, "")
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
