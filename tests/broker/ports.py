@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import socket
 from collections.abc import Iterable
@@ -32,6 +33,11 @@ def require_free(ports: Iterable[int]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return `count` ports on which nothing listens, at random so that two test runs do not choose the same ones."""
-    candidates = random.SystemRandom().sample(CANDIDATES, len(CANDIDATES))
+    """Return `count` ports on which nothing listens, at random so that two test runs do not choose the same ones.
+
+    Test processes that run side by side choose from different ports: a chosen port is free until a broker has started.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    own = CANDIDATES[number :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    candidates = random.SystemRandom().sample(own, len(own))
     return list(itertools.islice(filter(is_free, candidates), count))

@@ -45,8 +45,10 @@ class Process:
     def check(self) -> None:
         """Raise BrokerError with the end of its log if the process has ended."""
         if self._supervisor.poll() is not None:
-            tail = self.log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
-            raise BrokerError(f"the broker has ended with status {self._supervisor.returncode}:\n{tail}")
+            log = self.log.read_text(errors="replace")
+            faults = "".join(line for line in log.splitlines(keepends=True) if "ERROR" in line or "Exception" in line)
+            told = f"{faults[:LOG_TAIL]}...\n{log[-LOG_TAIL:]}"
+            raise BrokerError(f"the broker has ended with status {self._supervisor.returncode}:\n{told}")
 
     def stop(self) -> None:
         """Ask the process to end and wait for it; kill it if that takes longer than STOP_TIMEOUT seconds."""
