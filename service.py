@@ -48,6 +48,7 @@ from latent_encoder.outputs.stored_responses import (
     stored_in,
     success_response,
 )
+from latent_encoder.storage.stores import require_packages_for
 from latent_encoder.telemetry.logs import get_logger, log_failure
 from latent_encoder.telemetry.steps import timed
 from latent_encoder.torch_threads import encode_threads
@@ -104,6 +105,7 @@ class LatentEncoder:
         Raises:
             SetupError: ComfyUI is missing, lacks a node or a package, fails on the image, or cannot run on the device.
         """
+        require_packages_for(settings.output_dir, *(settings.allowed_input_urls or ()), *(settings.allowed_output_urls or ()))
         JUDGES.start()  # it is ready when ComfyUI is
         torch.set_num_threads(settings.torch_num_threads or encode_threads())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)

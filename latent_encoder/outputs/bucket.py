@@ -6,15 +6,18 @@ import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from errors import OutputDirNotWritable
 from latent_encoder.access import AllowedFolders
 from latent_encoder.outputs.checksums import checksum
 from latent_encoder.storage.locations import ObjectPath
-from latent_encoder.storage.retrying import Unavailable
-from latent_encoder.storage.stores import Content, NotThere, Refused, Store, Unusable, Version, store_of
+from latent_encoder.storage.retrying import Unavailable, nothing
+from latent_encoder.storage.stores import Conflict, Content, NotThere, Refused, Store, Unusable, Version, store_of
+
+QUICK_S = 5.0
+"""Longest time of a call about a small object, in seconds: a third of the time after which a claim counts as abandoned."""
 
 R = TypeVar("R")
 
@@ -22,7 +25,7 @@ CALLS = ThreadPoolExecutor(max_workers=16, thread_name_prefix="storage")
 """Threads for calls of one request side by side: it has at most five files, and few requests are written at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class BucketFolder:
     """A folder of a bucket: the objects whose names begin alike. It exists as soon as an object is in it.
 
@@ -32,6 +35,19 @@ class BucketFolder:
 
     path: ObjectPath
     store: Store
+    quick: Store
+    """The same bucket with a shorter time-out, for objects of some hundred bytes."""
+    _known: dict[str, Content | None] | None = None
+    """The objects that were read since the claim was taken, by their names; None for each that is absent."""
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Read each object once as long as the context lasts: no other process changes them, because of the claim."""
+        self._known = {}
+        try:
+            yield
+        finally:
+            self._known = None
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an object.
@@ -47,11 +63,27 @@ class BucketFolder:
         Raises:
             FileNotFoundError: there is none of that name.
         """
+        known = self._known
+        if known is None or name not in known:
+            found = self._looked_up(name)
+            if known is None:
+                known = {}
+            known[name] = found
+        if (content := known[name]) is None:
+            raise FileNotFoundError(errno.ENOENT, "No such object", name)
+        return content
+
+    def _looked_up(self, name: str) -> Content | None:
         with reported(self.path):
             try:
                 return self.store.read(self.key(name))
             except NotThere as exc:
-                raise _absent(exc, name) from None
+                _refuse_absent_bucket(exc)
+                return None
+
+    def _forget(self, name: str) -> None:
+        if self._known is not None:
+            self._known.pop(name, None)
 
     def contents(self, names: Sequence[str]) -> Mapping[str, bytes]:
         """Return the bytes of those of the objects that are there, read side by side."""
@@ -82,7 +114,8 @@ class BucketFolder:
             try:
                 return self.store.facts(self.key(name)).version
             except NotThere as exc:
-                raise _absent(exc, name) from None
+                _refuse_absent_bucket(exc)
+                raise FileNotFoundError(errno.ENOENT, "No such object", name) from None
 
     def whole(self, checksums: Mapping[str, str]) -> frozenset[str]:
         """Return the names of the objects that have these checksums.
@@ -101,24 +134,31 @@ class BucketFolder:
             except NotThere:
                 return False
 
-    def put(self, name: str, data: bytes, expected: Version | None) -> Version:
+    def put(
+        self, name: str, data: bytes, expected: Version | None, before: Callable[[], None] = nothing, *, quick: bool = False
+    ) -> Version:
         """Write an object in one step if it has the expected version; None stands for no object.
+
+        `before` is called before each repetition. `quick` is for a small object.
 
         Raises:
             Conflict: it has another version.
         """
+        self._forget(name)
         with reported(self.path):
             try:
-                return self.store.put(self.key(name), data, checksum(data), expected)
+                store = self.quick if quick else self.store
+                return store.put(self.key(name), data, checksum(data), expected, before)
             except NotThere as exc:  # the bucket; or the object whose version is expected, which another writer removed
                 if expected is not None and "NoSuchBucket" not in str(exc):
-                    return self.put(name, data, None)
+                    raise Conflict(str(exc)) from None
                 raise Unusable("the bucket does not exist") from None
 
     def remove(self, name: str) -> None:
         """Remove an object if it exists."""
+        self._forget(name)
         with reported(self.path):
-            self.store.remove(self.key(name))
+            self.quick.remove(self.key(name))
 
     def key(self, name: str) -> str:
         """Return the name of an object in the bucket."""
@@ -134,7 +174,10 @@ def open_bucket_folder(path: ObjectPath, allowed: AllowedFolders) -> BucketFolde
     """
     allowed.urls.check(str(path))
     with reported(path):
-        return BucketFolder(path, store_of(path, allowed.urls))
+        limits = allowed.urls
+        return BucketFolder(
+            path, store_of(path, limits), store_of(path, replace(limits, timeout_s=min(QUICK_S, limits.timeout_s)))
+        )
 
 
 @contextmanager
@@ -157,7 +200,6 @@ def side_by_side(calls: Sequence[Callable[[], R]]) -> list[R]:
     return [each.result() for each in running]
 
 
-def _absent(exc: NotThere, name: str) -> Exception:
+def _refuse_absent_bucket(exc: NotThere) -> None:
     if "NoSuchBucket" in str(exc):
-        return Unusable("the bucket does not exist")
-    return FileNotFoundError(errno.ENOENT, "No such object", name)
+        raise Unusable("the bucket does not exist") from None

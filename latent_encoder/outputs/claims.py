@@ -9,14 +9,16 @@ success: it renews the claim by a write that expects the version it wrote last.
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from errors import OutputDirNotWritable
-from latent_encoder.outputs.bucket import BucketFolder
+from latent_encoder.outputs.bucket import QUICK_S, BucketFolder
 from latent_encoder.outputs.locks import LOCK, PREFIX
-from latent_encoder.storage.stores import Conflict, Unusable, Version
+from latent_encoder.storage.retrying import Unavailable
+from latent_encoder.storage.stores import Conflict, NotThere, Refused, Unusable, Version
 
 CLAIM_S = 15.0
 """Seconds after which a claim that nobody renewed is taken over: a publication takes a second or two, and one that is
@@ -45,6 +47,7 @@ class Claim:
         self._data = b""
         self._version: Version = {}
         self._since = 0.0
+        self._renewing = threading.Lock()
 
     @property
     def age_s(self) -> float:
@@ -86,8 +89,16 @@ class Claim:
         Raises:
             OutputDirNotWritable: another process has taken it over.
         """
-        if self.age_s < RENEW_S:
-            return
+        with self._renewing:
+            if self.age_s >= RENEW_S:
+                self.renew()
+
+    def renew(self) -> None:
+        """Show that this process still has the claim.
+
+        Raises:
+            OutputDirNotWritable: another process has taken it over.
+        """
         if not self._written(self._version) and not self._is_ours():
             raise OutputDirNotWritable(
                 f"Cannot write to output folder: {self._folder.path} (this process was held up for more than {CLAIM_S:g} s, "
@@ -95,9 +106,10 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Remove the claim, unless another process may have it by now."""
-        if self.age_s < CLAIM_S - RENEW_S:
-            self._folder.remove(self._name)
+        """Remove the claim, unless another process may have it before the call ends: removing knows no condition."""
+        if self.age_s < CLAIM_S - QUICK_S:
+            with suppress(NotThere, Refused, Unusable, Unavailable):
+                self._folder.quick.remove_once(self._folder.key(self._name))
 
     def clear(self) -> None:
         """Take over the claim of a killed process that has not changed for long, and remove it; leave it if it changes."""
@@ -111,7 +123,7 @@ class Claim:
         self._data = f"{self._owner} {self._count}\n".encode()
         began = time.monotonic()
         try:
-            self._version = self._folder.put(self._name, self._data, expected)
+            self._version = self._folder.put(self._name, self._data, expected, quick=True)
         except Conflict:
             return False
         self._since = began

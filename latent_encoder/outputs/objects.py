@@ -72,7 +72,7 @@ class StagedObjects:
             OutputDirNotWritable: the files cannot be published. The former ones are back, or the text tells otherwise.
         """
         shared = self._shared_name or self._staged[-1][0]
-        with claimed(self._folder, key_of(shared), shared) as claim:
+        with claimed(self._folder, key_of(shared), shared) as claim, self._folder.remembering():
             found = instead()
             if found is None:
                 self._replace(claim, adding=adding)
@@ -83,12 +83,12 @@ class StagedObjects:
         try:
             former = self._take_away(claim, last, removing=not adding)
             claim.keep()
-            side_by_side([partial(self._put, name, data) for name, data in files])
+            side_by_side([partial(self._put, claim, name, data) for name, data in files])
             if former is not None or any(data is not None for data in self._former.values()):
                 for name in self._obsolete:
                     self._take_away(claim, name, removing=True)
             claim.keep()
-            self._put_last(last, described, former if adding else None)
+            self._put_last(claim, last, described, former if adding else None)
             claim.keep()  # a success is reported only by the process that had the claim when the metadata appeared
         except BaseException as exc:
             self._undo(claim, exc)
@@ -106,13 +106,13 @@ class StagedObjects:
             self._folder.remove(name)
         return found.facts.version
 
-    def _put(self, name: str, data: bytes) -> None:
+    def _put(self, claim: Claim, name: str, data: bytes) -> None:
         """Write an object. One that is there was left by a killed process, or belongs to the metadata that were removed."""
         expected: Version | None = None
         for _ in range(ATTEMPTS):
             self._unsure[name] = data
             try:
-                self._folder.put(name, data, expected)
+                self._folder.put(name, data, expected, claim.keep)
             except Conflict:
                 with suppress(FileNotFoundError):
                     found = self._folder.content(name)
@@ -129,15 +129,23 @@ class StagedObjects:
                 return
         raise self._taken(name)
 
-    def _put_last(self, name: str, data: bytes, expected: Version | None) -> None:
-        try:
-            self._unsure[name] = data
-            self._folder.put(name, data, expected)
-        except Conflict:
-            with suppress(FileNotFoundError):
-                if self._folder.read(name) == data:  # the response to our own write was lost
-                    return
-            raise self._taken(name) from None
+    def _put_last(self, claim: Claim, name: str, data: bytes, expected: Version | None) -> None:
+        """Write the metadata. Others that are there by now are of a process that lost its claim, and reports no success."""
+        self._unsure[name] = data
+        for _ in range(ATTEMPTS):
+            try:
+                self._folder.put(name, data, expected, claim.keep, quick=True)
+            except Conflict:
+                expected = None
+                with suppress(FileNotFoundError):
+                    found = self._folder.content(name)
+                    if found.data == data:  # the response to our own write was lost
+                        return
+                    expected = found.facts.version
+                claim.renew()
+            else:
+                return
+        raise self._taken(name)
 
     def _taken(self, name: str) -> OutputDirNotWritable:
         return OutputDirNotWritable(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from errors import InvalidRequest
@@ -53,7 +53,12 @@ def _owner(content: bytes) -> Owner | None:
 
 def owners_in(folder: Folder, files: OutputFiles) -> frozenset[Owner]:
     """Return the owners in the metadata files of these names, in any format of the latent and of any version."""
-    owners = map(_owner, folder.contents(files.metadata_of_all_formats).values())
+    return owners_of(folder.contents(files.metadata_of_all_formats))
+
+
+def owners_of(metadata: Mapping[str, bytes]) -> frozenset[Owner]:
+    """Return the owners in the contents of metadata files."""
+    owners = map(_owner, metadata.values())
     return frozenset(owner for owner in owners if owner is not None)
 
 

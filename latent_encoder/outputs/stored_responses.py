@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from latent_encoder.access import AllowedFolders
 from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.names import OutputFiles
-from latent_encoder.outputs.owners import Owner, metadata_in, owners_in
+from latent_encoder.outputs.owners import Owner, metadata_in, owners_of
 from latent_encoder.outputs.places import Folder, existing_place
 from latent_encoder.storage.locations import shown
 from models import EncodeRequest, Metadata, SuccessResponse
@@ -89,8 +89,9 @@ def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, froze
     """
     try:
         with existing_place(files.folder, allowed) as folder:
-            content = metadata_in(folder, files.metadata.name)
-            return checksum(content) if content is not None else None, owners_in(folder, files)
+            found = folder.contents(files.metadata_of_all_formats)
+            content = found.get(files.metadata.name)
+            return checksum(content) if content is not None else None, owners_of(found)
     except OSError:
         return None, frozenset()
 

@@ -24,8 +24,8 @@ from latent_encoder.model_files import require_vae
 from latent_encoder.outputs.folder import reported
 from latent_encoder.requests import parse_request
 from latent_encoder.standalone.inputs import STDIN, ImageSelection, refuse_shared_id
-from latent_encoder.storage.locations import OBJECT_SCHEMES, is_url
-from latent_encoder.storage.stores import require_obstore
+from latent_encoder.storage.locations import is_url
+from latent_encoder.storage.stores import require_packages_for
 from utils import custom_node_path, find_path
 
 HOPELESS = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -54,8 +54,7 @@ def check_run(settings: Settings, selection: ImageSelection, fields: Mapping[str
     named = selection.named_images
     for path in named:
         inputs.check(path)
-    if any(path.lower().startswith(tuple(f"{scheme}://" for scheme in OBJECT_SCHEMES)) for path in named):
-        require_obstore()
+    require_packages_for(*named)
     if writes := _is_used("output_dir", selection, fields):
         outputs.check(request.output_dir)
     tree = find_path(settings.comfyui_path)
@@ -118,7 +117,7 @@ def _require_writable(path: str, allowed: AllowedFolders) -> None:
         OutputDirNotWritable: it cannot be made or written to.
     """
     if is_url(path):
-        require_obstore()
+        require_packages_for(path)
         return
     with reported(absolute(path)):
         place = allowed.resolve(path)

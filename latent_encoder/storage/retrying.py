@@ -29,8 +29,14 @@ class Unavailable(Exception):
         """Seconds that the server asks to wait."""
 
 
-def repeated(call: Callable[[], R], limits: AllowedUrls, place: str) -> R:
+def nothing() -> None:
+    """Do nothing before a call is made again."""
+
+
+def repeated(call: Callable[[], R], limits: AllowedUrls, place: str, before: Callable[[], None] = nothing) -> R:
     """Return the result of a call, which is repeated while it is `Unavailable`. `place` is named in the log.
+
+    `before` is called before each repetition, which it ends if it raises an error.
 
     Raises:
         Unavailable: the last repetition failed too.
@@ -45,4 +51,5 @@ def repeated(call: Callable[[], R], limits: AllowedUrls, place: str) -> R:
             pause = min(pause, LONGEST_PAUSE_S) * random.uniform(0.75, 1.25)  # noqa: S311  # no secret
             log.info("call to storage is repeated", place=place, reason=str(exc), after_s=round(pause, 2), attempt=number + 1)
             time.sleep(pause)
+            before()
     raise AssertionError("unreachable")

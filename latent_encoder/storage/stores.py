@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from errors import SetupError, one_line
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.credentials import mask_secrets, profile_options
-from latent_encoder.storage.locations import ObjectPath
-from latent_encoder.storage.retrying import Unavailable, repeated
+from latent_encoder.storage.locations import OBJECT_SCHEMES, ObjectPath
+from latent_encoder.storage.retrying import Unavailable, nothing, repeated
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -112,10 +112,13 @@ class Store:
         """Return the facts about an object, without its bytes."""
         return self._call(key, lambda: _facts(self.bucket.get(key, options={"head": True})))
 
-    def put(self, key: str, data: bytes, sha256: str, expected: Version | None) -> Version:
+    def put(
+        self, key: str, data: bytes, sha256: str, expected: Version | None, before: Callable[[], None] = nothing
+    ) -> Version:
         """Write an object in one step, if it has the `expected` version; None stands for no object at all.
 
-        A repetition may find the object that the first attempt wrote, and raises Conflict then.
+        `before` is called before a repetition, which raises Conflict if it finds the object that the first
+        attempt wrote.
         """
         mode: Any = "create" if expected is None else {name: value for name, value in expected.items() if value is not None}
         attributes = {SHA256: sha256}
@@ -123,12 +126,16 @@ class Store:
         def call() -> Version:
             return {**self.bucket.put(key, data, attributes=attributes, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
 
-        return self._call(key, call)
+        return self._call(key, call, before)
 
     def remove(self, key: str) -> None:
         """Remove an object if it exists."""
         with suppress(NotThere):
             self._call(key, lambda: self.bucket.delete(key))
+
+    def remove_once(self, key: str) -> None:
+        """Remove an object, without a repetition that could come late."""
+        _translated(lambda: self.bucket.delete(key))
 
     def names_from(self, folder: str, beginning: str) -> Iterator[tuple[str, datetime]]:
         """Yield the name of each object in a folder that begins so, with the time of its last change. One call is made."""
@@ -142,8 +149,8 @@ class Store:
                 return
             yield found["path"].rpartition("/")[2], found["last_modified"]
 
-    def _call(self, key: str, call: Callable[[], R]) -> R:
-        return repeated(lambda: _translated(call), self.limits, f"{self.place}/{key}")
+    def _call(self, key: str, call: Callable[[], R], before: Callable[[], None] = nothing) -> R:
+        return repeated(lambda: _translated(call), self.limits, f"{self.place}/{key}", before)
 
 
 _stores: dict[tuple[str, str, AllowedUrls], Store] = {}
@@ -165,14 +172,19 @@ def store_of(place: ObjectPath, limits: AllowedUrls) -> Store:
         return _stores[key]
 
 
+def require_packages_for(*places: str) -> None:
+    """Raise SetupError if one of the places is a URL of object storage, and obstore is not installed."""
+    if any(place.lower().startswith(tuple(f"{scheme}://" for scheme in OBJECT_SCHEMES)) for place in places):
+        require_obstore()
+
+
 def require_obstore() -> None:
     """Raise SetupError if obstore is not installed."""
     try:
         import obstore  # noqa: F401
     except ImportError as exc:
         raise SetupError(
-            f"Object storage needs the package obstore ({one_line(exc)}); install it: "
-            "pip install -r requirements/object-storage.txt"
+            f"Object storage needs the package obstore ({one_line(exc)}); install it: ./setup_comfyui.sh --object-storage"
         ) from exc
 
 

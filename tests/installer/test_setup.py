@@ -65,6 +65,7 @@ LOCKED = {
     "torch.txt": ["requirements/torch.txt"],
     "runtime.txt": ["requirements.txt", "requirements/comfyui.txt"],
     "dev.txt": ["requirements/dev.txt"],
+    "object-storage.txt": ["requirements/object-storage.txt"],
     "benchmark.txt": ["requirements/benchmark.txt"],
     "tools.txt": ["requirements/tools.txt"],
 }

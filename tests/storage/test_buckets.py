@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_another_input_of_the_same_name_replaces_the_files(bucket: Bucket, worke
 
 @pytest.mark.usefixtures("several_processes")
 def test_two_workers_with_one_name_keep_the_response_that_was_sent(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
-    """Of two workers that write different files of one name at once, one succeeds and its files stay."""
+    """If two workers write different files of one name at once, one succeeds and its files stay."""
     image = bucket.add()
     bucket.proxy.latency_s = 0.02
     requests = [ask(image, f"{bucket.url}/out", megapixels=megapixels) for megapixels in (0.02, 0.03)]
@@ -122,7 +123,7 @@ def test_two_workers_with_one_name_keep_the_response_that_was_sent(bucket: Bucke
 
 @pytest.mark.usefixtures("several_processes")
 def test_two_workers_with_one_request_give_the_same_response(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
-    """Of two workers that have the same request at once, both respond with the files of the first."""
+    """If two workers have the same request at once, both respond with the files of the first."""
     request = ask(bucket.add(), f"{bucket.url}/out")
     workers = [worker(), worker()]
     encoded = [each.encode_prepared(each.prepare(request)) for each in workers]
@@ -311,3 +312,19 @@ def test_urls_are_off_in_kafka_mode(bucket: Bucket, worker: MakeWorker, ask: Ask
     assert worker(mode="kafka", **both).encode(request).status == "success"
     with pytest.raises(AccessDenied, match="ALLOWED_OUTPUT_URLS"):
         worker(mode="kafka", **both).encode(ask(request.image_path, f"{bucket.url}/out2"))
+
+
+def test_calls_of_an_image(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """An image takes the calls that the page about object storage names; its repetition takes fewer."""
+    worker().encode(ask(bucket.add("astronaut_masked.png"), f"{bucket.url}/out"))  # the conditions are proved once
+    request, calls = ask(bucket.add(), f"{bucket.url}/out"), bucket.proxy.calls
+    each = worker()
+    calls.clear()
+    assert each.stored_response(request) is None
+    each.encode(request)
+    first = Counter(call.method for call in calls)
+    calls.clear()
+    assert each.stored_response(request) is not None
+    again = Counter(call.method for call in calls)
+    assert first == {"GET": 9, "PUT": 4, "DELETE": 1}
+    assert again == {"GET": 3, "HEAD": 2}
