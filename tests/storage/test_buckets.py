@@ -328,3 +328,56 @@ def test_calls_of_an_image(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None
     again = Counter(call.method for call in calls)
     assert first == {"GET": 9, "PUT": 4, "DELETE": 1}
     assert again == {"GET": 3, "HEAD": 2}
+
+
+@pytest.mark.usefixtures("several_processes")
+def test_a_reader_never_sees_metadata_without_their_files(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """While workers write different files of one name and calls break off, metadata that stay the same describe the files."""
+    image, ended = bucket.add(), threading.Event()
+    workers = [worker(storage_max_retries=6) for _ in range(3)]
+    requests = [ask(image, f"{bucket.url}/out", megapixels=megapixels) for megapixels in (0.02, 0.025, 0.03)]
+    for kind in ("lose", "drop", "status"):
+        for path in ("lock", r"\.pt$", "scaled", r"\.json$"):
+            bucket.proxy.fault(kind, "PUT", path, times=3)
+
+    def write(number: int) -> int:
+        sent = 0
+        for _ in range(4):
+            each = workers[number]
+            try:
+                each.write(each.encode_prepared(each.prepare(requests[number])))
+            except OutputDirNotWritable:
+                continue
+            sent += 1
+        return sent
+
+    def read() -> int:
+        seen = 0
+        while not ended.is_set():
+            seen += described_files_are_whole(bucket.folder / "out" / "latent_astronaut_test.pt.json")
+        return seen
+
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(read)
+        sent = sum(pool.map(write, range(3)))
+        ended.set()
+        assert reader.result(PATIENCE_S) > 0
+    assert sent > 0
+    assert described_files_are_whole(bucket.folder / "out" / "latent_astronaut_test.pt.json")
+    assert len(bucket.names()) == 3
+
+
+def described_files_are_whole(described: Path) -> bool:
+    """Assert that the files are those of the metadata, if these are there and do not change meanwhile; return if so."""
+    try:
+        metadata = described.read_bytes()
+        latent = described.with_suffix("").read_bytes()
+        scaled = described.with_name("scaled_image_astronaut_test.png").read_bytes()
+        if not metadata or described.read_bytes() != metadata:
+            return False
+    except FileNotFoundError:
+        return False
+    stated = json.loads(metadata)
+    assert stated["latent_sha256"] == hashlib.sha256(latent).hexdigest()
+    assert stated["scaled_image_sha256"] == hashlib.sha256(scaled).hexdigest()
+    return True
