@@ -34,7 +34,7 @@ from models import (
     VaeModelName,
 )
 
-VERSION = "0.9.0"
+VERSION = "0.10.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
@@ -44,6 +44,9 @@ NO_FOLDERS = ("null", "none", "nil", "undefined", "nan", "false", "true", "0", "
 
 LONGEST_S = 31_536_000.0
 """Seconds of a year, the longest time of a setting. A longer one, or infinity, would turn the limit off without a word."""
+
+MOST_DAYS = 36_525.0
+"""Days of a century. Output files that may stay for longer need no limit."""
 
 MOST_THREADS = 4096
 """More than any machine that torch runs on has. With millions, torch hangs while it starts them."""
@@ -172,7 +175,8 @@ class Settings(BaseSettings):
         "standalone",
         description="`standalone` encodes images and exits; `kafka` serves a topic; "
         "`dlq-replay` sends dead letters back to their topic; `health` shows the health of a worker; "
-        "`inspect` shows the content of latent files; `doctor` checks the installation.",
+        "`inspect` shows the content of latent files; `doctor` checks the installation; "
+        "`compare` measures ComfyUI's own encoder and the service's.",
     )
 
     kafka_bootstrap_servers: Annotated[Text, AfterValidator(_without_credentials)] = Field(
@@ -299,6 +303,14 @@ class Settings(BaseSettings):
     )
     vae_model_name: VaeModelName = _default_of("vae_model_name", "VAE file for requests that name none.")
     output_dir: PlaceText = _default_of("output_dir", "Folder for the files of requests that name none.")
+    output_ttl_days: float | None = Field(
+        None,
+        gt=0,
+        le=MOST_DAYS,
+        allow_inf_nan=False,
+        description="Days (fractions allowed) after which workers in Kafka mode remove the files that the service wrote to "
+        "OUTPUT_DIR and the folders below it; they are kept for ever if not set.",
+    )
     latent_format: FileFormat = _default_of(
         "latent_format", "`pt` (torch), `safetensors` or `comfy` (for ComfyUI's LoadLatent), for requests that name none."
     )

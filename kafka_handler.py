@@ -30,6 +30,7 @@ from latent_encoder.kafka.progress import Progress
 from latent_encoder.kafka.publishers import Publisher, PublisherEvents
 from latent_encoder.kafka.readiness import Acknowledgements, Readiness
 from latent_encoder.kafka.records import Incoming
+from latent_encoder.kafka.retention import Retention
 from latent_encoder.kafka.starts import Starts
 from latent_encoder.kafka.topics import TopicWatch
 from latent_encoder.kafka.transactions import PublishInTransaction
@@ -92,6 +93,7 @@ class KafkaHandler:
         self._progress = Progress(settings, self._consumer, self._broker, self._topics, self._lanes)
         held = Holdings(self._lanes, self._publisher, self._starts, self._progress)
         self._assignment = Assignment(self._consumer, held, self._readiness, self._before_revoke)
+        self._retention = Retention(settings)
         self._add_parts()
 
     def _add_parts(self) -> None:
@@ -128,6 +130,7 @@ class KafkaHandler:
         """
         self._stages = Stages(encoder, self._events.posted(self._work.encoded), self.health)
         self._topics.start()
+        self._retention.start()
         self.health.needs([*self._stages.threads, *self._publisher.threads, *self._topics.threads])
         self.health.ready_if("model", None)
         INFO.info({"version": VERSION, **encoder.versions})
@@ -140,6 +143,7 @@ class KafkaHandler:
                 self._turn()
             return self._finish()
         finally:
+            self._retention.close()
             self._lanes.drop()
             self._settle_notes()
             self._stages.close()

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
@@ -30,6 +31,7 @@ from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.drawing import Drawn, Undrawn, read_tensors
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.files import WRITING, space_needed
+from latent_encoder.outputs.holds import hold, renewed
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.leftovers import Leftovers
 from latent_encoder.outputs.metadata import fingerprint, latent_facts, metadata_of, of_tiles
@@ -55,11 +57,12 @@ from latent_encoder.torch_threads import encode_threads
 from latent_encoder.trial import try_nodes
 from latent_encoder.vae.cache import VaeCache
 from latent_encoder.vae.encoding import encode_image
+from latent_encoder.vae.freed_memory import share_one_heap
 from latent_encoder.vae.gpu import pinned
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.model_folders import search_model_folders
 from latent_encoder.vae.precision import warn_of_slow_precision
-from models import EncodeRequest, ErrorResponse, Response, SuccessResponse, Timings
+from models import EncodeRequest, ErrorResponse, Metadata, Response, SuccessResponse, Timings
 
 log = get_logger("latent_encoder")
 
@@ -107,6 +110,7 @@ class LatentEncoder:
         """
         require_packages_for(settings.output_dir, *(settings.allowed_input_urls or ()), *(settings.allowed_output_urls or ()))
         JUDGES.start()  # it is ready when ComfyUI is
+        share_one_heap()
         torch.set_num_threads(settings.torch_num_threads or encode_threads())
         runtime = load_runtime(settings.comfyui_path, settings.device, settings.vae_precision, settings.custom_nodes)
         warn_of_slow_precision(settings.vae_precision, runtime.device)
@@ -313,6 +317,18 @@ class LatentEncoder:
         if not self._is_of(stored, *self._fingerprints_now(request, stored)):
             return None
         return success_response(request, files, stored.metadata, stored.whole)
+
+    def renewed(self, files: OutputFiles, metadata: Metadata) -> bool:
+        """Return whether stored files are still those of the metadata, and let them stay for all of OUTPUT_TTL_DAYS again.
+
+        Raises:
+            OutputDirNotWritable: another process has been writing or removing these files for long.
+        """
+        return self._settings.output_ttl_days is None or renewed(files, metadata, self._outputs)
+
+    def hold(self, response: SuccessResponse) -> BinaryIO | None:
+        """Keep the files of a response from OUTPUT_TTL_DAYS, until the returned file is closed."""
+        return None if self._settings.output_ttl_days is None else hold(response, self._outputs)
 
     def undrawn(self, request: EncodeRequest) -> Undrawn | None:
         """Return the stored latent of a request that lacks only images, which are asked for now; None if it lacks more.

@@ -28,7 +28,7 @@ from benchmarks.encode_releases import measure_releases, releases_text
 from benchmarks.encode_report import markdown, progress
 from benchmarks.encode_sides import COMFYUI as COMFYUI_SIDE
 from benchmarks.encode_sides import OURS, Workbench
-from benchmarks.encode_start import measure_start, start_once, start_text
+from benchmarks.encode_start import commands_text, measure_commands, measure_start, start_once, start_text
 from benchmarks.encode_time import measure_time, time_text
 from benchmarks.encode_trees import Tree, comfyui_version, trees_of
 from latent_encoder.telemetry.logs import configure_logging
@@ -156,7 +156,7 @@ def main(
     difference  between the latents, in float32 and in bfloat16
     releases    the trees of --comfyui-path and --comfyui, each one's own VAEEncode against ours on it, in turns
     memory      peak of a process that does the whole job
-    start       until the nodes can be called, on each tree
+    start       until the nodes can be called, on each tree; the whole command line, --help and health
     files       the time of a request beside the nodes
     others      SD-style VAE and TAESD
 
@@ -262,7 +262,8 @@ def run_memory(plan: Plan, results: Results) -> str:
 
 def run_start(plan: Plan, results: Results) -> str:
     results.start = measure_start(plan.trees, plan.folder, plan.pairs)
-    return start_text(results.start)
+    results.commands = measure_commands(plan.comfyui_path, plan.folder, plan.pairs)
+    return f"{start_text(results.start)}\n\n{commands_text(results.commands)}"
 
 
 def run_files(plan: Plan, results: Results) -> str:

@@ -6,6 +6,7 @@ its own loaded VAE.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from benchmarks.encode_diffusers import Unavailable, load_diffusers
 from benchmarks.encode_report import megapixels_text, progress
 from config import Settings
 from errors import one_line
+from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitecture
 from service import LatentEncoder
 from tests.helpers import IMAGES
 
-COMFYUI, OURS, COMPILED, DIFFUSERS = "ComfyUI", "ours", "ours, compiled", "diffusers"
+COMFYUI, OURS, COMPILED, DIFFUSERS, HALF = "ComfyUI", "ours", "ours, compiled", "diffusers", "ours, bfloat16"
 SIDES = (COMFYUI, OURS, COMPILED, DIFFUSERS)
+"""The sides in float32."""
 SETTINGS: dict[str, dict[str, Any]] = {COMFYUI: {"encoder": "stock"}, OURS: {}, COMPILED: {"compile": True}}
 
 PHOTO = IMAGES / "astronaut.png"
@@ -73,7 +76,7 @@ class Workbench:
         return scaled[:, :height, :width].contiguous()
 
     def side(self, name: str, vae: str = FULL_SIZE_VAE) -> Side:
-        """Return one of `SIDES` with one of the VAEs.
+        """Return one of `SIDES`, or `HALF`, with one of the VAEs.
 
         Raises:
             Unavailable: it cannot run here.
@@ -82,7 +85,8 @@ class Workbench:
         if key not in self._sides:
             progress(f"loading {vae} for {name}")
             try:
-                self._sides[key] = self._load_diffusers(vae) if name == DIFFUSERS else self._load(name, vae)
+                load = {DIFFUSERS: self._load_diffusers, HALF: self._load_half}.get(name)
+                self._sides[key] = load(vae) if load is not None else self._load(name, vae)
             except Unavailable as exc:
                 self._sides[key] = exc
         side = self._sides[key]
@@ -131,6 +135,22 @@ class Workbench:
 
         encode = comfyui if name == COMFYUI else ours
         return Side(name, loaded.encoder, load_s, loaded.vae.first_stage_model, encode)
+
+    def _load_half(self, vae: str) -> Side:
+        """Make our encoder in bfloat16 from ComfyUI's model: a process has one precision for VAELoader."""
+        stock = self.side(COMFYUI, vae).model
+        start = time.perf_counter()
+        try:
+            model = SingleFrameEncoder(copy.deepcopy(stock).to(torch.bfloat16))
+        except UnknownArchitecture as exc:
+            raise Unavailable(str(exc)) from exc
+        load_s = time.perf_counter() - start
+
+        def encode(pixels: Tensor) -> Tensor:
+            latent: Tensor = model(as_frame(pixels, torch.bfloat16))
+            return latent.float()
+
+        return Side(HALF, "single-frame", load_s, model, encode)
 
     def _load_diffusers(self, vae: str) -> Side:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The time from the start of a process until ComfyUI's nodes can be called, ours against ComfyUI's own."""
+"""The time from the start of a process until ComfyUI's nodes can be called, ours against ComfyUI's own; whole commands."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.encode_report import Spread, gigabytes, markdown, progress
-from benchmarks.encode_sides import COMFYUI, OURS
+from benchmarks.encode_sides import COMFYUI, OURS, PHOTO
 from benchmarks.encode_trees import Tree, TreeFailed
 from benchmarks.process_memory import peak_bytes
-from tests.helpers import PROJECT, clean_environment
+from tests.helpers import PROJECT, TINY_VAE, clean_environment
 
 READY = "ready "
 SIDES = (OURS, COMFYUI)
@@ -24,6 +24,28 @@ HEADER = (
     "of them loading ComfyUI",
     "peak memory",
 )
+
+SMALL_PICTURE = 0.0625
+"""Megapixels of the picture that the command line encodes: 256 x 256, so that the start is nearly all of the time."""
+
+UNUSED_PORT = "1"
+"""A port on which no worker responds, so that `--mode health` ends at once whatever runs on this machine."""
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Seconds of whole processes, measured in turns."""
+
+    import_torch: Spread
+    encode: Spread
+    """`main.py` that encodes one small picture with the tiny VAE."""
+    help: Spread
+    health: Spread
+
+    @property
+    def beyond_torch(self) -> Spread:
+        """Seconds of `encode` beyond those of `import torch` in the same round."""
+        return Spread(tuple(ours - torch for ours, torch in zip(self.encode.runs, self.import_torch.runs, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,52 @@ def measure_start(trees: Sequence[Tree], folder: Path, pairs: int) -> list[Start
         for (tree, side), starts in took.items():
             starts.append(start_once(side, tree, folder))
     return [Starts(tree.release, *(SideStarts.of(took[tree, side][1:]) for side in SIDES)) for tree in trees]
+
+
+def measure_commands(comfyui_path: Path, folder: Path, pairs: int) -> Commands:
+    """Run each command once unmeasured, so that all files are in memory, then in turns."""
+    main = [sys.executable, str(PROJECT / "main.py")]
+    picture = ["--image-path", str(PHOTO), "--megapixels", str(SMALL_PICTURE), "--vae-model-name", TINY_VAE, "--device", "cpu"]
+    places = ["--comfyui-path", str(comfyui_path), "--output-dir", str(folder / "commands")]
+    commands = [
+        ([sys.executable, "-c", "import torch"], 0),
+        ([*main, "--mode", "standalone", *picture, *places], 0),
+        ([*main, "--help"], 0),
+        ([*main, "--mode", "health"], 1),
+    ]
+    rounds = []
+    for n in range(pairs + 1):
+        progress(f"commands, round {n} of {pairs}")
+        rounds.append([_seconds_of(command, folder, status) for command, status in commands])
+    return Commands(*(Spread(took) for took in zip(*rounds[1:], strict=True)))
+
+
+def _seconds_of(command: Sequence[str], folder: Path, status: int) -> float:
+    """Run a command that ends with this exit status, and return its seconds.
+
+    Raises:
+        RuntimeError: it ended with another one.
+    """
+    start = time.perf_counter()
+    done = subprocess.run(  # noqa: S603  # nothing here comes from outside
+        command, cwd=folder, env={**clean_environment(), "HTTP_PORT": UNUSED_PORT}, capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode != status:
+        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-500:]}")
+    return seconds
+
+
+def commands_text(commands: Commands) -> str:
+    """Return the whole commands as a Markdown table."""
+    named = {
+        "`python -c 'import torch'`": commands.import_torch,
+        "`main.py`: one picture of 256 x 256, tiny VAE": commands.encode,
+        "... beyond `import torch`": commands.beyond_torch,
+        "`main.py --help`": commands.help,
+        "`main.py --mode health`, without a worker": commands.health,
+    }
+    return markdown(("command", "seconds"), [(name, spread.text()) for name, spread in named.items()])
 
 
 def start_once(side: str, tree: Tree, folder: Path) -> Start:

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.encode_diffusers import Unavailable
 from benchmarks.encode_flops import Flops, Gemm, count_flops
 from benchmarks.encode_report import Spread, markdown, megapixels_text, progress
-from benchmarks.encode_sides import COMFYUI, COMPILED, OURS, SIDES, Side, Workbench, as_frame
+from benchmarks.encode_sides import COMFYUI, COMPILED, HALF, OURS, SIDES, Side, Workbench, as_frame
 
 HEADER = ("side", "encoder", "seconds", "ComfyUI's / this", "this / floor", "first encode, more s", "loading the VAE, s")
 
@@ -107,7 +107,7 @@ def cpu_s_of_others() -> float:
 def _warm_up(bench: Workbench, megapixels: float) -> tuple[dict[str, float], dict[str, str]]:
     """Let each side encode once; return the seconds of each, and the reasons of those that cannot."""
     first, unavailable = {}, {}
-    for name in SIDES:
+    for name in (*SIDES, HALF):
         try:
             first[name] = bench.first(name, megapixels).seconds
         except Unavailable as exc:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
@@ -58,7 +59,29 @@ class LatentSpace(Protocol):
         """Return the VAE's latent in the scale of the diffusion model."""
 
 
-class ComfyRuntime:
+class LatentSpaces(Protocol):
+    """The latent spaces that a ComfyUI release knows."""
+
+    def latent_space(self, name: str) -> LatentSpace | None:
+        """Return a family's latent space by its class in `comfy.latent_formats`; None if this release lacks it."""
+
+
+class ImportedLatentSpaces:
+    """The latent spaces of the tree that this process has imported."""
+
+    def latent_space(self, name: str) -> LatentSpace | None:
+        """Return a family's latent space by its class in `comfy.latent_formats`; None if this release lacks it."""
+        formats = importlib.import_module("comfy.latent_formats")
+        known = getattr(formats, name, None)
+        return known() if isinstance(known, type) and issubclass(known, formats.LatentFormat) else None
+
+
+def imported_latent_spaces() -> LatentSpaces | None:
+    """Return the latent spaces if this process has imported a tree. Other threads may use it meanwhile."""
+    return ImportedLatentSpaces() if "comfy.latent_formats" in sys.modules else None
+
+
+class ComfyRuntime(ImportedLatentSpaces):
     """An imported ComfyUI tree, with its four nodes as methods.
 
     Images are float32 tensors `[1, height, width, 3]` on the CPU, in [0, 1]; bicubic scaling overshoots that range.
@@ -195,12 +218,6 @@ class ComfyRuntime:
         """The node VAEDecode, looked up on first use: a service that only encodes does not need it."""
         node_class = import_custom_nodes_minimal(self.path, ("VAEDecode",))["VAEDecode"]
         return Node("VAEDecode", node_class, ("samples", "vae"))
-
-    def latent_space(self, name: str) -> LatentSpace | None:
-        """Return a family's latent space by its class in `comfy.latent_formats`; None if this release lacks it."""
-        formats = importlib.import_module("comfy.latent_formats")
-        known = getattr(formats, name, None)
-        return known() if isinstance(known, type) and issubclass(known, formats.LatentFormat) else None
 
     def vae_folders(self, kind: str = "vae") -> list[Path]:
         """Return the folders that are searched for VAE files, in order; `kind` is ComfyUI's, `vae` or `vae_approx`."""

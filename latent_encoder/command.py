@@ -48,6 +48,7 @@ def main(ctx: click.Context, /, **given: Any) -> None:
       python main.py kafka --kafka-bootstrap-servers localhost:9092
       python main.py dlq-replay --error-code IMAGE_NOT_FOUND --dry-run
       python main.py health
+      python main.py photos --roundtrip --html sheet.html
       python main.py inspect output/latent_photo_1.pt --html
       python main.py doctor
       python main.py compare photo.jpg

@@ -22,7 +22,7 @@ import click
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
 from errors import KafkaFailed, LatentEncoderError, RequestError, SetupError, one_line, outside_cause
 from latent_encoder.access import log_missing_limits
-from latent_encoder.cli.parsing import fail
+from latent_encoder.cli.parsing import NO_FILE, fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
     EXIT_INTERRUPTED,
@@ -36,11 +36,13 @@ from latent_encoder.exits import (
 from latent_encoder.importing import explained_imports, require_packages
 from latent_encoder.masking import masked
 from latent_encoder.requests import request_id_of
+from latent_encoder.storage.locations import is_url
 from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_exceptions
 from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, show_progress, stdout_on_stderr
 from models import ErrorResponse
 
 if TYPE_CHECKING:
+    from latent_encoder.contact_sheet.of_run import RunSheet
     from latent_encoder.kafka.replay import Selection
     from latent_encoder.standalone.inputs import ImageSelection
 
@@ -51,16 +53,21 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     """Run standalone mode. `given` are the command line's options, None for each that it leaves out."""
     _require_packages("standalone")
     with _imports_explained():
+        from latent_encoder.contact_sheet.place import SheetRefused
         from latent_encoder.standalone import run as standalone
         from latent_encoder.standalone.early_checks import check_run
         from latent_encoder.standalone.inputs import UnusableInputs
 
     selection = _selected_images(given)
     fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
-    options = standalone.RunOptions(**{name: given[name] for name in ("force", "fail_fast", "workers", "quiet", "as_json")})
+    sheet = _sheet_of_run(settings, given)
+    names = ("force", "fail_fast", "workers", "quiet", "as_json")
+    options = standalone.RunOptions(**{name: given[name] for name in names}, sheet=sheet)
     try:
         check_run(settings, selection, fields)
         return standalone.run(settings, selection, fields, options, style)
+    except SheetRefused as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
     except RequestError as exc:
         _refuse_run(exc, selection, fields, as_json=given["as_json"])
     except UnusableInputs as exc:
@@ -70,6 +77,21 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     except standalone.OutputFailed as exc:
         complain(f"Error: {exc}")
         end_at_once(EXIT_SERVICE_FAILED)
+
+
+def _sheet_of_run(settings: Settings, given: Mapping[str, Any]) -> RunSheet | None:
+    """Return the contact sheet that `--html FILE` asks for."""
+    if given["html"] is None:
+        return None
+    if given["html"] == NO_FILE:
+        raise click.UsageError("--html needs the name of the contact sheet, which ends in .html: --html sheet.html")
+    from latent_encoder.contact_sheet.of_run import RunSheet
+    from latent_encoder.contact_sheet.place import SheetRefused
+
+    try:
+        return RunSheet(settings, _place_of_sheet(given["html"]), workers=given["workers"])
+    except SheetRefused as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
 
 
 def _refuse_run(error: RequestError, selection: ImageSelection, fields: Mapping[str, Any], *, as_json: bool) -> NoReturn:
@@ -99,6 +121,12 @@ def _imports_explained() -> Iterator[None]:
             yield
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
+
+
+def _place_of_sheet(html: str) -> Path:
+    if is_url(html):
+        raise click.UsageError(f"--html {html}: the contact sheet is a file on this machine.")
+    return Path(html)
 
 
 def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
@@ -242,10 +270,23 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
     with _imports_explained():
         from latent_encoder import inspection
 
+    paths, html, as_json = given["paths"], given["html"], given["as_json"]
     try:
-        return inspection.run(settings, given["paths"], html=given["html"], as_json=given["as_json"], echo=click.echo)
+        if html:
+            return _sheet_of_latents(settings, paths, _place_of_sheet(html), as_json=as_json)
+        return inspection.run(settings, paths, html=html == NO_FILE, as_json=as_json, echo=click.echo)
     except OSError as exc:
         fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
+
+
+def _sheet_of_latents(settings: Settings, paths: Sequence[str], place: Path, *, as_json: bool) -> int:
+    from latent_encoder.contact_sheet import of_latents
+    from latent_encoder.contact_sheet.place import SheetRefused
+
+    try:
+        return of_latents.run(settings, paths, place, as_json=as_json, echo=click.echo)
+    except SheetRefused as exc:
+        fail(str(exc), EXIT_WRONG_USAGE)
 
 
 def compare(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> int:

@@ -6,17 +6,19 @@ import threading
 import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
 
 import torch
 
 from errors import RequestCrashesWorker
+from latent_encoder.access import place_of
 from latent_encoder.outputs.drawing import Drawn, Undrawn, draw
 from latent_encoder.outputs.encoded import Encoded, Prepared
+from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
 from latent_encoder.torch_threads import set_torch_threads
-from latent_encoder.vae.encoders import give_back_freed_memory
+from latent_encoder.vae.freed_memory import give_back_freed_memory
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
 
@@ -31,6 +33,8 @@ class Job(Protocol):
     """The encode has begun. Set by the stages."""
     redelivered: bool
     """The response was made from the files of an earlier one. Set by the stages."""
+    held: BinaryIO | None
+    """An open file that keeps the files of the response, for the owner to close. Set by the stages for a Kafka record."""
 
     @property
     def request(self) -> EncodeRequest | None: ...
@@ -161,20 +165,34 @@ class Stages(Generic[J]):
             if not isinstance(result, SuccessResponse):
                 self._stages[number + 1].inbox.put((job, result))
                 return False
+            self._hold(job, result)
             self._report(job, result)
         return True
+
+    def _hold(self, job: J, response: SuccessResponse) -> None:
+        """Keep the files of a record's response until the job ends, which may be long after, if the broker is away."""
+        if job.origin is None:
+            return
+        job.held = self._encoder.hold(response)
+        if job.dropped and job.held is not None:  # meanwhile, in the owner's thread
+            job.held.close()
 
     def _prepare(self, job: J, request: Any) -> Prepared | Undrawn | SuccessResponse:
         """Prepare the encode, or return the stored response of a request that came before, or its latent for more images."""
         request = self._encoder.settled(request)
         stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
+        if stored is not None and not self._encoder.renewed(
+            OutputFiles.of(place_of(stored.latent_file_path)), stored.metadata
+        ):
+            stored = None
         if stored is None and job.condemned:
             raise RequestCrashesWorker(
                 "Every worker that began this request died or hung before it ended. Look for the cause in the workers' logs: "
                 "most often memory runs out. Ask for fewer megapixels or give the workers more memory."
             )
         job.redelivered = stored is not None
-        if stored is None and self._reuse and (undrawn := self._encoder.undrawn(request)):
+        undrawn = self._encoder.undrawn(request) if stored is None and self._reuse else None
+        if undrawn is not None and self._encoder.renewed(undrawn.stored.files, undrawn.stored.metadata):
             return undrawn
         return stored or self._encoder.prepare(request, job.origin)
 

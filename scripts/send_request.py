@@ -191,16 +191,24 @@ def responses_to(keys: set[bytes], consumer: Consumer, connection: BrokerState, 
         KafkaFailed: the responses cannot be read.
     """
     while keys and time.monotonic() < deadline:
-        message = consumer.poll(min(POLL_S, max(0.0, deadline - time.monotonic())))
-        connection.check()
-        if message is None:
-            continue
-        error = message.error()
-        if error is not None:
-            raise kafka_failed("Cannot read the responses", error)
-        if message.key() in keys:
+        message = receive(consumer, connection, min(POLL_S, max(0.0, deadline - time.monotonic())))
+        if message is not None and message.key() in keys:
             keys.discard(message.key() or b"")
             yield json.loads(message.value() or b"")
+
+
+def receive(consumer: Consumer, connection: BrokerState, timeout: float) -> Message | None:
+    """Return the next record of the responses, or None if none comes within `timeout` seconds.
+
+    Raises:
+        KafkaFailed: the responses cannot be read.
+    """
+    message = consumer.poll(timeout)
+    connection.check()
+    error = message.error() if message is not None else None
+    if error is not None:
+        raise kafka_failed("Cannot read the responses", error)
+    return message
 
 
 def key_of(request: dict[str, Any]) -> bytes:

@@ -29,7 +29,12 @@ INTRODUCTION = """\
 
 <!-- Written by scripts/write_families.py. -->
 
-A VAE is recognised by the names and shapes of its tensors. If several families have the same tensors, the file's name decides.
+```bash
+VAE_MODEL_NAME=tiny_qwen_vae.safetensors .venv/bin/python main.py doctor
+```
+
+lists the VAE files in your model folders, each with its family, and tries the one that is named. A VAE is recognised by the
+names and shapes of its tensors. If several families have the same tensors, the file's name decides.
 
 - **latent space**: the value of `latent_space` in the metadata, the name of ComfyUI's class in `comfy.latent_formats`.
 - **0.3.75**, **0.33**: whether this ComfyUI release encodes with the family.

@@ -163,6 +163,17 @@ def test_default_megapixels_are_within_the_limit(monkeypatch: pytest.MonkeyPatch
     assert load_settings({"megapixels": 0.5}).max_output_megapixels == 0.5
 
 
+@pytest.mark.parametrize("days", ["0", "-1", "inf", "nan", "soon", "40000"])
+def test_time_to_keep_files_that_cannot_be_used(days: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero does not mean off, and a time beyond a century is a mistake: only a setting that is absent keeps files for ever."""
+    assert load_settings({}).output_ttl_days is None
+    monkeypatch.setenv("OUTPUT_TTL_DAYS", "0.5")
+    assert load_settings({}).output_ttl_days == 0.5
+    monkeypatch.setenv("OUTPUT_TTL_DAYS", days)
+    with pytest.raises(SettingsError, match=r"^OUTPUT_TTL_DAYS: "):
+        load_settings({})
+
+
 def test_settings_are_frozen() -> None:
     """Settings cannot be changed once they are read."""
     with pytest.raises(ValidationError):
@@ -178,11 +189,31 @@ def shown_default(field: FieldInfo) -> str:
     return f"./{default.relative_to(PROJECT_DIR)}" if isinstance(default, Path) else str(default)
 
 
+def env_example() -> list[str]:
+    """Return the headings and entries of .env.example."""
+    return (PROJECT_DIR / ".env.example").read_text(encoding="utf-8").split("\n\n", 1)[1].strip().split("\n\n")
+
+
 def test_env_example_lists_every_variable_with_its_default_and_meaning() -> None:
-    """The file has every setting in the code's order, word for word."""
+    """The file has every setting once, word for word."""
     expected = [f"# {field.description}\n#{name.upper()}={shown_default(field)}".rstrip() for name, field in VARIABLES.items()]
-    text = (PROJECT_DIR / ".env.example").read_text(encoding="utf-8")
-    assert text.split("\n\n", 1)[1].strip().split("\n\n") == expected
+    assert sorted(entry for entry in env_example() if "\n" in entry) == sorted(expected)
+
+
+def test_env_example_begins_with_the_most_important_settings() -> None:
+    """The first group has five settings, and each setting stands below a heading."""
+    headings = [number for number, entry in enumerate(env_example()) if "\n" not in entry]
+    assert headings[:2] == [0, 6]
+    assert env_example()[0] == "# ---- Set these five first ----"
+    assert all(re.fullmatch(r"# ---- .+ ----", env_example()[number]) for number in headings)
+
+
+def test_env_example_can_be_used_as_it_is(tmp_path: Path) -> None:
+    """With every setting uncommented, a copy of the file gives the defaults."""
+    text = re.sub(r"(?m)^#(?=[A-Z_]+=)", "", (PROJECT_DIR / ".env.example").read_text(encoding="utf-8"))
+    text = re.sub(r"(?m)^ALLOWED_.*\n", "", text)  # empty ones are refused, because they could mean no limit by mistake
+    (tmp_path / ".env").write_text(text)
+    assert load_settings({"comfyui_path": PROJECT_DIR / "comfyui"}) == Settings(_env_file=None)
 
 
 def test_table_of_the_documentation_is_the_code() -> None:

@@ -119,7 +119,7 @@ def test_file_of_a_secret_may_be_in_the_home_folder(home: Path, monkeypatch: pyt
 def test_every_option_of_a_path_expands_it(home: Path) -> None:
     """Each option that shows a file or a folder in its help takes `~`."""
     paths = [param for param in main.params if param.metavar in ("DIR", "FILE", "PATH...", "[PATH]...")]
-    assert len(paths) == 6
+    assert len(paths) == 7
     assert all(isinstance(param.type, FilePath) for param in paths)
     assert FilePath().convert("~/x", None, None) == f"{home}/x"
 

@@ -12,7 +12,7 @@ from cloup.constraints import mutually_exclusive
 from config import VERSION, Settings
 from errors import ErrorCode
 from latent_encoder.cli.completion import PROG_NAME, SHELLS, Commands, OneOf, files, folders, normalised, script, vae_names
-from latent_encoder.cli.parsing import MODES, Choice, FilePath, Group, ManyValues, ModeArgument
+from latent_encoder.cli.parsing import MODES, Choice, FilePath, Group, ManyValues, ModeArgument, OptionalPage
 from latent_encoder.kafka.places import Places
 from models import Alpha, FileFormat, Fit, UpscaleMethod
 
@@ -74,7 +74,7 @@ MODELS = Group("Models and device", "standalone", "kafka", "inspect", "doctor", 
 KAFKA = Group("Kafka", "kafka", "dlq-replay", "doctor")
 HEALTH = Group("Health and metrics", "kafka", "health", "doctor")
 DEAD_LETTERS = Group("Dead letters", "dlq-replay")
-PAGE = Group("Latent files", "inspect")
+PAGE = Group("Pages", "standalone", "inspect")
 REPORT = Group("Reports", "standalone", "inspect", "doctor", "compare")
 OUTPUT = Group("Output and logs")
 
@@ -217,7 +217,14 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         shell_complete=folders,
         help="Measure the encoder of this ComfyUI tree too.",
     ),
-    PAGE.option("--html", is_flag=True, help="Write one page with images and histograms."),
+    PAGE.option(
+        "--html",
+        cls=OptionalPage,
+        metavar="[FILE.html]",
+        shell_complete=files,
+        help="Write a contact sheet: one page with all images and their latents. In inspect mode without FILE.html: a page "
+        "for each latent.",
+    ),
     REPORT.option("--json", "as_json", is_flag=True, help="Print JSON instead of text, on a terminal too."),
     OUTPUT.option("--quiet", "-q", is_flag=True, help="Errors only: no progress bar, no summary, no warnings."),
     OUTPUT.option("--verbose", "-v", is_flag=True, help="Log each step, as text."),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import has_magic
@@ -25,6 +26,11 @@ from latent_encoder.masking import masked
 from latent_encoder.suggestions import closest
 from latent_encoder.terminal import complain, drop_unwritten, forced_colours, open_closed_streams
 from latent_encoder.user_paths import expanded_file
+
+NO_FILE = ""
+"""The value of an `OptionalPage` without one."""
+
+PAGE_ENDING = ".html"
 
 MODES: tuple[str, ...] = get_args(Settings.model_fields["mode"].annotation)
 
@@ -49,6 +55,13 @@ class ManyValues(cloup.Option):
         if any(value.startswith("-") for value in values):
             raise click.BadOptionUsage(self.opts[0], f"Option {self.opts[0]!r} requires an argument.", ctx)
         return values
+
+
+class OptionalPage(cloup.Option):
+    """An option whose value may be left out: the next word is its value only if it ends in `.html`."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, type=FilePath(), is_flag=False, flag_value=NO_FILE, **attributes)
 
 
 class ModeArgument(cloup.Argument):
@@ -101,7 +114,8 @@ class Command(cloup.Command):
         ctx.color = forced_colours()
         repeated = [name for param in self.params if isinstance(param, ManyValues) for name in param.opts]
         with _wrong_usage_shown():
-            rest = super().parse_args(ctx, spread(args, repeated))
+            pages = [name for param in self.params if isinstance(param, OptionalPage) for name in param.opts]
+            rest = super().parse_args(ctx, joined(spread(args, repeated), pages))
         take_command(ctx)
         return rest
 
@@ -137,6 +151,21 @@ def spread(args: Sequence[str], repeated: Sequence[str]) -> list[str]:
         elif option is not None and words[-1] is not option:
             words.append(option)
         words.append(arg)
+    return words
+
+
+def joined(args: Sequence[str], optional: Sequence[str]) -> list[str]:
+    """Join each option in `optional` with its value: `--html a.html` becomes `--html=a.html`, `--html a.pt` `--html= a.pt`."""
+    words: list[str] = []
+    rest = deque(args)
+    while rest:
+        word = rest.popleft()
+        if word == "--":
+            return [*words, word, *rest]
+        if normalised(word) in optional:
+            taken = bool(rest) and rest[0].endswith(PAGE_ENDING) and not rest[0].startswith("-")
+            word = f"{word}={rest.popleft() if taken else NO_FILE}"
+        words.append(word)
     return words
 
 

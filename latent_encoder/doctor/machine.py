@@ -10,8 +10,8 @@ import psutil
 from latent_encoder.container import CGROUP_LIMIT, memory_limit
 from latent_encoder.doctor.check import Check, Installation, tick, warning
 
-PEAK_AT_MEGAPIXELS, PEAK_GB = (1.0, 4.0, 16.0), (1.4, 1.9, 4.4)
-"""Peak memory of an encode with the full-size VAE in float32 on a CPU, measured: docs/encode_benchmark.png has the curve."""
+PEAK_AT_MEGAPIXELS, PEAK_GB = (1.0, 4.0, 16.0), (1.2, 1.4, 2.5)
+"""Peak memory of an encode with the full-size VAE in float32 on a CPU, measured: see docs/encoder.md."""
 
 
 def check_memory(installation: Installation) -> Iterator[Check]:

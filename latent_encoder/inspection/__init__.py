@@ -76,16 +76,20 @@ class Inspector:
         try:
             inspection = inspect_latent(path)
         except LatentUnreadable as exc:
+            hint = " --html sheet.html writes a contact sheet of the latents in a folder." if path.is_dir() else ""
             if self._as_json:
-                self._echo(unreadable_as_json(path, str(exc)))
-            _complain("Error", str(exc))
+                self._echo(unreadable_as_json(path, f"{exc}{hint}"))
+            _complain("Error", f"{exc}{hint}")
             return False
         preview = self._preview(inspection)
         page, page_problem = self._page(inspection) if self._html else (None, None)
         shown = json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n"
-        self._echo(encodable(shown, sys.stdout.encoding))  # a name may have letters that the terminal's encoding lacks
+        shown = encodable(shown, sys.stdout.encoding)  # a name may have letters that the terminal's encoding lacks
         if self._draws:
+            name, _, shown = shown.partition("\n")
+            self._echo(name)
             self._draw(inspection)
+        self._echo(shown)
         problems = [*inspection.problems, *([page_problem] if page_problem else [])]
         for problem in problems:
             _complain("Error", f"{path}: {problem}")

@@ -11,7 +11,7 @@ import torch
 from config import Settings
 from errors import EncodingFailed, ImageInvalid, ImageNotFound, SetupError
 from latent_encoder.access import ANYWHERE
-from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
+from latent_encoder.comfy_runtime import LatentSpaces, imported_latent_spaces, load_runtime
 from latent_encoder.geometry import Box, Size, latent_crop
 from latent_encoder.images.source import ImageLimits, read_image
 from latent_encoder.inspection.findings import Inspection
@@ -27,8 +27,10 @@ USUAL_FACTOR = 8
 class Painter:
     """The maker of images of latents. The first image loads ComfyUI; if that fails, there are no images."""
 
-    def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, warn: Callable[[str], None], *, beside_encodes: bool = False) -> None:
+        """With `beside_encodes`, a ComfyUI that other threads have loaded and use is taken as it is."""
         self._settings = settings
+        self._beside_encodes = beside_encodes
         # A preview has two images beside each other.
         self._limits = ImageLimits(ANYWHERE, 2 * settings.max_image_bytes, 2 * settings.max_image_pixels)
         self._warn = warn
@@ -60,7 +62,9 @@ class Painter:
         return latent_image(self._runtime, inspection.latent[:1].float(), inspection.space.name)
 
     @cached_property
-    def _runtime(self) -> ComfyRuntime | None:
+    def _runtime(self) -> LatentSpaces | None:
+        if self._beside_encodes and (imported := imported_latent_spaces()):
+            return imported
         try:
             return load_runtime(self._settings.comfyui_path, self._settings.device, self._settings.vae_precision)
         except SetupError as exc:

@@ -45,19 +45,25 @@ class Histogram:
     alt: str
 
 
-def as_page(inspection: Inspection, painter: Painter) -> str:
-    """Return the page. Markup in metadata and names is escaped."""
+def templates(*folders: Path) -> Environment:
+    """Return the templates in these folders. They escape markup."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(number=number_text, printable=printable)
+    return environment
+
+
+def as_page(inspection: Inspection, painter: Painter) -> str:
+    """Return the page. Markup in metadata and names is escaped."""
     low, high = value_range(inspection.latent)
     image = inspection.metadata.image_path if inspection.metadata else None
-    return environment.get_template("page.html").render(
+    template = templates(Path(__file__).parent).get_template("page.html")
+    return template.render(
         found=inspection,
         mark=HTML_MARK,
         image=printable(image or ""),

@@ -105,6 +105,8 @@ def is_whole(file: Path, wanted: HubFile) -> bool:
 
 
 def main() -> None:
+    if len(sys.argv) < 2:  # the script and its argument
+        sys.exit("Usage: python latent_encoder/installer/download_vae.py DEST_FOLDER")
     try:
         file = download(QWEN_IMAGE_VAE, Path(sys.argv[1]))
     except DownloadError as exc:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from errors import RequestError
 from latent_encoder.kafka.records import Incoming, Outgoing, Sender
@@ -61,7 +61,7 @@ _LEADS_TO = {
 class RecordJob:
     """A request that this worker holds, from its record to the acknowledged response.
 
-    Only the thread that polls changes the state. The stages set `encoding` and `redelivered`.
+    Only the thread that polls changes the state. The stages set `encoding`, `redelivered` and `held`.
     """
 
     record: Incoming
@@ -93,6 +93,8 @@ class RecordJob:
     """The encode of this attempt has begun, so finishing it costs less than a new delivery."""
     redelivered: bool = False
     """The response was made from the files of an earlier one."""
+    held: BinaryIO | None = None
+    """An open file that keeps the files of the response from OUTPUT_TTL_DAYS; None without that setting."""
     result: SuccessResponse | RequestError | None = None
     """The final result; None before FINISHED."""
     records: tuple[Outgoing, ...] = ()
@@ -191,3 +193,5 @@ class RecordJob:
     def _enter(self, state: State) -> None:
         assert state in _LEADS_TO[self.state], f"a job that is {self.state.name} cannot become {state.name}"
         self.state = state
+        if not _LEADS_TO[state] and self.held is not None:
+            self.held.close()

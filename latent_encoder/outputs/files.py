@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -95,11 +95,16 @@ class StagedFiles:
 
     def add(self, final: str, data: bytes) -> None:
         """Write a file whose name will be `final`."""
+        self.add_parts(final, (data,))
+
+    def add_parts(self, final: str, parts: Iterable[bytes]) -> None:
+        """Write a file whose name will be `final`, part by part as they are made."""
         with reported(self._folder.path):
             temporary, file = create_temporary(self._folder)
             self._open.append(file)  # other processes take it for abandoned as soon as it is closed
             self._staged.append((temporary, final))
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             flush(file.fileno())
 

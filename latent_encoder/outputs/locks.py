@@ -37,8 +37,8 @@ POLL_S = 0.01
 
 
 @contextmanager
-def name_lock(folder: OutputFolder, name: str, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Hold the lock of a name in the folder as long as the context lasts.
+def name_lock(folder: OutputFolder, name: str, wait_s: float = WAIT_S) -> Iterator[int]:
+    """Hold the lock of a name in the folder as long as the context lasts, and yield its open file.
 
     Raises:
         OutputDirNotWritable: another process holds it for longer than `wait_s`.
@@ -52,7 +52,7 @@ def name_lock(folder: OutputFolder, name: str, wait_s: float = WAIT_S) -> Iterat
             "end that process if it was stopped)"
         )
     try:
-        yield
+        yield descriptor
     finally:
         with suppress(OSError):
             folder.remove(file)

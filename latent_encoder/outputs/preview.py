@@ -1,7 +1,8 @@
 """The preview: the latent as an image, one pixel for each cell, as ComfyUI shows it while it samples.
 
 For most families ComfyUI knows the red, green and blue of each channel. These factors are for latents as the diffusion model
-sees them. A VAE's latent becomes one when the family's mean and deviation, or its scaling, are applied.
+sees them. A VAE's latent becomes one when the family's mean and deviation, or its scaling, are applied. The colours of each
+latent are stretched together: hues stay, and shapes are seen in a pale or dark image too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latent_encoder.comfy_runtime import ComfyRuntime, LatentSpace
+from latent_encoder.comfy_runtime import ComfyRuntime, LatentSpace, LatentSpaces
 from latent_encoder.geometry import Box, cropped
 from latent_encoder.outputs.encoded import Encoded
 from latent_encoder.outputs.png import png_bytes
@@ -18,6 +19,9 @@ from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.vae.loaded_vae import LoadedVae
 
 log = get_logger("latent_encoder")
+
+DARKEST = 0.01  # the part of an image's values that may become 0, and 1: single cells at edges would decide otherwise
+MOST_STRETCH = 4.0  # the noise of an even area, 1 % of the range as a rule, stays under 5 %
 
 DEVIATIONS_SHOWN = 3  # to either side of the middle grey: 99.7 % of normally distributed values are not clipped
 
@@ -33,7 +37,7 @@ def preview_of(runtime: ComfyRuntime, vae: LoadedVae, latent: Tensor, scaled: Te
     return png_bytes(preview_image(shown, scaled, crop, vae.cells.factor))
 
 
-def latent_image(runtime: ComfyRuntime, latent: Tensor, latent_space: str | None) -> Tensor:
+def latent_image(runtime: LatentSpaces, latent: Tensor, latent_space: str | None) -> Tensor:
     """Return a latent as an image: float32 `[1, height, width, 3]` in [0, 1], one pixel a cell (FLUX.2: four).
 
     `latent` is float32 `[1, channels, height, width]`, as the VAE gives it; values that are not finite count as 0.
@@ -45,10 +49,21 @@ def latent_image(runtime: ComfyRuntime, latent: Tensor, latent_space: str | None
     if known is None or known.latent_rgb_factors is None or known.latent_channels != latent.shape[1]:
         log.warning("the preview has no true colours", latent_space=latent_space, channels=latent.shape[1])
         return _principal_components(latent)
-    return _in_colours(latent, known)
+    return stretched(comfyui_colours(latent, known))
 
 
-def _in_colours(latent: Tensor, known: LatentSpace) -> Tensor:
+def stretched(image: Tensor) -> Tensor:
+    """Return an image whose values fill [0, 1], except for the lowest and the highest in a hundred, which are clipped.
+
+    All colours get the same factor. It is `MOST_STRETCH` at most, so that an almost even image stays one and keeps its colour.
+    """
+    low, high = image.quantile(DARKEST).item(), image.quantile(1 - DARKEST).item()
+    middle, share = (low + high) / 2, min((high - low) * MOST_STRETCH, 1)
+    factor = 1 / max(high - low, 1 / MOST_STRETCH)
+    return ((image - middle) * factor + share * 0.5 + (1 - share) * middle).clamp(0, 1)
+
+
+def comfyui_colours(latent: Tensor, known: LatentSpace) -> Tensor:
     """Return the image by ComfyUI's own factors, as its `Latent2RGBPreviewer` makes it from a sampler's latents."""
     seen = known.process_in(latent.unsqueeze(2) if known.latent_dimensions == 3 else latent)
     if reshape := getattr(known, "latent_rgb_factors_reshape", None):  # older releases lack it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import BinaryIO
 
 from config import Settings
 from errors import UnexpectedError, as_request_error
@@ -37,6 +38,7 @@ class ImageJob:
     stopping: threading.Event
     encoding: bool = False
     redelivered: bool = False
+    held: BinaryIO | None = None
     span: None = None
     origin: None = None
     condemned: bool = False

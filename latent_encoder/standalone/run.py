@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from config import Settings
 from errors import LatentEncoderError, in_utf8
@@ -19,7 +19,7 @@ from latent_encoder.standalone import last_words
 from latent_encoder.standalone.display import Display, display_for
 from latent_encoder.standalone.folders import shown_counts
 from latent_encoder.standalone.inputs import ImageSelection, Inputs, inputs_of
-from latent_encoder.standalone.ordering import Batch, Engine, Report
+from latent_encoder.standalone.ordering import Batch, Engine, Outcome, Report
 from latent_encoder.standalone.progress import Progress
 from latent_encoder.standalone.tally import HIDING, RunTally
 from latent_encoder.telemetry.logs import LogStyle, get_logger
@@ -32,6 +32,19 @@ log = get_logger("latent_encoder")
 
 class OutputFailed(LatentEncoderError):
     """Standard output takes no more responses."""
+
+
+class Sheet(Protocol):
+    """A page that collects the outcomes of a run."""
+
+    def expect(self, total: int | None) -> None:
+        """Take the number of images of the run; None if it is not known."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Add the outcome of one image."""
+
+    def write(self, *, interrupted: bool) -> bool:
+        """Write the page with the outcomes so far, and return whether that worked; if not, a line reports it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ class RunOptions:
     """Show neither progress nor summary."""
     as_json: bool = False
     """Write JSON even if standard output is a terminal."""
+    sheet: Sheet | None = None
+    """The contact sheet to write."""
 
 
 class Run:
@@ -73,6 +88,7 @@ class Run:
         self._display = display
         self._tally = RunTally()
         self._stopped_by: int | None = None
+        self._sheet_failed = False
         self._batch = Batch(inputs.items, self._make_engine, self._ready)
 
     def run(self, stdout: int) -> int:
@@ -85,17 +101,30 @@ class Run:
         for folder, reason in self._inputs.unreadable.items():
             log.error("folder cannot be read, its images are left out", folder=in_utf8(folder), reason=reason)
         with self._stopping_on_signals():
-            with self._progress:
+            with self._sheet_at_the_end(), self._progress:
                 for outcome in self._batch.outcomes():
                     self._tally.add(outcome)
                     self._write(stdout, self._display.outcome(outcome))
+                    if self._options.sheet is not None:
+                        self._options.sheet.add(outcome)
                     self._progress.advance(self._tally.failures)
                     if self._tally.failures and self._options.fail_fast:
                         self._batch.stop()
             self._end(stdout)
         if self._stopped_by is not None:
             _end_interrupted(self._stopped_by, self._last_words)
-        return EXIT_ERROR_RESPONSE if self._tally.failures or self._inputs.unreadable else 0
+        return EXIT_ERROR_RESPONSE if self._tally.failures or self._inputs.unreadable or self._sheet_failed else 0
+
+    @contextmanager
+    def _sheet_at_the_end(self) -> Iterator[None]:
+        """Write the contact sheet, if there is one, of all outcomes inside, even if the run ends early."""
+        sheet = self._options.sheet
+        if sheet is not None:
+            sheet.expect(self._inputs.total)
+        try:
+            yield
+        finally:
+            self._sheet_failed = sheet is not None and not sheet.write(interrupted=self._stopped_by is not None)
 
     def _make_engine(self, report: Report) -> Engine:
         # Imported here, so that --help and wrong usage do not wait for torch.

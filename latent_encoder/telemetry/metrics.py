@@ -60,6 +60,8 @@ IMAGE_NOTES = Counter(
     "Requests that were encoded with this note, for example alpha_dropped: colours under transparency were encoded.",
     ["note"],
 )
+EXPIRED_SETS = Counter("latent_encoder_expired_sets", "Sets of output files that were removed after OUTPUT_TTL_DAYS.")
+EXPIRED_BYTES = Counter("latent_encoder_expired_bytes", "Bytes of the output files that were removed after OUTPUT_TTL_DAYS.")
 VAE_CACHE = Counter("latent_encoder_vae_cache", "Uses of a VAE that was loaded (hit) or had to be loaded (miss).", ["result"])
 
 # Every label is known from the start, so that Prometheus sees its counter grow from zero.

@@ -47,4 +47,4 @@ def attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if queries.device.type != "cpu":
         return functional.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None])[0, 0]
     scores = linear(queries / math.sqrt(queries.shape[1]), keys)
-    return linear(torch.softmax(scores, dim=-1), values.t())
+    return linear(torch.softmax(scores, dim=-1, out=scores), values.t())

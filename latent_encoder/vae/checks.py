@@ -16,7 +16,7 @@ import torch
 
 from latent_encoder.comfy_runtime import Vae
 from latent_encoder.vae.contents import GET_PLAIN, quantised, shortened
-from latent_encoder.vae.encoders import DECODER_PARTS
+from latent_encoder.vae.encoders import DECODER_PARTS, WITHOUT_DECODER
 
 LOADING = threading.Lock()
 """Serialises loads, because `Module.load_state_dict` is patched for the whole process during one."""
@@ -54,8 +54,10 @@ class Load(NamedTuple):
 
 
 @contextmanager
-def recorded_loads() -> Iterator[dict[int, Load]]:
+def recorded_loads(*, decodes: bool = True) -> Iterator[dict[int, Load]]:
     """Record every `load_state_dict` inside, by the `id` of the module that was loaded.
+
+    Unless the VAE `decodes` later, the values of its decoder are not read: they take more memory than the encoder's.
 
     ComfyUI only logs missing tensors. torch has no hook for the loads of all modules, so the method itself is replaced inside.
     A load in another thread is recorded too, without harm.
@@ -64,7 +66,9 @@ def recorded_loads() -> Iterator[dict[int, Load]]:
 
     def recording(module: torch.nn.Module, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         dtypes = {name: tensor.dtype for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-        result = original(module, state, *args, **kwargs)
+        skipped = frozenset() if decodes else _of_the_decoder(module, state)
+        result = original(module, {name: state[name] for name in state if name not in skipped}, *args, **kwargs)
+        result.missing_keys[:] = [name for name in result.missing_keys if name not in skipped]
         loads[id(module)] = Load(list(result.missing_keys), list(result.unexpected_keys), dtypes)
         return result
 
@@ -75,6 +79,14 @@ def recorded_loads() -> Iterator[dict[int, Load]]:
             yield loads
         finally:
             torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+def _of_the_decoder(module: torch.nn.Module, state: Mapping[str, Any]) -> frozenset[str]:
+    """Return the tensors that only decoding uses. One of another shape than the module's is none of them: torch refuses it."""
+    if type(module).__name__ not in WITHOUT_DECODER:
+        return frozenset()
+    own = {name: tensor.shape for name, tensor in module.state_dict().items() if name.startswith(DECODER_PARTS)}
+    return frozenset(name for name, shape in own.items() if name in state and state[name].shape == shape)
 
 
 def fault(vae: Vae, loads: Mapping[int, Load], *, decodes: bool) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.vae.freed_memory import give_back_freed_memory
 from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitecture
 
 log = get_logger("latent_encoder")
@@ -57,7 +57,7 @@ def prepare_for_encoding(model: nn.Module, name: str, *, target: torch.device, c
     if chosen.single_frame is not None:
         drop_weights(model, ENCODER_PARTS if decodes else ("",))
         model.single_frame = chosen.single_frame
-    give_back_freed_memory()
+    give_back_freed_memory()  # half of the memory that loading a VAE took
     return chosen
 
 
@@ -100,9 +100,3 @@ def drop_weights(model: nn.Module, prefixes: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes):
             parameter.data = parameter.new_empty(0)
-
-
-def give_back_freed_memory() -> None:
-    """Let the C library return freed memory to the system: half of the memory that loading a VAE took, which it would keep."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
-        trim(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,8 @@ def encode_with(
     size = Size(width=pixels.shape[2], height=pixels.shape[1])
     whole = latent_crop(size, int(vae.spacial_compression_encode())).size if getattr(vae, "crop_input", True) else size
     model: Any = vae.first_stage_model
-    with ENCODING, watched(model, single_frame or model.encode, whole, oom_policy) as watch:
+    encode = model.encode if single_frame is None else partial(single_frame, free=True)
+    with ENCODING, watched(model, encode, whole, oom_policy) as watch:
         samples = runtime.encode(vae, pixels)
     return Encoding(samples, watch.tiled, watch.seen or whole, _kind(single_frame))
 

@@ -55,7 +55,7 @@ def load_vae(runtime: ComfyRuntime, name: str, files: Sequence[Path], settings: 
         EncodingFailed: memory ran out.
     """
     refusal = _refusal(name, files)
-    with _refused(name, files), recorded_loads() as loads:
+    with _refused(name, files), recorded_loads(decodes=settings.roundtrip) as loads:
         family = family_of(_shapes(files), name)
         sha256 = _sha256(files)
         vae = _loaded(runtime, name, files, family)

@@ -1,11 +1,11 @@
-"""A broker's process, which never outlives the process that started it."""
+"""A process, a broker's or a worker's, that never outlives the process that started it."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,10 @@ LOG_TAIL = 3000
 class Process:
     """A command whose output goes to the end of a file."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    ) -> None:
+        """Start the command, by default with the environment and the working folder of this process."""
         self.log = log
         with log.open("ab") as output:
             self._supervisor = subprocess.Popen(
@@ -29,8 +32,15 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=folder,
                 start_new_session=True,  # Ctrl-C reaches only this process, which stops the broker when nothing needs it
             )
+
+    @property
+    def status(self) -> int | None:
+        """Exit status of the command; None while it runs."""
+        return self._supervisor.poll()
 
     def check(self) -> None:
         """Raise BrokerError with the end of its log if the process has ended."""

@@ -107,7 +107,7 @@ def test_name_that_is_not_text_is_answered(run_main: RunMain) -> None:
         (["--no-such-option"], {}, "No such option"),
         (["--megapixels", "many"], {}, "'many' is not a valid float"),
         (["--mode", "batch"], {}, "'batch' is not one of"),
-        (["--mode", "health", "stray"], {}, "[PATH]... is for --mode standalone or inspect, not for --mode health."),
+        (["--mode", "health", "stray"], {}, "[PATH]... is for --mode standalone, inspect or compare, not for --mode health."),
         (["--image_path", "x.png"], {"MEGAPIXELS": "17"}, "MEGAPIXELS: Input should be less than or equal to 16"),
         (["--image_path", "x.png"], {"LOG_FORMAT": "xml"}, "LOG_FORMAT: Input should be 'json' or 'text'"),
         (["--image_path", "x.png", "--log-level", "loud"], {}, "LOG_LEVEL: Input should be 'DEBUG'"),

@@ -16,7 +16,8 @@ from config import Settings
 from latent_encoder.comparison.report import Comparison, as_json, as_text
 from latent_encoder.comparison.sides import Facts, Result, Side
 from models import EncodeRequest
-from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, RunMain, clean_environment
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, RunMain
+from tests.terminals import PLAIN
 
 OLDER_TREE = PROJECT / "tests" / ".comfyui-0.3.52"
 PHOTO = IMAGES / "photo.jpg"
@@ -68,7 +69,7 @@ def test_table_on_a_terminal(tmp_path: Path) -> None:
         sys.executable,
         [str(PROJECT / "main.py"), *COMPARE, "--comfyui", str(OLDER_TREE), str(PHOTO)],
         cwd=str(tmp_path),
-        env=clean_environment(),
+        env=PLAIN,
         dimensions=(24, 160),
         timeout=PATIENCE_S,
         encoding="utf-8",

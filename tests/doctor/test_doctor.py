@@ -207,9 +207,9 @@ def test_memory_is_what_the_container_allows(settings: Settings, tmp_path: Path,
     monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)
     limit.write_text("1000000000\n")
     (check,) = examined(check_memory, settings)
-    assert (check.state, check.found) == (WARNING, "1.0 GB available; MEGAPIXELS=0.02 takes about 1.4 GB to encode on a CPU")
+    assert (check.state, check.found) == (WARNING, "1.0 GB available; MEGAPIXELS=0.02 takes about 1.2 GB to encode on a CPU")
     (check,) = examined(check_memory, changed(settings, megapixels=16.0))
-    assert check.found.endswith("about 4.4 GB to encode on a CPU")
+    assert check.found.endswith("about 2.5 GB to encode on a CPU")
 
 
 def test_output_folder_that_is_not_there_is_not_made(settings: Settings, tmp_path: Path) -> None:

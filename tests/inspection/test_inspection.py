@@ -413,6 +413,7 @@ def test_page_needs_nothing_from_outside(latent: Path, inspect: Inspect) -> None
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert all(image["alt"] for image in page.images)
     assert (page.seen.count("h1"), page.seen.count("svg"), page.seen.count("tbody")) == (1, 16, 3)
+    assert page.seen.index("img") < page.seen.index("table"), "the images come first"
     assert ("lang", "en") in page.attributes
 
 
@@ -486,6 +487,7 @@ def test_terminal_gets_the_picture_in_colours(latent: Path, encoded: SuccessResp
     *_, height, width = encoded.latent_shape
     rows = [line for line in shown.splitlines() if "▀" in line]
     assert [row.count("▀") for row in rows] == [width] * ((height + 1) // 2)
+    assert shown.index(latent.name) < shown.index("▀") < shown.rindex("▀") < shown.index("shape")
     assert re.search(r"\x1b\[38;2;\d+;\d+;\d+m\x1b\[48;2;\d+;\d+;\d+m▀\x1b\[0m", rows[0])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latent_encoder.geometry import Box
-from latent_encoder.outputs.preview import latent_image, preview_image
+from latent_encoder.outputs.preview import comfyui_colours, latent_image, preview_image, stretched
 from latent_encoder.releases import is_older
 from latent_encoder.vae.families import FAMILIES
 from service import LatentEncoder
@@ -50,11 +50,39 @@ def test_the_image_is_comfyuis_own_preview(encoder: LatentEncoder, latent_space:
         assert known.latent_rgb_factors is None
         return
     latent = random_latent(known.latent_channels)
-    latent_shown = latent_image(encoder.runtime, latent, latent_space)
-    assert latent_shown.dtype == torch.float32
+    colours = comfyui_colours(latent, known)
+    assert colours.dtype == torch.float32
     expected = comfyui_preview(latent, known)
     assert np.unique(expected).size > 20, "an image of few values would prove little"
-    assert np.array_equal((latent_shown[0] * 0xFF).to(torch.uint8).numpy(), expected)
+    assert np.array_equal((colours[0] * 0xFF).to(torch.uint8).numpy(), expected)
+    assert torch.equal(latent_image(encoder.runtime, latent, latent_space), stretched(colours))
+
+
+def test_colours_are_stretched_together() -> None:
+    """A pale image fills the range from dark to light; its greys stay grey, and the order of its colours stays."""
+    pale = 0.5 + 0.3 * torch.rand(1, 20, 30, 3, generator=torch.Generator().manual_seed(0))
+    pale[0, 0] = pale[0, 0, :, :1]
+    seen = stretched(pale)
+    assert (float(seen.min()), float(seen.max())) == (0, 1)
+    assert torch.equal(seen[0, 0, :, 0], seen[0, 0, :, 2])
+    assert (seen.flatten()[pale.flatten().argsort()].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.2, 1.0])
+def test_an_even_image_stays_as_it_is(value: float) -> None:
+    """Noise of 1 % is enlarged four times at most, around the colour that it had."""
+    noise = 0.01 * torch.rand(1, 20, 30, 3, generator=torch.Generator().manual_seed(0)) - 0.005
+    assert torch.equal(stretched(torch.full((1, 4, 4, 3), value)), torch.full((1, 4, 4, 3), value))
+    assert (stretched(value + noise) - value).abs().max() < 0.04
+
+
+def test_single_cells_do_not_decide(encoder: LatentEncoder) -> None:
+    """One cell with extreme values leaves the colours of the others as they are."""
+    latent = random_latent(16, 30, 30)
+    loud = latent.clone()
+    loud[0, :, 0, 0] *= 100
+    usual, seen = (latent_image(encoder.runtime, each, "Wan21") for each in (latent, loud))
+    assert (usual - seen)[0].flatten(0, 1)[1:].abs().max() < 0.05
 
 
 @pytest.mark.parametrize(("latent_space", "channels"), [("HunyuanImage21Refiner", 32), ("SeedVR2", 16), ("CogVideoX", 16)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from dotenv import dotenv_values
 
-from config import VERSION, Settings
+from config import VARIABLES, VERSION, Settings
+from latent_encoder.env_file import read_env_file
+from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
 from latent_encoder.kafka.topics import DLQ_CONFIG, topics_of
 from tests.helpers import FEWEST_FILES, OUR_FILES, PROJECT
 
@@ -102,8 +107,8 @@ def settings_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_variable_is_a_setting_and_loads(environment: dict[str, str], settings_of: Any) -> None:
     """Each variable is a setting's name in capitals, and its value is valid for that setting."""
     assert environment
-    assert [name for name in environment if name.lower() not in Settings.model_fields or name != name.upper()] == []
-    assert settings_of(environment).model_fields_set == {name.lower() for name in environment}
+    assert [name for name in environment if name.lower() not in VARIABLES or name != name.upper()] == []
+    assert settings_of(environment).model_fields_set == {name.lower() for name, value in environment.items() if value}
 
 
 def test_containers_serve_kafka(settings_of: Any) -> None:
@@ -115,9 +120,108 @@ def test_containers_serve_kafka(settings_of: Any) -> None:
     assert f"//{DEFAULTS.kafka_bootstrap_servers}" in advertised
 
 
+def compose_settings(folder: Path, env_file: str) -> dict[str, str]:
+    """Return the environment of Compose's worker beside a `.env` with that content.
+
+    Compose reads the file with the rules that python-dotenv has for quotes and comments. It expands `$NAME` too, except
+    between single quotes: the files here have no other `$`.
+    """
+    (folder / ".env").write_text(env_file)
+    given = {name: value or "" for name, value in dotenv_values(folder / ".env", interpolate=False).items()}
+
+    def expanded(value: str) -> str:
+        return re.sub(r"\$\{(\w+):-(.*?)\}", lambda part: given.get(part[1]) or part[2], value)
+
+    (entry,) = COMPOSE["services"]["latent-encoder"]["env_file"]
+    assert entry == {"path": ".env", "required": False}
+    own = COMPOSE["services"]["latent-encoder"]["environment"]
+    return given | {name: expanded(value) for name, value in own.items()}
+
+
+def test_compose_takes_every_setting_of_the_env_file(settings_of: Any, tmp_path: Path) -> None:
+    """A `.env` reaches the worker whole, except for the settings that the container decides."""
+    example = (PROJECT / ".env.example").read_text(encoding="utf-8")
+    changed = {
+        "LOG_LEVEL": "DEBUG",
+        "MEGAPIXELS": "0.5",
+        "CUSTOM_NODES": "a,b",
+        "KAFKA_MAX_RETRIES": "7",
+        "OUTPUT_TTL_DAYS": "1.5",
+        "VAE_MODEL_NAME": "'my vae $5 #1.safetensors'",
+        "KAFKA_CONSUMER_GROUP": "'a \"b\" $c ${d} # e'",
+    }
+    for name, value in changed.items():
+        example, line, rest = re.split(rf"(?m)^(#{name}=.*)$", example)
+        assert line
+        example += f"{name}={value}{rest}"
+    environment = compose_settings(tmp_path, example)
+    settings = settings_of(environment)
+    expected = {name.lower(): value.strip("'") for name, value in changed.items()}
+    shown = {name: getattr(settings, name) for name in expected} | {"custom_nodes": ",".join(settings.custom_nodes)}
+    assert {name: str(value) for name, value in shown.items()} == expected
+    ours = read_env_file(tmp_path / ".env", VARIABLES)
+    assert ours.faults == []
+    assert {name: ours.variables[name] for name in expected} == expected
+
+
+def test_settings_of_the_host_do_not_reach_composes_worker(settings_of: Any, tmp_path: Path) -> None:
+    """Folders, files, addresses and access of the host are replaced by those of the container, or by nothing."""
+    host = {
+        name.upper(): "/of/the/host" for name in VARIABLES if name.endswith(("_dir", "_dirs", "_path", "_location", "_file"))
+    }
+    host |= {"KAFKA_CLIENT_CONFIG": "/of/the/host", "KAFKA_BOOTSTRAP_SERVERS": "localhost:9092", "HTTP_HOST": "127.0.0.1"}
+    host |= {"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_MECHANISM": "PLAIN", "HTTP_PORT": "9999", "MODE": "standalone"}
+    text = "".join(f"{name}={value}\n" for name, value in host.items())
+    environment = compose_settings(tmp_path, text)
+    assert {name: value for name, value in environment.items() if value and value == host.get(name)} == {}
+    assert settings_of(environment) == settings_of(compose_settings(tmp_path, ""))
+
+
+def test_compose_downloads_the_vae_on_demand() -> None:
+    """The one-off service runs the installer's download into the folder that the worker has its models in."""
+    vae, worker = (COMPOSE["services"][name] for name in ("vae", "latent-encoder"))
+    assert (vae["profiles"], vae["image"], vae["build"]) == (["setup"], worker["image"], worker["build"])
+    assert_downloads(vae["entrypoint"])
+    ((source, target, read_only),) = ((each["source"], each["target"], each.get("read_only")) for each in vae["volumes"])
+    assert (source, target, read_only) == ("./models", worker["environment"]["MODEL_DIR"], None)
+    hardened = ("user", "read_only", "cap_drop", "security_opt")
+    assert {name: vae[name] for name in hardened} == {name: worker[name] for name in hardened}
+
+
+def test_kubernetes_downloads_the_vae() -> None:
+    """A Job runs the installer's download into the volume of the models, for the VAE that the settings name."""
+    pod = manifest("Job")["spec"]["template"]["spec"]
+    (download,) = pod["containers"]
+    assert_downloads(download["command"])
+    assert download["image"] == container()["image"]
+    assert download["securityContext"] == container()["securityContext"]
+    assert pod["securityContext"] == manifest("StatefulSet")["spec"]["template"]["spec"]["securityContext"]
+    assert download["volumeMounts"] == [{"name": "models", "mountPath": manifest("ConfigMap")["data"]["MODEL_DIR"]}]
+    (volume,) = pod["volumes"]
+    (of_workers,) = [each for each in worker_volumes() if each["name"] == "models"]
+    assert volume["persistentVolumeClaim"] == {"claimName": of_workers["persistentVolumeClaim"]["claimName"]}
+    assert manifest("ConfigMap")["data"]["VAE_MODEL_NAME"] == QWEN_IMAGE_VAE.name
+
+
+def worker_volumes() -> Any:
+    return manifest("StatefulSet")["spec"]["template"]["spec"]["volumes"]
+
+
+def assert_downloads(command: list[str]) -> None:
+    """Check that a command runs the installer's script in the image with the folder of the models."""
+    (folder,) = {words[0] for words in instructions("WORKDIR")}
+    script = Path("latent_encoder/installer/download_vae.py")
+    assert command == [f"{folder}/.venv/bin/python", f"{folder}/{script}", ENVIRONMENTS["Dockerfile"]["MODEL_DIR"]]
+    assert any(f"{script}".startswith(source) for source in copied_from_the_project() if source.endswith("/"))
+    done = subprocess.run([sys.executable, PROJECT / script], capture_output=True, text=True, cwd="/", check=False)
+    assert (done.returncode, done.stderr[:7]) == (1, "Usage: ")
+
+
 def created_topics() -> dict[str, dict[str, str]]:
     """Return the topics that Compose creates, each with its configuration."""
-    (script,) = COMPOSE["services"]["topics"]["command"]
+    service = COMPOSE["services"]["topics"]
+    (script,) = service["command"]
+    script = re.sub(r"\$\$(\w+)", lambda variable: without_shell(service["environment"][variable[1]]), script)
     calls = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("create ")]
     return {name: dict(option.split("=") for option in options if option != "--config") for name, *options in calls}
 

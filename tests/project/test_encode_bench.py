@@ -18,13 +18,23 @@ from benchmarks.encode_difference import BFLOAT16, FLOAT32, Difference, Differen
 from benchmarks.encode_diffusers import diffusers_key, scaled
 from benchmarks.encode_files import FileWork, TimedRuntime
 from benchmarks.encode_flops import Flops, attention_flops, convolution_flops, count_flops
-from benchmarks.encode_goals import NOT_MEASURED, Results, goal_rows
+from benchmarks.encode_goals import NOT_MEASURED, OTHER_VAE, Results, goal_rows
+from benchmarks.encode_others import OtherVae
 from benchmarks.encode_peers import Peer
 from benchmarks.encode_processes import Bench, Job, outcome, planned, run_process
 from benchmarks.encode_releases import ReleaseTimes, SizeReleases, measure_releases, releases_text
 from benchmarks.encode_report import Spread, gigabytes, markdown
-from benchmarks.encode_sides import COMFYUI, COMPILED, DIFFUSERS, OURS, Side
-from benchmarks.encode_start import SideStarts, Start, Starts, measure_start, start_text
+from benchmarks.encode_sides import COMFYUI, COMPILED, DIFFUSERS, HALF, OURS, Side
+from benchmarks.encode_start import (
+    Commands,
+    SideStarts,
+    Start,
+    Starts,
+    commands_text,
+    measure_commands,
+    measure_start,
+    start_text,
+)
 from benchmarks.encode_time import Run, SideTimes, SizeTimes, compile_s, side_times
 from benchmarks.encode_trees import Tree, TreeFailed, comfyui_version, trees_of
 from benchmarks.process_memory import peak_bytes
@@ -215,7 +225,7 @@ def test_time_inside_the_nodes_is_counted(encoder: LatentEncoder) -> None:
 def test_goal_without_a_measurement_says_so() -> None:
     """Without measurements of its size, each goal has a row without a figure."""
     rows = goal_rows(Results(machine={}, pairs=1, time=[size_times(4.0, [side_of(COMFYUI, 4.0), side_of(OURS, 1.0)])]))
-    assert len(rows) == 12
+    assert len(rows) == 15
     assert {measured for _, _, measured in rows} == {NOT_MEASURED}
 
 
@@ -225,7 +235,8 @@ def test_goals_are_held_against_what_was_measured() -> None:
     results = Results(
         machine={},
         pairs=1,
-        time=[size_times(size, [side_of(COMFYUI, 4.0), side_of(OURS, 1.0), side_of(COMPILED, 0.5)]) for size in (0.25, 1.0)],
+        time=[size_times(size, [side_of(COMFYUI, 4.0), side_of(OURS, 1.0), side_of(HALF, 0.5)]) for size in (0.25, 1.0)],
+        releases=[releases_of(size) for size in (0.25, 1.0)],
         difference=Differences(
             [
                 Difference(1.0, FLOAT32, OURS, "single-frame", 3e-6, 1e-6, 0.5),
@@ -241,23 +252,53 @@ def test_goals_are_held_against_what_was_measured() -> None:
             Job(COMFYUI, "stock", "full", 1.0, 1.0, 6900 * mb, "ok"),
             Job(OURS, "single-frame", "full", 16.0, 1.0, 4000 * mb, "not done in time"),
         ],
-        start=[starts_of("0.3.75", (2.0, 2.5, 3.0), (7.0,)), starts_of("0.33.0", (9.0,), (9.0,))],
+        others=[
+            OtherVae(
+                OTHER_VAE,
+                "stock",
+                1.0,
+                *(Spread((3.0,)), Spread((2.0,)), Spread((1.5,)), 1e-6),
+                *(Job(side, "stock", "kl", 1.0, 1.0, size * mb, "ok") for side, size in ((COMFYUI, 2000), (OURS, 1100))),
+            )
+        ],
+        commands=Commands(Spread((2.0, 2.5, 3.0)), Spread((3.0, 4.0, 5.0)), Spread((0.3,)), Spread((0.2,))),
         files=FileWork(1.0, "single-frame", Spread((0.9,)), Spread((0.18,)), Spread((0.08,)), Spread((0.08, 0.09, 0.1))),
     )
     assert [measured for _, _, measured in goal_rows(results)] == [
-        "4.00 (4.0 s to 1.0 s)",
-        "1.00",
-        "4.00 (4.0 s to 1.0 s)",
-        "1.00",
+        "3.00 (6.0 s to 2.0 s)",
+        "3.00 (6.0 s to 2.0 s)",
+        "2.00",
         "1.30 GB (ComfyUI's: 6.90 GB)",
         NOT_MEASURED,
         "not done in time",
         "3.0e-06",
         "0.75 (1 MP)",
         "0.50 (1 MP)",
-        "2.50 [2.00-3.00] s (ComfyUI's modules, plainly imported: 7.00 s)",
-        "90 [80-100] ms, and 80 ms to check the image",
+        "1.50 (1 MP)",
+        "0.55 (1 MP)",
+        "1.50 [1.00-2.00] s (4.00 [3.00-5.00] s)",
+        "0.30 s",
+        "0.20 s",
+        "90 [80-100] ms",
     ]
+
+
+def releases_of(megapixels: float) -> SizeReleases:
+    """Return figures of two releases, of which the second sets the goal."""
+    ours, stock = Spread((2.0,)), {"0.3.75": Spread((9.0,)), "0.33.0": Spread((6.0,))}
+    rows = [
+        ReleaseTimes(name, "single-frame", own, ours, Spread((own.median / ours.median,)), 3e-6, 4_000_000_000, 1_200_000_000)
+        for name, own in stock.items()
+    ]
+    return SizeReleases(megapixels, 512, 512, 0.0, rows)
+
+
+def test_whole_commands_are_timed(tmp_path: Path) -> None:
+    """The command line takes longer than `import torch`, which takes longer than `--help`."""
+    commands = measure_commands(TREE, tmp_path, pairs=1)
+    assert commands.help.median < commands.import_torch.median < commands.encode.median
+    assert commands.beyond_torch.median == commands.encode.median - commands.import_torch.median
+    assert "`main.py --mode health`" in commands_text(commands)
 
 
 def starts_of(release: str, ours: tuple[float, ...], comfyui: tuple[float, ...]) -> Starts:

@@ -23,6 +23,7 @@ LAYERS = """
 main
 command
 modes
+contact_sheet
 cli : standalone : kafka_handler : doctor : inspection : comparison : start_event
 stages : kafka : installer
 service

@@ -196,7 +196,7 @@ def test_single_image_is_encoded_once(run: Run, tmp_path: Path, capfd: pytest.Ca
     assert run is not None
     fields = {"output_dir": str(tmp_path / "out"), "vae_model_name": TINY_VAE, "megapixels": 0.02}
 
-    def document(**options: bool) -> Any:
+    def document(**options: Any) -> Any:
         capfd.readouterr()
         selection = ImageSelection((str(IMAGES / "grey.png"),))
         assert standalone.run(settings, selection, fields, RunOptions(**options), STYLE) == 0

@@ -18,6 +18,8 @@ from config import Settings
 from errors import ErrorCode, VaeModelInvalid
 from latent_encoder.comfy_runtime import Vae
 from latent_encoder.vae.cache import VaeCache
+from latent_encoder.vae.checks import recorded_loads
+from latent_encoder.vae.encoders import DECODER_PARTS
 from models import ErrorResponse, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import COMFYUI, PROJECT, TINY_VAE, VAE, Encode, load_latent
@@ -286,3 +288,22 @@ def test_trial_vae_is_logged_as_one(
     shutil.copy(TINY, model_dir / "another.safetensors")
     vaes.get("another.safetensors")
     assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_decoder_is_read_only_if_it_decodes(encoder: LatentEncoder) -> None:
+    """Loading for encoding alone leaves the decoder unread, reports none of it as missing, and refuses other shapes."""
+    with torch.no_grad():
+        model = encoder.runtime.load_vae(VAE).first_stage_model
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    with recorded_loads(decodes=False) as loads:
+        model.load_state_dict(state, strict=False)
+        assert list(loads[id(model)].missing) == []
+        changed = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, state[name])}
+        assert changed
+        assert not any(name.startswith(DECODER_PARTS) for name in changed)
+        name = next(name for name in state if name.startswith(DECODER_PARTS))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict({**state, name: torch.zeros(7)}, strict=False)
+    with recorded_loads():
+        model.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -6,6 +6,7 @@ import copy
 import importlib
 import shutil
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_encoder.vae import row_strips
+from latent_encoder.vae import attention, row_strips
 from latent_encoder.vae.encoders import difference
 from latent_encoder.vae.single_frame import SingleFrameEncoder, UnknownArchitecture
+from latent_encoder.vae.single_frame_layers import Attention
 from service import LatentEncoder
 from tests.helpers import VAE
+from tests.tensor_memory import PeakOfTensors
 
 pytestmark = pytest.mark.core
 
@@ -111,6 +114,35 @@ def test_options_of_a_models_encode_are_taken(models: dict[str, Pair]) -> None:
     _, encoder, _ = models["2.1"]
     with torch.inference_mode():
         assert torch.equal(encoder(image_of(16, 16), device=torch.device("cpu")), encoder(image_of(16, 16)))
+
+
+def test_pixels_are_free_before_the_attention(models: dict[str, Pair]) -> None:
+    """With `free` the encoder leaves its pixels empty, and gives the same latent to the last bit."""
+    _, encoder, _ = models["2.1"]
+    with torch.inference_mode():
+        pixels = image_of(32, 48)
+        assert torch.equal(encoder(pixels.clone(), free=True), encoder(pixels))
+        encoder(pixels, free=True)
+    assert pixels.numel() == 0
+
+
+def test_memory_of_an_encode_is_that_of_its_attention() -> None:
+    """With many rows, the tensors alive at once are the attention's input, keys, values and a block's scores, and strips."""
+    rows, channels = 256, 32
+    block = SimpleNamespace(
+        norm=SimpleNamespace(gamma=torch.ones(channels)),
+        to_qkv=torch.nn.Conv2d(channels, 3 * channels, 1),
+        proj=torch.nn.Conv2d(channels, channels, 1),
+    )
+    strip = torch.rand(8, 32, channels)
+    stream = row_strips.Stream(((strip, start + 8 == rows) for start in range(0, rows, 8)), rows)
+    image = rows * strip[0].nbytes
+    with torch.inference_mode():
+        layer = Attention(block)
+        size = attention.block_size(torch.empty(rows * 32, channels))
+        with PeakOfTensors() as memory:
+            assert sum(piece.shape[0] for piece, _ in layer(stream)) == rows
+    assert memory.peak <= 3 * image + size * rows * 32 * 4 + 2**20
 
 
 def test_strip_borders_at_every_offset(models: dict[str, Pair], strip_pixels: Callable[[int], None]) -> None:
