@@ -14,7 +14,7 @@ from typing import Any, Self
 from benchmarks.encode_processes import Bench, outcome
 from benchmarks.encode_report import progress
 from benchmarks.encode_trees import Tree, TreeFailed
-from benchmarks.process_memory import peak_bytes
+from latent_encoder.process_memory import peak_bytes
 from tests.helpers import PROJECT, clean_environment
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.encode_report import Spread, gigabytes, markdown, progress
 from benchmarks.encode_sides import COMFYUI, OURS, PHOTO
 from benchmarks.encode_trees import Tree, TreeFailed
-from benchmarks.process_memory import peak_bytes
+from latent_encoder.process_memory import peak_bytes
 from tests.helpers import PROJECT, TINY_VAE, clean_environment
 
 READY = "ready "

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.process_memory import KIB
+from latent_encoder.process_memory import KIB
 
 LIBC = ctypes.CDLL(None)
 

@@ -28,7 +28,7 @@ PACKAGES_OF_MODES = {
     "standalone": ENCODING_PACKAGES,
     "kafka": (*ENCODING_PACKAGES, "confluent_kafka"),
     "dlq-replay": ("confluent_kafka", "prometheus_client"),
-    "compare": (*ENCODING_PACKAGES, "numpy"),
+    "compare": ENCODING_PACKAGES,
     "inspect": ("torch", "numpy", "PIL", "safetensors", "jinja2"),
 }
 """The modules that a mode needs at its start; the doctor examines without them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from config import PROJECT_DIR, Settings
@@ -45,7 +46,7 @@ def require_vae(name: str, settings: Settings) -> None:
     else:
         found = any(_is_file(folder / name) for folder in _folders(settings, KINDS))
     if not found:
-        raise VaeModelNotFound(_not_found(name, settings))
+        raise _not_found(name, settings)
 
 
 def _has_pair(name: str, settings: Settings) -> bool:
@@ -53,17 +54,29 @@ def _has_pair(name: str, settings: Settings) -> bool:
     return all(any(any(folder.glob(f"{name}_{half}.*")) for folder in folders) for half in ("encoder", "decoder"))
 
 
-def _not_found(name: str, settings: Settings) -> str:
+def _not_found(name: str, settings: Settings) -> VaeModelNotFound:
     names = vae_names(settings)
+    pairs = [pair for pair in PAIRS if _has_pair(pair, settings)]
+    folders = _folders(settings, KINDS[1:] if name in PAIRS else KINDS[:1])
+    return vae_not_found(name, folders, names, (*names, *pairs, "pixel_space"))
+
+
+def vae_not_found(name: str, folders: Iterable[Path], names: Sequence[str], choices: Iterable[str]) -> VaeModelNotFound:
+    """Return the error for the name of a VAE that is in none of the folders.
+
+    Args:
+        name: the name.
+        folders: the folders that were searched.
+        names: the VAE files in them.
+        choices: the names that may have been meant.
+    """
     existing = ", ".join(names[:MOST_NAMES_SHOWN]) or "none"
     if len(names) > MOST_NAMES_SHOWN:
         existing += f" and {len(names) - MOST_NAMES_SHOWN} more"
-    pairs = [pair for pair in PAIRS if _has_pair(pair, settings)]
-    meant = closest(name, (*names, *pairs, "pixel_space"), FILE_NAMES)
+    meant = closest(name, choices, FILE_NAMES)
     suggestion = "" if meant is None else f" Did you mean {meant}?"
-    folders = ", ".join(map(str, _folders(settings, KINDS[1:] if name in PAIRS else KINDS[:1])))
-    return (
-        f"VAE model not found: {name}.{suggestion} Looked in: {folders}. VAE files there: {existing}. "
+    return VaeModelNotFound(
+        f"VAE model not found: {name}.{suggestion} Looked in: {', '.join(map(str, folders))}. VAE files there: {existing}. "
         "Run ./setup_comfyui.sh --download-vae for qwen_image_vae.safetensors, or set MODEL_DIR to the folder of your models."
     )
 

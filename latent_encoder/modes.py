@@ -60,17 +60,14 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
 
     selection = _selected_images(given)
     fields = {name: given[name] for name in ("request_id", *REQUEST_SETTINGS)}
-    sheet = _sheet_of_run(settings, given)
     names = ("force", "fail_fast", "workers", "quiet", "as_json")
-    options = standalone.RunOptions(**{name: given[name] for name in names}, sheet=sheet)
     try:
+        options = standalone.RunOptions(**{name: given[name] for name in names}, sheet=_sheet_of_run(settings, given))
         check_run(settings, selection, fields)
         return standalone.run(settings, selection, fields, options, style)
-    except SheetRefused as exc:
-        fail(str(exc), EXIT_WRONG_USAGE)
     except RequestError as exc:
         _refuse_run(exc, selection, fields, as_json=given["as_json"])
-    except UnusableInputs as exc:
+    except (SheetRefused, UnusableInputs) as exc:
         fail(str(exc), EXIT_WRONG_USAGE)
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
@@ -80,18 +77,18 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
 
 
 def _sheet_of_run(settings: Settings, given: Mapping[str, Any]) -> RunSheet | None:
-    """Return the contact sheet that `--html FILE` asks for."""
+    """Return the contact sheet that `--html FILE` asks for.
+
+    Raises:
+        SheetRefused: it cannot be written there.
+    """
     if given["html"] is None:
         return None
     if given["html"] == NO_FILE:
         raise click.UsageError("--html needs the name of the contact sheet, which ends in .html: --html sheet.html")
     from latent_encoder.contact_sheet.of_run import RunSheet
-    from latent_encoder.contact_sheet.place import SheetRefused
 
-    try:
-        return RunSheet(settings, _place_of_sheet(given["html"]), workers=given["workers"])
-    except SheetRefused as exc:
-        fail(str(exc), EXIT_WRONG_USAGE)
+    return RunSheet(settings, _place_of_sheet(given["html"]), workers=given["workers"])
 
 
 def _refuse_run(error: RequestError, selection: ImageSelection, fields: Mapping[str, Any], *, as_json: bool) -> NoReturn:
@@ -292,7 +289,7 @@ def _sheet_of_latents(settings: Settings, paths: Sequence[str], place: Path, *, 
 def compare(settings: Settings, given: Mapping[str, Any], style: LogStyle) -> int:
     """Run compare mode: JSON if it is asked for or standard output is no terminal, else a table."""
     if not given["paths"]:
-        raise click.UsageError("Compare mode needs an image: python main.py --mode compare FILE")
+        raise click.UsageError("Compare mode needs an image: python main.py compare FILE")
     _require_packages("compare")
     with _imports_explained():
         from latent_encoder import comparison

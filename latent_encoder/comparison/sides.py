@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
+import os
 import signal
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from config import Settings
 from errors import EncodingFailed, RequestError, SetupError
+from latent_encoder.process_memory import peak_bytes
 from latent_encoder.telemetry.logs import LogStyle, configure_logging
 from models import EncodeRequest
 
 MOST_ROUNDS = 5
 ENOUGH_S = 10.0
 """Seconds of encodes after which no further round begins. One encode may take longer than that; it is the only one then."""
-
-KIB = 1024  # bytes; the kB of /proc
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,6 @@ def _encoded(settings: Settings, request: EncodeRequest) -> tuple[Facts, Any]:
 
 def _peak_bytes() -> int | None:
     """Return the most resident memory of this process since it began to run its program; None without `/proc`."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * KIB if found else None
+    with suppress(OSError):
+        return peak_bytes(os.getpid())
+    return None

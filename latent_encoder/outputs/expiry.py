@@ -29,7 +29,7 @@ from latent_encoder.access import READ_FOLDER, AllowedFolders
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.holds import is_held
 from latent_encoder.outputs.locks import PREFIX, create_temporary, key_of, name_lock
-from latent_encoder.outputs.names import SUFFIXES, OutputFiles
+from latent_encoder.outputs.names import LATENT_NAME, OutputFiles
 from models import Metadata
 
 JOURNAL = ".expired"
@@ -41,7 +41,6 @@ DEEPEST = 32
 LARGEST_METADATA = 1 << 20
 """Bytes. Ours have 2 kB, and the path of the image, which may have 4 kB with six bytes for a character."""
 
-_METADATA = re.compile(rf"(?P<latent>latent_.+(?:{'|'.join(map(re.escape, SUFFIXES.values()))}))\.json", re.DOTALL)
 _JOURNAL = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{16}}{re.escape(JOURNAL)}")
 
 
@@ -106,8 +105,8 @@ class Sweep:
                     self._folder(below, levels - 1)
         elif _JOURNAL.fullmatch(entry.name):
             self._resume(folder, entry.name)
-        elif (named := _METADATA.fullmatch(entry.name)) and self._looks_old(entry):
-            self._remove_if_expired(folder, OutputFiles.of(folder.path / named["latent"]))
+        elif (latent := _described_by(entry.name)) is not None and self._looks_old(entry):
+            self._remove_if_expired(folder, OutputFiles.of(folder.path / latent))
 
     def _looks_old(self, entry: os.DirEntry[str]) -> bool:
         with suppress(FileNotFoundError):
@@ -218,6 +217,12 @@ def _checksum(folder: OutputFolder, name: str) -> str | None:
         return None
 
 
+def _described_by(name: str) -> str | None:
+    """Return the name of the latent that a metadata file of that name describes; None if it is no such name."""
+    latent = name.removesuffix(".json")
+    return latent if latent != name and LATENT_NAME.fullmatch(latent) else None
+
+
 def _journal_of(files: OutputFiles) -> str:
     return f"{PREFIX}{key_of(files.shared_name)}{JOURNAL}"
 
@@ -243,5 +248,5 @@ def _read_journal(folder: OutputFolder, journal: str) -> tuple[OutputFiles, dict
     files = OutputFiles.of(folder.path / latent)
     named = {Path(name).stem for name in files.metadata_of_all_formats}
     named |= {files.scaled_image.name, files.preview.name, files.roundtrip.name}
-    ours = _METADATA.fullmatch(f"{latent}.json") and "/" not in latent and _journal_of(files) == journal
+    ours = LATENT_NAME.fullmatch(latent) and "/" not in latent and _journal_of(files) == journal
     return (files, stated) if ours and stated.keys() <= named else None

@@ -18,6 +18,9 @@ from models import IMAGE_FILES, FileFormat
 SUFFIXES: dict[FileFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
 """The ending of a latent's file in each format."""
 
+LATENT_NAME = re.compile(rf"latent_.+(?:{'|'.join(map(re.escape, SUFFIXES.values()))})", re.DOTALL)
+"""The name of a latent's file."""
+
 LONGEST_FRAME = len("latent_") + len("_") + len(".safetensors.json")  # bytes around stem and request id in the longest name
 
 STEM_DIGITS = 8  # hexadecimal digits of a stem's checksum: two stems that share it still differ by their request ids

@@ -12,12 +12,10 @@ from typing import Any
 
 from latent_encoder.outputs.locks import PREFIX
 from latent_encoder.outputs.marks import MARKED_BYTES, has_mark
-from latent_encoder.outputs.names import SUFFIXES
+from latent_encoder.outputs.names import LATENT_NAME, SUFFIXES
 from models import IMAGE_FILES
 
-_SUFFIX = "|".join(map(re.escape, SUFFIXES.values()))
 _IMAGE = re.compile(rf"(?:{'|'.join(IMAGE_FILES)})_(.+)\.png", re.DOTALL)
-_LATENT = re.compile(rf"latent_.+(?:{_SUFFIX})", re.DOTALL)
 
 ALWAYS = {"original_image_shape", "scaled_image_shape", "latent_shape", "vae_model_name"}
 """The fields that the metadata of every version have."""
@@ -41,12 +39,12 @@ def is_own_file(folder: Path, name: str, is_there: Callable[[str], bool]) -> boo
             return True
         described = any(is_there(f"{latent}.json") and _is_metadata(folder / f"{latent}.json") for latent in latents)
         return described or _is_marked(folder / name)
-    if _LATENT.fullmatch(name):
+    if LATENT_NAME.fullmatch(name):
         return is_there(f"{name}.json") or _is_marked(folder / name)
     latent, _, ending = name.rpartition(".")
     if ending == "html":
-        return (is_there(latent) and _LATENT.fullmatch(latent) is not None) or _is_marked(folder / name)
-    return ending == "json" and _LATENT.fullmatch(latent) is not None and (is_there(latent) or _is_metadata(folder / name))
+        return (is_there(latent) and LATENT_NAME.fullmatch(latent) is not None) or _is_marked(folder / name)
+    return ending == "json" and LATENT_NAME.fullmatch(latent) is not None and (is_there(latent) or _is_metadata(folder / name))
 
 
 def _is_marked(path: Path) -> bool:

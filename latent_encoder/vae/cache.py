@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import Settings
-from errors import VaeModelInvalid, VaeModelNotFound, translated
+from errors import VaeModelInvalid, translated
 from latent_encoder.comfy_runtime import ComfyRuntime
-from latent_encoder.suggestions import FILE_NAMES, closest
+from latent_encoder.model_files import vae_not_found
 from latent_encoder.telemetry.metrics import VAE_CACHE
 from latent_encoder.vae.loaded_vae import LoadedVae
 from latent_encoder.vae.loading import check_vae_files, load_vae
-
-MAX_NAMES_SHOWN = 20  # model folders may hold hundreds of files; an error message stays readable with this many names
 
 Key = tuple[str, ...]
 """The resolved paths of a VAE's files; its name if it has no file."""
@@ -79,22 +77,8 @@ def find_vae_files(runtime: ComfyRuntime, name: str) -> list[Path]:
     """
     files = runtime.vae_files(name)
     if files is None:
-        raise VaeModelNotFound(_not_found(runtime, name))
+        raise vae_not_found(name, runtime.vae_folders(), runtime.vae_names(), runtime.vae_choices())
     return files
-
-
-def _not_found(runtime: ComfyRuntime, name: str) -> str:
-    names = runtime.vae_names()
-    existing = ", ".join(names[:MAX_NAMES_SHOWN]) or "none"
-    if len(names) > MAX_NAMES_SHOWN:
-        existing += f" and {len(names) - MAX_NAMES_SHOWN} more"
-    folders = ", ".join(map(str, runtime.vae_folders()))
-    meant = closest(name, runtime.vae_choices(), FILE_NAMES)
-    suggestion = "" if meant is None else f" Did you mean {meant}?"
-    return (
-        f"VAE model not found: {name}.{suggestion} Looked in: {folders}. VAE files there: {existing}. "
-        "Run ./setup_comfyui.sh --download-vae for qwen_image_vae.safetensors, or set MODEL_DIR to the folder of your models."
-    )
 
 
 def _stamp(files: Sequence[Path]) -> Stamp:

@@ -37,7 +37,7 @@ from benchmarks.encode_start import (
 )
 from benchmarks.encode_time import Run, SideTimes, SizeTimes, compile_s, side_times
 from benchmarks.encode_trees import Tree, TreeFailed, comfyui_version, trees_of
-from benchmarks.process_memory import peak_bytes
+from latent_encoder.process_memory import peak_bytes
 from service import LatentEncoder
 from tests.helpers import COMFYUI as TREE
 from tests.helpers import PATIENCE_S, PROJECT, TINY_VAE, clean_environment

@@ -54,7 +54,7 @@ utils
 importing
 errors : terminal : drawing
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
-columns : masking : small_files : interpreter : container : user_paths : shared_context
+columns : process_memory : masking : small_files : interpreter : container : user_paths : shared_context
 storage.locations
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.

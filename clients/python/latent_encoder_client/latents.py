@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,7 +36,7 @@ def load_latent(success: Success, *, folder: Path | None = None) -> torch.Tensor
     import torch
 
     data = _latent_bytes(success, folder)
-    try:
+    with _parsing(success):
         if success.metadata.latent_format == "pt":
             latent: torch.Tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
@@ -43,8 +44,6 @@ def load_latent(success: Success, *, folder: Path | None = None) -> torch.Tensor
 
             name = _tensor_name(success)
             latent = load(data)[name]
-    except Exception as exc:  # the libraries raise many kinds
-        raise FileUnusable(f"{success.latent_file_path} holds no latent: {type(exc).__name__}: {exc}") from exc
     return _in_four_dimensions(latent, success)
 
 
@@ -60,11 +59,9 @@ def load_numpy_latent(success: Success, *, folder: Path | None = None) -> np.nda
     from safetensors.numpy import load
 
     data = _latent_bytes(success, folder)
-    try:
+    with _parsing(success):
         name = _tensor_name(success)
         latent = load(data)[name]
-    except Exception as exc:  # the library raises many kinds
-        raise FileUnusable(f"{success.latent_file_path} holds no latent: {type(exc).__name__}: {exc}") from exc
     return _in_four_dimensions(latent, success)
 
 
@@ -159,6 +156,15 @@ def _verified_bytes(path: str, sha256: str, folder: Path | None) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ChecksumMismatch(f"{place} is not the file of the response: it was damaged or replaced. Send the request again.")
     return data
+
+
+@contextmanager
+def _parsing(success: Success) -> Iterator[None]:
+    """Turn every error inside, of which the libraries raise many kinds, into FileUnusable."""
+    try:
+        yield
+    except Exception as exc:
+        raise FileUnusable(f"{success.latent_file_path} holds no latent: {type(exc).__name__}: {exc}") from exc
 
 
 def _tensor_name(success: Success) -> str:
