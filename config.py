@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -17,6 +18,7 @@ from latent_encoder.env_file import EnvFile, read_env_file
 from latent_encoder.masking import keep_secret
 from latent_encoder.requests import descriptions
 from latent_encoder.secret_files import file_variable, secrets_in_files, source_of
+from latent_encoder.storage.locations import WebUrl, is_url, location_of
 from latent_encoder.suggestions import closest
 from latent_encoder.user_paths import setting_path
 from models import (
@@ -94,6 +96,27 @@ def _listed_folders(text: str) -> list[str]:
     raise ValueError("must be folders separated by commas, or a JSON array of them")
 
 
+def _split_urls(value: object) -> object:
+    """Return the prefixes of a setting that limits requests to URLs, in their normalised form's text."""
+    if not isinstance(value, str):
+        return value
+    urls = [url.strip() for url in _listed_folders(value) if url.strip()]
+    for url in urls:
+        if not is_url(url):
+            raise ValueError(f"must be URLs such as s3://bucket/folder, and {url} is none")
+        try:
+            place = location_of(url)
+        except ValueError as exc:
+            raise ValueError(f"a URL {exc}") from None
+        if isinstance(place, WebUrl) and place.query:
+            raise ValueError("must be URLs without a query, which a prefix cannot have")
+    return tuple(urls)
+
+
+def _split_networks(value: object) -> object:
+    return [network.strip() for network in value.split(",") if network.strip()] if isinstance(value, str) else value
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -128,6 +151,8 @@ def _listed(choices: Sequence[str]) -> str:
 DamagedImages = Literal["refuse", "note"]
 Secret = Annotated[SecretStr | None, AfterValidator(_passed_on_whole)]
 Folders = Annotated[tuple[Path, ...] | None, NoDecode, BeforeValidator(_split_folders)]
+UrlPrefixes = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_split_urls)]
+Networks = Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split_networks)]
 Place = Annotated[Path, BeforeValidator(_expanded)]
 PlaceText = Annotated[Text, BeforeValidator(_expanded)]
 Seconds = Annotated[float, Field(le=LONGEST_S, allow_inf_nan=False)]
@@ -300,6 +325,30 @@ class Settings(BaseSettings):
     )
     allowed_output_dirs: Folders = Field(
         None, description="Folders that files may be written to, comma-separated; any if the variable is not set."
+    )
+    allowed_input_urls: UrlPrefixes = Field(
+        None,
+        description="Beginnings of the URLs that images may be read from, comma-separated, each up to the end of a name; if "
+        "not set, none in Kafka mode, and any on the command line.",
+    )
+    allowed_output_urls: UrlPrefixes = Field(
+        None,
+        description="Beginnings of the URLs that files may be written to, `s3://`, `gs://` or `az://`; if not set, none in "
+        "Kafka mode, and any on the command line.",
+    )
+    allowed_private_networks: Networks = Field(
+        (),
+        description="Private networks, for example `10.1.0.0/16`, that the name of a web server may lead to, comma-separated.",
+    )
+    storage_timeout_s: Seconds = Field(
+        30.0, gt=0, description="Seconds that one call to object storage or to a web server may take, its body included."
+    )
+    storage_max_retries: int = Field(
+        4,
+        ge=0,
+        le=20,
+        description="Repetitions of such a call if the server throttles, fails or cannot be reached; the first after 0.2 "
+        "seconds, the pause doubled each time.",
     )
     max_image_bytes: int = Field(104_857_600, ge=1, description="Largest input image file, in bytes.")
     max_image_pixels: int = Field(

@@ -45,6 +45,7 @@ class ErrorCode(StrEnum):
     """The `error_code` of an error response."""
 
     IMAGE_NOT_FOUND = "IMAGE_NOT_FOUND"
+    IMAGE_UNREACHABLE = "IMAGE_UNREACHABLE"
     IMAGE_INVALID = "IMAGE_INVALID"
     VAE_MODEL_NOT_FOUND = "VAE_MODEL_NOT_FOUND"
     VAE_MODEL_INVALID = "VAE_MODEL_INVALID"
@@ -99,6 +100,13 @@ class ImageNotFound(RequestError):
     """The input image file does not exist."""
 
     code = ErrorCode.IMAGE_NOT_FOUND
+
+
+class ImageUnreachable(RequestError):
+    """The server of the input image cannot be reached, is overloaded or fails."""
+
+    code = ErrorCode.IMAGE_UNREACHABLE
+    retryable = True
 
 
 class ImageInvalid(RequestError):

@@ -10,6 +10,7 @@ from uuid import uuid4
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from errors import ErrorCode, RequestError
+from latent_encoder.storage.locations import path_of_file_url
 
 MIN_MEGAPIXELS = 0.01  # both limits are those that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
@@ -61,7 +62,7 @@ def _inside_model_folders(name: str) -> str:
 
 # In the JSON Schema, the patterns stand for the functions' checks.
 Text = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": r"^[^\x00]*$"}), AfterValidator(_no_nul)]
-PathText = Annotated[Text, Field(max_length=MAX_PATH_LENGTH)]
+PathText = Annotated[Text, Field(max_length=MAX_PATH_LENGTH), AfterValidator(path_of_file_url)]
 VaeModelName = Annotated[
     Text, Field(json_schema_extra={"not": {"pattern": r"^/|(^|/)\.\.(/|$)"}}), AfterValidator(_inside_model_folders)
 ]
@@ -73,7 +74,7 @@ class EncodeRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
-    image_path: PathText = Field(description="Path to a JPEG or PNG.")
+    image_path: PathText = Field(description="Path or URL of a JPEG or PNG.")
     vae_model_name: VaeModelName = Field(
         "qwen_image_vae.safetensors",
         description="Name of a VAE file in the model folders, sub-folders included; no absolute path and no `..`.",
@@ -90,7 +91,7 @@ class EncodeRequest(BaseModel):
         description="Treatment of transparency: `drop` encodes the colours under it, as ComfyUI does; `black`, `white` and "
         "`grey` lay the image over that colour.",
     )
-    output_dir: PathText = Field("./output", description="Folder for the files; made if absent.")
+    output_dir: PathText = Field("./output", description="Folder for the files, a path or a URL; made if absent.")
     latent_format: FileFormat = Field(
         "pt",
         description="`pt` (torch), `safetensors` (with metadata in its header) or `comfy` (for ComfyUI's LoadLatent).",
@@ -177,7 +178,7 @@ class LatentFacts(BaseModel):
     vae_model_name: str = Field(description="Name of the VAE, as requested.")
 
     # The fields from here on are ours; the specification has those above.
-    image_path: str | None = Field(None, description="Path of the image, as the request gave it.")
+    image_path: str | None = Field(None, description="Path of the image, as the request gave it; a URL without its query.")
     upscale_method: UpscaleMethod = Field(description="As requested.")
     megapixels: float = Field(description="As requested.")
     fit: Fit = Field("crop", description="As requested.")
@@ -264,15 +265,15 @@ class SuccessResponse(BaseModel):
 
     status: Literal["success"] = Field("success", description="Outcome of the request.")
     request_id: str = Field(description="That of the request, or one made for it.")
-    latent_file_path: str = Field(description="Absolute path of the latent.")
+    latent_file_path: str = Field(description="Absolute path or URL of the latent.")
     latent_shape: LatentShape = Field(description="`[batch, channels, height, width]`.")
-    scaled_image_path: str = Field(description="Absolute path of the scaled image, not yet cropped.")
+    scaled_image_path: str = Field(description="Absolute path or URL of the scaled image, not yet cropped.")
     metadata: Metadata = Field(description="Facts about the latent.")
     preview_path: str | None = Field(
-        None, exclude_if=_is_none, description="Absolute path of the preview; absent if there is none."
+        None, exclude_if=_is_none, description="Absolute path or URL of the preview; absent if there is none."
     )
     roundtrip_path: str | None = Field(
-        None, exclude_if=_is_none, description="Absolute path of the decoded latent's image; absent if there is none."
+        None, exclude_if=_is_none, description="Absolute path or URL of the decoded latent's image; absent if there is none."
     )
 
 
@@ -312,20 +313,20 @@ class ResponseMessage(BaseModel):
     request_id: str = Field(description="That of the request, or one made for it.")
     correlation_id: str | None = Field(description="That of the request; null if it has no valid one.")
     status: Literal["success", "error"] = Field(description="Outcome of the request.")
-    latent_file_path: str | None = Field(None, description="Absolute path of the latent.")
+    latent_file_path: str | None = Field(None, description="Absolute path or URL of the latent.")
     latent_shape: LatentShape | None = Field(None, description="`[batch, channels, height, width]`.")
     error_message: str | None = Field(None, description="Fault, the file or field, and how to fix it.")
     timestamp: int = Field(description="Unix time in whole seconds.")
 
     # The fields from here on are ours; the specification has those above.
     error_code: ErrorCode | None = Field(None, description="Kind of the fault.")
-    scaled_image_path: str | None = Field(None, description="Absolute path of the scaled image, not yet cropped.")
+    scaled_image_path: str | None = Field(None, description="Absolute path or URL of the scaled image, not yet cropped.")
     metadata: Metadata | None = Field(None, description="Facts about the latent.")
     preview_path: str | None = Field(
-        None, exclude_if=_is_none, description="Absolute path of the preview; absent if there is none."
+        None, exclude_if=_is_none, description="Absolute path or URL of the preview; absent if there is none."
     )
     roundtrip_path: str | None = Field(
-        None, exclude_if=_is_none, description="Absolute path of the decoded latent's image; absent if there is none."
+        None, exclude_if=_is_none, description="Absolute path or URL of the decoded latent's image; absent if there is none."
     )
 
     @classmethod

@@ -17,7 +17,7 @@ from PIL import Image
 
 from config import Settings
 from errors import ImageNotFound, OutputDirNotWritable, RequestError, SetupError, as_request_error
-from latent_encoder.access import AllowedFolders, absolute
+from latent_encoder.access import AllowedFolders, place_of
 from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
 from latent_encoder.cpus import prepare_threads
@@ -27,21 +27,17 @@ from latent_encoder.images.loading import load_image
 from latent_encoder.images.pixel_budget import PixelBudget
 from latent_encoder.images.scaling import scale_image
 from latent_encoder.images.source import ImageLimits, read_file, read_image
+from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.drawing import Drawn, Undrawn, read_tensors
 from latent_encoder.outputs.encoded import Encoded, Prepared
-from latent_encoder.outputs.files import (
-    WRITING,
-    StagedFiles,
-    prepare_output_folder,
-    space_needed,
-)
-from latent_encoder.outputs.folder import OutputFolder, open_output_folder
+from latent_encoder.outputs.files import WRITING, space_needed
 from latent_encoder.outputs.holds import hold, renewed
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.leftovers import Leftovers
-from latent_encoder.outputs.metadata import checksum, fingerprint, latent_facts, metadata_of, of_tiles
+from latent_encoder.outputs.metadata import fingerprint, latent_facts, metadata_of, of_tiles
 from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.outputs.owners import owners_in, refuse_files_of_another
+from latent_encoder.outputs.places import Folder, open_place, prepare_place, staged_in
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.publications import Publications
@@ -54,6 +50,7 @@ from latent_encoder.outputs.stored_responses import (
     stored_in,
     success_response,
 )
+from latent_encoder.storage.stores import require_packages_for
 from latent_encoder.telemetry.logs import get_logger, log_failure
 from latent_encoder.telemetry.steps import timed
 from latent_encoder.torch_threads import encode_threads
@@ -86,7 +83,7 @@ class LatentEncoder:
         self._clock = clock
         self._images = ImageLimits.of(settings)
         self._loading = PixelBudget(settings.max_image_pixels)
-        self._outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
+        self._outputs = AllowedFolders.of_outputs(settings)
         self._leftovers = Leftovers(self._outputs)
         self._own = Publications()
         self.vaes = VaeCache(runtime, settings)
@@ -111,6 +108,7 @@ class LatentEncoder:
         Raises:
             SetupError: ComfyUI is missing, lacks a node or a package, fails on the image, or cannot run on the device.
         """
+        require_packages_for(settings.output_dir, *(settings.allowed_input_urls or ()), *(settings.allowed_output_urls or ()))
         JUDGES.start()  # it is ready when ComfyUI is
         share_one_heap()
         torch.set_num_threads(settings.torch_num_threads or encode_threads())
@@ -162,7 +160,7 @@ class LatentEncoder:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of killed processes from OUTPUT_DIR. In other folders it happens at their first use."""
-        self._leftovers.remove(absolute(self._settings.output_dir))
+        self._leftovers.remove(place_of(self._settings.output_dir))
 
     # The three stages of `encode`. Each may run in its own thread, while the other stages work on other requests.
 
@@ -187,7 +185,7 @@ class LatentEncoder:
                 image = load_image(self.runtime, request.image_path, source, request.alpha)
             with timed(timings, "scale"):
                 scaled = pinned(scale_image(self.runtime, image.pixels, request, vae.cells.factor), vae.vae.device)
-        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(scaled), vae, request))
+        prepare_place(files.folder, self._outputs, self._space_needed(size_of(scaled), vae, request))
         refuse_files_of_another(files, owners, request.request_id, source_id_of(request), image.sha256)
         self._leftovers.remove(files.folder)
         return Prepared(
@@ -231,8 +229,8 @@ class LatentEncoder:
         prepared, files, comparison = encoded.prepared, encoded.prepared.files, encoded.comparison
         with (
             WRITING,
-            open_output_folder(files.folder, self._outputs) as folder,
-            StagedFiles(folder, files.shared_name) as staged,
+            open_place(files.folder, self._outputs) as folder,
+            staged_in(folder, files.shared_name) as staged,
         ):
             with timed(prepared.timings, "save"):
                 scaled_image = png_bytes(prepared.scaled)
@@ -257,7 +255,7 @@ class LatentEncoder:
             self._own.add(files.metadata, checksum(described))
         return success_response(prepared.request, files, metadata, self._wanted(files))
 
-    def _stored_meanwhile(self, folder: OutputFolder, prepared: Prepared) -> StoredFiles | None:
+    def _stored_meanwhile(self, folder: Folder, prepared: Prepared) -> StoredFiles | None:
         """Return the files that this request's names have and that must stay; None if there are none. Nobody publishes now.
 
         Files that were there before the preparation are replaced, as those of this process are. Files that another process
@@ -345,11 +343,11 @@ class LatentEncoder:
         if not self._is_of(stored, *self._fingerprints_now(request, stored)):
             return None
         vae = self.vaes.get(request.vae_model_name)
-        with open_output_folder(files.folder, self._outputs) as folder:
+        with open_place(files.folder, self._outputs) as folder:
             tensors = read_tensors(folder, stored)
         if tensors is None:
             return None
-        prepare_output_folder(files.folder, self._outputs, self._space_needed(size_of(tensors[1]), vae, request))
+        prepare_place(files.folder, self._outputs, self._space_needed(size_of(tensors[1]), vae, request))
         self._leftovers.remove(files.folder)
         lacking = self._wanted(files) - stored.whole
         return Undrawn(request, stored, vae, *tensors, files.preview in lacking, files.roundtrip in lacking)
@@ -365,8 +363,8 @@ class LatentEncoder:
         images = {files.preview: drawn.preview, files.roundtrip: decoded}
         with (
             WRITING,
-            open_output_folder(files.folder, self._outputs) as folder,
-            StagedFiles(folder, files.shared_name) as staged,
+            open_place(files.folder, self._outputs) as folder,
+            staged_in(folder, files.shared_name) as staged,
         ):
             stored = self._still_stored(folder, drawn.undrawn)  # another process may have added the other image
             for path, data in images.items():
@@ -381,7 +379,7 @@ class LatentEncoder:
             self._own.add(files.metadata, checksum(described))
         return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
 
-    def _still_stored(self, folder: OutputFolder, undrawn: Undrawn) -> StoredFiles:
+    def _still_stored(self, folder: Folder, undrawn: Undrawn) -> StoredFiles:
         """Return the stored files as they are now.
 
         Raises:
@@ -393,7 +391,7 @@ class LatentEncoder:
             raise _others_were_written(undrawn.request, files)
         return stored
 
-    def _added_meanwhile(self, folder: OutputFolder, undrawn: Undrawn, described: StoredFiles) -> StoredFiles | None:
+    def _added_meanwhile(self, folder: Folder, undrawn: Undrawn, described: StoredFiles) -> StoredFiles | None:
         """Return the files to which another process added the same images; None if they are still the `described` ones.
 
         Raises:

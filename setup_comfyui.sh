@@ -24,6 +24,8 @@ Options:
   --release TAG   fill comfyui/ with another release, e.g. v0.33.0, from ComfyUI's git repository; TAG may be a commit
   --pinned        go back to the pinned release after --from or --release
   --full          install all of ComfyUI's requirements, also those that encoding does not need
+  --object-storage
+                  install the package for images and files behind s3://, gs:// and az:// too
   --dev           install the test tools too
   --download-vae  download the real qwen_image_vae.safetensors (254 MB) into comfyui/models/vae/
   --no-trial      neither install further packages for this ComfyUI nor try it; for building container images
@@ -45,7 +47,7 @@ fail() { printf 'Error: %s\n' "$*" >&2; exit 1; }
 wrong_usage() { printf 'Error: %s. Try --help.\n' "$*" >&2; exit 2; }
 
 parse_arguments() {
-    checkout='' link='' release='' pinned='' full='' dev='' download='' untried=''
+    checkout='' link='' release='' pinned='' full='' storage='' dev='' download='' untried=''
     while (($#)); do
         case $1 in
             --from) [[ -n ${2:-} ]] || wrong_usage '--from needs a folder'; checkout=$2; shift ;;
@@ -53,6 +55,7 @@ parse_arguments() {
             --release) [[ -n ${2:-} ]] || wrong_usage '--release needs a tag or a commit'; release=$2; shift ;;
             --pinned) pinned=--pinned ;;
             --full) full=yes ;;
+            --object-storage) storage=yes ;;
             --dev) dev=yes ;;
             --download-vae) download=yes ;;
             --no-trial) untried=yes ;;
@@ -108,6 +111,7 @@ install_locked() { pip_install --require-hashes "$@"; }
 
 install_packages() {
     local wanted=("$locks/runtime.txt") lists=("$project/requirements.txt" "$project/requirements/comfyui.txt") status=0
+    [[ -z $storage ]] || { wanted+=("$locks/object-storage.txt"); lists+=("$project/requirements/object-storage.txt"); }
     [[ -z $dev ]] || { wanted+=("$locks/dev.txt"); lists+=("$project/requirements/dev.txt"); }
     "$python" "$installer/satisfied.py" "${wanted[@]/#/--lock=}" "${lists[@]}" || status=$?
     ((status < 2)) || exit 1

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from config import Settings
 from errors import AccessDenied
+from latent_encoder.storage.access import AllowedUrls
+from latent_encoder.storage.locations import ObjectPath, is_url, location_of
 from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder")
@@ -42,14 +45,29 @@ class AllowedFolders:
 
     setting: str
     folders: tuple[Path, ...] | None = None
+    urls: AllowedUrls = AllowedUrls("image_path")  # noqa: RUF009  # it is frozen
+    """The URLs that may stand in the place of a path."""
+
+    @classmethod
+    def of_inputs(cls, settings: Settings) -> Self:
+        """Return the places that images may be read from."""
+        return cls("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs, AllowedUrls.of_inputs(settings))
+
+    @classmethod
+    def of_outputs(cls, settings: Settings) -> Self:
+        """Return the places that files may be written to."""
+        return cls("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs, AllowedUrls.of_outputs(settings))
 
     def check(self, path: str) -> None:
-        """Check the place that a path leads to. Nothing is looked up if every folder is allowed.
+        """Check the place that a path or a URL leads to. Nothing is looked up if every folder is allowed.
 
         Raises:
-            AccessDenied: the place is outside of the folders.
+            AccessDenied: the place is outside of the folders, or below no allowed URL.
+            InvalidRequest: the URL names no place.
         """
-        if self.folders is not None:
+        if is_url(path):
+            self.urls.check(path)
+        elif self.folders is not None:
             self.resolve(path)
 
     def resolve(self, path: str) -> Path:
@@ -103,7 +121,7 @@ class AllowedFolders:
             raise
 
 
-ANYWHERE = AllowedFolders("")
+ANYWHERE = AllowedFolders("", urls=AllowedUrls("output_dir"))
 
 
 def log_missing_limits(settings: Settings) -> None:
@@ -114,6 +132,20 @@ def log_missing_limits(settings: Settings) -> None:
     for name, folders in limits.items():
         if missing := [str(folder) for folder in folders or () if not folder.is_dir()]:
             log.warning("allowed folders that do not exist", setting=name, folders=missing)
+
+
+def place_of(folder: str) -> Path:
+    """Return the place that the path or the URL of a folder names; nothing is looked up.
+
+    Raises:
+        ValueError: the URL names none in object storage.
+    """
+    if not is_url(folder):
+        return absolute(folder)
+    place = location_of(folder)
+    if not isinstance(place, ObjectPath):
+        raise ValueError("must be a folder, or begin with s3://, gs:// or az://")  # noqa: TRY004  # the value is wrong
+    return place
 
 
 def absolute(path: str) -> Path:

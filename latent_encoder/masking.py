@@ -18,6 +18,8 @@ SHORTEST_INSIDE_WORDS = 6
 SHORTEST_LINE = 8
 """Characters of a line that is masked by itself, because a log may indent the lines of a key. A shorter one reveals little."""
 
+_QUERY_OF_URL = re.compile(r"(?<![A-Za-z0-9+.-])(https?://[^\s?#\"'<>]+)\?[^\s\"'<>)]*", re.IGNORECASE)
+"""A query may be the signature of a presigned URL. It is cut off, because no text of ours needs one."""
 _CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^\s/?#@\"']+@")  # `user:password@` in front of the host
 
 _forms: set[str] = set()
@@ -35,7 +37,9 @@ def keep_secret(value: str) -> None:
 
 
 def masked(text: str) -> str:
-    """Return the text with stars in place of secrets and of the credentials in URLs."""
+    """Return the text with stars in place of secrets and of the credentials in URLs, and without the queries of URLs."""
+    if "?" in text:
+        text = _QUERY_OF_URL.sub(r"\1", text)
     for pattern in tuple(_patterns):
         text = pattern.sub(HIDDEN + "@" if pattern is _CREDENTIALS_IN_URL else HIDDEN, text)
     return text

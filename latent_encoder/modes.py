@@ -36,6 +36,7 @@ from latent_encoder.exits import (
 from latent_encoder.importing import explained_imports, require_packages
 from latent_encoder.masking import masked
 from latent_encoder.requests import request_id_of
+from latent_encoder.storage.locations import is_url
 from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_exceptions
 from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, show_progress, stdout_on_stderr
 from models import ErrorResponse
@@ -87,7 +88,7 @@ def _sheet_of_run(settings: Settings, given: Mapping[str, Any]) -> RunSheet | No
         raise click.UsageError("--html needs the name of the contact sheet, which ends in .html: --html sheet.html")
     from latent_encoder.contact_sheet.of_run import RunSheet
 
-    return RunSheet(settings, Path(given["html"]), workers=given["workers"])
+    return RunSheet(settings, _place_of_sheet(given["html"]), workers=given["workers"])
 
 
 def _refuse_run(error: RequestError, selection: ImageSelection, fields: Mapping[str, Any], *, as_json: bool) -> NoReturn:
@@ -117,6 +118,12 @@ def _imports_explained() -> Iterator[None]:
             yield
     except SetupError as exc:
         fail(str(exc), EXIT_SERVICE_FAILED)
+
+
+def _place_of_sheet(html: str) -> Path:
+    if is_url(html):
+        raise click.UsageError(f"--html {html}: the contact sheet is a file on this machine.")
+    return Path(html)
 
 
 def _selected_images(given: Mapping[str, Any]) -> ImageSelection:
@@ -263,7 +270,7 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
     paths, html, as_json = given["paths"], given["html"], given["as_json"]
     try:
         if html:
-            return _sheet_of_latents(settings, paths, Path(html), as_json=as_json)
+            return _sheet_of_latents(settings, paths, _place_of_sheet(html), as_json=as_json)
         return inspection.run(settings, paths, html=html == NO_FILE, as_json=as_json, echo=click.echo)
     except OSError as exc:
         fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)

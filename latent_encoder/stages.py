@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
 
 import torch
 
 from errors import RequestCrashesWorker
+from latent_encoder.access import place_of
 from latent_encoder.outputs.drawing import Drawn, Undrawn, draw
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.names import OutputFiles
@@ -181,7 +181,9 @@ class Stages(Generic[J]):
         """Prepare the encode, or return the stored response of a request that came before, or its latent for more images."""
         request = self._encoder.settled(request)
         stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
-        if stored is not None and not self._encoder.renewed(OutputFiles.of(Path(stored.latent_file_path)), stored.metadata):
+        if stored is not None and not self._encoder.renewed(
+            OutputFiles.of(place_of(stored.latent_file_path)), stored.metadata
+        ):
             stored = None
         if stored is None and job.condemned:
             raise RequestCrashesWorker(

@@ -1,13 +1,15 @@
 """The paths that a user gives: `~` and `~name` at the beginning stand for a home folder, as in a shell.
 
-Settings, options and the lines of a list are read so. In a Kafka request `~` is a character as any other: its sender is
-another user, perhaps on another machine.
+A `file://` URL stands for its path. Settings, options and the lines of a list are read so. In a Kafka request `~` is a
+character as any other: its sender is another user, perhaps on another machine.
 """
 
 from __future__ import annotations
 
 import os
 import pwd
+
+from latent_encoder.storage.locations import path_of_file_url
 
 
 def setting_path(text: str) -> str:
@@ -25,13 +27,14 @@ def setting_path(text: str) -> str:
 
 
 def expanded(path: str) -> str:
-    """Return the path with the home folder in place of `~` or `~name` at its beginning.
+    """Return the path with the home folder in place of `~` or `~name` at its beginning, or that of a `file://` URL.
 
     Raises:
-        ValueError: that home folder is not known. The text has the reason, without the path.
+        ValueError: that home folder is not known, or the URL names no file of this machine. The text has the reason,
+            without the path.
     """
     if not path.startswith("~"):
-        return path
+        return path_of_file_url(path)
     name, slash, rest = path[1:].partition("/")
     return f"{_home(name).rstrip('/')}{slash}{rest}" or "/"
 

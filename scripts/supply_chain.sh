@@ -39,9 +39,9 @@ lock() {
     work=$(mktemp -d)
     # shellcheck disable=SC2064  # the folder of this call
     trap "rm -r '$work'" EXIT
-    grep --no-filename == requirements/lock/{torch,runtime,dev,benchmark}.txt | sort --unique >"$work/all.txt"
+    grep --no-filename == requirements/lock/{torch,runtime,dev,benchmark,object-storage}.txt | sort --unique >"$work/all.txt"
     sed --in-place 's/ \\$//' "$work/all.txt"
-    compile "$work/all.txt" requirements.txt requirements/{torch,comfyui,dev,benchmark}.txt "$@"
+    compile "$work/all.txt" requirements.txt requirements/{torch,comfyui,dev,benchmark,object-storage}.txt "$@"
 
     local chosen=(--constraints "$work/all.txt" --no-annotate --upgrade)
     compile requirements/lock/torch.txt requirements/torch.txt "${chosen[@]}"
@@ -50,6 +50,7 @@ lock() {
     compile requirements/lock/runtime.txt requirements.txt requirements/comfyui.txt "${chosen[@]}"
     compile requirements/lock/dev.txt requirements/dev.txt "${chosen[@]}"
     compile requirements/lock/benchmark.txt requirements/benchmark.txt "${chosen[@]}"
+    compile requirements/lock/object-storage.txt requirements/object-storage.txt "${chosen[@]}"
     compile requirements/lock/tools.txt requirements/tools.txt --no-annotate "$@"
 }
 

@@ -28,6 +28,7 @@ TABLE = re.compile(r"(?<=\|---\|---\|---\|\n)(\| `[A-Z_]+` \|.*\n)+")
 GROUPS = {
     "Set these five first": "mode vae_model_name megapixels output_dir kafka_bootstrap_servers",
     "Folders, and the limits on requests": "model_dir output_ttl_days allowed_input_dirs allowed_output_dirs max_image_bytes "
+    "allowed_input_urls allowed_output_urls allowed_private_networks storage_timeout_s storage_max_retries "
     "max_image_pixels max_output_megapixels image_timeout_s damaged_images",
     "Results": "latent_format preview roundtrip upscale_method fit alpha",
     "Kafka: topics and group": "kafka_request_topic kafka_response_topic kafka_dlq_topic kafka_consumer_group "

@@ -19,7 +19,7 @@ def test_every_code_has_one_class() -> None:
 def test_only_faults_that_may_pass_are_retryable() -> None:
     """A full disk or a failed encode may go well next time; a bad request never does."""
     retryable = {error.code for error in error_classes() if error.retryable}
-    assert retryable == {ErrorCode.OUTPUT_DIR_NOT_WRITABLE, ErrorCode.ENCODING_FAILED}
+    assert retryable == {ErrorCode.OUTPUT_DIR_NOT_WRITABLE, ErrorCode.ENCODING_FAILED, ErrorCode.IMAGE_UNREACHABLE}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from errors import AccessDenied
+from errors import AccessDenied, InvalidRequest
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.doctor.check import Check, Installation, cross, cross_of, tick, warning
 from latent_encoder.geometry import Size
 from latent_encoder.outputs.files import space_needed
+from latent_encoder.storage.locations import is_url
 
 PLENTY = 100
 """Requests that must fit on the disk; with room for fewer, a batch may fill it soon."""
@@ -23,13 +24,16 @@ FACTOR, CHANNELS = 8, 16
 def check_output_dir(installation: Installation) -> Iterator[Check]:
     """Check that files can be written to OUTPUT_DIR, or that it can be made, and the room on its disk. Leave nothing there."""
     settings = installation.settings
-    folder = absolute(settings.output_dir)
     advice = "Set OUTPUT_DIR to a folder that this user may write to and that has room."
     try:
-        AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs).check(settings.output_dir)
-    except AccessDenied as exc:
+        AllowedFolders.of_outputs(settings).check(settings.output_dir)
+    except (AccessDenied, InvalidRequest) as exc:
         yield cross_of("output folder", exc, advice)
         return
+    if is_url(settings.output_dir):
+        yield tick("output folder", f"{settings.output_dir} is in object storage; nothing was written there")
+        return
+    folder = absolute(settings.output_dir)
     existing = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):

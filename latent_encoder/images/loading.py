@@ -18,6 +18,7 @@ from latent_encoder.images.features import Orientation, Transparency
 from latent_encoder.images.pillow import quiet_pillow, tolerant_pillow
 from latent_encoder.images.source import SourceImage
 from latent_encoder.images.transparency import hidden_part, laid_over
+from latent_encoder.storage.locations import shown
 from latent_encoder.trial import try_load_image
 from models import Alpha, ImageNote
 
@@ -89,6 +90,7 @@ def _colour_error(source: SourceImage, pixels: torch.Tensor) -> float | None:
 
 
 def _cannot_load(runtime: ComfyRuntime, path: str, source: SourceImage) -> str:
+    path = shown(path)
     if source.damage is not None:
         return f"Image file {source.damage}: {path}. ComfyUI {runtime.version} cannot load any part of it"
     return f"ComfyUI {runtime.version} cannot load the image file; save it again as a usual JPEG or PNG: {path}"

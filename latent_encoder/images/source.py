@@ -32,6 +32,9 @@ from latent_encoder.images.judge import is_judged
 from latent_encoder.images.judging import JUDGES
 from latent_encoder.images.pillow import quiet_pillow, tolerant_pillow
 from latent_encoder.images.png_chunks import SIGNATURE
+from latent_encoder.storage.images import read_from_url
+from latent_encoder.storage.locations import is_url
+from latent_encoder.storage.locations import shown as without_query
 
 IMAGE_TIMEOUT_S: float = Settings.model_fields["image_timeout_s"].default
 """The default of the setting."""
@@ -52,7 +55,7 @@ class ImageLimits:
     def of(cls, settings: Settings) -> Self:
         """Return the limits of the settings."""
         return cls(
-            AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs),
+            AllowedFolders.of_inputs(settings),
             settings.max_image_bytes,
             settings.max_image_pixels,
             settings.image_timeout_s,
@@ -81,13 +84,14 @@ class SourceImage:
 
 
 def read_image(path: str, limits: ImageLimits) -> SourceImage:
-    """Read and check the image file at `path`.
+    """Read and check the image file at `path`, which may be a URL.
 
     Raises:
         AccessDenied: it is in none of the allowed folders.
         ImageNotFound: there is no such file.
         ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is animated, is larger than the limits allow,
             would take too much time or memory, or is damaged and the limits refuse that.
+        ImageUnreachable: its server cannot be reached or fails.
         EncodingFailed: no process can judge it.
     """
     data = read_file(path, limits)
@@ -97,7 +101,7 @@ def read_image(path: str, limits: ImageLimits) -> SourceImage:
         with tolerant_pillow() if damage is not None else nullcontext(), quiet_pillow():
             return _source(shown, checksum(), damage)
     except ImageFault as exc:
-        raise ImageInvalid(f"Image file {exc}: {path}") from exc.__cause__
+        raise ImageInvalid(f"Image file {exc}: {without_query(path)}") from exc.__cause__
 
 
 def _judged(data: bytes, limits: ImageLimits, meanwhile: Callable[[], object]) -> tuple[bytes, ImageDamage | None]:
@@ -144,7 +148,10 @@ def read_file(path: str, limits: ImageLimits) -> bytes:
         AccessDenied: it is in none of the allowed folders.
         ImageNotFound: there is no such file.
         ImageInvalid: it is empty, too large, growing, not a regular file, or cannot be read.
+        ImageUnreachable: its server cannot be reached or fails.
     """
+    if is_url(path):
+        return read_from_url(path, limits.folders.urls, limits.max_bytes)
     try:
         with limits.folders.open_file(path) as descriptor:
             return _read_regular(path, descriptor, limits.max_bytes)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection
-from pathlib import Path
 
 from config import Settings
 from errors import EncodingFailed, OutputDirNotWritable, RequestError, VaeModelNotFound
+from latent_encoder.access import place_of
 from latent_encoder.kafka.decisions import backoff_s
 from latent_encoder.kafka.jobs import Partition, RecordJob, State
 from latent_encoder.telemetry.logs import get_logger
@@ -59,7 +59,10 @@ def accused(error: RequestError, job: RecordJob, settings: Settings, vaes: Colle
 
 
 def _below(folder: str, root: str) -> bool:
-    return Path(folder).absolute().is_relative_to(Path(root).absolute())
+    try:
+        return place_of(folder).is_relative_to(place_of(root))
+    except ValueError:  # no URL of a folder
+        return False
 
 
 class Breaker:

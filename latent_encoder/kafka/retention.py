@@ -9,6 +9,7 @@ from config import Settings
 from errors import AccessDenied
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.outputs.expiry import Sweep
+from latent_encoder.storage.locations import is_url
 from latent_encoder.telemetry.logs import get_logger
 from latent_encoder.telemetry.metrics import EXPIRED_BYTES, EXPIRED_SETS
 
@@ -42,8 +43,11 @@ class Retention:
         self._reported: str | None = None
 
     def start(self) -> None:
-        """Sweep now and from time to time. Workers on one folder may sweep at once: a set is removed by one of them."""
-        if self._settings.output_ttl_days is not None:
+        """Sweep now and from time to time. Workers on one folder may sweep at once: a set is removed by one of them.
+
+        Objects in a bucket are removed by its own rules.
+        """
+        if self._settings.output_ttl_days is not None and not is_url(self._settings.output_dir):
             threading.Thread(
                 target=self._run, args=[self._settings.output_ttl_days * DAY_S], name="retention", daemon=True
             ).start()

@@ -11,13 +11,14 @@ from PIL import Image
 from errors import LatentUnreadable
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import Box, cropped
-from latent_encoder.outputs.folder import OutputFolder
+from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.latent_files import read_latent
-from latent_encoder.outputs.metadata import checksum
+from latent_encoder.outputs.places import Folder
 from latent_encoder.outputs.png import pixels_of
 from latent_encoder.outputs.preview import preview_of
 from latent_encoder.outputs.roundtrip import Comparison, compare
 from latent_encoder.outputs.stored_responses import StoredFiles
+from latent_encoder.storage.locations import shown
 from latent_encoder.telemetry.steps import timed
 from latent_encoder.vae.loaded_vae import LoadedVae
 from models import EncodeRequest, Metadata, Timings
@@ -51,7 +52,7 @@ class Drawn:
 
     def described(self, stored: Metadata) -> Metadata:
         """Return the stored metadata with the images and the time that decoding took. The latent's facts stay."""
-        update: dict[str, object] = {"image_path": stored.image_path or self.undrawn.request.image_path}
+        update: dict[str, object] = {"image_path": stored.image_path or shown(self.undrawn.request.image_path)}
         if self.preview is not None:
             update["preview_sha256"] = checksum(self.preview)
         if self.comparison is not None:
@@ -60,7 +61,7 @@ class Drawn:
         return stored.model_copy(update=update)
 
 
-def read_tensors(folder: OutputFolder, stored: StoredFiles) -> tuple[torch.Tensor, torch.Tensor] | None:
+def read_tensors(folder: Folder, stored: StoredFiles) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the stored latent and the scaled image; None if they cannot be read, or are no longer those of the metadata."""
     metadata, files = stored.metadata, stored.files
     try:
@@ -71,7 +72,7 @@ def read_tensors(folder: OutputFolder, stored: StoredFiles) -> tuple[torch.Tenso
         return None
 
 
-def _whole(folder: OutputFolder, path: Path, sha256: str) -> bytes:
+def _whole(folder: Folder, path: Path, sha256: str) -> bytes:
     data = folder.read(path.name)
     if checksum(data) != sha256:
         raise LatentUnreadable("it was changed")

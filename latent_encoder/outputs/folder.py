@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from errors import OutputDirNotWritable
 from latent_encoder.access import AllowedFolders
+from latent_encoder.outputs.checksums import checksum
 
 NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 """Errors of a file system that lacks an operation: some on networks or in user space cannot flush a folder, or lock a file."""
@@ -47,6 +48,36 @@ class OutputFolder:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "Not a regular file")
             return file.read()
+
+    def contents(self, names: Sequence[str]) -> Mapping[str, bytes]:
+        """Return the bytes of those of the files that are there and can be read."""
+        found = {}
+        for name in names:
+            with suppress(OSError):
+                found[name] = self.read(name)
+        return found
+
+    def whole(self, checksums: Mapping[str, str]) -> frozenset[str]:
+        """Return the names of the files that have these checksums."""
+        return frozenset(name for name, sha256 in checksums.items() if self._has_checksum(name, sha256))
+
+    def _has_checksum(self, name: str, sha256: str) -> bool:
+        try:
+            return checksum(self.read(name)) == sha256
+        except OSError:
+            return False
+
+    def has(self, name: str) -> bool:
+        """Return whether there is an entry of that name.
+
+        Raises:
+            OSError: it cannot be looked up.
+        """
+        try:
+            self.state(name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def names(self) -> Iterator[str]:
         """Yield the names of all entries of the folder."""

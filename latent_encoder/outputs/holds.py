@@ -11,16 +11,16 @@ import fcntl
 import os
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from errors import AccessDenied
-from latent_encoder.access import AllowedFolders
+from latent_encoder.access import AllowedFolders, place_of
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.locks import name_lock
 from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.storage.locations import ObjectPath
 from models import Metadata, SuccessResponse
 
 ATTEMPTS = 100
@@ -37,6 +37,8 @@ def renewed(files: OutputFiles, metadata: Metadata, allowed: AllowedFolders) -> 
         AccessDenied: the folder is none of those that are allowed.
         OutputDirNotWritable: another process has been writing or removing these files for long.
     """
+    if isinstance(files.folder, ObjectPath):
+        return True  # no sweep looks at buckets
     try:
         with allowed.open_folder(str(files.folder)) as descriptor:
             folder = OutputFolder(files.folder, descriptor)
@@ -57,7 +59,9 @@ def _renewed(folder: OutputFolder, name: str, expected: Metadata) -> bool:
 
 def hold(response: SuccessResponse, allowed: AllowedFolders) -> BinaryIO | None:
     """Keep the files of a response until the returned file is closed; None if they cannot be kept."""
-    files = OutputFiles.of(Path(response.latent_file_path))
+    files = OutputFiles.of(place_of(response.latent_file_path))
+    if isinstance(files.folder, ObjectPath):
+        return None  # no sweep looks at buckets
     try:
         with allowed.open_folder(str(files.folder)) as descriptor:
             file = os.fdopen(OutputFolder(files.folder, descriptor).open(files.metadata.name, os.O_RDONLY), "rb")

@@ -8,12 +8,16 @@ import re
 import time
 from collections import OrderedDict
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
-from errors import AccessDenied
+from errors import AccessDenied, InvalidRequest, OutputDirNotWritable
 from latent_encoder.access import AllowedFolders
+from latent_encoder.outputs.bucket import BucketFolder, open_bucket_folder, reported
+from latent_encoder.outputs.claims import Claim
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.locks import LOCK, PREFIX, REPLACED, TEMPORARY, is_there, release
+from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder")
@@ -41,6 +45,10 @@ class Leftovers:
         self._looked_at[path] = None
         if len(self._looked_at) > MOST_FOLDERS:
             self._looked_at.popitem(last=False)
+        if isinstance(path, ObjectPath):
+            with suppress(OutputDirNotWritable, AccessDenied, InvalidRequest):
+                remove_abandoned_claims(open_bucket_folder(path, self._allowed))
+            return
         with suppress(OSError, AccessDenied), self._allowed.open_folder(str(path)) as descriptor:
             remove_abandoned(OutputFolder(path, descriptor))
 
@@ -51,6 +59,18 @@ def remove_abandoned(folder: OutputFolder) -> None:
     removed = [hidden for hidden in found if _removed(folder, hidden)]
     if removed:
         log.info("removed the temporary files of a process that was killed", folder=str(folder.path), files=len(removed))
+
+
+def remove_abandoned_claims(folder: BucketFolder) -> None:
+    """Remove the claims that killed processes left in a folder of a bucket, and that nobody has taken over for a day."""
+    with reported(folder.path):
+        found = list(folder.store.names_from(folder.path.key, PREFIX))
+    old = [name for name, changed in found if (datetime.now(UTC) - changed).total_seconds() > ABANDONED_S]
+    for name in old:
+        if hidden := HIDDEN.fullmatch(name):
+            Claim(folder, hidden["key"]).clear()
+    if old:
+        log.info("removed the claims of processes that were killed", folder=str(folder.path), files=len(old))
 
 
 def _removed(folder: OutputFolder, hidden: re.Match[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from datetime import datetime
 
@@ -10,8 +9,10 @@ import torch
 
 from latent_encoder.comfy_runtime import ComfyRuntime
 from latent_encoder.geometry import size_of
+from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.encoded import Encoded
 from latent_encoder.outputs.run_requests import source_id_of
+from latent_encoder.storage.locations import shown
 from latent_encoder.vae.latent_spaces import statistics_of
 from latent_encoder.vae.loaded_vae import LoadedVae
 from models import CONTENT_FIELDS, EncodeRequest, LatentFacts, Metadata, Timings, utc_timestamp
@@ -35,7 +36,7 @@ def latent_facts(encoded: Encoded, runtime: ComfyRuntime, scaled_image_png: byte
         scaled_image_shape=(scaled.height, scaled.width, 3),
         latent_shape=(batch, channels, height, width),
         vae_model_name=request.vae_model_name,
-        image_path=request.image_path,
+        image_path=shown(request.image_path),
         upscale_method=request.upscale_method,
         megapixels=request.megapixels,
         fit=request.fit,
@@ -113,8 +114,3 @@ def fingerprint(request: EncodeRequest, place: str, image_sha256: str, vae: Load
 def of_tiles(fingerprint: str) -> str:
     """Return the fingerprint of the same request if its latent is encoded in tiles, which gives other numbers."""
     return checksum(f"{fingerprint} in tiles".encode())
-
-
-def checksum(data: bytes) -> str:
-    """Return the SHA-256 of the bytes in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()

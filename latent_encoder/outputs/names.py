@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import InvalidRequest, in_utf8
-from latent_encoder.access import absolute
+from latent_encoder.access import place_of
 from latent_encoder.outputs.folder import reported
+from latent_encoder.storage.locations import LONGEST_NAME, ObjectPath, stem_of
+from latent_encoder.storage.locations import shown as without_query
 from models import IMAGE_FILES, FileFormat
 
 SUFFIXES: dict[FileFormat, str] = {"pt": ".pt", "safetensors": ".safetensors", "comfy": ".latent"}
@@ -68,9 +70,13 @@ def output_files(
     Another `name` may stand in the place of both.
 
     Raises:
-        InvalidRequest: the folder is relative, and the working folder has a name that no response can hold.
+        InvalidRequest: the URL names no folder; or the folder is relative, and the working folder has a name that no response
+            can hold.
     """
-    folder = absolute(output_dir)
+    try:
+        folder = place_of(output_dir)
+    except ValueError as exc:
+        raise InvalidRequest(f"Invalid request: output_dir: {exc} (got {without_query(output_dir)[:200]!r})") from None
     if (shown := in_utf8(str(folder))) != str(folder):
         raise InvalidRequest(
             f"Invalid request: output_dir: its absolute path is not UTF-8, so no response can hold it (got {shown}); "
@@ -86,7 +92,7 @@ def usual_name(folder: Path, image_path: str, request_id: str) -> str:
 
 def safe_stem(folder: Path, image_path: str) -> str:
     """Return the name of an image without its suffix, as a part of names in that folder."""
-    return safe_name(Path(image_path).stem, part_limit(folder))
+    return safe_name(stem_of(image_path), part_limit(folder))
 
 
 def part_limit(folder: Path) -> int:
@@ -127,6 +133,8 @@ def _with_checksum(safe: str, text: str, limit: int, digits: int) -> str:
 
 def longest_name(folder: Path) -> int:
     """Return the longest file name, in bytes, that the file system of the folder takes. The folder need not exist yet."""
+    if isinstance(folder, ObjectPath):
+        return LONGEST_NAME
     with reported(folder):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         return os.pathconf(existing, "PC_NAME_MAX")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from errors import InvalidRequest
-from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.places import Folder
 
 LONGEST_SHOWN = 80  # characters of an id or a path in an error message, so that it stays on one line
 
@@ -27,7 +27,7 @@ class Owner:
         return None not in (source_id, self.source_id) and source_id != self.source_id and image_sha256 != self.image_sha256
 
 
-def metadata_in(folder: OutputFolder, name: str) -> bytes | None:
+def metadata_in(folder: Folder, name: str) -> bytes | None:
     """Return the content of a metadata file, or None if it cannot be read."""
     try:
         return folder.read(name)
@@ -35,10 +35,14 @@ def metadata_in(folder: OutputFolder, name: str) -> bytes | None:
         return None
 
 
-def owner_in(folder: OutputFolder, name: str) -> Owner | None:
+def owner_in(folder: Folder, name: str) -> Owner | None:
     """Return the owner in a metadata file of any version, or None if there is none."""
+    return _owner(metadata_in(folder, name) or b"null")
+
+
+def _owner(content: bytes) -> Owner | None:
     try:
-        fields = json.loads(metadata_in(folder, name) or b"null")
+        fields = json.loads(content)
     except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
@@ -47,9 +51,14 @@ def owner_in(folder: OutputFolder, name: str) -> Owner | None:
     return Owner(*(texts.get(key) for key in ("request_id", "source_id", "image_sha256", "image_path")))
 
 
-def owners_in(folder: OutputFolder, files: OutputFiles) -> frozenset[Owner]:
+def owners_in(folder: Folder, files: OutputFiles) -> frozenset[Owner]:
     """Return the owners in the metadata files of these names, in any format of the latent and of any version."""
-    owners = (owner_in(folder, name) for name in files.metadata_of_all_formats)
+    return owners_of(folder.contents(files.metadata_of_all_formats))
+
+
+def owners_of(metadata: Mapping[str, bytes]) -> frozenset[Owner]:
+    """Return the owners in the contents of metadata files."""
+    owners = map(_owner, metadata.values())
     return frozenset(owner for owner in owners if owner is not None)
 
 

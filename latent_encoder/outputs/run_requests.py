@@ -13,9 +13,10 @@ from uuid import NAMESPACE_URL, uuid5
 
 from errors import in_utf8
 from latent_encoder.access import AllowedFolders, absolute
-from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.names import OutputFiles, output_files
 from latent_encoder.outputs.owners import Owner, owner_in
+from latent_encoder.outputs.places import Folder, existing_place
+from latent_encoder.storage.locations import is_url, lasting
 from models import CONTENT_FIELDS, EncodeRequest
 
 ALWAYS_IN_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
@@ -38,6 +39,16 @@ class RunRequest(EncodeRequest):
     def with_id(self, request_id: str) -> RunRequest:
         """Return the same request with another id."""
         return self.model_copy(update={"request_id": request_id})
+
+
+def source_of(image_path: str) -> str:
+    """Return the place of an image that is named: its absolute path, or its URL without a signature."""
+    if not is_url(image_path):
+        return str(absolute(image_path))
+    try:
+        return lasting(image_path)
+    except ValueError:  # the request is refused
+        return image_path
 
 
 def files_of(request: EncodeRequest) -> OutputFiles:
@@ -63,7 +74,7 @@ def lasting_id(place: str, request: EncodeRequest) -> str:
 
 def with_lasting_id(request: EncodeRequest, inside: str | None = None) -> RunRequest:
     """Return the request with an id that is the same for every equal request. `inside` is the path below a folder."""
-    source_id = lasting_id(str(absolute(request.image_path)), request)
+    source_id = lasting_id(source_of(request.image_path), request)
     request_id = source_id if inside is None else lasting_id(inside, request)
     return RunRequest(**{**request.model_dump(), "request_id": request_id}, source_id=source_id, inside=inside)
 
@@ -81,13 +92,13 @@ def settled(request: RunRequest, allowed: AllowedFolders, image_sha256: Callable
     if request.source_id is None or request.output_name is not None:
         return request
     try:
-        with allowed.open_folder(request.output_dir) as descriptor:
-            return _settled_in(OutputFolder(absolute(request.output_dir), descriptor), request, image_sha256)
+        with existing_place(files_of(request).folder, allowed) as folder:
+            return _settled_in(folder, request, image_sha256)
     except OSError:  # there is no folder yet
         return _by_content(request, image_sha256()) if request.contested else request
 
 
-def _settled_in(folder: OutputFolder, request: RunRequest, image_sha256: Callable[[], str | None]) -> RunRequest:
+def _settled_in(folder: Folder, request: RunRequest, image_sha256: Callable[[], str | None]) -> RunRequest:
     own = _owner(folder, request)
     if own is not None and own.source_id in (None, request.source_id):
         return request
@@ -101,12 +112,14 @@ def _settled_in(folder: OutputFolder, request: RunRequest, image_sha256: Callabl
     return request if own is not None and own.image_sha256 == sha256 else _by_content(request, sha256)
 
 
-def _owner(folder: OutputFolder, request: RunRequest) -> Owner | None:
+def _owner(folder: Folder, request: RunRequest) -> Owner | None:
     return owner_in(folder, files_of(request).metadata.name)
 
 
 def _other_ids(request: RunRequest) -> Iterator[str]:
     """Yield the other ids that the image may have: by its absolute path, and by its path below each folder above it."""
+    if is_url(request.image_path):
+        return
     parts = absolute(request.image_path).parts
     places = (str(Path(*parts[number:])) for number in range(len(parts)))
     yield from (other for place in places if (other := lasting_id(place, request)) != request.request_id)
@@ -114,5 +127,5 @@ def _other_ids(request: RunRequest) -> Iterator[str]:
 
 def _by_content(request: RunRequest, image_sha256: str | None) -> RunRequest:
     """Return the request with an id that two images share only if their content is the same; else by the absolute path."""
-    place = absolute(request.image_path) if image_sha256 is None else f"{image_sha256} {request.inside}"
-    return request.with_id(lasting_id(str(place), request))
+    place = source_of(request.image_path) if image_sha256 is None else f"{image_sha256} {request.inside}"
+    return request.with_id(lasting_id(place, request))

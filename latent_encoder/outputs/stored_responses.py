@@ -9,10 +9,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from latent_encoder.access import AllowedFolders
-from latent_encoder.outputs.folder import OutputFolder
-from latent_encoder.outputs.metadata import checksum
+from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.names import OutputFiles
-from latent_encoder.outputs.owners import Owner, metadata_in, owners_in
+from latent_encoder.outputs.owners import Owner, metadata_in, owners_of
+from latent_encoder.outputs.places import Folder, existing_place
+from latent_encoder.storage.locations import shown
 from models import EncodeRequest, Metadata, SuccessResponse
 
 READS = 3
@@ -49,15 +50,16 @@ def read_stored(files: OutputFiles, allowed: AllowedFolders) -> StoredFiles | No
 
     Raises:
         AccessDenied: the folder is none of those that are allowed.
+        OutputDirNotWritable: the bucket cannot be read.
     """
     try:
-        with allowed.open_folder(str(files.folder)) as descriptor:
-            return stored_in(OutputFolder(files.folder, descriptor), files)
+        with existing_place(files.folder, allowed) as folder:
+            return stored_in(folder, files)
     except OSError:
         return None
 
 
-def stored_in(folder: OutputFolder, files: OutputFiles) -> StoredFiles | None:
+def stored_in(folder: Folder, files: OutputFiles) -> StoredFiles | None:
     """Return the stored files of these names in an open folder, or None if their metadata cannot be read.
 
     Another process may replace them meanwhile. It takes the metadata away first, so metadata that are still the same at the
@@ -71,8 +73,8 @@ def stored_in(folder: OutputFolder, files: OutputFiles) -> StoredFiles | None:
             metadata = Metadata.model_validate_json(data)
         except ValidationError:
             return None
-        stated: dict[Path, str] = {getattr(files, name): sha256 for name, sha256 in metadata.sha256_by_file.items()}
-        whole = frozenset(path for path in stated if _is_whole(folder, path.name, stated[path]))
+        stated = {getattr(files, name).name: sha256 for name, sha256 in metadata.sha256_by_file.items()}
+        whole = frozenset(files.folder / name for name in folder.whole(stated))
         if metadata_in(folder, files.metadata.name) == data:
             return StoredFiles(files, metadata, checksum(data), whole)
     return None
@@ -83,12 +85,13 @@ def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, froze
 
     Raises:
         AccessDenied: the folder is none of those that are allowed.
+        OutputDirNotWritable: the bucket cannot be read.
     """
     try:
-        with allowed.open_folder(str(files.folder)) as descriptor:
-            folder = OutputFolder(files.folder, descriptor)
-            content = metadata_in(folder, files.metadata.name)
-            return checksum(content) if content is not None else None, owners_in(folder, files)
+        with existing_place(files.folder, allowed) as folder:
+            found = folder.contents(files.metadata_of_all_formats)
+            content = found.get(files.metadata.name)
+            return checksum(content) if content is not None else None, owners_of(found)
     except OSError:
         return None, frozenset()
 
@@ -105,15 +108,7 @@ def success_response(
         latent_file_path=str(files.latent),
         latent_shape=metadata.latent_shape,
         scaled_image_path=str(files.scaled_image),
-        metadata=metadata.model_copy(update={"image_path": request.image_path}),
+        metadata=metadata.model_copy(update={"image_path": shown(request.image_path)}),
         preview_path=str(files.preview) if files.preview in present else None,
         roundtrip_path=str(files.roundtrip) if files.roundtrip in present else None,
     )
-
-
-def _is_whole(folder: OutputFolder, name: str, sha256: str) -> bool:
-    """Return whether the folder has a file of that name with that checksum."""
-    try:
-        return checksum(folder.read(name)) == sha256
-    except OSError:
-        return False

@@ -11,6 +11,7 @@ from errors import in_utf8
 from latent_encoder.standalone.inputs import Inputs
 from latent_encoder.standalone.ordering import Outcome
 from latent_encoder.standalone.screen import Screen
+from latent_encoder.storage.locations import shown
 
 
 class Display(Protocol):
@@ -62,5 +63,5 @@ def _document(outcome: Outcome, *, single: bool) -> dict[str, Any]:
     """Return the fields of the response, first the image in a run over many, last the correlation id of a request with one."""
     fields = outcome.response.model_dump(mode="json")
     if not single:
-        fields = {"image_path": outcome.image_path and in_utf8(outcome.image_path), **fields}
+        fields = {"image_path": outcome.image_path and in_utf8(shown(outcome.image_path)), **fields}
     return fields if outcome.correlation_id is None else {**fields, "correlation_id": outcome.correlation_id}

@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from latent_encoder.model_files import require_vae
 from latent_encoder.outputs.folder import reported
 from latent_encoder.requests import parse_request
 from latent_encoder.standalone.inputs import STDIN, ImageSelection, refuse_shared_id
+from latent_encoder.storage.locations import is_url
+from latent_encoder.storage.stores import require_packages_for
 from utils import custom_node_path, find_path
 
 HOPELESS = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -46,11 +49,12 @@ def check_run(settings: Settings, selection: ImageSelection, fields: Mapping[str
     image = selection.paths[0] if selection.single else "-"
     request = parse_request({**fields, "image_path": image}, settings.request_defaults)
     refuse_more_megapixels(request, settings)
-    outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
-    inputs = AllowedFolders("ALLOWED_INPUT_DIRS", settings.allowed_input_dirs)
+    outputs = AllowedFolders.of_outputs(settings)
+    inputs = AllowedFolders.of_inputs(settings)
     named = selection.named_images
     for path in named:
         inputs.check(path)
+    require_packages_for(*named)
     if writes := _is_used("output_dir", selection, fields):
         outputs.check(request.output_dir)
     tree = find_path(settings.comfyui_path)
@@ -93,7 +97,7 @@ def _require_images(paths: Sequence[str]) -> None:
         ImageInvalid: a path cannot lead anywhere.
     """
     missing = []
-    for path in paths:
+    for path in filterfalse(is_url, paths):
         try:
             absolute(path).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -112,6 +116,9 @@ def _require_writable(path: str, allowed: AllowedFolders) -> None:
         AccessDenied: it is in none of the allowed folders.
         OutputDirNotWritable: it cannot be made or written to.
     """
+    if is_url(path):
+        require_packages_for(path)
+        return
     with reported(absolute(path)):
         place = allowed.resolve(path)
         existing = _existing_folder(place)

@@ -18,6 +18,7 @@ from latent_encoder.outputs.run_requests import RunRequest, with_lasting_id
 from latent_encoder.requests import LONGEST_VALUE, parse_request, read_fields, request_id_of, usable_text
 from latent_encoder.standalone.folders import Walk, shown_counts
 from latent_encoder.standalone.naming import NamePattern, NameRefused, Names
+from latent_encoder.storage.locations import is_url, shown
 from latent_encoder.user_paths import expanded, expanded_file
 from models import EncodeRequest, ErrorResponse
 
@@ -74,7 +75,7 @@ class RefusedInput:
     def of(cls, error: RequestError, fields: Mapping[str, Any]) -> RefusedInput:
         response = ErrorResponse.of(error, request_id_of(fields), datetime.now(UTC))
         image_path = fields.get("image_path")
-        return cls(response, image_path if isinstance(image_path, str) else None, usable_text(fields, "correlation_id"))
+        return cls(response, shown(image_path) if isinstance(image_path, str) else None, usable_text(fields, "correlation_id"))
 
 
 Input = EncodeRequest | RefusedInput
@@ -188,7 +189,7 @@ def find_images(paths: Iterable[str], walk: Walk) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for path in paths:
         if not _stands_for_several(path):
-            found |= dict.fromkeys([path] if walk.take(Path(path)) else [])
+            found |= dict.fromkeys([path] if is_url(path) or walk.take(Path(path)) else [])
             continue
         before = walk.counts
         images = walk.images_in(Path(path)) if Path(path).is_dir() else walk.matching(path)
@@ -219,6 +220,8 @@ def _with_rivals_marked(items: Iterable[Input]) -> Iterator[Input]:
 
 def _stands_for_several(path: str) -> bool:
     """Return whether the path is a folder or a pattern. A file whose name looks like a pattern is that file: `[1].png`."""
+    if is_url(path):
+        return False
     place = Path(path)
     try:
         return place.is_dir() or (has_magic(path) and not place.exists())
@@ -285,7 +288,7 @@ def _places(fields: Mapping[str, Any]) -> dict[str, str]:
             try:
                 places[name] = expand(given)
             except ValueError as exc:
-                raise InvalidRequest(f"Invalid request: {name}: {exc} (got {given[:LONGEST_VALUE]!r})") from exc
+                raise InvalidRequest(f"Invalid request: {name}: {exc} (got {shown(given)[:LONGEST_VALUE]!r})") from exc
     return places
 
 

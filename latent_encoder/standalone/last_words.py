@@ -16,6 +16,7 @@ KEPT_SETTINGS = (
     *REQUEST_SETTINGS,
     *("preview", "roundtrip", "comfyui_path", "model_dir", "custom_nodes", "device", "vae_precision", "encoder", "compile"),
     *("allowed_input_dirs", "allowed_output_dirs", "damaged_images", "max_image_bytes", "max_image_pixels"),
+    *("allowed_input_urls", "allowed_output_urls", "allowed_private_networks", "storage_timeout_s", "storage_max_retries"),
 )
 """The settings that decide which files a run finds or makes. None of them is a secret."""
 

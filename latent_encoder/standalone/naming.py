@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path, PurePath
 from string import Formatter
 
-from errors import AccessDenied, LatentEncoderError, in_utf8
-from latent_encoder.access import ANYWHERE, AllowedFolders, absolute
-from latent_encoder.outputs.folder import OutputFolder
+from errors import AccessDenied, InvalidRequest, LatentEncoderError, in_utf8
+from latent_encoder.access import ANYWHERE, AllowedFolders, place_of
 from latent_encoder.outputs.names import OutputFiles, longest_name, part_limit, safe_id, safe_name, safe_stem
 from latent_encoder.outputs.owners import Owner, owners_in
-from latent_encoder.outputs.run_requests import RunRequest, files_of
+from latent_encoder.outputs.places import Folder, existing_place
+from latent_encoder.outputs.run_requests import RunRequest, files_of, source_of
+from latent_encoder.storage.locations import is_url, shown
 from latent_encoder.suggestions import closest
 from models import IMAGE_FILES, EncodeRequest
 
@@ -110,15 +111,20 @@ class Names:
         named = self._with_name(request, index)
         files = files_of(named)
         owner, image = self._taken.setdefault(files.scaled_image, (named.request_id, named.image_path))
-        if (owner, absolute(image)) != (named.request_id, absolute(named.image_path)):
-            raise NameRefused(f"{image} and {named.image_path} would both get {files.latent}; {DIFFERENT}.")
+        if (owner, source_of(image)) != (named.request_id, source_of(named.image_path)):
+            raise NameRefused(f"{shown(image)} and {shown(named.image_path)} would both get {files.latent}; {DIFFERENT}.")
         return self._with_stored_id(named, files)
 
     def _with_name(self, request: RunRequest, index: int) -> RunRequest:
         below = PurePath(request.inside or "").parent
         flat = self.pattern.is_flat
-        folder = request.output_dir if flat else str(Path(request.output_dir) / below)
-        place = absolute(folder)
+        try:
+            place = place_of(request.output_dir)
+        except ValueError as exc:
+            raise InvalidRequest(f"Invalid request: output_dir: {exc} (got {shown(request.output_dir)!r})") from None
+        if not flat:
+            place /= below
+        folder = request.output_dir if flat else _below(request.output_dir, below)
         limit = part_limit(place)
         name = self.pattern.filled(
             {
@@ -129,10 +135,10 @@ class Names:
             }
         )
         if not name.strip():
-            raise NameRefused(f"--name gives {request.image_path} an empty name; add {{stem}}.")
+            raise NameRefused(f"--name gives {shown(request.image_path)} an empty name; add {{stem}}.")
         if (length := len(name.encode()) + LONGEST_AROUND) > (longest := longest_name(place)):
             raise NameRefused(
-                f"--name gives {request.image_path} a file name of {length} bytes, and {place} takes {longest}; "
+                f"--name gives {shown(request.image_path)} a file name of {length} bytes, and {place} takes {longest}; "
                 "choose a shorter one."
             )
         return request.model_copy(update={"output_name": name, "output_dir": folder})
@@ -143,8 +149,7 @@ class Names:
         Raises:
             NameRefused: they are not its own.
         """
-        with suppress(OSError, AccessDenied), self.allowed.open_folder(str(files.folder)) as descriptor:
-            folder = OutputFolder(files.folder, descriptor)
+        with suppress(OSError, AccessDenied), existing_place(files.folder, self.allowed) as folder:
             owners = owners_in(folder, files)
             if not owners:
                 _refuse_files_of_nobody(folder, files)
@@ -153,6 +158,11 @@ class Names:
                     return request.with_id(owner.request_id or request.request_id)
                 _refuse_another(request, owner, files, partial(_checksum, request.image_path))
         return request
+
+
+def _below(folder: str, below: PurePath) -> str:
+    """Return a folder below another one, which may be a URL."""
+    return str(place_of(folder) / below) if is_url(folder) else str(Path(folder) / below)
 
 
 def _refuse_another(request: RunRequest, owner: Owner, files: OutputFiles, image_sha256: Callable[[], str | None]) -> None:
@@ -164,17 +174,16 @@ def _refuse_another(request: RunRequest, owner: Owner, files: OutputFiles, image
         return
     of_whom = f"of {owner.image_path}" if owner.image_path else f"of the request {owner.request_id}"
     raise NameRefused(
-        f"{request.image_path} would get {files.latent}, which is there and belongs to another request, "
+        f"{shown(request.image_path)} would get {files.latent}, which is there and belongs to another request, "
         f"{of_whom}; choose another --name or --output_dir, or move those files."
     )
 
 
-def _refuse_files_of_nobody(folder: OutputFolder, files: OutputFiles) -> None:
+def _refuse_files_of_nobody(folder: Folder, files: OutputFiles) -> None:
     """Refuse names of files that no metadata describe: they may be a person's."""
     names = (files.latent.name, *(getattr(files, name).name for name in IMAGE_FILES), *files.metadata_of_all_formats)
     for name in names:
-        with suppress(FileNotFoundError):
-            folder.state(name)
+        if folder.has(name):
             raise NameRefused(
                 f"{files.folder / name} is there, and no metadata beside it say that the service wrote it; choose another "
                 "--name or --output_dir, or move that file."
@@ -182,7 +191,7 @@ def _refuse_files_of_nobody(folder: OutputFolder, files: OutputFiles) -> None:
 
 
 def _checksum(path: str) -> str | None:
-    if not Path(path).is_file():
+    if is_url(path) or not Path(path).is_file():
         return None
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -247,7 +247,7 @@ def run(
         SetupError: the service cannot start.
         OutputFailed: a response cannot be written.
     """
-    outputs = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
+    outputs = AllowedFolders.of_outputs(settings)
     with Progress(quiet=options.quiet) as progress, stdout_on_stderr() as stdout:
         progress.wait_for(f"loading ComfyUI {version_of(settings.comfyui_path) or ''}".rstrip())
         inputs = inputs_of(selection, fields, settings.request_defaults, outputs)

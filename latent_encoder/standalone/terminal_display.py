@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from errors import RequestError
+from latent_encoder.access import place_of
 from latent_encoder.columns import padded, width, wrapped
 from latent_encoder.drawing import drawing
 from latent_encoder.images.pillow import quiet_pillow
@@ -17,6 +18,7 @@ from latent_encoder.standalone.inputs import Input, Inputs
 from latent_encoder.standalone.ordering import Outcome
 from latent_encoder.standalone.outcome_lines import Line, failure_line, reason_of, success_line
 from latent_encoder.standalone.screen import Screen
+from latent_encoder.storage.locations import shown as without_query
 from models import ErrorResponse, SuccessResponse
 
 MOST_FAILURES = 10
@@ -50,7 +52,8 @@ class TerminalDisplay:
     def outcome(self, outcome: Outcome) -> str:
         name = self._name(outcome.image_path)
         if isinstance(outcome.response, ErrorResponse):
-            return self._failure(name, outcome.image_path, outcome.response)
+            path = outcome.image_path and without_query(outcome.image_path)
+            return self._failure(name, path, outcome.response)
         return self._success(name, outcome.response, stored=outcome.stored)
 
     def end(self, summary: str) -> str:
@@ -68,7 +71,7 @@ class TerminalDisplay:
         if self._single:
             text += "".join(f"  {label}  {self._screen.shown(path)}\n" for label, path in _files(response))
         elif len(self._folders) <= 1:  # of more, only the fact that there are several counts
-            self._folders.add(Path(response.latent_file_path).parent)
+            self._folders.add(place_of(response.latent_file_path).parent)
         return text + self._picture(response.preview_path)
 
     def _failure(self, name: str, path: str | None, response: ErrorResponse) -> str:
@@ -114,6 +117,7 @@ class TerminalDisplay:
         """Return the name of an image for its line: its path, without the folder that all images have in common."""
         if path is None:
             return NO_NAME
+        path = without_query(path)
         return self._screen.shown(path.removeprefix(self._common) or path)
 
     def _place(self) -> Iterator[str]:
@@ -129,7 +133,7 @@ NO_NAME = "(no image)"
 
 def _common_folder(items: Sequence[Input]) -> str:
     """Return the beginning that the paths of all images have in common, up to the end of a folder's name."""
-    common = os.path.commonprefix([item.image_path or "" for item in items])  # noqa: RUF071  # cut at a `/` below
+    common = os.path.commonprefix([without_query(item.image_path or "") for item in items])  # noqa: RUF071  # cut at a `/` below
     folder = common[: common.rfind("/") + 1]
     return folder if folder != "/" else ""
 

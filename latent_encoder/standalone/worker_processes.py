@@ -21,6 +21,7 @@ from latent_encoder.cpus import prepare_threads
 from latent_encoder.exits import end_by_signal
 from latent_encoder.standalone.engines import InProcess, capacity
 from latent_encoder.standalone.ordering import Outcome, Report
+from latent_encoder.storage.locations import shown
 from latent_encoder.telemetry.logs import LogStyle, configure_logging, get_logger
 from latent_encoder.torch_threads import encode_threads
 from models import EncodeRequest, ErrorResponse
@@ -141,7 +142,7 @@ class Processes:
         with self._lock:
             self._workers = [other for other in self._workers if other is not worker]
         for number, request in worker.requests.items():
-            error = EncodingFailed(f"The worker process that had {request.image_path} ended: {reason}.")
+            error = EncodingFailed(f"The worker process that had {shown(request.image_path)} ended: {reason}.")
             response = ErrorResponse.of(error, request.request_id, datetime.now(UTC))
             self._report(number, Outcome(response, request.image_path, request.correlation_id))
 

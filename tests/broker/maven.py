@@ -1,4 +1,4 @@
-"""The jars of Apache Kafka, from Maven Central."""
+"""The jars of Apache Kafka and of other servers for the tests, from Maven Central."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLDEST_JAVA = 17
 
 
 def java_and_maven_are_here() -> bool:
-    """Return whether this machine can download and run Kafka."""
+    """Return whether this machine can download and run Kafka, and other servers in Java."""
     return shutil.which("mvn") is not None and shutil.which("java") is not None and java_version() >= OLDEST_JAVA
 
 
@@ -39,21 +39,21 @@ def kafka_version() -> str:
     return version[1]
 
 
-def class_path() -> str:
-    """Return the class path of pom.xml's jars and their dependencies. Maven resolves it once, and again if pom.xml changes."""
-    checksum = hashlib.sha256(POM.read_bytes()).hexdigest()[:16]
-    remembered = cache_folder() / f"kafka-{checksum}.classpath"
+def class_path(pom: Path = POM) -> str:
+    """Return the class path of a list of jars and their dependencies. Maven resolves them once, and after a change."""
+    checksum = hashlib.sha256(pom.read_bytes()).hexdigest()[:16]
+    remembered = cache_folder() / f"{'kafka' if pom == POM else pom.parent.name}-{checksum}.classpath"
     with FileLock(f"{remembered}.lock"):
         if not remembered.is_file() or not all(Path(jar).is_file() for jar in remembered.read_text().split(os.pathsep)):
-            resolve(remembered)
+            resolve(remembered, pom)
         return remembered.read_text()
 
 
-def resolve(target: Path) -> None:
+def resolve(target: Path, pom: Path = POM) -> None:
     """Download the jars into Maven's own cache and write their class path."""
     unfinished = target.with_suffix(".part")
-    command = ["mvn", "-B", "-q", "-f", str(POM), "dependency:build-classpath", f"-Dmdep.outputFile={unfinished}"]
+    command = ["mvn", "-B", "-q", "-f", str(pom), "dependency:build-classpath", f"-Dmdep.outputFile={unfinished}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
-        raise BrokerError(f"Maven cannot resolve Apache Kafka:\n{done.stdout}")
+        raise BrokerError(f"Maven cannot resolve the jars of {pom}:\n{done.stdout}")
     unfinished.replace(target)

@@ -65,6 +65,7 @@ LOCKED = {
     "torch.txt": ["requirements/torch.txt"],
     "runtime.txt": ["requirements.txt", "requirements/comfyui.txt"],
     "dev.txt": ["requirements/dev.txt"],
+    "object-storage.txt": ["requirements/object-storage.txt"],
     "benchmark.txt": ["requirements/benchmark.txt"],
     "tools.txt": ["requirements/tools.txt"],
 }
@@ -147,7 +148,7 @@ def test_setup_help_names_every_option() -> None:
     """The help names every option that the script understands."""
     script = (PROJECT / "setup_comfyui.sh").read_text()
     options = re.findall(r"^ {12}(--[a-z-]+)\)", script, re.MULTILINE)
-    assert len(options) == 8
+    assert len(options) == 9
     shown = set_up("--help").stdout
     assert all(option in shown for option in options)
 

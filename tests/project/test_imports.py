@@ -41,6 +41,7 @@ images.input_folder : images.jpeg_markers : images.png_metadata : images.pillow
 images.png_chunks
 model_files
 access
+storage
 setting_names
 telemetry
 torch_threads
@@ -54,11 +55,12 @@ importing
 errors : terminal : drawing
 geometry : suggestions : exits : lazy_imports : isolation : releases : torch_caches : latent_encoder
 columns : process_memory : masking : small_files : interpreter : container : user_paths : shared_context
+storage.locations
 """
 """Layers from the top to the bottom; `:` separates neighbours, which do not import each other.
 
 A package has one layer with all that is in it. The exceptions are modules of `images` and `installer`: `comfy_runtime` stands
-between the ones that it uses and the ones that use it.
+between the ones that it uses and the ones that use it. Requests and settings are parsed by `storage.locations`.
 """
 
 NEVER_REACHED = {"kafka": {"torch", "service"}}

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-RETRYABLE = frozenset({"ENCODING_FAILED", "OUTPUT_DIR_NOT_WRITABLE"})
+RETRYABLE = frozenset({"ENCODING_FAILED", "IMAGE_UNREACHABLE", "OUTPUT_DIR_NOT_WRITABLE"})
 """The error codes that API.md marks as worth a retry. A code that this client does not know is not retried."""
 
 

@@ -1,0 +1,178 @@
+"""Claims in a bucket: one process at a time publishes the files of a name.
+
+A claim is a hidden object that is created only if it is absent. Its process removes it when the files are published. A bucket
+has no locks that end with their process, so a claim that has stayed the same for CLAIM_S, by the clock of the one who waits,
+counts as abandoned and is taken over. No two clocks are compared. A process that lost its claim finds out before it reports a
+success: it renews the claim by a write that expects the version it wrote last.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from errors import OutputDirNotWritable
+from latent_encoder.outputs.bucket import QUICK_S, BucketFolder
+from latent_encoder.outputs.locks import LOCK, PREFIX
+from latent_encoder.storage.retrying import Unavailable
+from latent_encoder.storage.stores import Conflict, NotThere, Refused, Unusable, Version
+
+CLAIM_S = 15.0
+"""Seconds after which a claim that nobody renewed is taken over: a publication takes a second or two, and one that is
+throttled renews its claim between its calls."""
+
+RENEW_S = 5.0
+"""Age in seconds at which a claim is renewed before the next call: a third of CLAIM_S, so that one slow call does no harm."""
+
+WAIT_S = 25.0
+"""Longest wait for a claim, in seconds: that of a killed process ends within it."""
+
+POLL_S = 0.25
+"""Seconds between two looks at another process's claim. Each is a call that costs money."""
+
+CONDITIONAL = "conditional writes"
+
+
+class Claim:
+    """The claim of a name, held by this process."""
+
+    def __init__(self, folder: BucketFolder, key: str) -> None:
+        self._folder = folder
+        self._name = f"{PREFIX}{key}{LOCK}"
+        self._owner = secrets.token_hex(16)
+        self._count = 0
+        self._data = b""
+        self._version: Version = {}
+        self._since = 0.0
+        self._renewing = threading.Lock()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._since
+
+    def take(self, shown: str, wait_s: float = WAIT_S) -> None:
+        """Wait for the claim and take it.
+
+        Raises:
+            OutputDirNotWritable: another process holds it, or the storage fails.
+        """
+        deadline = time.monotonic() + wait_s
+        seen: Version | None = None
+        seen_at = 0.0
+        while not self._written(None):
+            try:
+                found = self._folder.content(self._name)
+            except FileNotFoundError:
+                continue
+            if found.data == self._data:  # the response to our own write was lost
+                self._version = found.facts.version
+                break
+            now = time.monotonic()
+            if found.facts.version != seen:
+                seen, seen_at = found.facts.version, now
+            elif now - seen_at >= CLAIM_S and self._written(seen):
+                break
+            if now >= deadline:
+                raise OutputDirNotWritable(
+                    f"Cannot write to output folder: {self._folder.path} (for {wait_s:g} s another process has been writing "
+                    f"{shown})"
+                )
+            time.sleep(POLL_S)
+        self._prove()
+
+    def keep(self) -> None:
+        """Renew the claim if it is not fresh. After this, the next call may be made in its name.
+
+        Raises:
+            OutputDirNotWritable: another process has taken it over.
+        """
+        with self._renewing:
+            if self.age_s >= RENEW_S:
+                self.renew()
+
+    def renew(self) -> None:
+        """Show that this process still has the claim.
+
+        Raises:
+            OutputDirNotWritable: another process has taken it over.
+        """
+        if not self._written(self._version) and not self._is_ours():
+            raise OutputDirNotWritable(
+                f"Cannot write to output folder: {self._folder.path} (this process was held up for more than {CLAIM_S:g} s, "
+                "and another one has taken over the same files)"
+            )
+
+    def release(self) -> None:
+        """Remove the claim, unless another process may have it before the call ends: removing knows no condition."""
+        if self.age_s < CLAIM_S - QUICK_S:
+            with suppress(NotThere, Refused, Unusable, Unavailable):
+                self._folder.quick.remove_once(self._folder.key(self._name))
+
+    def clear(self) -> None:
+        """Take over the claim of a killed process that has not changed for long, and remove it; leave it if it changes."""
+        with suppress(FileNotFoundError):
+            if self._written(self._folder.version(self._name)):
+                self.release()
+
+    def _written(self, expected: Version | None) -> bool:
+        """Write the claim if it has the expected version; return whether it was written."""
+        self._count += 1
+        self._data = f"{self._owner} {self._count}\n".encode()
+        began = time.monotonic()
+        try:
+            self._version = self._folder.put(self._name, self._data, expected, quick=True)
+        except Conflict:
+            return False
+        self._since = began
+        return True
+
+    def _is_ours(self) -> bool:
+        """Return whether the claim is the one that was written last, so that only the response to the write was lost."""
+        try:
+            found = self._folder.content(self._name)
+        except FileNotFoundError:
+            return False
+        if found.data != self._data:
+            return False
+        self._version, self._since = found.facts.version, time.monotonic()
+        return True
+
+    def _prove(self) -> None:
+        """Find out once if the server heeds the conditions of writes: some ignore them, and would lose files silently.
+
+        Raises:
+            OutputDirNotWritable: it does not.
+        """
+        store = self._folder.store
+        if CONDITIONAL in store.proved:
+            return
+        try:
+            self._folder.put(self._name, self._data, None)
+        except Conflict:
+            store.proved.add(CONDITIONAL)
+            return
+        with suppress(OutputDirNotWritable):
+            self._folder.remove(self._name)
+        raise OutputDirNotWritable(
+            f"Cannot write to output folder: {self._folder.path} (the server ignores If-None-Match, so two workers could "
+            "overwrite each other's files; use a storage with conditional writes)"
+        ) from OSError(95, str(Unusable("no conditional writes")))
+
+
+@contextmanager
+def claimed(folder: BucketFolder, key: str, shown: str) -> Iterator[Claim]:
+    """Hold the claim of a name as long as the context lasts.
+
+    Raises:
+        OutputDirNotWritable: another process holds it, or the storage fails.
+    """
+    claim = Claim(folder, key)
+    claim.take(shown)
+    try:
+        yield claim
+    finally:
+        with suppress(OutputDirNotWritable):  # it is taken over later
+            claim.release()

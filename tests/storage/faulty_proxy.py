@@ -1,0 +1,154 @@
+"""A proxy in front of the S3 server, with the faults of a network and of an overloaded storage."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+Kind = Literal["status", "drop", "lose", "hold"]
+"""`status`: respond so without the server; `drop`: close the connection instead; `lose`: close it after the server has done
+the call; `hold`: wait for `release`, then close it, without the server."""
+
+
+class Call(NamedTuple):
+    """A call that came, with the status of its response; 0 if it got none."""
+
+    method: str
+    path: str
+    status: int
+
+
+@dataclass
+class Fault:
+    """A fault of the next calls of that method whose path matches."""
+
+    kind: Kind
+    method: str
+    path: str
+    times: int = 1
+    status: int = 503
+    met: threading.Event = field(default_factory=threading.Event)
+    """Set when a call meets the fault."""
+    release: threading.Event = field(default_factory=threading.Event)
+    then: Fault | None = None
+    """A fault that all calls of its kind meet from then on."""
+
+
+class FaultyProxy:
+    """The proxy; `port` is that of this machine."""
+
+    def __init__(self, target: int) -> None:
+        self.latency_s = 0.0
+        self.calls: list[Call] = []
+        self._target = target
+        self._faults: list[Fault] = []
+        self._lock = threading.Lock()
+        self._of_path: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def handle_one_request(self) -> None:
+                with suppress(OSError):
+                    super().handle_one_request()
+                    return
+                self.close_connection = True
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def __getattr__(self, name: str) -> Callable[[], None]:
+                if name.startswith("do_"):
+                    return lambda: proxy._serve(self)
+                raise AttributeError(name)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=[0.05], daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for fault in self._faults:
+            fault.release.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fault(self, kind: Kind, method: str, path: str, times: int = 1, status: int = 503) -> Fault:
+        """Let the next calls of that method meet a fault; `path` is a regular expression that is searched for."""
+        fault = Fault(kind, method, path, times, status)
+        self._faults.append(fault)
+        return fault
+
+    def count(self, method: str, path: str = "") -> int:
+        """Return the number of calls so far."""
+        return sum(call.method == method and re.search(path, call.path) is not None for call in self.calls)
+
+    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        time.sleep(self.latency_s)
+        fault = self._next_fault(handler.command, handler.path)
+        if fault is not None and fault.kind == "hold":
+            fault.release.wait()
+        if fault is not None and fault.kind in ("hold", "drop"):
+            self._end(handler)
+            return
+        if fault is not None and fault.kind == "status":
+            self._respond(handler, fault.status, {}, b"")
+            return
+        with self._of_path[handler.path]:  # the server looks at conditions and writes in two steps
+            status, headers, data = self._passed_on(handler, body)
+        if fault is not None:
+            self._end(handler)
+            return
+        self._respond(handler, status, headers, data)
+
+    def _next_fault(self, method: str, path: str) -> Fault | None:
+        with self._lock:
+            for fault in self._faults:
+                if fault.times and fault.method == method and re.search(fault.path, path):
+                    fault.times -= 1
+                    if fault.then is not None:
+                        fault.then.times = 1_000_000
+                    fault.met.set()
+                    return fault
+        return None
+
+    def _passed_on(self, handler: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        headers = dict(handler.headers.items())
+        connection = HTTPConnection("127.0.0.1", self._target, timeout=30)
+        try:
+            connection.request(handler.command, handler.path, body=body or None, headers=headers)
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+        finally:
+            connection.close()
+
+    def _respond(self, handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.calls.append(Call(handler.command, handler.path, status))
+        handler.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                handler.send_header(name, value)
+        length = headers.get("Content-Length") if handler.command == "HEAD" else str(len(data))
+        handler.send_header("Content-Length", length or "0")
+        handler.end_headers()
+        if handler.command != "HEAD":
+            handler.wfile.write(data)
+
+    def _end(self, handler: BaseHTTPRequestHandler) -> None:
+        self.calls.append(Call(handler.command, handler.path, 0))
+        handler.close_connection = True
