@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.load_profile("project")
 
+
+SHOWN_OF_A_LOG = 6000
+"""Characters of a worker's log below a failed test: some minutes of a worker that waits for its broker."""
 
 # The tests start a hundred processes, which share their compiled modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -153,6 +156,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if is_wanted(item)]
     for item in items:
         skip_what_holds_for_the_pinned_release(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the last lines of each worker's log if its test fails."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.failed and isinstance(folder, Path):
+        for log in sorted(folder.rglob("worker-*.log")):
+            report.sections.append((log.name, log.read_text(errors="replace")[-SHOWN_OF_A_LOG:]))
+    return report
 
 
 def pytest_report_header() -> list[str]:
