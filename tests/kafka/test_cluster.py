@@ -97,6 +97,7 @@ def test_leaders_that_die_lose_nothing(
             responses.take(5)
             cluster.kill(2)
             responses.take(len(responses.records) + 10)
+            wait_until(lambda: holds_all(bench, 1), "the last broker to hold all partitions")
             cluster.kill(3)
             wait_until(lambda: in_sync(bench) == {1}, "the loss of the second broker")
             before = len(responses.all_within(0.5))
@@ -118,13 +119,22 @@ def test_leaders_that_die_lose_nothing(
 
 def in_sync(bench: Bench) -> set[int]:
     """Return the brokers that hold all acknowledged records of a partition of the test; none if no broker responds in time."""
+    brokers = brokers_by_topic(bench)
+    return {
+        broker for name in (bench.request_topic, bench.response_topic) for each in brokers.get(name, ()) for broker in each
+    }
+
+
+def holds_all(bench: Bench, broker: int) -> bool:
+    """Return whether a broker holds all acknowledged records of every partition, also of offsets and transactions."""
+    brokers = brokers_by_topic(bench)
+    return bool(brokers) and all(broker in each for partitions in brokers.values() for each in partitions)
+
+
+def brokers_by_topic(bench: Bench) -> dict[str, list[set[int]]]:
+    """Return the brokers in sync for each partition of each topic; nothing if no broker responds in time."""
     try:
         topics = bench.admin.list_topics(timeout=10).topics
     except KafkaException:  # a client that was connected to the dead brokers tries these first
-        return set()
-    return {
-        broker
-        for name in (bench.request_topic, bench.response_topic)
-        for partition in topics[name].partitions.values()
-        for broker in partition.isrs
-    }
+        return {}
+    return {name: [set(partition.isrs) for partition in topic.partitions.values()] for name, topic in topics.items()}
