@@ -27,6 +27,7 @@ COPY requirements/ requirements/
 COPY latent_encoder/__init__.py latent_encoder/releases.py latent_encoder/
 COPY latent_encoder/installer/ latent_encoder/installer/
 COPY tiny_vae/ tiny_vae/
+# obstore, 16 MB, is in every image: without it, a URL of object storage in a request would be an error.
 # The secrets are for networks with their own package index. They exist in this step and in no layer.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca.crt \
@@ -35,7 +36,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
         cuda) index="" ;; \
         *) echo "VARIANT is cpu or cuda, not $VARIANT." >&2; exit 1 ;; \
     esac \
-    && TORCH_INDEX_URL="${TORCH_INDEX_URL:-$index}" PIP_NO_CACHE_DIR=1 ./setup_comfyui.sh --no-trial \
+    && TORCH_INDEX_URL="${TORCH_INDEX_URL:-$index}" PIP_NO_CACHE_DIR=1 ./setup_comfyui.sh --no-trial --object-storage \
     && .venv/bin/python -m compileall -q -j 0 comfyui
 
 

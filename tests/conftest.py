@@ -16,6 +16,11 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import REGISTRY
 
 from config import Settings
 from latent_encoder.telemetry.logs import StderrHandler
@@ -100,6 +105,33 @@ def encoder(settings: Settings) -> LatentEncoder:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ComfyUI and its dependencies warn while they are imported
         return LatentEncoder.set_up(settings)
+
+
+@pytest.fixture
+def grown() -> Callable[..., float]:
+    """Return the growth of a metric since the test began, by its name and the values of its labels."""
+
+    def samples() -> dict[tuple[str, ...], float]:
+        families = REGISTRY.collect()
+        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+    before = samples()
+    return lambda *place: samples().get(place, 0) - before.get(place, 0)
+
+
+@pytest.fixture(scope="session")
+def exporter() -> InMemorySpanExporter:
+    """Collect the spans that this process exports; a process can have one provider only."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return exporter
+
+
+@pytest.fixture
+def spans(exporter: InMemorySpanExporter) -> InMemorySpanExporter:
+    exporter.clear()
+    return exporter
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,13 +14,14 @@ from latent_encoder.outputs.checksums import checksum
 from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.storage.retrying import Unavailable, nothing
 from latent_encoder.storage.stores import Conflict, Content, NotThere, Refused, Store, Unusable, Version, store_of
+from latent_encoder.storage.watching import CallThreads
 
 QUICK_S = 5.0
 """Longest time of a call about a small object, in seconds: a third of the time after which a claim counts as abandoned."""
 
 R = TypeVar("R")
 
-CALLS = ThreadPoolExecutor(max_workers=16, thread_name_prefix="storage")
+CALLS = CallThreads(max_workers=16, thread_name_prefix="storage")
 """Threads for calls of one request side by side: it has at most five files, and few requests are written at a time."""
 
 

@@ -19,6 +19,10 @@ from latent_encoder.outputs.bucket import QUICK_S, BucketFolder
 from latent_encoder.outputs.locks import LOCK, PREFIX
 from latent_encoder.storage.retrying import Unavailable
 from latent_encoder.storage.stores import Conflict, NotThere, Refused, Unusable, Version
+from latent_encoder.telemetry.logs import get_logger
+from latent_encoder.telemetry.metrics import STORAGE_CLAIMS
+
+log = get_logger("latent_encoder")
 
 CLAIM_S = 15.0
 """Seconds after which a claim that nobody renewed is taken over: a publication takes a second or two, and one that is
@@ -71,9 +75,12 @@ class Claim:
                 self._version = found.facts.version
                 break
             now = time.monotonic()
+            if seen is None:
+                STORAGE_CLAIMS.labels("waited").inc()
             if found.facts.version != seen:
                 seen, seen_at = found.facts.version, now
             elif now - seen_at >= CLAIM_S and self._written(seen):
+                self._note_taken_over(shown)
                 break
             if now >= deadline:
                 raise OutputDirNotWritable(
@@ -82,6 +89,14 @@ class Claim:
                 )
             time.sleep(POLL_S)
         self._prove()
+
+    def _note_taken_over(self, shown: str) -> None:
+        STORAGE_CLAIMS.labels("taken_over").inc()
+        log.warning(
+            "claim of another process is taken over, because it was not renewed",
+            place=f"{self._folder.path}/{shown}",
+            after_s=CLAIM_S,
+        )
 
     def keep(self) -> None:
         """Renew the claim if it is not fresh. After this, the next call may be made in its name.
@@ -100,6 +115,7 @@ class Claim:
             OutputDirNotWritable: another process has taken it over.
         """
         if not self._written(self._version) and not self._is_ours():
+            STORAGE_CLAIMS.labels("lost").inc()
             raise OutputDirNotWritable(
                 f"Cannot write to output folder: {self._folder.path} (this process was held up for more than {CLAIM_S:g} s, "
                 "and another one has taken over the same files)"

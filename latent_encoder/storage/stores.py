@@ -22,6 +22,7 @@ from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.credentials import mask_secrets, profile_options
 from latent_encoder.storage.locations import OBJECT_SCHEMES, ObjectPath
 from latent_encoder.storage.retrying import Unavailable, nothing, repeated
+from latent_encoder.storage.watching import CallFailed, Operation, received, sent, watched
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -44,20 +45,28 @@ Version = Mapping[str, str | None]
 R = TypeVar("R")
 
 
-class NotThere(Exception):
+class NotThere(CallFailed):
     """There is no such object, or no such bucket."""
 
+    outcome = "absent"
 
-class Refused(Exception):
+
+class Refused(CallFailed):
     """The credentials are missing, wrong, or lack the permission."""
 
+    outcome = "refused"
 
-class Conflict(Exception):
+
+class Conflict(CallFailed):
     """The object has another version than a conditional write expects."""
 
+    outcome = "conflict"
 
-class Unusable(Exception):
+
+class Unusable(CallFailed):
     """The storage refuses the call for another reason."""
+
+    outcome = "unusable"
 
 
 @dataclass(frozen=True)
@@ -78,8 +87,10 @@ class Content:
     facts: Facts
 
 
-class TooLarge(Exception):
+class TooLarge(CallFailed):
     """The object has more bytes than were asked for at most."""
+
+    outcome = "too_large"
 
     def __init__(self, size: int | None) -> None:
         super().__init__()
@@ -106,11 +117,11 @@ class Store:
         Raises:
             TooLarge: it has more than `max_bytes`. The rest of it is not read.
         """
-        return self._call(key, lambda: _whole(self.bucket.get(key), max_bytes))
+        return self._call("get", key, lambda: _whole(self.bucket.get(key), max_bytes))
 
     def facts(self, key: str) -> Facts:
         """Return the facts about an object, without its bytes."""
-        return self._call(key, lambda: _facts(self.bucket.get(key, options={"head": True})))
+        return self._call("head", key, lambda: _facts(self.bucket.get(key, options={"head": True})))
 
     def put(
         self, key: str, data: bytes, sha256: str, expected: Version | None, before: Callable[[], None] = nothing
@@ -124,18 +135,20 @@ class Store:
         attributes = {SHA256: sha256}
 
         def call() -> Version:
+            sent(len(data))
             return {**self.bucket.put(key, data, attributes=attributes, mode=mode, use_multipart=False)}  # type: ignore[dict-item]
 
-        return self._call(key, call, before)
+        return self._call("put", key, call, before)
 
     def remove(self, key: str) -> None:
         """Remove an object if it exists."""
         with suppress(NotThere):
-            self._call(key, lambda: self.bucket.delete(key))
+            self._call("delete", key, lambda: self.bucket.delete(key))
 
     def remove_once(self, key: str) -> None:
         """Remove an object, without a repetition that could come late."""
-        _translated(lambda: self.bucket.delete(key))
+        with watched("delete", f"{self.place}/{key}"):
+            _translated(lambda: self.bucket.delete(key))
 
     def names_from(self, folder: str, beginning: str) -> Iterator[tuple[str, datetime]]:
         """Yield the name of each object in a folder that begins so, with the time of its last change. One call is made."""
@@ -144,13 +157,13 @@ class Store:
         def first_page() -> list[Any]:
             return list(next(iter(self.bucket.list(folder or None, offset=start, chunk_size=1000)), []))
 
-        for found in self._call(start, first_page):
+        for found in self._call("list", start, first_page):
             if not found["path"].startswith(start):
                 return
             yield found["path"].rpartition("/")[2], found["last_modified"]
 
-    def _call(self, key: str, call: Callable[[], R], before: Callable[[], None] = nothing) -> R:
-        return repeated(lambda: _translated(call), self.limits, f"{self.place}/{key}", before)
+    def _call(self, operation: Operation, key: str, call: Callable[[], R], before: Callable[[], None] = nothing) -> R:
+        return repeated(operation, lambda: _translated(call), self.limits, f"{self.place}/{key}", before)
 
 
 _stores: dict[tuple[str, str, AllowedUrls], Store] = {}
@@ -224,6 +237,7 @@ def _whole(result: Any, max_bytes: int | None) -> Content:
     for part in result.stream(min_chunk_size=CHUNK_BYTES):
         parts.append(bytes(part))
         length += len(part)
+        received(len(part))
         if max_bytes is not None and length > max_bytes:
             raise TooLarge(None)
     if length != facts.size:
@@ -265,5 +279,7 @@ def _reason(exc: BaseException) -> str:
     status = re.search(r"status code: (\d{3} [A-Za-z ]+)", text)
     if status:
         return f"{status[1].strip()}{f', {code[1]}' if code else ''}"
+    if "kind: Timeout" in str(exc):  # in the debug output alone; the text tells only that the request could not be sent
+        return "the call timed out"
     cause = re.search(r"(?:error trying to connect|tcp connect error|dns error|operation timed out)[^\n\"]*", str(exc))
     return one_line(Exception(cause[0] if cause else text.rpartition(" - ")[2] or text), limit=200)

@@ -22,6 +22,7 @@ from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.locations import WebUrl
 from latent_encoder.storage.retrying import Unavailable, repeated
 from latent_encoder.storage.stores import CONNECT_S, TooLarge
+from latent_encoder.storage.watching import received
 
 MOST_REDIRECTS = 5
 """Redirects that are followed: browsers follow 20; a file server needs one or two."""
@@ -53,7 +54,7 @@ def read(url: WebUrl, limits: AllowedUrls, max_bytes: int) -> bytes:
     """
     place, named = url, True
     for _ in range(MOST_REDIRECTS + 1):
-        found = repeated(partial(_fetched, place, limits, max_bytes, named=named), limits, place.shown)
+        found = repeated("get", partial(_fetched, place, limits, max_bytes, named=named), limits, place.shown)
         if isinstance(found, bytes):
             return found
         place, named = _redirected(url, place, found, limits), limits.prefixes is not None
@@ -131,6 +132,7 @@ def _body(response: HTTPResponse, max_bytes: int, deadline: Deadline) -> bytes:
     while part := response.read1(CHUNK_BYTES):
         parts.append(part)
         length += len(part)
+        received(len(part))
         if length > max_bytes:
             raise TooLarge(None)
     if deadline.passed:

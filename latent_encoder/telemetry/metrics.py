@@ -19,6 +19,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series fo
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 900)
 # Buckets of waiting in the topic, which may take hours.
 WAITING_SECONDS = (0.01, 0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 14400)
+# Buckets of calls to storage: some milliseconds in one region, and STORAGE_TIMEOUT_S, 30 seconds by default, at most.
+CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 INFO = Info("latent_encoder", "Versions of the service, ComfyUI and torch, and the device.")
 READY = Gauge("latent_encoder_ready", "1 if this part of the worker is ready, else 0.", ["part"])
@@ -63,8 +65,33 @@ IMAGE_NOTES = Counter(
 EXPIRED_SETS = Counter("latent_encoder_expired_sets", "Sets of output files that were removed after OUTPUT_TTL_DAYS.")
 EXPIRED_BYTES = Counter("latent_encoder_expired_bytes", "Bytes of the output files that were removed after OUTPUT_TTL_DAYS.")
 VAE_CACHE = Counter("latent_encoder_vae_cache", "Uses of a VAE that was loaded (hit) or had to be loaded (miss).", ["result"])
+STORAGE_CALLS = Counter(
+    "latent_encoder_storage_calls",
+    "Calls to object storage and web servers, each attempt once.",
+    ["storage", "operation", "outcome"],
+)
+STORAGE_SECONDS = Histogram(
+    "latent_encoder_storage_call_seconds",
+    "Time of an attempt of a call with its body.",
+    ["storage", "operation"],
+    buckets=CALL_SECONDS,
+)
+STORAGE_BYTES = Counter(
+    "latent_encoder_storage_bytes",
+    "Bytes of objects and images that were read (in), or handed over to be written (out), in each attempt.",
+    ["storage", "direction"],
+)
+STORAGE_RETRIES = Counter(
+    "latent_encoder_storage_retries", "Attempts of a call that failed and are made again.", ["storage", "reason"]
+)
+STORAGE_CLAIMS = Counter(
+    "latent_encoder_storage_claims",
+    "Claims in a bucket that another process held (waited), that it no longer renewed (taken_over), or that this worker lost.",
+    ["event"],
+)
 
-# Every label is known from the start, so that Prometheus sees its counter grow from zero.
+# Every label is known from the start, so that Prometheus sees its counter grow from zero. Those of storage are known from the
+# first call to it.
 for _code in ("", *ErrorCode):
     REQUESTS.labels("error" if _code else "success", _code)
 for _code in ErrorCode:
@@ -74,6 +101,7 @@ for _metric, _values in (
     (REBALANCES, ("assigned", "revoked", "lost")),
     (IMAGE_NOTES, get_args(ImageNote)),
     (VAE_CACHE, ("hit", "miss")),
+    (STORAGE_CLAIMS, ("waited", "taken_over", "lost")),
     (STAGE_SECONDS, Timings.model_fields),
 ):
     for _value in _values:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -129,6 +129,26 @@ def step(name: str) -> Iterator[None]:
             span.record_exception(exc, {"exception.message": masked(str(exc)), "exception.stacktrace": text})
             span.set_status(trace.StatusCode.ERROR, f"{type(exc).__name__}: {masked(str(exc))}")
             raise
+
+
+@contextmanager
+def call(name: str, attributes: Callable[[], Mapping[str, str | int]]) -> Iterator[Span | None]:
+    """Start a child span for a call to another service. Yield None, without the attributes, if there is no request's span.
+
+    An exception leaves the span as it is: the caller knows which ones are failures.
+    """
+    if not INSTALLED or not trace.get_current_span().get_span_context().is_valid:
+        yield None
+        return
+    with trace.get_tracer(NAME, VERSION).start_as_current_span(
+        name, kind=trace.SpanKind.CLIENT, attributes=attributes(), record_exception=False, set_status_on_exception=False
+    ) as span:
+        yield span
+
+
+def fail(span: Span, reason: str) -> None:
+    """Mark a span as failed. `reason` holds no secret."""
+    span.set_status(trace.StatusCode.ERROR, reason)
 
 
 def end(span: Span | None, error: RequestError | None) -> None:

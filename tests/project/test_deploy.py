@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -19,10 +20,14 @@ from config import VARIABLES, VERSION, Settings
 from latent_encoder.env_file import read_env_file
 from latent_encoder.installer.download_vae import QWEN_IMAGE_VAE
 from latent_encoder.kafka.topics import DLQ_CONFIG, topics_of
+from latent_encoder.storage.access import AllowedUrls
+from latent_encoder.storage.credentials import SECRET_VARIABLES
+from latent_encoder.storage.locations import ObjectPath, location_of
 from tests.helpers import FEWEST_FILES, OUR_FILES, PROJECT
 
 COMPOSE = yaml.safe_load((PROJECT / "docker-compose.yml").read_text(encoding="utf-8"))
 MANIFESTS = list(yaml.safe_load_all((PROJECT / "deploy" / "kubernetes.yaml").read_text(encoding="utf-8")))
+WITHOUT_DISK = list(yaml.safe_load_all((PROJECT / "deploy" / "kubernetes-object-storage.yaml").read_text(encoding="utf-8")))
 # Continuation lines joined, comments left out.
 DOCKERFILE = [
     shlex.split(line, comments=True)
@@ -33,10 +38,15 @@ DOCKERFILE = [
 DEFAULTS = Settings.model_construct()
 
 
-def manifest(kind: str) -> Any:
+def manifest(kind: str, manifests: list[Any] = MANIFESTS) -> Any:
     """Return the only manifest of its kind."""
-    (found,) = [each for each in MANIFESTS if each["kind"] == kind]
+    (found,) = [each for each in manifests if each["kind"] == kind]
     return found
+
+
+def pod_without_disk() -> Any:
+    """Return the template of the pods that have images and files in object storage."""
+    return manifest("Deployment", WITHOUT_DISK)["spec"]["template"]
 
 
 def instructions(name: str) -> Iterator[list[str]]:
@@ -72,9 +82,14 @@ def dockerfile_environment() -> dict[str, str]:
     return dict(pair.split("=", 1) for words in instructions("ENV") for pair in words)
 
 
-def compose_environment() -> dict[str, str]:
-    given: dict[str, str] = COMPOSE["services"]["latent-encoder"]["environment"]
+def compose_environment(service: str = "latent-encoder") -> dict[str, str]:
+    given: dict[str, str] = COMPOSE["services"][service]["environment"]
     return {name: without_shell(value) for name, value in given.items()}
+
+
+def settings_in(environment: dict[str, str]) -> dict[str, str]:
+    """Return an environment without the variables that obstore reads."""
+    return {name: value for name, value in environment.items() if not name.startswith(("AWS_", "AZURE_", "GOOGLE_"))}
 
 
 def kubernetes_environment() -> dict[str, str]:
@@ -86,7 +101,12 @@ ENVIRONMENTS = {
     "Dockerfile": dockerfile_environment(),
     "docker-compose.yml": compose_environment(),
     "kubernetes.yaml": kubernetes_environment(),
+    "worker-s3 of docker-compose.yml": settings_in(compose_environment("worker-s3")),
+    "kubernetes-object-storage.yaml": settings_in(
+        manifest("ConfigMap", WITHOUT_DISK)["data"] | manifest("Secret", WITHOUT_DISK)["stringData"]
+    ),
 }
+IN_OBJECT_STORAGE = ("worker-s3 of docker-compose.yml", "kubernetes-object-storage.yaml")
 
 
 @pytest.fixture
@@ -359,7 +379,7 @@ def test_image_tests_itself(settings_of: Any) -> None:
 def test_versions_are_the_services() -> None:
     """The image's label and the tag of the image in Kubernetes have the version of the service."""
     assert [words[0] for words in instructions("ARG") if words[0].startswith("VERSION")] == [f"VERSION={VERSION}"]
-    assert container()["image"].split(":") == ["latent-encoder", VERSION]
+    assert container()["image"].split(":") == ["latent-encoder", VERSION]  # the other manifest's is compared with this one
 
 
 def test_port_is_one_everywhere() -> None:
@@ -390,7 +410,141 @@ def test_containers_have_no_rights_to_spare() -> None:
     }
 
 
-KUBERNETES_OWN = [each for each in MANIFESTS if not each["apiVersion"].startswith("keda.sh/")]
+@pytest.mark.parametrize("name", IN_OBJECT_STORAGE)
+def test_files_go_to_urls_alone(name: str, settings_of: Any) -> None:
+    """Images and files are in one bucket, at URLs that are allowed, and no folder may be read or written but an empty one."""
+    settings = settings_of(ENVIRONMENTS[name])
+    assert settings.mode == "kafka"
+    assert AllowedUrls.of_outputs(settings).allows(location_of(settings.output_dir))
+    assert not AllowedUrls.of_inputs(settings).allows(location_of(settings.output_dir))
+    assert [str(folder) for folder in (*settings.allowed_input_dirs, *settings.allowed_output_dirs)] == ["/mnt", "/mnt"]
+
+
+def test_workers_with_object_storage_share_no_volume() -> None:
+    """A worker mounts the VAEs and memory, and in Kubernetes no claim is left."""
+    assert [volume["target"] for volume in COMPOSE["services"]["worker-s3"]["volumes"]] == ["/models"]
+    assert [each for each in WITHOUT_DISK if each["kind"] == "PersistentVolumeClaim"] == []
+    pod = pod_without_disk()["spec"]
+    assert {volume["name"]: [*volume.keys() - {"name"}] for volume in pod["volumes"]} == {
+        "models": ["emptyDir"],
+        "tmp": ["emptyDir"],
+    }
+    (worker,) = pod["containers"]
+    assert {mount["mountPath"]: bool(mount.get("readOnly")) for mount in worker["volumeMounts"]} == {
+        "/models": True,
+        "/tmp": False,  # noqa: S108  # in memory, and gone with the pod
+    }
+
+
+def test_pods_with_object_storage_are_those_with_volumes_else() -> None:
+    """Image, probes, resources and rights are the same in both manifests, and the VAE is there before the worker starts."""
+    pod = pod_without_disk()["spec"]
+    (worker,), (download,) = pod["containers"], pod["initContainers"]
+    same = ("image", "ports", "resources", "startupProbe", "livenessProbe", "readinessProbe", "securityContext")
+    assert {name: worker[name] for name in same} == {name: container()[name] for name in same}
+    assert pod["securityContext"] == manifest("StatefulSet")["spec"]["template"]["spec"]["securityContext"]
+    assert pod["terminationGracePeriodSeconds"] > DEFAULTS.shutdown_timeout_s
+    assert (download["image"], download["securityContext"]) == (worker["image"], worker["securityContext"])
+    assert_downloads(download["command"])
+    assert download["volumeMounts"] == [{"name": "models", "mountPath": "/models"}]
+
+
+def test_pods_have_the_rights_of_an_account_of_the_cloud() -> None:
+    """The pods run as the ServiceAccount that names an account of one cloud, and no key of a storage is stored."""
+    account = manifest("ServiceAccount", WITHOUT_DISK)
+    assert pod_without_disk()["spec"]["serviceAccountName"] == account["metadata"]["name"]
+    assert len(account["metadata"]["annotations"]) == 1
+    secret = manifest("Secret", WITHOUT_DISK)
+    assert [name for name in secret["stringData"] if not name.startswith("KAFKA_")] == []
+    assert manifest("ConfigMap", WITHOUT_DISK)["data"].keys().isdisjoint(SECRET_VARIABLES)
+
+
+def test_manifests_with_object_storage_refer_to_what_is_there(settings_of: Any) -> None:
+    """ConfigMap, Secret, labels and the scaled Deployment are those of the file, and KEDA looks at the workers' topic."""
+    pod, settings = pod_without_disk(), settings_of(ENVIRONMENTS["kubernetes-object-storage.yaml"])
+    sources = [next(iter(source.values()))["name"] for source in pod["spec"]["containers"][0]["envFrom"]]
+    assert sources == [manifest(kind, WITHOUT_DISK)["metadata"]["name"] for kind in ("ConfigMap", "Secret")]
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        assert manifest(kind, WITHOUT_DISK)["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    (spread,) = pod["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"] == pod["metadata"]["labels"]
+    scaled = manifest("ScaledObject", WITHOUT_DISK)["spec"]
+    assert scaled["scaleTargetRef"] == {"kind": "Deployment", "name": manifest("Deployment", WITHOUT_DISK)["metadata"]["name"]}
+    (trigger,) = scaled["triggers"]
+    assert trigger == manifest("ScaledObject")["spec"]["triggers"][0]
+    assert trigger["metadata"]["bootstrapServers"] == settings.kafka_bootstrap_servers
+    assert manifest("TriggerAuthentication", WITHOUT_DISK) == manifest("TriggerAuthentication")
+
+
+def test_the_policy_permits_the_prefixes_of_the_settings_and_no_more(settings_of: Any) -> None:
+    """The policy for S3 reads below the allowed input URL, writes below the output URL, and lists only these."""
+    settings = settings_of(ENVIRONMENTS["kubernetes-object-storage.yaml"])
+    (read,), (written,) = settings.allowed_input_urls, settings.allowed_output_urls
+    policy = json.loads((PROJECT / "deploy" / "s3-policy.json").read_text(encoding="utf-8"))
+    reading, writing, listing = policy["Statement"]
+    arn = "arn:aws:s3:::"
+    assert reading["Resource"] == f"{arn}{read.removeprefix('s3://')}/*"
+    assert writing["Resource"] == f"{arn}{written.removeprefix('s3://')}/*"
+    bucket, _, folder = written.removeprefix("s3://").partition("/")
+    assert listing["Resource"] == f"{arn}{bucket}"
+    assert listing["Condition"] == {"StringLike": {"s3:prefix": [f"{read.rpartition('/')[2]}/*", f"{folder}/*"]}}
+    page = (PROJECT / "docs" / "object-storage.md").read_text(encoding="utf-8")
+    (of_files,) = re.findall(r"^\| write files \| ([^|]*) \|", page, re.MULTILINE)
+    assert {*writing["Action"], listing["Action"]} == set(re.findall(r"s3:\w+", of_files))
+
+
+def test_compose_has_an_s3_server_on_demand(settings_of: Any) -> None:
+    """Server, bucket and worker are in a profile, agree in keys, bucket and port, and the host reaches S3 alone."""
+    server, bucket, worker = (COMPOSE["services"][name] for name in ("s3", "bucket", "worker-s3"))
+    assert [each["profiles"] for each in (server, bucket, worker)] == [["object-storage"]] * 3
+    assert server["environment"].items() <= worker["environment"].items()
+    port = worker["environment"]["AWS_ENDPOINT_URL"].rpartition(":")[2]
+    assert worker["environment"]["AWS_ENDPOINT_URL"] == f"http://s3:{port}"
+    assert server["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert f"127.0.0.1:{port}/" in server["healthcheck"]["test"][-1]
+    assert server["image"] == bucket["image"]
+    output = location_of(settings_of(ENVIRONMENTS["worker-s3 of docker-compose.yml"]).output_dir)
+    assert isinstance(output, ObjectPath)
+    (script,) = bucket["command"]
+    assert f"s3.bucket.create -name {output.bucket}'" in script
+    assert f"grep -qw {output.bucket};" in script
+    assert worker["depends_on"]["bucket"] == {"condition": "service_completed_successfully"}
+    page = (PROJECT / "docs" / "operating.md").read_text(encoding="utf-8")
+    assert all(f"{name}={worker['environment'][name]}" in page for name in (*server["environment"], "AWS_REGION"))
+    assert f"--endpoint-url http://localhost:{port} s3 cp cat.png s3://{output.bucket}/images/" in page
+    same = ("image", "build", "env_file", "user", "read_only", "cap_drop", "security_opt", "stop_grace_period")
+    assert {name: worker[name] for name in same} == {name: COMPOSE["services"]["latent-encoder"][name] for name in same}
+
+
+@pytest.mark.parametrize("tries", [0, 3, 99])
+def test_the_bucket_is_made_or_the_worker_does_not_start(tmp_path: Path, tries: int) -> None:
+    """The one-off ends with success when the list has the bucket, also after failures, and with an error if it never has."""
+    (script,) = COMPOSE["services"]["bucket"]["command"]
+    made = tmp_path / "made"
+    listed = f'[ $(grep -c create {made}) -lt {tries} ] || echo "  latent-encoder  size:0"'
+    commands = {"weed": f'read -r line; echo "$line" >> {made}; {listed}', "sleep": ""}
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["/bin/sh", "-ec", script.replace("$$", "$")],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode == 0) is (tries < 30)
+    assert made.read_text().count("create") == min(tries, 30)
+
+
+def test_image_has_the_library_for_object_storage() -> None:
+    """The image is built with the option that installs obstore."""
+    (run,) = [" ".join(words) for words in DOCKERFILE if words[0] == "RUN" and "./setup_comfyui.sh" in words]
+    assert "--object-storage" in run.split()
+    assert "requirements/" in copied_from_the_project()
+
+
+KUBERNETES_OWN = [each for each in [*MANIFESTS, *WITHOUT_DISK] if not each["apiVersion"].startswith("keda.sh/")]
 
 
 @pytest.mark.parametrize("document", KUBERNETES_OWN, ids=lambda document: document["kind"])

@@ -25,6 +25,10 @@ class Call(NamedTuple):
     method: str
     path: str
     status: int
+    sent: int = 0
+    """Bytes of the body that came."""
+    received: int = 0
+    """Bytes of the body of the response."""
 
 
 @dataclass
@@ -104,17 +108,17 @@ class FaultyProxy:
         if fault is not None and fault.kind == "hold":
             fault.release.wait()
         if fault is not None and fault.kind in ("hold", "drop"):
-            self._end(handler)
+            self._end(handler, len(body))
             return
         if fault is not None and fault.kind == "status":
-            self._respond(handler, fault.status, {}, b"")
+            self._respond(handler, fault.status, {}, b"", len(body))
             return
         with self._of_path[handler.path]:  # the server looks at conditions and writes in two steps
             status, headers, data = self._passed_on(handler, body)
         if fault is not None:
-            self._end(handler)
+            self._end(handler, len(body))
             return
-        self._respond(handler, status, headers, data)
+        self._respond(handler, status, headers, data, len(body))
 
     def _next_fault(self, method: str, path: str) -> Fault | None:
         with self._lock:
@@ -137,8 +141,8 @@ class FaultyProxy:
         finally:
             connection.close()
 
-    def _respond(self, handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes) -> None:
-        self.calls.append(Call(handler.command, handler.path, status))
+    def _respond(self, handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, sent: int) -> None:
+        self.calls.append(Call(handler.command, handler.path, status, sent, len(data)))
         handler.send_response_only(status)
         for name, value in headers.items():
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -149,6 +153,6 @@ class FaultyProxy:
         if handler.command != "HEAD":
             handler.wfile.write(data)
 
-    def _end(self, handler: BaseHTTPRequestHandler) -> None:
-        self.calls.append(Call(handler.command, handler.path, 0))
+    def _end(self, handler: BaseHTTPRequestHandler, sent: int) -> None:
+        self.calls.append(Call(handler.command, handler.path, 0, sent))
         handler.close_connection = True

@@ -23,18 +23,6 @@ from tests.kafka_tools import Bench, Events, read_responses, wait_until
 Value = Callable[..., float]
 
 
-@pytest.fixture
-def grown() -> Value:
-    """Return the growth of a metric since the test began."""
-
-    def samples() -> dict[tuple[str, ...], float]:
-        families = REGISTRY.collect()
-        return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-
-    before = samples()
-    return lambda *place: samples().get(place, 0) - before.get(place, 0)
-
-
 @pytest.fixture(autouse=True)
 def no_lag() -> Iterator[None]:
     yield
