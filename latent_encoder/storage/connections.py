@@ -1,4 +1,4 @@
-"""Connections to web servers: only to addresses that were checked, ended at a deadline, and used again while they are fresh."""
+"""Connections to web servers: only to addresses that were checked, ended at a deadline, and used again for a short time."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from errors import SetupError, one_line
+from errors import SetupError, StorageFault, one_line
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.credentials import mask_secrets, profile_options
 from latent_encoder.storage.locations import OBJECT_SCHEMES, ObjectPath
@@ -38,6 +38,19 @@ SHA256 = "sha256"
 PERMANENT = re.compile(r"status code: (4(?!08|09|25|29)\d\d|501)")
 """Statuses in obstore's texts that a repetition does not change. A 409 of S3 means that another write is in progress."""
 
+PASSING_CODES = {"RequestTimeout", "OperationTimedOut"}
+"""Codes of S3 and Azure, with one of these statuses, for a call that may succeed when it is repeated."""
+
+AWAY = re.compile(r"status code: (429|502|503|504)|\bConnectError\(|\bkind: Connect\b|\bIncompleteMessage\b")
+"""Signs in obstore's texts of a storage that is out of reach or overloaded, whichever object is asked for."""
+
+NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidAccessKeyId"}
+WRONG_CREDENTIALS = {*EXPIRED, "InvalidToken", "SignatureDoesNotMatch", "AuthenticationFailed", "InvalidAuthenticationInfo"}
+"""Codes of S3 and Azure for credentials that the service has to change. Those of EXPIRED cannot come from a request; a name
+that the server encodes in another way may lead to the others."""
+
 Version = Mapping[str, str | None]
 """The version of an object that a conditional write expects: its ETag, and its generation in Google Cloud Storage."""
 
@@ -48,8 +61,25 @@ class NotThere(Exception):
     """There is no such object, or no such bucket."""
 
 
+class NoBucket(NotThere):
+    """There is no such bucket."""
+
+
 class Refused(Exception):
     """The credentials are missing, wrong, or lack the permission."""
+
+
+class WrongCredentials(Refused):
+    """The storage does not know the credentials, or they have expired."""
+
+    def __init__(self, reason: str, *, certain: bool) -> None:
+        super().__init__(reason)
+        self.certain = certain
+        """No request can be the cause."""
+
+
+class Away(Unavailable):
+    """The storage is out of reach or overloaded."""
 
 
 class Conflict(Exception):
@@ -237,6 +267,17 @@ def _facts(result: Any) -> Facts:
     return Facts(meta["size"], version, result.attributes.get(SHA256))
 
 
+def fault_of_storage(exc: BaseException | None, place: ObjectPath) -> StorageFault | None:
+    """Return the fault of the storage itself that a failed call shows; None if the request may be at fault alone."""
+    name = f"{place.scheme}://{place.bucket}"
+    match exc:
+        case WrongCredentials():
+            return StorageFault(name, exc.certain)
+        case Unavailable():
+            return StorageFault(name, isinstance(exc, Away))
+    return None
+
+
 def _translated(call: Callable[[], R]) -> R:
     """Return the result of a call of obstore, whose errors become ours. Theirs quote the whole request over many lines."""
     from obstore import exceptions
@@ -244,26 +285,53 @@ def _translated(call: Callable[[], R]) -> R:
     try:
         return call()
     except FileNotFoundError as exc:
-        raise NotThere(_reason(exc)) from None
+        raise (NoBucket if _code(exc) in NO_BUCKET else NotThere)(_reason(exc)) from None
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as exc:
-        raise Refused(_reason(exc)) from None
+        raise _refused(exc) from None
     except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as exc:
         raise Conflict(_reason(exc)) from None
     except ValueError as exc:  # a name that obstore does not take
         raise Unusable(one_line(exc)) from None
     except exceptions.BaseError as exc:
-        reason = _reason(exc)
-        if "builder error" in reason:
-            raise Unusable("the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that") from None
-        raise (Unusable if PERMANENT.search(str(exc)) else Unavailable)(reason) from None
+        raise _other_fault(exc) from None
+
+
+def _refused(exc: Exception) -> Refused:
+    code = _code(exc)
+    if code in WRONG_CREDENTIALS or "status code: 401" in str(exc):
+        return WrongCredentials(_reason(exc), certain=code in EXPIRED)
+    return Refused(_reason(exc))
+
+
+def _other_fault(exc: Exception) -> Exception:
+    text, code, reason = str(exc), _code(exc), _reason(exc)
+    if "builder error" in reason:
+        return Unusable("the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that")
+    if "incorrectly configured region" in text:
+        return Unusable("the bucket is in another region than AWS_REGION states")
+    if code in NO_BUCKET:
+        return NoBucket(reason)
+    if code in WRONG_CREDENTIALS:
+        return WrongCredentials(reason, certain=code in EXPIRED)
+    if PERMANENT.search(text) and code not in PASSING_CODES:
+        return Unusable(reason)
+    return (Away if AWAY.search(text) else Unavailable)(reason)
+
+
+def _code(exc: BaseException) -> str | None:
+    """Return the code of an error of S3 or Azure."""
+    found = re.search(r"<Code>(\w+)</Code>", str(exc))
+    return found[1] if found else None
 
 
 def _reason(exc: BaseException) -> str:
-    """Return the text of an error of obstore without its debug output, and with the code of S3 in place of its XML."""
-    text = str(exc).partition("\n\nDebug source")[0]
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    status = re.search(r"status code: (\d{3} [A-Za-z ]+)", text)
-    if status:
-        return f"{status[1].strip()}{f', {code[1]}' if code else ''}"
-    cause = re.search(r"(?:error trying to connect|tcp connect error|dns error|operation timed out)[^\n\"]*", str(exc))
+    """Return the text of an error of obstore without its debug output, and with the code of the storage in place of its XML."""
+    text, code = str(exc).partition("\n\nDebug source")[0], _code(exc)
+    if status := re.search(r"status code: (\d{3} [A-Za-z ]+)", text):
+        return f"{status[1].strip()}{f', {code}' if code else ''}"
+    if "IncompleteMessage" in str(exc):
+        return "the server ended the connection without a response"
+    if re.search(r"\bkind: Timeout\b|\bTimedOut\b", str(exc)):
+        return "no complete response within the time-out"
+    cause = re.search(r"(?:error trying to connect|tcp connect error|dns error)[^\n\"]*", str(exc))
     return one_line(Exception(cause[0] if cause else text.rpartition(" - ")[2] or text), limit=200)

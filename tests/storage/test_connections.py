@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from errors import AccessDenied, ImageInvalid, ImageUnreachable
 from latent_encoder.storage import connections
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.connections import POOL
 from latent_encoder.storage.images import read_from_url
-from errors import AccessDenied, ImageInvalid, ImageUnreachable
+from latent_encoder.storage.locations import WebUrl
+from latent_encoder.storage.retrying import Unavailable
+from latent_encoder.storage.web import _attempted
 from tests.broker.certificates import Certificates
 from tests.kafka_tools import wait_until
 from tests.storage.web_server import WebServer, redirect, respond
@@ -276,10 +279,6 @@ def test_redirects_share_one_time_out(keeping: WebServer) -> None:
 )
 def test_the_pause_that_a_server_asks_for(keeping: WebServer, value: str, pause_s: float | None) -> None:
     """Retry-After is read in seconds and as a date; other values count as none."""
-    from latent_encoder.storage.retrying import Unavailable
-    from latent_encoder.storage.web import _attempted
-    from latent_encoder.storage.locations import WebUrl
-
     keeping.pages["/a.png"] = lambda handler: respond(handler, 503, headers={"Retry-After": value})
     with pytest.raises(Unavailable) as fault:
         _attempted(WebUrl.parse(keeping.url("/a.png")), AllowedUrls("image_path"), 100)
