@@ -6,7 +6,16 @@ from errors import AccessDenied, ImageInvalid, ImageNotFound, ImageUnreachable, 
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.locations import Location, ObjectPath, WebUrl, shown
 from latent_encoder.storage.retrying import Unavailable
-from latent_encoder.storage.stores import NoBucket, NotThere, Refused, TooLarge, Unusable, fault_of_storage, store_of
+from latent_encoder.storage.stores import (
+    NoBucket,
+    NotThere,
+    Refused,
+    TooLarge,
+    Unusable,
+    WrongCredentials,
+    fault_of_storage,
+    store_of,
+)
 from latent_encoder.storage.web import read as read_from_web
 
 
@@ -42,6 +51,8 @@ def _read(place: Location, name: str, limits: AllowedUrls, max_bytes: int) -> by
     except NotThere as exc:
         bucket = " (the bucket does not exist)" if isinstance(exc, NoBucket) else ""
         raise ImageNotFound(f"Image file not found: {name}{bucket}") from None
+    except WrongCredentials as exc:
+        raise AccessDenied(f"Access denied: the credentials of the service do not open {name} ({exc})") from exc
     except Refused as exc:
         raise AccessDenied(
             f"Access denied: the storage refuses to read {name} ({exc}); its credentials need the permission to read it."

@@ -15,11 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from errors import SetupError, StorageFault, one_line
 from latent_encoder.storage.access import AllowedUrls
-from latent_encoder.storage.credentials import mask_secrets, profile_options
+from latent_encoder.storage.credentials import NoCredentials, Profile, mask_secrets
 from latent_encoder.storage.locations import OBJECT_SCHEMES, ObjectPath
 from latent_encoder.storage.retrying import Unavailable, nothing, repeated
 
@@ -43,6 +43,14 @@ PASSING_CODES = {"RequestTimeout", "OperationTimedOut"}
 
 AWAY = re.compile(r"status code: (429|502|503|504)|\bConnectError\(|\bkind: Connect\b|\bIncompleteMessage\b")
 """Signs in obstore's texts of a storage that is out of reach or overloaded, whichever object is asked for."""
+
+CLOUDS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+"""The beginnings of the variables of each storage."""
+
+METADATA_SERVICE = re.compile(r"token request|//169\.254\.169\.254/|//169\.254\.170\.|//metadata\.google\.internal/")
+"""Signs in obstore's texts that it looked for credentials in vain: it asks the machine's service last."""
+
+PROVIDER = "External AWS credential provider: NoCredentials: "
 
 NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 
@@ -175,6 +183,8 @@ class Store:
             return list(next(iter(self.bucket.list(folder or None, offset=start, chunk_size=1000)), []))
 
         for found in self._call(start, first_page):
+            if found["path"] < start:  # a server that does not know the offset, as Azurite
+                continue
             if not found["path"].startswith(start):
                 return
             yield found["path"].rpartition("/")[2], found["last_modified"]
@@ -192,7 +202,7 @@ def store_of(place: ObjectPath, limits: AllowedUrls) -> Store:
 
     Raises:
         SetupError: obstore is not installed.
-        Unusable: the environment lacks a setting that it needs.
+        WrongCredentials: the environment lacks a setting or the credentials that it needs.
     """
     key = (place.scheme, place.bucket, limits)
     with _opening:
@@ -224,22 +234,30 @@ def _opened(place: ObjectPath, limits: AllowedUrls) -> ObjectStore:
 
     mask_secrets()
     try:
-        common: dict[str, Any] = {"client_options": _client_options(limits), "retry_config": {"max_retries": 0}}
+        common: dict[str, Any] = {"client_options": _client_options(place, limits), "retry_config": {"max_retries": 0}}
         if place.scheme == "s3":
             # One object is removed at a time, and some servers do not implement the call for many.
-            return S3Store(place.bucket, disable_bulk_delete=True, **common, **cast(dict[str, Any], profile_options()))
+            return S3Store(place.bucket, disable_bulk_delete=True, **common, **_profile_options())
         return (GCSStore if place.scheme == "gs" else AzureStore)(place.bucket, **common)
+    except NoCredentials as exc:
+        raise WrongCredentials(str(exc), certain=True) from None
     except Exception as exc:
-        raise Unusable(_reason(exc)) from None
+        raise WrongCredentials(_reason(exc), certain=True) from None
 
 
-def _client_options(limits: AllowedUrls) -> dict[str, Any]:
+def _profile_options() -> dict[str, Any]:
+    profile = Profile()
+    options: dict[str, Any] = {"credential_provider": profile} if profile.is_used else {}
+    return options | ({"region": region} if (region := profile.region) else {})
+
+
+def _client_options(place: ObjectPath, limits: AllowedUrls) -> dict[str, Any]:
     """Return the options of the HTTP client. Given options replace those that obstore would take from the environment."""
     options: dict[str, Any] = {
         "timeout": f"{round(limits.timeout_s * 1000)}ms",
         "connect_timeout": f"{round(min(CONNECT_S, limits.timeout_s) * 1000)}ms",
     }
-    if any(os.environ.get(f"{cloud}_ALLOW_HTTP", "").lower() in ("1", "true", "yes") for cloud in ("AWS", "GOOGLE", "AZURE")):
+    if os.environ.get(f"{CLOUDS[place.scheme]}_ALLOW_HTTP", "").lower() in ("1", "true", "yes"):
         options["allow_http"] = True
     if authorities := os.environ.get("AWS_CA_BUNDLE"):
         options["root_certificate"] = Path(authorities).read_bytes()
@@ -297,7 +315,9 @@ def _translated(call: Callable[[], R]) -> R:
 
 
 def _refused(exc: Exception) -> Refused:
-    code = _code(exc)
+    code, text = _code(exc), str(exc).partition("\n\nDebug source")[0]
+    if PROVIDER in text:
+        return WrongCredentials(text.partition(PROVIDER)[2], certain=True)
     if code in WRONG_CREDENTIALS or "status code: 401" in str(exc):
         return WrongCredentials(_reason(exc), certain=code in EXPIRED)
     return Refused(_reason(exc))
@@ -305,17 +325,26 @@ def _refused(exc: Exception) -> Refused:
 
 def _other_fault(exc: Exception) -> Exception:
     text, code, reason = str(exc), _code(exc), _reason(exc)
-    if "builder error" in reason:
-        return Unusable("the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that")
-    if "incorrectly configured region" in text:
-        return Unusable("the bucket is in another region than AWS_REGION states")
-    if code in NO_BUCKET:
-        return NoBucket(reason)
+    if advice := _setting_at_fault(text, reason):
+        return Unusable(advice)
+    if METADATA_SERVICE.search(text):
+        reason = f"the environment has no credentials, and the machine's metadata service gives none: {reason}"
+        return WrongCredentials(reason, certain=True)
     if code in WRONG_CREDENTIALS:
         return WrongCredentials(reason, certain=code in EXPIRED)
+    if code in NO_BUCKET:
+        return NoBucket(reason)
     if PERMANENT.search(text) and code not in PASSING_CODES:
         return Unusable(reason)
     return (Away if AWAY.search(text) else Unavailable)(reason)
+
+
+def _setting_at_fault(text: str, reason: str) -> str | None:
+    if "builder error" in reason:
+        return "the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that (GOOGLE_ALLOW_HTTP for gs://, AZURE_… for az://)"
+    if "incorrectly configured region" in text:
+        return "the bucket is in another region than AWS_REGION states"
+    return None
 
 
 def _code(exc: BaseException) -> str | None:
@@ -325,7 +354,7 @@ def _code(exc: BaseException) -> str | None:
 
 
 def _reason(exc: BaseException) -> str:
-    """Return the text of an error of obstore without its debug output, and with the code of the storage in place of its XML."""
+    """Return the text of an error of obstore without its debug output, and with the storage's code in place of its XML."""
     text, code = str(exc).partition("\n\nDebug source")[0], _code(exc)
     if status := re.search(r"status code: (\d{3} [A-Za-z ]+)", text):
         return f"{status[1].strip()}{f', {code}' if code else ''}"
