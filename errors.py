@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from latent_encoder.masking import masked
 
@@ -74,11 +74,22 @@ class LatentUnreadable(LatentEncoderError):
     """A file that should hold a latent does not. The text names the file and the reason."""
 
 
+class StorageFault(NamedTuple):
+    """A fault of object storage, or of the credentials for it."""
+
+    name: str
+    """For example `s3://bucket`."""
+    certain: bool
+    """No request can be the cause: for example the storage is out of reach, or throttles."""
+
+
 class RequestError(LatentEncoderError):
     """One request cannot get a latent."""
 
     code: ClassVar[ErrorCode]
     retryable: ClassVar[bool] = False
+    storage_fault: StorageFault | None = None
+    """The fault of object storage that caused it."""
 
 
 class InvalidRequest(RequestError):

@@ -1,6 +1,7 @@
 """The breaker: if the machine is broken, the worker stops taking requests instead of failing them one after the other.
 
-Failures that accuse the same part of the machine, of KAFKA_BREAKER_FAILURES requests in a row, open it. Then one request is
+Failures that accuse the same part of the machine, of KAFKA_BREAKER_FAILURES requests in a row, open it. So does one call to
+object storage that is out of reach after all repetitions, or that does not take the credentials any more. Then one request is
 tried after each wait, and the waits double. A success closes it. Meanwhile no request is given up.
 """
 
@@ -48,6 +49,8 @@ def accused(error: RequestError, job: RecordJob, settings: Settings, vaes: Colle
     request = job.request
     if request is None:
         return None
+    if error.storage_fault is not None:
+        return f"object storage {error.storage_fault.name}"
     if isinstance(error, EncodingFailed):
         return "encoder"
     if isinstance(error, VaeModelNotFound) and request.vae_model_name in vaes:
@@ -81,15 +84,16 @@ class Breaker:
         """The part of the machine that is broken; None if the breaker is closed."""
         return self._fault
 
-    def failed(self, job: RecordJob, fault: str | None, now: float) -> None:
-        """Take the failure of an attempt."""
+    def failed(self, job: RecordJob, fault: str | None, now: float, *, certain: bool = False) -> None:
+        """Take the failure of an attempt. A `certain` fault, which no request can cause, opens the breaker at once."""
         if self._fault is not None:
             self._tries += fault is not None
             self._try_at = now + (backoff_s(self._tries, self._settings) if fault is not None else 0)
         elif fault is not None:
             requests = self._failed.setdefault(fault, set())
             requests.add((job.partition, job.record.offset))
-            if len(requests) == self._settings.kafka_breaker_failures:
+            needed = self._settings.kafka_breaker_failures
+            if needed and (certain or len(requests) == needed):
                 self._open(fault, now)
 
     def _open(self, fault: str, now: float) -> None:

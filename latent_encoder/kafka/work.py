@@ -127,7 +127,8 @@ class Work:
         log_failure(error, request_id=job.sender.request_id, attempt=job.attempts, **job.place)
         job.blamed = isinstance(error, DeviceLost)
         fault = accused(error, job, self._settings, self._vaes)
-        self._breaker.failed(job, fault, time.monotonic())
+        certain = error.storage_fault is not None and error.storage_fault.certain
+        self._breaker.failed(job, fault, time.monotonic(), certain=certain)
         failure = Failure(
             error,
             self._clock(),

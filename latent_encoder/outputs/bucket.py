@@ -13,7 +13,18 @@ from latent_encoder.access import AllowedFolders
 from latent_encoder.outputs.checksums import checksum
 from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.storage.retrying import Unavailable, nothing
-from latent_encoder.storage.stores import Conflict, Content, NotThere, Refused, Store, Unusable, Version, store_of
+from latent_encoder.storage.stores import (
+    Conflict,
+    Content,
+    NoBucket,
+    NotThere,
+    Refused,
+    Store,
+    Unusable,
+    Version,
+    fault_of_storage,
+    store_of,
+)
 from latent_encoder.storage.watching import CallThreads
 
 QUICK_S = 5.0
@@ -150,7 +161,7 @@ class BucketFolder:
                 store = self.quick if quick else self.store
                 return store.put(self.key(name), data, checksum(data), expected, before)
             except NotThere as exc:  # the bucket; or the object whose version is expected, which another writer removed
-                if expected is not None and "NoSuchBucket" not in str(exc):
+                if expected is not None and not isinstance(exc, NoBucket):
                     raise Conflict(str(exc)) from None
                 raise Unusable("the bucket does not exist") from None
 
@@ -185,11 +196,12 @@ def reported(folder: ObjectPath) -> Iterator[None]:
     """Turn a fault of the storage inside into OutputDirNotWritable. A conflict stays, because its meaning differs."""
     try:
         yield
-    except Refused as exc:
-        cause = PermissionError(errno.EACCES, f"the storage refuses: {exc}")
-        raise OutputDirNotWritable(f"Cannot write to output folder: {folder} ({cause.strerror})") from cause
-    except (Unusable, Unavailable) as exc:
-        raise OutputDirNotWritable(f"Cannot write to output folder: {folder} ({exc})") from OSError(errno.EIO, str(exc))
+    except (Refused, Unusable, Unavailable) as exc:
+        refused = isinstance(exc, Refused)
+        cause = OSError(errno.EACCES if refused else errno.EIO, f"the storage refuses: {exc}" if refused else str(exc))
+        error = OutputDirNotWritable(f"Cannot write to output folder: {folder} ({cause.strerror})")
+        error.storage_fault = fault_of_storage(exc, folder)
+        raise error from cause
 
 
 def side_by_side(calls: Sequence[Callable[[], R]]) -> list[R]:
@@ -201,5 +213,5 @@ def side_by_side(calls: Sequence[Callable[[], R]]) -> list[R]:
 
 
 def _refuse_absent_bucket(exc: NotThere) -> None:
-    if "NoSuchBucket" in str(exc):
+    if isinstance(exc, NoBucket):
         raise Unusable("the bucket does not exist") from None

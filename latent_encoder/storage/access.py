@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from config import Settings
 from errors import AccessDenied, InvalidRequest
-from latent_encoder.storage.locations import Location, ObjectPath, WebUrl, location_of, shown
+from latent_encoder.storage.locations import LONGEST_FOLDER, Location, ObjectPath, WebUrl, location_of, shown
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -62,6 +62,8 @@ class AllowedUrls:
                 raise ValueError("must be a folder, or begin with s3://, gs:// or az://")
             if self.field == "image_path" and isinstance(place, ObjectPath) and not place.key:
                 raise ValueError("must name an object in the bucket")
+            if self.field == "output_dir" and isinstance(place, ObjectPath) and len(place.key.encode()) > LONGEST_FOLDER:
+                raise ValueError(f"must have at most {LONGEST_FOLDER} bytes behind the bucket, so that names fit behind it")
         except ValueError as exc:
             raise InvalidRequest(f"Invalid request: {self.field}: {exc} (got {shown(url)[:200]!r})") from None
         if not self.allows(place):

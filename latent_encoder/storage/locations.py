@@ -25,6 +25,12 @@ LONGEST_KEY = 1024
 LONGEST_NAME = 255
 """Bytes of a file's name in a bucket: as on most disks, so that the files can be copied to one."""
 
+LONGEST_FOLDER = LONGEST_KEY - 1 - LONGEST_NAME
+"""Bytes of an output folder's name in a bucket: behind it come a slash and a file's name."""
+
+LONGEST_WEB_URL = 8192
+"""Characters. A presigned URL has up to about 3,000, and common web servers take no more than 8,192 in a request."""
+
 MOST_DECODINGS = 8
 """Rounds in which a path is decoded to look for `..`. Nobody encodes a path that often for a good reason."""
 
@@ -39,10 +45,17 @@ else:
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BUCKET = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,253}[A-Za-z0-9])?")
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
-_NOT_IN_URLS = re.compile(r"[\x00-\x20\x7f\\]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_BRACKETS = re.compile(r"\[[0-9A-Fa-f:.]+\](:.*)?")
+_NUMBER = re.compile(r"\d+|0x[0-9a-f]*")
+_IN_TWO_STANDARDS = re.compile("[\u00df\u1e9e\u03c2\u200c\u200d]")
+"""Characters of host names that two standards (IDNA 2003 and 2008) turn into different names: ß, ς and joiners."""
+_STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _ENCODED = re.compile("%[0-9A-Fa-f]{2}")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
-_SEPARATORS = re.compile("%(2f|5c|00)", re.IGNORECASE)
+_SEPARATORS = re.compile("%(2f|5c|00|c0%ae|c0%af|c1%9c)", re.IGNORECASE)
+"""An encoded slash, backslash or NUL, and forms of `.`, `/` and `\\` that are no UTF-8 but that some servers decode."""
 
 
 class ObjectPath(PosixPathBase):
@@ -87,6 +100,8 @@ class ObjectPath(PosixPathBase):
             raise ValueError("must have no empty name, no '.' and no '..' between its slashes")
         if any(ord(character) < 32 for character in key):
             raise ValueError("must not have control characters")
+        if "\\" in key and scheme.lower() == "az":
+            raise ValueError("must not have a backslash: Azure takes it for a slash")
         if len(key.encode()) > LONGEST_KEY:
             raise ValueError(f"must have at most {LONGEST_KEY} bytes behind the bucket")
         return cls(f"{scheme.lower()}://{bucket}/{key}")
@@ -115,7 +130,9 @@ class WebUrl:
         Raises:
             ValueError: it is no URL of a web server, or one that servers may read in different ways.
         """
-        if _NOT_IN_URLS.search(url.partition("?")[0].replace(" ", "")) or "\n" in url or "\r" in url:
+        if len(url) > LONGEST_WEB_URL:
+            raise ValueError(f"must have at most {LONGEST_WEB_URL} characters")
+        if _CONTROL.search(url) or "\\" in url.partition("?")[0]:
             raise ValueError("must not have control characters or backslashes")
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None or "@" in parts.netloc:
@@ -179,6 +196,8 @@ def location_of(url: str) -> Location:
         ValueError: it names none. The text has the reason, without the URL.
     """
     scheme = url.partition("://")[0].lower()
+    if _LONE_SURROGATE.search(url):
+        raise ValueError("must be UTF-8")
     if scheme in OBJECT_SCHEMES:
         return ObjectPath.parse(url)
     if scheme in WEB_PORTS:
@@ -257,36 +276,56 @@ def _decodings(text: str) -> Iterator[str]:
 
 
 def _host(parts: SplitResult) -> str:
+    """Return the host in ASCII.
+
+    Raises:
+        ValueError: there is none, or one that programs read in different ways.
+    """
     host = (parts.hostname or "").removesuffix(".")
-    if ":" in host:
+    if "[" in parts.netloc:
         try:
-            return str(ipaddress.IPv6Address(host))
+            return str(ipaddress.IPv6Address(host if _BRACKETS.fullmatch(parts.netloc) else ""))
         except ValueError:
-            raise ValueError("must have a valid address between [ and ]") from None
+            raise ValueError("must have a valid address between [ and ], without a zone") from None
+    if _IN_TWO_STANDARDS.search(host):
+        raise ValueError("must have the name of its server in ASCII (xn--…), because programs encode it in different ways")
     try:
         host = (host if host.isascii() else host.encode("idna").decode()).lower()
     except UnicodeError:
         host = ""
     if len(host) > 253 or not _HOST_NAME.fullmatch(host):
         raise ValueError("must have the name or the address of a server behind ://")
+    if _NUMBER.fullmatch(host.rpartition(".")[2]):
+        return _address(host)
     return host
+
+
+def _address(host: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(host))
+    except ValueError:
+        raise ValueError("must have an address of four decimal numbers, for example 192.0.2.1") from None
 
 
 def _port(parts: SplitResult) -> int | None:
     try:
-        return parts.port
+        port = parts.port
     except ValueError:
-        raise ValueError("must have a port from 1 to 65535, or none") from None
+        port = 0
+    if port == 0:
+        raise ValueError("must have a port from 1 to 65535, or none")
+    return port
 
 
 def _path(path: str) -> str:
     """Return the path with `.` and `..` removed, and with one way of writing for each character.
 
     Raises:
-        ValueError: a slash, a backslash or `..` is encoded in it, which servers read in different ways.
+        ValueError: a slash, a backslash or `..` is encoded in it, or it has `..;`. Servers read these in different ways.
     """
     if _SEPARATORS.search(path):
         raise ValueError("must not have %2F, %5C or %00")
+    path = _STRAY_PERCENT.sub("%25", path)
     path = _ENCODED.sub(lambda found: _one_way(found[0]), path or "/")
     path = quote(path, safe="/%!$&'()*+,;=:@~-._")
     names: list[str] = []
@@ -300,8 +339,8 @@ def _path(path: str) -> str:
             continue
         if number == len(parts) - 1:
             names.append("")
-    if any(set(re.split(r"[/\\]", decoded)) & {".", ".."} for name in names for decoded in _decodings(name)):
-        raise ValueError("must not have an encoded '..'")
+    if any(set(re.split(r"[/\\;]", decoded)) & {".", ".."} for name in names for decoded in _decodings(name)):
+        raise ValueError("must not have an encoded '..', or '..' beside ';'")
     return "/" + "/".join(names)
 
 

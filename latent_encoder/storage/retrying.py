@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from latent_encoder.storage.access import AllowedUrls
-from latent_encoder.storage.watching import CallFailed, Operation, Reason, count_retry, watched
+from latent_encoder.storage.watching import CallFailed, Reason, count_retry
 from latent_encoder.telemetry.logs import get_logger
 
 log = get_logger("latent_encoder")
@@ -50,25 +50,19 @@ def nothing() -> None:
     """Do nothing before a call is made again."""
 
 
-def repeated(
-    operation: Operation,
-    call: Callable[[], R],
-    limits: AllowedUrls,
-    place: str,
-    before: Callable[[], None] = nothing,
-) -> R:
+def repeated(call: Callable[[int], R], limits: AllowedUrls, place: str, before: Callable[[], None] = nothing) -> R:
     """Return the result of a call, which is repeated while it is `Unavailable`.
 
-    `place` is its URL without a query, for the log and the trace. Each attempt is counted. `before` is called before each
-    repetition, which it ends if it raises an error.
+    `call` gets the number of its repetition, 0 for the first attempt. `place` is its URL without a query, for the log.
+    `before`
+    is called before each repetition, which it ends if it raises an error.
 
     Raises:
         Unavailable: the last repetition failed too.
     """
     for number in range(limits.retries + 1):
         try:
-            with watched(operation, place, number):
-                return call()
+            return call(number)
         except Unavailable as exc:
             if number == limits.retries:
                 raise

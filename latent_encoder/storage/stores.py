@@ -15,11 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from errors import SetupError, one_line
+from errors import SetupError, StorageFault, one_line
 from latent_encoder.storage.access import AllowedUrls
-from latent_encoder.storage.credentials import mask_secrets, profile_options
+from latent_encoder.storage.credentials import NoCredentials, Profile, mask_secrets
 from latent_encoder.storage.locations import OBJECT_SCHEMES, ObjectPath
 from latent_encoder.storage.retrying import Unavailable, nothing, repeated
 from latent_encoder.storage.watching import CallFailed, Operation, received, sent, watched
@@ -39,6 +39,27 @@ SHA256 = "sha256"
 PERMANENT = re.compile(r"status code: (4(?!08|09|25|29)\d\d|501)")
 """Statuses in obstore's texts that a repetition does not change. A 409 of S3 means that another write is in progress."""
 
+PASSING_CODES = {"RequestTimeout", "OperationTimedOut"}
+"""Codes of S3 and Azure, with one of these statuses, for a call that may succeed when it is repeated."""
+
+AWAY = re.compile(r"status code: (429|502|503|504)|\bConnectError\(|\bkind: Connect\b|\bIncompleteMessage\b")
+"""Signs in obstore's texts of a storage that is out of reach or overloaded, whichever object is asked for."""
+
+CLOUDS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+"""The beginnings of the variables of each storage."""
+
+METADATA_SERVICE = re.compile(r"token request|//169\.254\.169\.254/|//169\.254\.170\.|//metadata\.google\.internal/")
+"""Signs in obstore's texts that it looked for credentials in vain: it asks the machine's service last."""
+
+PROVIDER = "External AWS credential provider: NoCredentials: "
+
+NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidAccessKeyId"}
+WRONG_CREDENTIALS = {*EXPIRED, "InvalidToken", "SignatureDoesNotMatch", "AuthenticationFailed", "InvalidAuthenticationInfo"}
+"""Codes of S3 and Azure for credentials that the service has to change. Those of EXPIRED cannot come from a request; a name
+that the server encodes in another way may lead to the others."""
+
 Version = Mapping[str, str | None]
 """The version of an object that a conditional write expects: its ETag, and its generation in Google Cloud Storage."""
 
@@ -51,10 +72,27 @@ class NotThere(CallFailed):
     outcome = "absent"
 
 
+class NoBucket(NotThere):
+    """There is no such bucket."""
+
+
 class Refused(CallFailed):
     """The credentials are missing, wrong, or lack the permission."""
 
     outcome = "refused"
+
+
+class WrongCredentials(Refused):
+    """The storage does not know the credentials, or they have expired."""
+
+    def __init__(self, reason: str, *, certain: bool) -> None:
+        super().__init__(reason)
+        self.certain = certain
+        """No request can be the cause."""
+
+
+class Away(Unavailable):
+    """The storage is out of reach or overloaded."""
 
 
 class Conflict(CallFailed):
@@ -158,12 +196,20 @@ class Store:
             return list(next(iter(self.bucket.list(folder or None, offset=start, chunk_size=1000)), []))
 
         for found in self._call("list", start, first_page):
+            if found["path"] < start:  # a server that does not know the offset, as Azurite
+                continue
             if not found["path"].startswith(start):
                 return
             yield found["path"].rpartition("/")[2], found["last_modified"]
 
     def _call(self, operation: Operation, key: str, call: Callable[[], R], before: Callable[[], None] = nothing) -> R:
-        return repeated(operation, lambda: _translated(call), self.limits, f"{self.place}/{key}", before)
+        place = f"{self.place}/{key}"
+
+        def attempt(repetition: int) -> R:
+            with watched(operation, place, repetition):
+                return _translated(call)
+
+        return repeated(attempt, self.limits, place, before)
 
 
 _stores: dict[tuple[str, str, AllowedUrls], Store] = {}
@@ -175,7 +221,7 @@ def store_of(place: ObjectPath, limits: AllowedUrls) -> Store:
 
     Raises:
         SetupError: obstore is not installed.
-        Unusable: the environment lacks a setting that it needs.
+        WrongCredentials: the environment lacks a setting or the credentials that it needs.
     """
     key = (place.scheme, place.bucket, limits)
     with _opening:
@@ -207,22 +253,30 @@ def _opened(place: ObjectPath, limits: AllowedUrls) -> ObjectStore:
 
     mask_secrets()
     try:
-        common: dict[str, Any] = {"client_options": _client_options(limits), "retry_config": {"max_retries": 0}}
+        common: dict[str, Any] = {"client_options": _client_options(place, limits), "retry_config": {"max_retries": 0}}
         if place.scheme == "s3":
             # One object is removed at a time, and some servers do not implement the call for many.
-            return S3Store(place.bucket, disable_bulk_delete=True, **common, **cast(dict[str, Any], profile_options()))
+            return S3Store(place.bucket, disable_bulk_delete=True, **common, **_profile_options())
         return (GCSStore if place.scheme == "gs" else AzureStore)(place.bucket, **common)
+    except NoCredentials as exc:
+        raise WrongCredentials(str(exc), certain=True) from None
     except Exception as exc:
-        raise Unusable(_reason(exc)) from None
+        raise WrongCredentials(_reason(exc), certain=True) from None
 
 
-def _client_options(limits: AllowedUrls) -> dict[str, Any]:
+def _profile_options() -> dict[str, Any]:
+    profile = Profile()
+    options: dict[str, Any] = {"credential_provider": profile} if profile.is_used else {}
+    return options | ({"region": region} if (region := profile.region) else {})
+
+
+def _client_options(place: ObjectPath, limits: AllowedUrls) -> dict[str, Any]:
     """Return the options of the HTTP client. Given options replace those that obstore would take from the environment."""
     options: dict[str, Any] = {
         "timeout": f"{round(limits.timeout_s * 1000)}ms",
         "connect_timeout": f"{round(min(CONNECT_S, limits.timeout_s) * 1000)}ms",
     }
-    if any(os.environ.get(f"{cloud}_ALLOW_HTTP", "").lower() in ("1", "true", "yes") for cloud in ("AWS", "GOOGLE", "AZURE")):
+    if os.environ.get(f"{CLOUDS[place.scheme]}_ALLOW_HTTP", "").lower() in ("1", "true", "yes"):
         options["allow_http"] = True
     if authorities := os.environ.get("AWS_CA_BUNDLE"):
         options["root_certificate"] = Path(authorities).read_bytes()
@@ -251,6 +305,17 @@ def _facts(result: Any) -> Facts:
     return Facts(meta["size"], version, result.attributes.get(SHA256))
 
 
+def fault_of_storage(exc: BaseException | None, place: ObjectPath) -> StorageFault | None:
+    """Return the fault of the storage itself that a failed call shows; None if the request may be at fault alone."""
+    name = f"{place.scheme}://{place.bucket}"
+    match exc:
+        case WrongCredentials():
+            return StorageFault(name, exc.certain)
+        case Unavailable():
+            return StorageFault(name, isinstance(exc, Away))
+    return None
+
+
 def _translated(call: Callable[[], R]) -> R:
     """Return the result of a call of obstore, whose errors become ours. Theirs quote the whole request over many lines."""
     from obstore import exceptions
@@ -258,28 +323,64 @@ def _translated(call: Callable[[], R]) -> R:
     try:
         return call()
     except FileNotFoundError as exc:
-        raise NotThere(_reason(exc)) from None
+        raise (NoBucket if _code(exc) in NO_BUCKET else NotThere)(_reason(exc)) from None
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as exc:
-        raise Refused(_reason(exc)) from None
+        raise _refused(exc) from None
     except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as exc:
         raise Conflict(_reason(exc)) from None
     except ValueError as exc:  # a name that obstore does not take
         raise Unusable(one_line(exc)) from None
     except exceptions.BaseError as exc:
-        reason = _reason(exc)
-        if "builder error" in reason:
-            raise Unusable("the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that") from None
-        raise (Unusable if PERMANENT.search(str(exc)) else Unavailable)(reason) from None
+        raise _other_fault(exc) from None
+
+
+def _refused(exc: Exception) -> Refused:
+    code, text = _code(exc), str(exc).partition("\n\nDebug source")[0]
+    if PROVIDER in text:
+        return WrongCredentials(text.partition(PROVIDER)[2], certain=True)
+    if code in WRONG_CREDENTIALS or "status code: 401" in str(exc):
+        return WrongCredentials(_reason(exc), certain=code in EXPIRED)
+    return Refused(_reason(exc))
+
+
+def _other_fault(exc: Exception) -> Exception:
+    text, code, reason = str(exc), _code(exc), _reason(exc)
+    if advice := _setting_at_fault(text, reason):
+        return Unusable(advice)
+    if METADATA_SERVICE.search(text):
+        reason = f"the environment has no credentials, and the machine's metadata service gives none: {reason}"
+        return WrongCredentials(reason, certain=True)
+    if code in WRONG_CREDENTIALS:
+        return WrongCredentials(reason, certain=code in EXPIRED)
+    if code in NO_BUCKET:
+        return NoBucket(reason)
+    if PERMANENT.search(text) and code not in PASSING_CODES:
+        return Unusable(reason)
+    return (Away if AWAY.search(text) else Unavailable)(reason)
+
+
+def _setting_at_fault(text: str, reason: str) -> str | None:
+    if "builder error" in reason:
+        return "the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that (GOOGLE_ALLOW_HTTP for gs://, AZURE_… for az://)"
+    if "incorrectly configured region" in text:
+        return "the bucket is in another region than AWS_REGION states"
+    return None
+
+
+def _code(exc: BaseException) -> str | None:
+    """Return the code of an error of S3 or Azure."""
+    found = re.search(r"<Code>(\w+)</Code>", str(exc))
+    return found[1] if found else None
 
 
 def _reason(exc: BaseException) -> str:
-    """Return the text of an error of obstore without its debug output, and with the code of S3 in place of its XML."""
-    text = str(exc).partition("\n\nDebug source")[0]
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    status = re.search(r"status code: (\d{3} [A-Za-z ]+)", text)
-    if status:
-        return f"{status[1].strip()}{f', {code[1]}' if code else ''}"
-    if "kind: Timeout" in str(exc):  # in the debug output alone; the text tells only that the request could not be sent
-        return "the call timed out"
-    cause = re.search(r"(?:error trying to connect|tcp connect error|dns error|operation timed out)[^\n\"]*", str(exc))
+    """Return the text of an error of obstore without its debug output, and with the storage's code in place of its XML."""
+    text, code = str(exc).partition("\n\nDebug source")[0], _code(exc)
+    if status := re.search(r"status code: (\d{3} [A-Za-z ]+)", text):
+        return f"{status[1].strip()}{f', {code}' if code else ''}"
+    if "IncompleteMessage" in str(exc):
+        return "the server ended the connection without a response"
+    if re.search(r"\bkind: Timeout\b|\bTimedOut\b", str(exc)):
+        return "no complete response within the time-out"
+    cause = re.search(r"(?:error trying to connect|tcp connect error|dns error)[^\n\"]*", str(exc))
     return one_line(Exception(cause[0] if cause else text.rpartition(" - ")[2] or text), limit=200)

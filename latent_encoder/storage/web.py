@@ -1,28 +1,28 @@
 """Images from web servers, by Python's own HTTP client.
 
-A server's name is looked up once, and the connection goes to an address that was checked. A redirect is followed only to a URL
-that a request may name too. Proxies of the environment are not used: their own look-up of the name could not be checked.
+A redirect is followed only to a URL that a request may name too. A body is never unpacked. Proxies of the environment are not
+used: their own look-up of the name could not be checked.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 import ssl
-import threading
-from contextlib import closing, suppress
-from functools import cache, partial
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from types import TracebackType
-from typing import Self
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from functools import partial
+from http.client import HTTPException, HTTPResponse
 
 from config import VERSION
 from errors import AccessDenied, ImageInvalid, ImageNotFound, one_line
 from latent_encoder.storage.access import AllowedUrls
+from latent_encoder.storage.connections import POOL, Connection, Deadline, connect
 from latent_encoder.storage.locations import WebUrl
 from latent_encoder.storage.retrying import Unavailable, repeated
-from latent_encoder.storage.stores import CONNECT_S, TooLarge
-from latent_encoder.storage.watching import received
+from latent_encoder.storage.stores import TooLarge
+from latent_encoder.storage.watching import received, watched
 
 MOST_REDIRECTS = 5
 """Redirects that are followed: browsers follow 20; a file server needs one or two."""
@@ -38,12 +38,11 @@ HEADERS = {
     "User-Agent": f"latent-encoder/{VERSION}",
     "Accept": "image/png, image/jpeg, */*;q=0.5",
     "Accept-Encoding": "identity",
-    "Connection": "close",
 }
 
 
 def read(url: WebUrl, limits: AllowedUrls, max_bytes: int) -> bytes:
-    """Return the body that a web server has at that URL.
+    """Return the body that a web server has at that URL. An attempt ends with STORAGE_TIMEOUT_S, redirects included.
 
     Raises:
         AccessDenied: the server refuses, its address is private, or a redirect leads out of the allowed URLs.
@@ -52,13 +51,35 @@ def read(url: WebUrl, limits: AllowedUrls, max_bytes: int) -> bytes:
         TooLarge: the body has more bytes than `max_bytes`.
         Unavailable: the server cannot be reached or fails, also after repetitions.
     """
+    return repeated(partial(_followed, url, limits, max_bytes), limits, url.shown)
+
+
+def _followed(url: WebUrl, limits: AllowedUrls, max_bytes: int, repetition: int) -> bytes:
+    """Return the body at a URL, or at the one that its redirects lead to."""
     place, named = url, True
-    for _ in range(MOST_REDIRECTS + 1):
-        found = repeated("get", partial(_fetched, place, limits, max_bytes, named=named), limits, place.shown)
-        if isinstance(found, bytes):
-            return found
-        place, named = _redirected(url, place, found, limits), limits.prefixes is not None
+    with Deadline(limits.timeout_s) as deadline:
+        for _ in range(MOST_REDIRECTS + 1):
+            with watched("get", place.shown, repetition), _explained(url, limits, deadline):
+                found = _fetched(place, limits, max_bytes, deadline, named=named)
+            if isinstance(found, bytes):
+                return found
+            place, named = _redirected(url, place, found, limits), limits.prefixes is not None
     raise ImageInvalid(f"Image file cannot be read: {url.shown} (more than {MOST_REDIRECTS} redirects)")
+
+
+@contextmanager
+def _explained(url: WebUrl, limits: AllowedUrls, deadline: Deadline) -> Iterator[None]:
+    """Turn the errors of a connection inside into ours."""
+    try:
+        yield
+    except ssl.SSLCertVerificationError as exc:
+        raise ImageInvalid(
+            f"Image file cannot be read: {url.shown} (the server's certificate is not valid: {exc.verify_message}; "
+            "SSL_CERT_FILE names other authorities)"
+        ) from exc
+    except (OSError, HTTPException, ValueError) as exc:  # ValueError: Python's client takes a response for none of HTTP
+        late = deadline.passed or isinstance(exc, TimeoutError)
+        raise Unavailable(_too_late(limits) if late else one_line(exc)) from None
 
 
 def _redirected(url: WebUrl, place: WebUrl, reference: str, limits: AllowedUrls) -> WebUrl:
@@ -80,25 +101,56 @@ def _redirected(url: WebUrl, place: WebUrl, reference: str, limits: AllowedUrls)
     return target
 
 
-def _fetched(url: WebUrl, limits: AllowedUrls, max_bytes: int, *, named: bool) -> bytes | str:
-    """Return the body, or the place that a redirect leads to."""
-    with Deadline(limits.timeout_s) as deadline:
+def _fetched(url: WebUrl, limits: AllowedUrls, max_bytes: int, deadline: Deadline, *, named: bool) -> bytes | str:
+    """Return the body, or the place that a redirect leads to. A connection whose response was read to its end is kept."""
+    connection, response = _asked(url, limits, deadline, named=named)
+    reusable = False
+    try:
+        with response:
+            if response.status in REDIRECTS and (target := response.headers.get("Location")):
+                reusable = _short_body_read(response)
+                return target
+            _refuse(url, response)
+            body = _body(response, max_bytes, deadline)
+            reusable = not response.will_close
+            return body
+    finally:
+        if reusable:
+            POOL.give_back(connection)
+        else:
+            connection.close()
+
+
+def _short_body_read(response: HTTPResponse) -> bool:
+    """Read the body of a redirect if it is short, and return whether another response can follow."""
+    if response.will_close or response.length is None or response.length > CHUNK_BYTES:
+        return False
+    response.read()
+    return True
+
+
+def _asked(url: WebUrl, limits: AllowedUrls, deadline: Deadline, *, named: bool) -> tuple[Connection, HTTPResponse]:
+    """Return a response whose headers have come. If the server has ended an unused connection, a new one is made."""
+    kept = POOL.take(url, limits, named=named)
+    if kept is not None:
+        deadline.watch(kept)
         try:
-            with closing(_connection(url, limits, deadline, named=named)) as connection:
-                connection.request("GET", url.target, headers=HEADERS)
-                with connection.getresponse() as response:
-                    if response.status in REDIRECTS and (target := response.headers.get("Location")):
-                        return target
-                    _refuse(url, response)
-                    return _body(response, max_bytes, deadline)
-        except ssl.SSLCertVerificationError as exc:
-            raise ImageInvalid(
-                f"Image file cannot be read: {url.shown} (the server's certificate is not valid: {exc.verify_message}; "
-                "SSL_CERT_FILE names other authorities)"
-            ) from exc
-        except (OSError, HTTPException, ValueError) as exc:  # ValueError: Python's client takes a response for none of HTTP
-            late = deadline.passed or isinstance(exc, TimeoutError)
-            raise Unavailable(_too_late(limits) if late else one_line(exc)) from None
+            return kept, _sent(kept, url, limits)
+        except (OSError, HTTPException):
+            if deadline.passed:
+                raise
+    connection = connect(url, limits, deadline, named=named)
+    return connection, _sent(connection, url, limits)
+
+
+def _sent(connection: Connection, url: WebUrl, limits: AllowedUrls) -> HTTPResponse:
+    try:
+        connection.http.sock.settimeout(limits.timeout_s)
+        connection.http.request("GET", url.target, headers=HEADERS)
+        return connection.http.getresponse()
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _too_late(limits: AllowedUrls) -> str:
@@ -109,6 +161,11 @@ def _refuse(url: WebUrl, response: HTTPResponse) -> None:
     """Raise the error of a response that holds no image."""
     status = f"HTTP status {response.status}"
     if response.status == 200:
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):  # it was not asked for, and unpacked it may have any size
+            raise ImageInvalid(
+                f"Image file cannot be read: {url.shown} (Content-Encoding is {encoding[:40]!r}; send the file as it is)"
+            )
         return
     if response.status in (401, 403, 407):
         raise AccessDenied(f"Access denied: the server refuses {url.shown} ({status}); a presigned URL may have expired.")
@@ -120,8 +177,15 @@ def _refuse(url: WebUrl, response: HTTPResponse) -> None:
 
 
 def _retry_after(response: HTTPResponse) -> float | None:
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isascii() and value.isdigit() else None
+    """Return the seconds that the server asks to wait, stated as such or as a date; None if it states none that is usable."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])  # longer ones are years too
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time(), 0.0)
 
 
 def _body(response: HTTPResponse, max_bytes: int, deadline: Deadline) -> bytes:
@@ -140,93 +204,3 @@ def _body(response: HTTPResponse, max_bytes: int, deadline: Deadline) -> bytes:
     if stated is not None and length < stated:
         raise Unavailable(f"{length} of {stated} bytes came")
     return b"".join(parts)
-
-
-class Deadline:
-    """A point in time at which a connection is ended, whatever it is doing.
-
-    A time-out of a socket begins anew with each byte, so a server could hold a thread for as long as it likes.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.passed = False
-        self._ends: list[socket.socket] = []
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def __enter__(self) -> Self:
-        self._timer.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
-        self._timer.cancel()
-        for end in self._ends:
-            end.close()
-
-    def watch(self, connection: socket.socket) -> None:
-        """End this connection at that time. A second descriptor of it is kept, because TLS takes the first one over."""
-        self._ends.append(connection.dup())
-
-    def _end(self) -> None:
-        self.passed = True
-        for end in self._ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-
-def _connection(url: WebUrl, limits: AllowedUrls, deadline: Deadline, *, named: bool) -> HTTPConnection:
-    """Return a connection to an address of the server that may be connected to."""
-    plain = _connected(url, limits, named=named)
-    try:
-        deadline.watch(plain)
-        if url.scheme == "http":
-            connection = HTTPConnection(url.host, url.port)
-            connection.sock = plain
-        else:
-            connection = HTTPSConnection(url.host, url.port)
-            connection.sock = _tls().wrap_socket(plain, server_hostname=url.host)
-    except BaseException:
-        plain.close()
-        raise
-    return connection
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-def _connected(url: WebUrl, limits: AllowedUrls, *, named: bool) -> socket.socket:
-    fault: OSError | None = None
-    try:
-        found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError) as exc:
-        raise Unavailable(f"the name of the server cannot be looked up: {one_line(exc)}") from None
-    usable = [entry for entry in found if limits.allows_address(url.host, _address(entry[4][0]), named=named)]
-    if not usable:
-        raise AccessDenied(
-            f"Access denied: {url.shown} leads to a private address; ALLOWED_PRIVATE_NETWORKS names the networks that a "
-            "server's name may lead to."
-        )
-    for family, kind, protocol, _, address in usable:
-        try:
-            made = socket.socket(family, kind, protocol)
-        except OSError as exc:
-            fault = exc
-            continue
-        made.settimeout(min(CONNECT_S, limits.timeout_s))
-        try:
-            made.connect(address)
-        except OSError as exc:
-            made.close()
-            fault = exc
-            continue
-        made.settimeout(limits.timeout_s)
-        return made
-    raise fault or OSError("no address")
-
-
-def _address(text: str | int) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    return ipaddress.ip_address(str(text).partition("%")[0])  # `%` begins the zone of a link-local address

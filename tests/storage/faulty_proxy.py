@@ -52,6 +52,8 @@ class FaultyProxy:
 
     def __init__(self, target: int) -> None:
         self.latency_s = 0.0
+        self.away = False
+        """Close each connection without a response."""
         self.calls: list[Call] = []
         self._target = target
         self._faults: list[Fault] = []
@@ -104,6 +106,9 @@ class FaultyProxy:
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         time.sleep(self.latency_s)
+        if self.away:
+            self._end(handler, len(body))
+            return
         fault = self._next_fault(handler.command, handler.path)
         if fault is not None and fault.kind == "hold":
             fault.release.wait()

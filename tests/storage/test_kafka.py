@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.helpers import IMAGES
 from tests.kafka_tools import MakeBench, quick_failover, read_responses, request_ids, wait_until
 from tests.storage.conftest import Bucket
 from tests.storage.s3_server import SECRET_KEY
@@ -74,3 +75,35 @@ def test_a_url_that_is_not_listed_is_answered_and_not_read(make_bench: MakeBench
         (response,) = read_responses(bench.responses, 1)
     assert response["error_code"] == "ACCESS_DENIED"
     assert bucket.proxy.calls == []
+
+
+OUTAGE_S = 20.0
+"""Longer than KAFKA_MAX_RETRIES retries of the default settings last."""
+
+
+@pytest.mark.usefixtures("apache_kafka")
+def test_an_outage_of_the_storage(make_bench: MakeBench, bucket: Bucket) -> None:
+    """An outage of 20 s gives no error and no dead letter with default settings, for one request and for several."""
+    image, out = bucket.add(), f"{bucket.url}/out"
+    environment = {**bucket.environment, "ALLOWED_INPUT_URLS": f"{bucket.url}/in", "ALLOWED_OUTPUT_URLS": out}
+    benches = {make_bench(partitions=2): 12, make_bench(): 1}
+    with ExitStack() as running:
+        workers = [running.enter_context(bench.process(**environment)) for bench in benches]
+        for bench in benches:
+            bench.send({"request_id": "first", "image_path": image, "output_dir": out, "preview": False})
+            read_responses(bench.responses, 1)
+        bucket.proxy.away = True
+        for bench, count in benches.items():
+            for number in range(count):
+                # Some images come from the disk, so that only the output folder is out of reach.
+                path = image if number % 2 == 0 else str(IMAGES / "photo.jpg")
+                bench.send({"request_id": f"{bench.group}-{number}", "image_path": path, "output_dir": out})
+        for bench, patience in zip(benches, (OUTAGE_S, 0.1), strict=True):
+            assert bench.dead_letters.all_within(patience) == []
+        bucket.proxy.away = False
+        for bench, count in benches.items():
+            answers = read_responses(bench.responses, 1 + count)
+            assert [answer["status"] for answer in answers] == ["success"] * (1 + count)
+            assert bench.dead_letters.all_within(0.1) == []
+        for worker in workers:
+            assert [event["event"] for event in worker.log() if event["event"].startswith("breaker")][-1] == "breaker closed"

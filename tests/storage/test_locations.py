@@ -14,7 +14,7 @@ from latent_encoder.masking import masked
 from latent_encoder.outputs.names import output_files
 from latent_encoder.requests import parse_request
 from latent_encoder.storage.access import AllowedUrls, is_public
-from latent_encoder.storage.locations import ObjectPath, is_url, lasting, location_of, path_of_file_url, shown, stem_of
+from latent_encoder.storage.locations import ObjectPath, WebUrl, is_url, lasting, location_of, path_of_file_url, shown, stem_of
 
 INPUTS = AllowedUrls("image_path", ("https://images.example.org/public", "s3://bucket/in", "http://[::1]:8080/"))
 
@@ -33,6 +33,15 @@ INPUTS = AllowedUrls("image_path", ("https://images.example.org/public", "s3://b
         "s3://bucket/in/a.png",
         "S3://bucket/in/sub/a b%20c?.png",
         "http://[0:0:0:0:0:0:0:1]:8080/a.png",
+        "https://images.example.org:/public/a.png",
+        "https://images.example.org:00443/public/a.png",
+        "https://IMAGES.example.org/public/a#/../../secret.png",
+        "https://images\u3002example.org/public/a.png",
+        "https://images.example.org/public/a;v=1.png",
+        "https://images.example.org/public/100%.png",
+        "s3://bucket/in/a\\b?c#d.png",
+        "s3://bucket/in/e\u0301.png",
+        "s3://bucket/in/x%2fy.png",
     ],
 )
 def test_urls_below_a_prefix(url: str) -> None:
@@ -81,6 +90,33 @@ def test_urls_outside_of_the_prefixes(url: str) -> None:
         "https://images.example.org/public/a%00.png",
         "https://images.example.org:99999/public/a.png",
         "https://images.example.org:port/public/a.png",
+        *(f"https://images.example.org:{port}/public/a.png" for port in ("0", "65536", "+443", "4_43", "-1", "٤٤٣")),
+        *(f"http://{host}/a.png" for host in ("2130706433", "0x7f.1", "0177.0.0.1", "127.1", "0", "127.0.0.01", "1.2.3.4.5")),
+        *(f"http://{host}/a.png" for host in ("[fe80::1%25eth0]", "[fe80::1%eth0]", "[v1.x]", "[]", "[127.0.0.1]", "[::1]x")),
+        *(
+            f"https://{host}/a.png"
+            for host in ("faß.de", "βόλος.com", "examp\u200dle.org", "h%2eevil.net", "h%00", "a b", "h..")
+        ),
+        *(
+            f"https://images.example.org/public/{name}/secret.png"
+            for name in ("..;", "..;x=1", "%2e%2e;", ";..", "%c0%ae%c0%ae")
+        ),
+        *(
+            f"https://images.example.org/public/{name}"
+            for name in ("a\tb", "a?x=\ty", "a?x=\0", "a?x\r\ny", "a\x7f", "%%32e%%32e/a")
+        ),
+        "https://images.example.org/public/" + "a" * 8192,
+        "https://images.example.org/public/\ud800.png",
+        "https://example.org\u2044@images.example.org/public/a.png",
+        " https://images.example.org/public/a.png",
+        "https:/\\images.example.org/public/a.png",
+        "s3://bucket/in/\ud800.png",
+        "s3://bucket/in/a\nb.png",
+        "s3://bucket/in/" + "é" * 511,
+        "s3://bucket./in/a.png",
+        "s3://bucket?x/in/a.png",
+        "s3://bücket/in/a.png",
+        "az://container/in/..\\secret.png",
         "https://images.example.org\n/public/a.png",
         "https://images..example.org/public/a.png",
         "https:///public/a.png",
@@ -126,11 +162,43 @@ def test_places_in_a_bucket_are_paths() -> None:
     )
 
 
-@pytest.mark.parametrize("folder", ["https://host/out", "s3://", "ftp://x", "s3://b/../c"])
+def test_one_address_has_one_form() -> None:
+    """Forms of one address or name that mean the same become equal, and others do not."""
+    for written, host in {
+        "http://①②⑦.0.0.1/": "127.0.0.1",
+        "http://127.0.0.1./": "127.0.0.1",
+        "http://[::FFFF:127.0.0.1]/": "::ffff:7f00:1",
+        "http://BÜCHER.example/": "xn--bcher-kva.example",
+        "http://xn--bcher-kva.example/": "xn--bcher-kva.example",
+    }.items():
+        place = location_of(written)
+        assert isinstance(place, WebUrl)
+        assert place.host == host
+    place = location_of("https://h/50%/%u002e")
+    assert isinstance(place, WebUrl)
+    assert place.path == "/50%25/%25u002e"
+
+
+def test_no_prefix_allows_nothing() -> None:
+    """An empty list of prefixes refuses each URL."""
+    for url in ("https://h/a.png", "s3://b/a.png", "gs://b/a.png", "az://b/a.png"):
+        with pytest.raises(AccessDenied, match="ALLOWED_INPUT_URLS"):
+            AllowedUrls("image_path", ()).check(url)
+
+
+@pytest.mark.parametrize("folder", ["https://host/out", "s3://", "ftp://x", "s3://b/../c", "az://c/a\\b"])
 def test_output_folders_that_are_none(folder: str) -> None:
     """An output folder on a web server, or one without a bucket, is an invalid request."""
     with pytest.raises(InvalidRequest, match="output_dir"):
         output_files(folder, "a.png", "id")
+
+
+def test_output_folders_with_room_for_names() -> None:
+    """An output folder in a bucket leaves room for the names of files; a longer one is an invalid request."""
+    outputs = AllowedUrls("output_dir")
+    outputs.check("s3://b/" + "x" * 768)
+    with pytest.raises(InvalidRequest, match="output_dir: must have at most 768 bytes"):
+        outputs.check("s3://b/" + "x" * 769)
 
 
 def test_file_urls_are_paths() -> None:

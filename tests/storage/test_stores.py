@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import ImageInvalid, ImageUnreachable, OutputDirNotWritable, RequestError
+from errors import AccessDenied, ImageUnreachable, OutputDirNotWritable, RequestError
 from models import EncodeRequest
 from service import LatentEncoder
 from tests.broker.ports import free_ports
@@ -38,8 +38,8 @@ def faults(
 def test_azure_without_an_account(
     worker: Callable[..., LatentEncoder], ask: Callable[..., EncodeRequest], tmp_path: Path
 ) -> None:
-    """An environment that lacks the account is a fault that no retry of the call mends."""
-    assert faults("az://without-account", worker, ask, tmp_path) == [ImageInvalid, OutputDirNotWritable]
+    """An environment that lacks the account is a fault of the credentials."""
+    assert faults("az://without-account", worker, ask, tmp_path) == [AccessDenied, OutputDirNotWritable]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from errors import AccessDenied, ImageInvalid, ImageNotFound, ImageUnreachable
-from latent_encoder.storage import web as client
+from latent_encoder.storage import connections
 from models import EncodeRequest
 from service import LatentEncoder
 from tests.broker.certificates import Certificates
@@ -44,10 +44,10 @@ def get(worker: MakeWorker, ask: Ask, tmp_path: Path) -> Callable[..., Any]:
 def tls(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Provide a server whose certificate is signed by an authority that the client trusts."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.authority))
-    client._tls.cache_clear()
+    connections.tls.cache_clear()
     with WebServer(certificates.server) as server:
         yield server
-    client._tls.cache_clear()
+    connections.tls.cache_clear()
 
 
 def test_an_image_by_https(tls: WebServer, get: Callable[..., Any]) -> None:
@@ -62,7 +62,7 @@ def test_an_image_by_https(tls: WebServer, get: Callable[..., Any]) -> None:
 
 def test_a_certificate_that_nobody_signed(certificates: Certificates, get: Callable[..., Any]) -> None:
     """A server whose certificate is not trusted gives no image."""
-    client._tls.cache_clear()
+    connections.tls.cache_clear()
     with WebServer(certificates.server) as server:
         server.pages["/a.png"] = IMAGE
         with pytest.raises(ImageInvalid, match="certificate is not valid"):

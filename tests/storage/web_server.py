@@ -17,13 +17,20 @@ Respond = Callable[[BaseHTTPRequestHandler], None]
 class WebServer:
     """A server whose paths are given; every other one is not found."""
 
-    def __init__(self, certificate: Path | None = None) -> None:
+    def __init__(self, certificate: Path | None = None, *, keep_alive: bool = False) -> None:
         """`certificate` is a PEM file with the key and the certificate."""
         self.pages: dict[str, bytes | Respond] = {}
         self.asked: list[str] = []
+        self.connections = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1" if keep_alive else "HTTP/1.0"
+
+            def setup(self) -> None:
+                server.connections += 1
+                super().setup()
+
             def do_GET(self) -> None:
                 server.asked.append(self.path)
                 page = server.pages.get(self.path.partition("?")[0])
