@@ -60,9 +60,9 @@ def as_json(inspection: Inspection, preview: Path | None, page: Path | None) -> 
     )
 
 
-def unreadable_as_json(path: Path, error: str) -> str:
+def unreadable_as_json(name: str, error: str) -> str:
     """Return the line for a file that cannot be read as a latent."""
-    return json.dumps({"file": str(path), "ok": False, "error": error})
+    return json.dumps({"file": name, "ok": False, "error": error})
 
 
 def metadata_rows(metadata: Metadata) -> dict[str, str]:
