@@ -61,6 +61,7 @@ def run(settings: Settings, paths: Sequence[str], place: Path, *, as_json: bool,
     left = len(latents) - done
     unfinished = f"Interrupted: {left} of {len(latents)} latents are not in this sheet." if left else None
     if not sheet.count and not signals:
+        sheet.write()  # nothing; it removes the thumbnails
         complain(f"Error: No latents ({', '.join(SUFFIXES.values())}) in {printable(', '.join(paths))}.")
         return EXIT_ERROR_RESPONSE
     try:

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.locations import ObjectPath
-from latent_encoder.storage.stores import store_of
+from latent_encoder.storage.stores import PAGE, store_of
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ def listed(place: ObjectPath, limits: AllowedUrls, *, recursive: bool) -> Iterat
     Raises:
         NotThere, Refused, Unusable, Unavailable: a call failed, also when it was repeated.
     """
-    store, after = store_of(place, limits), None
+    store, after, page = store_of(place, limits), None, [None] * PAGE
     folder = f"{place.key}/" if place.key else ""
-    while page := store.page(place.key, after):
-        after = page[-1]["path"]
+    while len(page) == PAGE:
+        page = store.page(place.key, after)
         for found in page:
-            if recursive or "/" not in found["path"].removeprefix(folder):
-                yield Listed(found["path"], found["size"], found["last_modified"])
+            after = found["path"]
+            if recursive or "/" not in after.removeprefix(folder):
+                yield Listed(after, found["size"], found["last_modified"])

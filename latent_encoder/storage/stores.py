@@ -262,6 +262,8 @@ def _translated(call: Callable[[], R]) -> R:
         reason = _reason(exc)
         if "builder error" in reason:
             raise Unusable("the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that") from None
+        if status := re.match(r"401|403|404", reason):  # of a listing
+            raise (NotThere if status[0] == "404" else Refused)(reason) from None
         raise (Unusable if PERMANENT.search(str(exc)) else Unavailable)(reason) from None
 
 
