@@ -32,9 +32,6 @@ CHUNK_BYTES = 1 << 20
 CONNECT_S = 10.0
 """Longest wait for a connection, in seconds. A server that is there accepts one within a round trip."""
 
-PAGE = 1000
-"""Objects in one call of a listing: the most that S3 gives."""
-
 SHA256 = "sha256"
 """The key, in the metadata of an object, of its checksum. It is written in one step with the object's bytes."""
 
@@ -143,18 +140,14 @@ class Store:
     def names_from(self, folder: str, beginning: str) -> Iterator[tuple[str, datetime]]:
         """Yield the name of each object in a folder that begins so, with the time of its last change. One call is made."""
         start = f"{folder}/{beginning}" if folder else beginning
-        for found in self.page(folder, start):
+
+        def first_page() -> list[Any]:
+            return list(next(iter(self.bucket.list(folder or None, offset=start, chunk_size=1000)), []))
+
+        for found in self._call(start, first_page):
             if not found["path"].startswith(start):
                 return
             yield found["path"].rpartition("/")[2], found["last_modified"]
-
-    def page(self, folder: str, after: str | None) -> list[Any]:
-        """Return the objects below a folder whose names come after that one, at most PAGE of them, by one call."""
-
-        def first() -> list[Any]:
-            return list(next(iter(self.bucket.list(folder or None, offset=after, chunk_size=PAGE)), []))
-
-        return self._call(after or folder, first)
 
     def _call(self, key: str, call: Callable[[], R], before: Callable[[], None] = nothing) -> R:
         return repeated(lambda: _translated(call), self.limits, f"{self.place}/{key}", before)
@@ -262,8 +255,6 @@ def _translated(call: Callable[[], R]) -> R:
         reason = _reason(exc)
         if "builder error" in reason:
             raise Unusable("the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that") from None
-        if status := re.match(r"401|403|404", reason):  # of a listing
-            raise (NotThere if status[0] == "404" else Refused)(reason) from None
         raise (Unusable if PERMANENT.search(str(exc)) else Unavailable)(reason) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -272,7 +273,7 @@ def test_latents_are_fetched_ahead_within_bounds(
             copy = bucket.folder / "out" / name.replace("photo", f"photo{number}")
             shutil.copy(bucket.folder / "out" / name, copy)
     places, most, lock = set[str](), 0, threading.Lock()
-    made, cleaned = copies.tempfile.TemporaryDirectory, copies.tempfile.TemporaryDirectory.cleanup
+    made = tempfile.TemporaryDirectory
 
     def make(**options: Any) -> Any:
         nonlocal most
@@ -282,8 +283,7 @@ def test_latents_are_fetched_ahead_within_bounds(
             most = max(most, sum(Path(name).exists() for name in places))
         return folder
 
-    monkeypatch.setattr(copies.tempfile, "TemporaryDirectory", make)
-    assert cleaned is made.cleanup
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", make)
     bucket.proxy.latency_s = 0.02
     assert view(f"{bucket.url}/out", sheet="sheet.html")[0] == 0
     assert len(places) == 21
