@@ -48,6 +48,8 @@ class FaultyProxy:
 
     def __init__(self, target: int) -> None:
         self.latency_s = 0.0
+        self.date: Callable[[], str] | None = None
+        """The time that responses state in place of the server's."""
         self.calls: list[Call] = []
         self._target = target
         self._faults: list[Fault] = []
@@ -140,6 +142,8 @@ class FaultyProxy:
     def _respond(self, handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes) -> None:
         self.calls.append(Call(handler.command, handler.path, status))
         handler.send_response_only(status)
+        if self.date is not None:
+            headers = {name: value for name, value in headers.items() if name.lower() != "date"} | {"Date": self.date()}
         for name, value in headers.items():
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
                 handler.send_header(name, value)
