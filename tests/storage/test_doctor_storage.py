@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -282,3 +284,20 @@ def test_a_place_that_takes_too_long(bucket: Bucket, examine: Examine, monkeypat
     bucket.proxy.latency_s = 0.2
     found = fault(examine((bucket.url,), storage_timeout_s=0.3))
     assert "was not examined within 0.3 s" in found.found
+
+
+def test_without_obstore(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The missing package is one cross with the command that installs it; web servers do not need it."""
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    (found,) = examine(("s3://bucket/in",), ("s3://bucket/out",))
+    assert (found.name, found.state) == ("object storage", CROSS)
+    assert "./setup_comfyui.sh --object-storage" in found.advice
+
+
+def test_azure_without_its_account(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable that Azure needs is named."""
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    checks = examine(("az://container/in",))
+    assert [check.state for check in checks] == [TICK, CROSS, CROSS]
+    assert "AZURE_STORAGE_ACCOUNT_NAME" in checks[1].found

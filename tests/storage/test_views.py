@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from latent_encoder.storage.listing import listed
 from latent_encoder.storage.locations import ObjectPath
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
+from tests.broker.ports import free_ports
 from tests.contact_sheet.pages import sheet_of
 from tests.helpers import COMFYUI, IMAGES, VAE, RunMain
 from tests.storage.conftest import Bucket
@@ -338,3 +340,52 @@ def test_images_by_url_are_compared(bucket: Bucket, web: WebServer, run_main: Ru
     assert [side["max_abs_difference"] for side in first["sides"]] == [side["max_abs_difference"] for side in second["sides"]]
     assert f"Image file not found: {web.url('/gone.jpg')}" in done.stderr
     assert "X-Amz" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "environment"),
+    [
+        (
+            "az://container/latents/latent_x.pt",
+            {
+                "AZURE_STORAGE_ACCOUNT_NAME": "account",
+                "AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0",
+                "AZURE_STORAGE_ENDPOINT": "http://127.0.0.1:{port}",
+                "AZURE_ALLOW_HTTP": "true",
+            },
+        ),
+        (
+            "s3://away/latents/latent_x.pt",
+            {
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": "c2VjcmV0",
+                "AWS_ENDPOINT_URL": "http://127.0.0.1:{port}",
+                "AWS_ALLOW_HTTP": "true",
+            },
+        ),
+    ],
+)
+def test_a_storage_that_is_away(view: View, url: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens: each view ends with the reason, and no key is shown."""
+    (port,) = free_ports(1)
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(port=port))
+    url = url.replace("away", f"away-{port}").replace("container", f"container-{port}")
+    status, _, err = view(url)
+    assert status == 1
+    assert f"Cannot read {url} as a latent: the storage cannot be reached" in err
+    status, _, _ = view(url.rpartition("/")[0], sheet="sheet.html")
+    assert status == 1
+    assert "the storage cannot be reached" in sheet_of(Path("sheet.html")).rows["failures"][0][-1]
+    assert "c2VjcmV0" not in err + Path("sheet.html").read_text()
+
+
+def test_without_obstore(run_main: RunMain, tmp_path: Path) -> None:
+    """The missing package ends the view with the command that installs it."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "obstore.py").write_text("raise ImportError('gone')")
+    for arguments in (("s3://bucket/latent_x.pt",), ("s3://bucket/latents/", "--html", "sheet.html")):
+        done = run_main("inspect", *arguments, env={**SETTINGS, "PYTHONPATH": str(tmp_path / "packages")})
+        assert (done.returncode, "--object-storage" in done.stderr, "Traceback" in done.stderr) == (3, True, False)
