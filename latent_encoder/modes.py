@@ -37,6 +37,7 @@ from latent_encoder.importing import explained_imports, require_packages
 from latent_encoder.masking import masked
 from latent_encoder.requests import request_id_of
 from latent_encoder.storage.locations import is_url
+from latent_encoder.storage.locations import shown as without_query
 from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_exceptions
 from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, show_progress, stdout_on_stderr
 from models import ErrorResponse
@@ -122,7 +123,7 @@ def _imports_explained() -> Iterator[None]:
 
 def _place_of_sheet(html: str) -> Path:
     if is_url(html):
-        raise click.UsageError(f"--html {html}: the contact sheet is a file on this machine.")
+        raise click.UsageError(f"--html {without_query(html)}: the contact sheet is a file on this machine.")
     return Path(html)
 
 
@@ -266,12 +267,16 @@ def show_latents(settings: Settings, given: Mapping[str, Any]) -> int:
     _require_packages("inspect")
     with _imports_explained():
         from latent_encoder import inspection
+        from latent_encoder.storage.stores import require_packages_for
 
     paths, html, as_json = given["paths"], given["html"], given["as_json"]
     try:
+        require_packages_for(*paths, settings.output_dir)
         if html:
             return _sheet_of_latents(settings, paths, _place_of_sheet(html), as_json=as_json)
         return inspection.run(settings, paths, html=html == NO_FILE, as_json=as_json, echo=click.echo)
+    except SetupError as exc:
+        fail(str(exc), EXIT_SERVICE_FAILED)
     except OSError as exc:
         fail(f"Cannot write to standard output ({exc.strerror}).", EXIT_SERVICE_FAILED)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from latent_encoder.columns import padded, width, wrapped
 from latent_encoder.comparison.sides import Facts, Result
+from latent_encoder.storage.locations import shown as without_query
 from latent_encoder.terminal import printable
 from models import EncodeRequest
 
@@ -59,7 +60,7 @@ def as_json(found: Comparison) -> str:
     """Return the comparison as one line of JSON."""
     return json.dumps(
         {
-            "image_path": found.request.image_path,
+            "image_path": without_query(found.request.image_path),
             "vae_model_name": found.request.vae_model_name,
             "latent_deviation": None if found.reference.latent is None else float(found.reference.latent.std()),
             "sides": [_fields(result, found.reference) for result in found.results],
@@ -105,7 +106,7 @@ def _paragraph(row: Sequence[str]) -> Iterator[str]:
 
 def _heading(found: Comparison) -> str:
     facts = next((result.facts for result in found.results if result.facts), None)
-    heading = f"{printable(found.request.image_path)}, {found.request.vae_model_name}"
+    heading = f"{printable(without_query(found.request.image_path))}, {found.request.vae_model_name}"
     if facts is None:
         return heading
     height, across = facts.scaled_size

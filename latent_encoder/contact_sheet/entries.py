@@ -8,6 +8,7 @@ from statistics import median
 
 from latent_encoder.contact_sheet.thumbnails import Stored
 from latent_encoder.inspection.findings import Inspection
+from latent_encoder.masking import masked
 from latent_encoder.terminal import printable
 from models import Roundtrip
 
@@ -70,7 +71,11 @@ def entry_of(inspection: Inspection, image_path: str | None, thumbnails: dict[st
 
 
 def shown(text: str) -> str:
-    """Return text that a page can show: without control characters, and not too long. The end of a path matters most."""
+    """Return text that a page can show: without secrets and control characters, and not too long.
+
+    The end of a path matters most.
+    """
+    text = masked(text)
     text = printable(text[: LONGEST_SHOWN // 2] + text[-LONGEST_SHOWN:] if len(text) > 2 * LONGEST_SHOWN else text)
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 3]}…{text[-2 * LONGEST_SHOWN // 3 :]}"
 

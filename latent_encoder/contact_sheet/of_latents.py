@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from config import Settings
-from errors import RequestError
+from errors import LatentUnreadable, RequestError
 from latent_encoder.contact_sheet.place import check_place
 from latent_encoder.contact_sheet.sheet import ContactSheet
 from latent_encoder.exits import EXIT_ERROR_RESPONSE, end_by_signal, stop_on_signals
+from latent_encoder.inspection.copies import Reading, fetched_ahead, place_of_latents, storage_errors
 from latent_encoder.outputs.names import SUFFIXES
+from latent_encoder.storage.listing import listed
+from latent_encoder.storage.locations import ObjectPath
+from latent_encoder.storage.locations import shown as without_query
 from latent_encoder.terminal import complain, printable
 
 
@@ -37,19 +42,26 @@ def run(settings: Settings, paths: Sequence[str], place: Path, *, as_json: bool,
         faulty += 1
         sheet.add_failure(str(exc.filename), "unreadable folder", exc.strerror or str(exc))
 
-    latents = list(latents_in(paths, cannot_read))
+    reading = Reading.of(settings)
+    latents = list(latents_in(paths, reading, cannot_read))
     sheet.expect(len(latents))
     done = 0
-    with _signals() as signals, tqdm(latents, unit="latent", disable=None, leave=False) as bar:
-        for latent in bar:
+    with (
+        _signals() as signals,
+        closing(fetched_ahead(latents, reading)) as fetched,
+        tqdm(fetched, total=len(latents), unit="latent", disable=None, leave=False) as bar,
+    ):
+        for copies in bar:
             if signals:
+                copies.close()
                 break
-            inspection = sheet.add_latent(latent)
+            inspection = sheet.add_latent(copies)
             done += 1
             faulty += inspection is None or bool(inspection.problems)
     left = len(latents) - done
     unfinished = f"Interrupted: {left} of {len(latents)} latents are not in this sheet." if left else None
     if not sheet.count and not signals:
+        sheet.write()  # nothing; it removes the thumbnails
         complain(f"Error: No latents ({', '.join(SUFFIXES.values())}) in {printable(', '.join(paths))}.")
         return EXIT_ERROR_RESPONSE
     try:
@@ -75,14 +87,42 @@ def _signals() -> Iterator[list[int]]:
         restore()
 
 
-def latents_in(paths: Sequence[str], cannot_read: Callable[[OSError], None]) -> Iterator[Path]:
+def latents_in(paths: Sequence[str], reading: Reading, cannot_read: Callable[[OSError], None]) -> Iterator[Path]:
     """Yield the named files, and of each folder the latents in it and below, sorted; links to folders are not followed."""
     seen: set[Path] = set()
     for path in paths:
-        for found in _in_folder(path, cannot_read) if Path(path).is_dir() else (Path(path),):
+        for found in _named_by(path, reading, cannot_read):
             if found not in seen:
                 seen.add(found)
                 yield found
+
+
+def _named_by(path: str, reading: Reading, cannot_read: Callable[[OSError], None]) -> Iterator[Path]:
+    """Yield the latents that a path or a URL stands for. A URL that does not end like a latent is a folder."""
+    try:
+        place = place_of_latents(path)
+    except LatentUnreadable as exc:
+        cannot_read(OSError(errno.EINVAL, str(exc), without_query(path)))
+        return
+    if isinstance(place, ObjectPath):
+        is_file = place.key and place.suffix in SUFFIXES.values() and not path.endswith("/")
+        yield from (place,) if is_file else _in_bucket(place, reading, cannot_read)
+    else:
+        yield from _in_folder(str(place), cannot_read) if place.is_dir() else (place,)
+
+
+def _in_bucket(top: ObjectPath, reading: Reading, cannot_read: Callable[[OSError], None]) -> Iterator[Path]:
+    """Yield the latents in a folder of a bucket and below, in the order of the storage."""
+    length = len(top.parts)
+    try:
+        with storage_errors(top):
+            for found in listed(top, reading.urls, recursive=True):
+                if found.key.endswith(tuple(SUFFIXES.values())):
+                    latent = ObjectPath(f"{top.scheme}://{top.bucket}/{found.key}")
+                    if not any(name.startswith(".") for name in latent.parts[length:-1]):
+                        yield latent
+    except OSError as exc:
+        cannot_read(exc)
 
 
 def _in_folder(top: str, cannot_read: Callable[[OSError], None]) -> Iterator[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import Settings
 from errors import RequestError, one_line
+from latent_encoder.access import place_of
 from latent_encoder.contact_sheet.place import check_place
 from latent_encoder.standalone.ordering import Outcome
 from latent_encoder.telemetry.logs import get_logger
@@ -15,6 +17,7 @@ from models import ErrorResponse
 
 if TYPE_CHECKING:
     from latent_encoder.contact_sheet.sheet import ContactSheet
+    from latent_encoder.inspection.copies import Copies
 
 log = get_logger("latent_encoder")
 
@@ -34,6 +37,8 @@ class RunSheet:
         self._place = place
         self._sheet: ContactSheet
         self._total: int | None = None
+        self._waiting: deque[tuple[str, str | None, Copies]] = deque()
+        """Latents that are fetched, in order, each with the names of its outcome and of its image."""
 
     def expect(self, total: int | None) -> None:
         """Begin the sheet of that number of images; None if it is not known.
@@ -54,15 +59,26 @@ class RunSheet:
         if isinstance(response, ErrorResponse):
             self._sheet.add_failure(name, response.error_code, response.error_message)
             return
+        from latent_encoder.inspection.copies import AHEAD, Copies, Reading
+
+        copies = Copies(place_of(response.latent_file_path), Reading.of(self._settings))
+        copies.fetch_ahead()
+        self._waiting.append((name, outcome.image_path, copies))
+        while self._waiting and (len(self._waiting) > AHEAD or self._waiting[0][2].is_ready):
+            self._show(*self._waiting.popleft())
+
+    def _show(self, name: str, image_path: str | None, copies: Copies) -> None:
         try:
-            self._sheet.add_latent(Path(response.latent_file_path), outcome.image_path)
+            self._sheet.add_latent(copies, image_path)
         except Exception as exc:
             reason = f"{type(exc).__name__}: {one_line(exc)}"
-            log.warning("latent is missing in the contact sheet", latent=response.latent_file_path, reason=reason)
+            log.warning("latent is missing in the contact sheet", latent=str(copies.files.latent), reason=reason)
             self._sheet.add_failure(name, "not shown", f"The image was encoded, but cannot be shown here ({reason}).")
 
     def write(self, *, interrupted: bool) -> bool:
         """Write the sheet of the outcomes so far, and return whether that worked; if not, a line reports it."""
+        while self._waiting:
+            self._show(*self._waiting.popleft())
         try:
             self._sheet.write(self._unfinished(interrupted=interrupted))
         except RequestError as exc:

@@ -18,6 +18,7 @@ from latent_encoder.contact_sheet.place import SheetRefused
 from latent_encoder.contact_sheet.thumbnails import Stored, ThumbnailStore, share_of, thumbnail
 from latent_encoder.geometry import Size
 from latent_encoder.images.pillow import quiet_pillow
+from latent_encoder.inspection.copies import Copies
 from latent_encoder.inspection.findings import Inspection, inspect_latent
 from latent_encoder.inspection.images import ImageName, Painter, fitting_crop
 from latent_encoder.outputs.files import StagedFiles
@@ -59,15 +60,16 @@ class ContactSheet:
         """Choose the size of thumbnails for that many images. Without it, the images so far decide."""
         self._expected = images
 
-    def add_latent(self, path: Path, image_path: str | None = None) -> Inspection | None:
+    def add_latent(self, copies: Copies, image_path: str | None = None) -> Inspection | None:
         """Add the latent in a file, and return the findings; None if it cannot be read as a latent, which is a failure."""
-        try:
-            inspection = inspect_latent(path)
-        except LatentUnreadable as exc:
-            self.add_failure(image_path or str(path), "unreadable latent", str(exc))
-            return None
-        self._entries.append(entry_of(inspection, image_path, self._thumbnails(inspection)))
-        return inspection
+        with copies:
+            try:
+                inspection = inspect_latent(copies)
+            except LatentUnreadable as exc:
+                self.add_failure(image_path or str(copies.files.latent), "unreadable latent", str(exc))
+                return None
+            self._entries.append(entry_of(inspection, image_path, self._thumbnails(inspection)))
+            return inspection
 
     def add_failure(self, name: str, code: str, reason: str) -> None:
         """Add an image without a latent, or a latent that cannot be read."""

@@ -1,4 +1,7 @@
-"""Doctor mode: checks of the installation, with advice for each fault. It changes nothing."""
+"""Doctor mode: checks of the installation, with advice for each fault. It changes nothing.
+
+The exception is a hidden object in each output folder of a bucket, which shows that files can be written, and is removed.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,9 @@ GROUPS = {
     "Folders": {
         "output folder": "latent_encoder.doctor.folders.check_output_dir",
         "allowed folders": "latent_encoder.doctor.folders.check_allowed_folders",
+    },
+    "Object storage": {
+        "object storage": "latent_encoder.doctor.storage.check_storage",
     },
     "Kafka mode": {
         "kafka broker": "latent_encoder.doctor.network.check_kafka",

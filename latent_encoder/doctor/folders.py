@@ -31,7 +31,7 @@ def check_output_dir(installation: Installation) -> Iterator[Check]:
         yield cross_of("output folder", exc, advice)
         return
     if is_url(settings.output_dir):
-        yield tick("output folder", f"{settings.output_dir} is in object storage; nothing was written there")
+        yield tick("output folder", f"{settings.output_dir} is in object storage")
         return
     folder = absolute(settings.output_dir)
     existing = _existing(folder)

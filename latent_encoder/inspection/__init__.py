@@ -17,43 +17,65 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from config import Settings
 from errors import LatentUnreadable, RequestError
-from latent_encoder.access import AllowedFolders
+from latent_encoder.access import AllowedFolders, place_of
 from latent_encoder.exits import EXIT_ERROR_RESPONSE, EXIT_WRONG_USAGE
+from latent_encoder.inspection.copies import Copies, Reading, place_of_latents
 from latent_encoder.inspection.findings import Inspection, inspect_latent
 from latent_encoder.inspection.images import Painter
 from latent_encoder.inspection.text import as_json as json_line
 from latent_encoder.inspection.text import as_text, drawn, unreadable_as_json
-from latent_encoder.outputs.files import StagedFiles
-from latent_encoder.outputs.folder import open_output_folder
+from latent_encoder.masking import masked
+from latent_encoder.outputs.names import SUFFIXES
+from latent_encoder.outputs.places import open_place, staged_in
+from latent_encoder.storage.locations import ObjectPath, is_url
+from latent_encoder.storage.locations import shown as without_query
 from latent_encoder.terminal import complain, encodable, printable, takes_colours
 
 
 def run(settings: Settings, paths: Sequence[str], *, html: bool, as_json: bool, echo: Callable[[str], None]) -> int:
-    """Inspect each file and show it by `echo`; each problem is a line on standard error.
+    """Inspect each file and show it by `echo`; each problem is a line on standard error. A path may be a URL of a bucket.
 
     Returns:
         The exit status: 0 without problems; 1 if a file cannot be read as a latent, a checksum differs, a file is missing, a
-        value is not finite, or a page cannot be written; 2 if no file is named, or two whose previews would be one file.
+        value is not finite, or a page cannot be written; 2 if no file is named, two whose previews would be one file, or an
+        output folder that is none.
     """
-    output_dir = Path(settings.output_dir) if "output_dir" in settings.model_fields_set else None
-    if reason := _wrong_usage(paths, output_dir):
+    try:
+        output_dir = _output_dir(settings)
+    except ValueError as exc:
+        _complain("Error", f"--output_dir {without_query(settings.output_dir)}: it {exc}.")
+        return EXIT_WRONG_USAGE
+    if reason := _wrong_usage(paths, output_dir, html=html):
         _complain("Error", reason)
         return EXIT_WRONG_USAGE
     inspector = Inspector(settings, output_dir, html=html, as_json=as_json, echo=echo)
-    fine = [inspector.show(Path(path)) for path in paths]
+    fine = [inspector.show(path) for path in paths]
     return 0 if all(fine) else EXIT_ERROR_RESPONSE
 
 
-def _wrong_usage(paths: Sequence[str], output_dir: Path | None) -> str | None:
+def _output_dir(settings: Settings) -> Path | None:
+    """Return the folder for previews and pages; None if each belongs beside its latent.
+
+    Raises:
+        ValueError: the URL names no folder.
+    """
+    if "output_dir" not in settings.model_fields_set:
+        return None
+    return place_of(settings.output_dir) if is_url(settings.output_dir) else Path(settings.output_dir)
+
+
+def _wrong_usage(paths: Sequence[str], output_dir: Path | None, *, html: bool) -> str | None:
     if not paths:
         return "Inspect mode needs latent files: python main.py inspect FILE"
-    name, count = Counter(Path(path).name for path in paths).most_common(1)[0]
-    if output_dir is not None and count > 1:
-        return f"{count} files are named {name}, and the preview of one would replace the other's in {output_dir}."
+    moved = [path for path in paths if output_dir is not None or (html and _is_remote(path))]
+    for name, count in Counter(Path(without_query(path)).name for path in moved).most_common(1):
+        if count > 1:
+            folder = output_dir or "the working folder; --output_dir names another folder"
+            return f"{count} files are named {name}, and the preview of one would replace the other's in {folder}."
     return None
 
 
@@ -64,23 +86,28 @@ class Inspector:
         self, settings: Settings, output_dir: Path | None, *, html: bool, as_json: bool, echo: Callable[[str], None]
     ) -> None:
         self._output_dir = output_dir
-        self._allowed = AllowedFolders("ALLOWED_OUTPUT_DIRS", settings.allowed_output_dirs)
+        self._allowed = AllowedFolders.of_outputs(settings)
+        self._reading = Reading.of(settings)
         self._html = html
         self._as_json = as_json
-        self._echo = echo
+        self._to = echo
         self._draws = not as_json and _draws_in_colour()
         self._painter = Painter(settings, warn=lambda text: _complain("Warning", text))
 
-    def show(self, path: Path) -> bool:
+    def show(self, path: str) -> bool:
         """Show the file, and write its preview and its page; return whether it has no problem."""
         try:
-            inspection = inspect_latent(path)
+            place = place_of_latents(path)
+            with Copies(place, self._reading) as copies:
+                return self._show(inspect_latent(copies))
         except LatentUnreadable as exc:
-            hint = " --html sheet.html writes a contact sheet of the latents in a folder." if path.is_dir() else ""
+            hint = " --html sheet.html writes a contact sheet of the latents in a folder." if _may_be_folder(path) else ""
             if self._as_json:
-                self._echo(unreadable_as_json(path, f"{exc}{hint}"))
+                self._echo(unreadable_as_json(without_query(path) if is_url(path) else str(Path(path)), f"{exc}{hint}"))
             _complain("Error", f"{exc}{hint}")
             return False
+
+    def _show(self, inspection: Inspection) -> bool:
         preview = self._preview(inspection)
         page, page_problem = self._page(inspection) if self._html else (None, None)
         shown = json_line(inspection, preview, page) if self._as_json else as_text(inspection, preview, page) + "\n"
@@ -92,14 +119,23 @@ class Inspector:
         self._echo(shown)
         problems = [*inspection.problems, *([page_problem] if page_problem else [])]
         for problem in problems:
-            _complain("Error", f"{path}: {problem}")
+            _complain("Error", f"{inspection.files.latent}: {problem}")
         return not problems
 
+    def _echo(self, text: str) -> None:
+        self._to(masked(text))  # metadata may name a presigned URL
+
     def _preview(self, inspection: Inspection) -> Path | None:
-        """Return the path of the preview, which is written if it is missing or damaged; None if it cannot be written."""
-        place = self._place(inspection.files.preview)
-        if self._output_dir is None and self._painter.whole(inspection, "preview") is not None:
-            return place
+        """Return the path of the preview, which is written if it is missing or damaged; None if it cannot be written.
+
+        Nothing is written beside a latent in a bucket: who looks at it may not have the right to write there.
+        """
+        place = inspection.files.preview if self._output_dir is None else self._output_dir / inspection.files.preview.name
+        if self._output_dir is None:
+            if self._painter.whole(inspection, "preview") is not None:
+                return place
+            if isinstance(place, ObjectPath):
+                return None
         data = self._painter.preview(inspection)
         if data is None:
             return None
@@ -117,7 +153,8 @@ class Inspector:
         from latent_encoder.inspection.page import as_page  # only pages need jinja2
 
         latent = inspection.files.latent
-        place = self._place(latent.with_name(f"{latent.name}.html"))
+        folder = self._output_dir or (Path() if isinstance(latent, ObjectPath) else latent.parent)
+        place = folder / f"{latent.name}.html"
         try:
             self._write(place, as_page(inspection, self._painter).encode())
         except RequestError as exc:
@@ -130,18 +167,23 @@ class Inspector:
             terminal = shutil.get_terminal_size()
             self._echo(drawn(image, terminal.columns, terminal.lines - 2) + "\n")
 
-    def _place(self, beside: Path) -> Path:
-        return beside if self._output_dir is None else self._output_dir / beside.name
-
     def _write(self, place: Path, data: bytes) -> None:
         """Write a file so that it appears complete or not at all.
 
         Raises:
             AccessDenied, OutputDirNotWritable: it cannot be written there.
         """
-        with open_output_folder(place.parent, self._allowed) as folder, StagedFiles(folder) as staged:
+        with open_place(place.parent, self._allowed) as folder, staged_in(folder, "") as staged:
             staged.add(place.name, data)
             staged.publish()
+
+
+def _is_remote(path: str) -> bool:
+    return is_url(path) and not path.lower().startswith("file:")
+
+
+def _may_be_folder(path: str) -> bool:
+    return PurePath(path).suffix not in SUFFIXES.values() if _is_remote(path) else Path(path).is_dir()
 
 
 def _draws_in_colour() -> bool:

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from errors import one_line
+from latent_encoder.inspection.copies import Copies
 from latent_encoder.outputs.latent_files import read_latent_file
 from latent_encoder.outputs.names import OutputFiles
 from models import FileFormat, Metadata
@@ -44,6 +45,8 @@ class FileCheck:
     path: Path
     state: FileState
     """`missing` if there is no readable file."""
+    fault: str | None = None
+    """The reason why an object that may exist cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class NamedSpace:
 class Inspection:
     """The findings about one latent file."""
 
-    files: OutputFiles
-    """The paths of the latent and of the files that belong to it."""
+    copies: Copies
+    """The latent and the files that belong to it, on this machine."""
     latent_format: FileFormat
     latent: torch.Tensor
     """`[batch, channels, height, width]`."""
@@ -71,6 +74,11 @@ class Inspection:
     checks: tuple[FileCheck, ...]
     """One for each file that the metadata names."""
     space: NamedSpace
+
+    @property
+    def files(self) -> OutputFiles:
+        """The paths of the latent and of the files that belong to it."""
+        return self.copies.files
 
     @property
     def dtype(self) -> str:
@@ -84,7 +92,11 @@ class Inspection:
     def problems(self) -> list[str]:
         """The problems of the file, a sentence each."""
         words = {"differs": "is not the file that the metadata names: its checksum differs", "missing": "is missing"}
-        found = [f"{check.path.name} {words[check.state]}." for check in self.checks if check.state != "ok"]
+        found = [
+            f"{check.path.name} {f'cannot be read ({check.fault})' if check.fault else words[check.state]}."
+            for check in self.checks
+            if check.state != "ok"
+        ]
         if not self.finite:
             broken = [str(number) for number, channel in enumerate(self.channels) if not channel.finite]
             found.append(f"It has values that are not finite, in channel {', '.join(broken)}.")
@@ -95,23 +107,23 @@ class Inspection:
         return next((check.state for check in self.checks if check.name == name), None)
 
 
-def inspect_latent(path: Path) -> Inspection:
+def inspect_latent(copies: Copies) -> Inspection:
     """Inspect a latent file and the files that belong to it.
 
     Raises:
         LatentUnreadable: the file cannot be read as a latent.
     """
-    latent, latent_format = read_latent_file(path)
-    files = OutputFiles.of(path)
-    metadata, note = read_metadata(files.metadata)
+    files = copies.files
+    latent, latent_format = read_latent_file(files.latent, copies.here)
+    metadata, note = read_metadata(copies)
     return Inspection(
-        files=files,
+        copies=copies,
         latent_format=latent_format,
         latent=latent,
         channels=tuple(channel_statistics(latent)),
         metadata=metadata,
         metadata_note=note,
-        checks=() if metadata is None else tuple(check_files(files, metadata)),
+        checks=() if metadata is None else tuple(check_files(copies, metadata)),
         space=latent_space(metadata, latent.shape[1]),
     )
 
@@ -130,10 +142,11 @@ def _statistics(values: torch.Tensor) -> Channel:
     return Channel(mean.item(), deviation.item(), kept.min().item(), kept.max().item(), finite)
 
 
-def read_metadata(path: Path) -> tuple[Metadata | None, str | None]:
-    """Return the metadata in a file, or the reason why there is none."""
+def read_metadata(copies: Copies) -> tuple[Metadata | None, str | None]:
+    """Return the metadata of a latent, or the reason why there are none."""
+    path = copies.files.metadata
     try:
-        return Metadata.model_validate_json(path.read_bytes()), None
+        return Metadata.model_validate_json(copies.here(path).read_bytes()), None
     except FileNotFoundError:
         return None, f"{path.name} is not there"
     except OSError as exc:
@@ -145,13 +158,22 @@ def read_metadata(path: Path) -> tuple[Metadata | None, str | None]:
         return None, f"{path.name} does not hold this service's metadata ({reason})"
 
 
-def check_files(files: OutputFiles, metadata: Metadata) -> list[FileCheck]:
-    """Compare every file that the metadata names with its checksum."""
-    paths: dict[str, Path] = {name: getattr(files, name) for name in metadata.sha256_by_file}
-    return [FileCheck(name, paths[name], _compare(paths[name], sha256)) for name, sha256 in metadata.sha256_by_file.items()]
+def check_files(copies: Copies, metadata: Metadata) -> list[FileCheck]:
+    """Compare every file that the metadata name with its checksum."""
+    return [_compared(name, getattr(copies.files, name), copies, sha256) for name, sha256 in metadata.sha256_by_file.items()]
 
 
-def _compare(path: Path, sha256: str) -> FileState:
+def _compared(name: str, path: Path, copies: Copies, sha256: str) -> FileCheck:
+    try:
+        file = copies.here(path)
+    except FileNotFoundError:
+        return FileCheck(name, path, "missing")
+    except OSError as exc:
+        return FileCheck(name, path, "missing", exc.strerror)
+    return FileCheck(name, path, _state(file, sha256))
+
+
+def _state(path: Path, sha256: str) -> FileState:
     if not path.is_file() or not os.access(path, os.R_OK):
         return "missing"
     with path.open("rb") as file:

@@ -42,8 +42,8 @@ class Painter:
         if inspection.state_of(name) == "differs":
             return None
         try:
-            return read_image(str(getattr(inspection.files, name)), self._limits).data
-        except (ImageNotFound, ImageInvalid, EncodingFailed):
+            return read_image(str(inspection.copies.here(getattr(inspection.files, name))), self._limits).data
+        except (OSError, ImageNotFound, ImageInvalid, EncodingFailed):
             return None
 
     def preview(self, inspection: Inspection) -> bytes | None:

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latent_encoder.inspection.findings import Inspection
 from latent_encoder.inspection.text import metadata_rows, number_text, space_text
+from latent_encoder.masking import masked
 from latent_encoder.outputs.marks import HTML_MARK
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.terminal import printable
@@ -66,7 +67,7 @@ def as_page(inspection: Inspection, painter: Painter) -> str:
     return template.render(
         found=inspection,
         mark=HTML_MARK,
-        image=printable(image or ""),
+        image=printable(masked(image or "")),
         name=printable(inspection.files.latent.name),
         space=space_text(inspection),
         figures=_figures(inspection, painter),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from latent_encoder.drawing import INDENT, drawing
 from latent_encoder.inspection.findings import Channel, Inspection
+from latent_encoder.masking import masked
 from latent_encoder.terminal import printable
 from models import Metadata
 
@@ -60,14 +61,14 @@ def as_json(inspection: Inspection, preview: Path | None, page: Path | None) -> 
     )
 
 
-def unreadable_as_json(path: Path, error: str) -> str:
+def unreadable_as_json(name: str, error: str) -> str:
     """Return the line for a file that cannot be read as a latent."""
-    return json.dumps({"file": str(path), "ok": False, "error": error})
+    return json.dumps({"file": name, "ok": False, "error": error})
 
 
 def metadata_rows(metadata: Metadata) -> dict[str, str]:
-    """Return each field and its value as text; a field of a nested object has the name `outer.inner`."""
-    return dict(_flat(json.loads(metadata.model_dump_json())))
+    """Return each field and its value as text, without secrets; a field of a nested object has the name `outer.inner`."""
+    return {name: masked(value) for name, value in _flat(json.loads(metadata.model_dump_json()))}
 
 
 def _flat(fields: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ ComfyUI's own shape: VAEs for video add a dimension for frames.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -49,22 +49,24 @@ def latent_bytes(latent: torch.Tensor, latent_format: FileFormat, *, frames: boo
     return safetensors_torch.save(tensors, {HEADER_KEY: json.dumps(header)})
 
 
-def read_latent_file(path: Path) -> tuple[torch.Tensor, FileFormat]:
+def read_latent_file(path: Path, here: Callable[[Path], Path] = Path) -> tuple[torch.Tensor, FileFormat]:
     """Return the latent `[batch, channels, height, width]` in a file, in the file's precision, and the file's format.
 
-    The suffix decides the format. No code in the file is run, even if it is a malicious pickle.
+    The suffix decides the format. No code in the file is run, even if it is a malicious pickle. `here` returns the file on
+    this machine that has the content of `path`.
 
     Raises:
         LatentUnreadable: the file cannot be read, or holds no latent.
     """
     try:
         latent_format = format_of(path)
-        if path.is_fifo():
+        file = here(path)
+        if file.is_fifo():
             raise LatentUnreadable("it is a named pipe, not a file")
         if latent_format == "pt":
             with _reported(NOT_TORCH):
-                check_weights_file(path)
-        return read_latent(path.read_bytes(), latent_format), latent_format
+                check_weights_file(file)
+        return read_latent(file.read_bytes(), latent_format), latent_format
     except (LatentUnreadable, OSError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise LatentUnreadable(f"Cannot read {path} as a latent: {reason}.") from exc

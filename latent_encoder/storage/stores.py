@@ -60,6 +60,8 @@ WRONG_CREDENTIALS = {*EXPIRED, "InvalidToken", "SignatureDoesNotMatch", "Authent
 """Codes of S3 and Azure for credentials that the service has to change. Those of EXPIRED cannot come from a request; a name
 that the server encodes in another way may lead to the others."""
 
+REFUSAL = re.compile(r"status code: 40[13]")
+
 Version = Mapping[str, str | None]
 """The version of an object that a conditional write expects: its ETag, and its generation in Google Cloud Storage."""
 
@@ -160,6 +162,10 @@ class Store:
     def facts(self, key: str) -> Facts:
         """Return the facts about an object, without its bytes."""
         return self._call("head", key, lambda: _facts(self.bucket.get(key, options={"head": True})))
+
+    def beginning(self, key: str, size: int) -> bytes:
+        """Return the first bytes of an object, at most `size`."""
+        return self._call("get", key, lambda: bytes(self.bucket.get_range(key, start=0, length=size)))
 
     def put(
         self, key: str, data: bytes, sha256: str, expected: Version | None, before: Callable[[], None] = nothing
@@ -345,6 +351,8 @@ def _refused(exc: Exception) -> Refused:
 
 def _other_fault(exc: Exception) -> Exception:
     text, code, reason = str(exc), _code(exc), _reason(exc)
+    if REFUSAL.search(text):  # of a listing, for whose errors obstore has no classes
+        return _refused(exc)
     if advice := _setting_at_fault(text, reason):
         return Unusable(advice)
     if METADATA_SERVICE.search(text):
@@ -352,7 +360,7 @@ def _other_fault(exc: Exception) -> Exception:
         return WrongCredentials(reason, certain=True)
     if code in WRONG_CREDENTIALS:
         return WrongCredentials(reason, certain=code in EXPIRED)
-    if code in NO_BUCKET:
+    if code in NO_BUCKET or "status code: 404" in text:
         return NoBucket(reason)
     if PERMANENT.search(text) and code not in PASSING_CODES:
         return Unusable(reason)
@@ -365,6 +373,27 @@ def _setting_at_fault(text: str, reason: str) -> str | None:
     if "incorrectly configured region" in text:
         return "the bucket is in another region than AWS_REGION states"
     return None
+
+
+def next_page(pages: Iterator[Any]) -> list[Any]:
+    """Return the next page of a listing, an empty one at the end.
+
+    Raises:
+        NotThere: there is no such bucket.
+        Refused, Unusable, Unavailable: the call failed.
+    """
+    from obstore.exceptions import InvalidPathError
+
+    def page() -> list[Any]:
+        try:
+            return list(next(pages, ()))
+        except InvalidPathError as exc:
+            found = re.search(r'Path "(.*?)"(?: contained|: )', str(exc))
+            raise Unusable(
+                f"the object {found[1] if found else '(unknown)'} has an empty name, '.' or '..' between its slashes; rename it"
+            ) from None
+
+    return _translated(page)
 
 
 def _code(exc: BaseException) -> str | None:

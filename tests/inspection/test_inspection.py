@@ -24,6 +24,7 @@ from PIL import Image
 from config import Settings
 from latent_encoder import inspection
 from latent_encoder.geometry import Size, latent_crop
+from latent_encoder.inspection.copies import Copies, Reading
 from latent_encoder.inspection.findings import Inspection, NamedSpace, channel_statistics
 from latent_encoder.inspection.images import fitting_crop
 from latent_encoder.inspection.page import HISTOGRAM_WIDTH, histogram
@@ -290,8 +291,8 @@ def test_crop_follows_from_the_sizes(width: int, height: int, factor: int) -> No
 
 
 def inspection_of(latent: torch.Tensor) -> Inspection:
-    files, space = OutputFiles.of(Path("latent_x.pt")), NamedSpace(None, guessed=False)
-    return Inspection(files, "pt", latent, (), metadata=None, metadata_note=None, checks=(), space=space)
+    copies, space = Copies(Path("latent_x.pt"), Reading.of(Settings(_env_file=None))), NamedSpace(None, guessed=False)
+    return Inspection(copies, "pt", latent, (), metadata=None, metadata_note=None, checks=(), space=space)
 
 
 def test_image_of_another_latent_is_left_out(latent: Path, inspect: Inspect) -> None:

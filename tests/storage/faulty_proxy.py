@@ -54,6 +54,8 @@ class FaultyProxy:
         self.latency_s = 0.0
         self.away = False
         """Close each connection without a response."""
+        self.date: Callable[[], str] | None = None
+        """The time that responses state in place of the server's."""
         self.calls: list[Call] = []
         self._target = target
         self._faults: list[Fault] = []
@@ -149,6 +151,8 @@ class FaultyProxy:
     def _respond(self, handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes, sent: int) -> None:
         self.calls.append(Call(handler.command, handler.path, status, sent, len(data)))
         handler.send_response_only(status)
+        if self.date is not None:
+            headers = {name: value for name, value in headers.items() if name.lower() != "date"} | {"Date": self.date()}
         for name, value in headers.items():
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
                 handler.send_header(name, value)
