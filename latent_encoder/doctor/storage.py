@@ -23,7 +23,15 @@ from latent_encoder.storage.listing import Listed, listed
 from latent_encoder.storage.locations import ObjectPath, WebUrl, is_url, location_of
 from latent_encoder.storage.locations import shown as without_query
 from latent_encoder.storage.retrying import Unavailable
-from latent_encoder.storage.stores import NotThere, Refused, TooLarge, Unusable, require_obstore, store_of
+from latent_encoder.storage.stores import (
+    NotThere,
+    Refused,
+    TooLarge,
+    Unusable,
+    WrongCredentials,
+    require_obstore,
+    store_of,
+)
 
 CALL_S = 10.0
 """Longest time of a call, in seconds, unless STORAGE_TIMEOUT_S is shorter. A server that takes longer is no use to workers."""
@@ -180,7 +188,7 @@ def _bucket(place: Place, folder: ObjectPath, limits: AllowedUrls) -> Iterator[C
             yield clock_check(server.netloc, reached.ahead_s)
     try:
         tried = Tried(place.shown, folder.key, store_of(folder, replace(limits, prefixes=None)))
-    except Unusable as exc:
+    except (Unusable, WrongCredentials) as exc:
         yield cross("storage server", f"{place.shown} cannot be used ({exc})", "Set that variable in the environment.")
         return
     try:
@@ -217,7 +225,7 @@ def _wrong_credentials(place: Place, refused: Refused) -> Check | None:
         return cross("storage clock", f"{place.shown}: {refused}", "Set this machine's clock by the network.")
     if any(code in str(refused) for code in WRONG_CREDENTIALS):
         return cross(
-            "storage credentials", found, "Replace them, and restart the workers, which keep the ones of their start."
+            "storage credentials", found, "Replace them. Workers that got them from the environment need a restart."
         )
     if source_of_credentials(scheme) is None:
         return cross(

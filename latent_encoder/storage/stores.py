@@ -337,7 +337,8 @@ def _translated(call: Callable[[], R]) -> R:
     except ValueError as exc:  # a name that obstore does not take
         raise Unusable(one_line(exc)) from None
     except exceptions.BaseError as exc:
-        raise _other_fault(exc) from None
+        # For the errors of a listing, obstore has no classes.
+        raise (_refused if REFUSAL.search(str(exc)) else _other_fault)(exc) from None
 
 
 def _refused(exc: Exception) -> Refused:
@@ -351,8 +352,6 @@ def _refused(exc: Exception) -> Refused:
 
 def _other_fault(exc: Exception) -> Exception:
     text, code, reason = str(exc), _code(exc), _reason(exc)
-    if REFUSAL.search(text):  # of a listing, for whose errors obstore has no classes
-        return _refused(exc)
     if advice := _setting_at_fault(text, reason):
         return Unusable(advice)
     if METADATA_SERVICE.search(text):
@@ -389,9 +388,8 @@ def next_page(pages: Iterator[Any]) -> list[Any]:
             return list(next(pages, ()))
         except InvalidPathError as exc:
             found = re.search(r'Path "(.*?)"(?: contained|: )', str(exc))
-            raise Unusable(
-                f"the object {found[1] if found else '(unknown)'} has an empty name, '.' or '..' between its slashes; rename it"
-            ) from None
+            name = found[1] if found else "(unknown)"
+            raise Unusable(f"the object {name} has an empty name, '.' or '..' between its slashes; rename it") from None
 
     return _translated(page)
 
