@@ -224,9 +224,7 @@ def _wrong_credentials(place: Place, refused: Refused) -> Check | None:
     if "RequestTimeTooSkewed" in str(refused):
         return cross("storage clock", f"{place.shown}: {refused}", "Set this machine's clock by the network.")
     if any(code in str(refused) for code in WRONG_CREDENTIALS):
-        return cross(
-            "storage credentials", found, "Replace them. Workers that got them from the environment need a restart."
-        )
+        return cross("storage credentials", found, "Replace them. Workers that got them from the environment need a restart.")
     if source_of_credentials(scheme) is None:
         return cross(
             "storage credentials", found, "Set the credentials in the environment; docs/object-storage.md lists them."
