@@ -219,7 +219,7 @@ class Settings(BaseSettings):
         5,
         ge=0,
         description="Requests in a row whose failure shows that the machine is broken, for example a full disk, after which "
-        "none is taken until one succeeds; 0 turns this off.",
+        "none is taken until one succeeds; one is enough if object storage is out of reach; 0 turns this off.",
     )
     kafka_max_message_bytes: int = Field(
         1_048_576,

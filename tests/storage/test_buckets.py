@@ -381,3 +381,12 @@ def described_files_are_whole(described: Path) -> bool:
     assert stated["latent_sha256"] == hashlib.sha256(latent).hexdigest()
     assert stated["scaled_image_sha256"] == hashlib.sha256(scaled).hexdigest()
     return True
+
+
+def test_one_folder_for_images_and_files(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """Files are written beside their image, which stays as it is."""
+    url = bucket.add(key="both/astronaut.png")
+    request = ask(url, f"{bucket.url}/both")
+    assert worker().encode(request).status == "success"
+    assert (bucket.folder / "both/astronaut.png").read_bytes() == (IMAGES / "astronaut.png").read_bytes()
+    assert worker().stored_response(request) is not None

@@ -16,6 +16,7 @@ from tests.helpers import IMAGES
 from tests.kafka_tools import MakeBench, quick_failover, read_responses, request_ids, wait_until
 from tests.storage.conftest import Bucket
 from tests.storage.s3_server import SECRET_KEY
+from tests.storage.web_server import WebServer, status
 
 REQUESTS = 60
 KILLS = 4
@@ -107,3 +108,22 @@ def test_an_outage_of_the_storage(make_bench: MakeBench, bucket: Bucket) -> None
             assert bench.dead_letters.all_within(0.1) == []
         for worker in workers:
             assert [event["event"] for event in worker.log() if event["event"].startswith("breaker")][-1] == "breaker closed"
+
+
+@pytest.mark.usefixtures("apache_kafka")
+def test_a_presigned_url_is_only_in_the_request(make_bench: MakeBench, web: WebServer) -> None:
+    """The query of a presigned URL is in no log, response or header; the dead letter has the request, to be sent again."""
+    signature = "0123456789abcdef0123456789abcdef"
+    url = web.url(f"/a.png?X-Amz-Credential=AKIA&X-Amz-Signature={signature}")
+    web.pages["/a.png"] = status(503, {"Retry-After": "0"})
+    bench = make_bench()
+    environment = {"ALLOWED_INPUT_URLS": web.url("/"), "KAFKA_MAX_RETRIES": "0", "LOG_LEVEL": "DEBUG"}
+    with bench.process(**environment) as worker:
+        bench.send({"request_id": "r", "image_path": url})
+        (response,) = read_responses(bench.responses, 1)
+        (letter,) = bench.dead_letters.take(1)
+        log = worker.log_file.read_text()
+    assert response["error_code"] == "IMAGE_UNREACHABLE"
+    assert "call to storage is repeated" in log
+    assert not any(signature in text for text in (json.dumps(response), log, str(letter.headers)))
+    assert json.loads(letter.value or b"")["image_path"] == url

@@ -217,6 +217,12 @@ def test_file_urls_are_limited_as_paths(tmp_path: Path) -> None:
     assert request.image_path == f"{tmp_path}/../a.png"
     with pytest.raises(AccessDenied):
         AllowedFolders("ALLOWED_INPUT_DIRS", (tmp_path,)).check(request.image_path)
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "allowed" / "link").symlink_to(tmp_path)
+    linked = parse_request({"image_path": f"file://localhost{tmp_path}/allowed/%6cink/a.png"}, {})
+    assert linked.image_path == f"{tmp_path}/allowed/link/a.png"
+    with pytest.raises(AccessDenied):
+        AllowedFolders("ALLOWED_INPUT_DIRS", (tmp_path / "allowed",)).check(linked.image_path)
 
 
 def test_secrets_of_urls_are_not_shown() -> None:
