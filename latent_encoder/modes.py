@@ -21,7 +21,7 @@ import click
 
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
 from errors import KafkaFailed, LatentEncoderError, RequestError, SetupError, one_line, outside_cause
-from latent_encoder.access import log_missing_limits
+from latent_encoder.access import AllowedFolders, log_missing_limits
 from latent_encoder.cli.parsing import NO_FILE, fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
@@ -36,7 +36,7 @@ from latent_encoder.exits import (
 from latent_encoder.importing import explained_imports, require_packages
 from latent_encoder.masking import masked
 from latent_encoder.requests import request_id_of
-from latent_encoder.storage.locations import is_url
+from latent_encoder.storage.locations import is_url, shown
 from latent_encoder.telemetry.logs import LogStyle, get_logger, log_stray_exceptions
 from latent_encoder.terminal import STDOUT, complain, complain_at_once, encodable, show_progress, stdout_on_stderr
 from models import ErrorResponse
@@ -63,6 +63,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     names = ("force", "fail_fast", "workers", "quiet", "as_json")
     try:
         options = standalone.RunOptions(**{name: given[name] for name in names}, sheet=_sheet_of_run(settings, given))
+        selection = selection.with_folders_marked(AllowedFolders.of_inputs(settings))
         check_run(settings, selection, fields)
         return standalone.run(settings, selection, fields, options, style)
     except RequestError as exc:
@@ -122,7 +123,7 @@ def _imports_explained() -> Iterator[None]:
 
 def _place_of_sheet(html: str) -> Path:
     if is_url(html):
-        raise click.UsageError(f"--html {html}: the contact sheet is a file on this machine.")
+        raise click.UsageError(f"--html {shown(html)}: the contact sheet is a file on this machine.")
     return Path(html)
 
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from errors import SetupError, one_line
 from latent_encoder.storage.access import AllowedUrls
@@ -111,6 +112,10 @@ class Store:
     def facts(self, key: str) -> Facts:
         """Return the facts about an object, without its bytes."""
         return self._call(key, lambda: _facts(self.bucket.get(key, options={"head": True})))
+
+    def beginning(self, key: str, size: int) -> bytes:
+        """Return the first bytes of an object, at most `size`."""
+        return self._call(key, lambda: bytes(self.bucket.get_range(key, start=0, length=size)))
 
     def put(
         self, key: str, data: bytes, sha256: str, expected: Version | None, before: Callable[[], None] = nothing
@@ -256,6 +261,35 @@ def _translated(call: Callable[[], R]) -> R:
         if "builder error" in reason:
             raise Unusable("the endpoint is not reached by TLS; AWS_ALLOW_HTTP=true allows that") from None
         raise (Unusable if PERMANENT.search(str(exc)) else Unavailable)(reason) from None
+
+
+def next_page(pages: Iterator[Any]) -> list[Any]:
+    """Return the next page of a listing, an empty one at the end. obstore has no classes for the errors of this call.
+
+    Raises:
+        NotThere: there is no such bucket.
+        Refused, Unusable, Unavailable: the call failed.
+    """
+    from obstore.exceptions import BaseError, InvalidPathError
+
+    try:
+        return list(next(pages, ()))
+    except InvalidPathError as exc:
+        found = re.search(r'Path "(.*?)"(?: contained|: )', str(exc))
+        raise Unusable(
+            f"the object {found[1] if found else '(unknown)'} has an empty name, '.' or '..' between its slashes; rename it"
+        ) from None
+    except BaseError as exc:
+        status = re.search(r"status code: (\d{3})", str(exc))
+        if status and status[1] in ("401", "403"):
+            raise Refused(_reason(exc)) from None
+        if status and status[1] == "404":
+            raise NotThere(_reason(exc)) from None
+        return _translated(partial(_raise, exc))
+
+
+def _raise(exc: BaseException) -> NoReturn:
+    raise exc
 
 
 def _reason(exc: BaseException) -> str:
