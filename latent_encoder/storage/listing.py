@@ -18,8 +18,9 @@ PAGE = 1000
 LAST = "\U0010ffff"
 """A name after all others in a folder: the last character that there is."""
 
-CAN_BEGIN_ANYWHERE = ("s3", "gs")
-"""Storages whose listing can begin behind a name. That of Azure has to be read from its beginning."""
+CAN_BEGIN_ANYWHERE = ("s3",)
+"""Storages whose listing begins behind a name by one call. Those of the others are read as one stream: obstore may drop the
+names before it on this side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,9 @@ class Listing:
         """The count of pages that were asked for."""
 
     def __iter__(self) -> Iterator[Listed]:
-        while page := repeated(self._page, self._limits, f"{self._place}/"):
+        page: list[Any] | None = None
+        while page is None or len(page) == PAGE:
+            page = repeated(self._page, self._limits, f"{self._place}/")
             for found in page:
                 key = self._after = found["path"]
                 if not key.startswith(self._start):  # behind the beginning; or the marker of the folder itself
@@ -70,14 +73,15 @@ class Listing:
         self._skipped = folder
 
     def _jump(self) -> None:
-        """Go on behind the skipped folder if a page ended in it: it may have millions of objects."""
-        if (
-            self._skipped
-            and self._after
-            and self._after.startswith(self._skipped)
-            and self._place.scheme in CAN_BEGIN_ANYWHERE
-        ):
-            self._after, self._pages = self._skipped + LAST, None
+        """Go on behind the skipped folder if a page ended in it: it may have millions of objects.
+
+        Each page is a listing of its own, because some servers refuse a beginning together with the mark of a next page.
+        """
+        if self._place.scheme not in CAN_BEGIN_ANYWHERE:
+            return
+        self._pages = None
+        if self._skipped and self._after and self._after.startswith(self._skipped):
+            self._after = self._skipped + LAST
 
     def _page(self) -> list[Any]:
         """Return the next objects, none at the end. After an error, the next call begins behind the last object."""
