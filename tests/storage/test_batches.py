@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from tests.helpers import COMFYUI, IMAGES, PATIENCE_S, PROJECT, VAE, RunMain, cl
 from tests.kafka_tools import wait_until
 from tests.storage.conftest import Bucket
 from tests.storage.faulty_proxy import FaultyProxy
+from tests.storage.web_server import WebServer
 
 USUAL = ("--megapixels", "0.02", "--vae_model_name", VAE)
 SETTINGS = {"COMFYUI_PATH": str(COMFYUI), "DEVICE": "cpu", "STORAGE_MAX_RETRIES": "0", "OMP_NUM_THREADS": "1"}
 CHANGED = {"megapixels", "prepare_threads"}
+CHANGED_IMAGE = {"GET": 17, "HEAD": 6, "PUT": 4, "DELETE": 2}
 OTHER = (IMAGES / "progressive.jpeg").read_bytes()
 PHOTO = (IMAGES / "photo.jpg").read_bytes()
 
@@ -86,8 +89,8 @@ class Here:
     def inputs(self, *paths: str | Path, out: str | Path | None = None, recursive: bool = True, **more: Any) -> Inputs:
         """Return the inputs of a run, made as the command line makes them."""
         images = AllowedFolders.of_inputs(self.settings)
+        fields = {"output_dir": str(out or f"{self.bucket.url}/out"), "megapixels": more.pop("megapixels", None)}
         selection = ImageSelection(tuple(map(str, paths)), recursive, **more).with_folders_marked(images)
-        fields = {"output_dir": str(out or f"{self.bucket.url}/out")}
         outputs = AllowedFolders.of_outputs(self.settings)
         return inputs_of(selection, fields, self.settings.request_defaults, outputs, images)
 
@@ -186,8 +189,11 @@ def test_resuming_takes_one_listing(here: Here, bucket: Bucket) -> None:
     assert here.stored(f"{bucket.url}/in/") == [True] * 4
     assert calls_of(bucket.proxy) == {"LIST": 2, "GET": 4 * 4, "HEAD": 4 * 2}
     put(bucket, "in/1.jpg", data=OTHER)
+    assert here.stored(f"{bucket.url}/in/") == [True, False, True, True]
+    of_others = Counter({"GET": 3 * 4, "HEAD": 3 * 2, "LIST": 3})
+    assert calls_of(bucket.proxy) - of_others == CHANGED_IMAGE
     put(bucket, "in/5.jpg")
-    assert here.stored(f"{bucket.url}/in/") == [True, False, True, True, False]
+    assert here.stored(f"{bucket.url}/in/") == [True, True, True, True, False]
 
 
 def test_files_that_are_there_under_another_id_are_found(here: Here, bucket: Bucket) -> None:
@@ -340,6 +346,9 @@ def test_an_output_folder_that_cannot_be_listed(here: Here, bucket: Bucket) -> N
     put(bucket, "in/a.jpg", "in/b.jpg")
     assert here.stored(f"{bucket.url}/in/") == [False, False]
     refused = bucket.proxy.fault("status", "GET", "start-after=out", times=100, status=403)
+    calls_of(bucket.proxy)
+    assert here.stored(f"{bucket.url}/in/", megapixels=0.01) == [False, False]
+    assert calls_of(bucket.proxy) == {"GET": 2 * 12, "PUT": 2 * 4, "DELETE": 2, "LIST": 3}
     assert here.stored(f"{bucket.url}/in/") == [True, True]
     assert refused.met.is_set()
 
@@ -402,11 +411,70 @@ def test_the_printed_command_goes_on(bucket: Bucket, tmp_path: Path) -> None:
     assert len(bucket.names()) == 36
 
 
+def test_the_printed_command_has_no_signature(bucket: Bucket, web: WebServer, tmp_path: Path) -> None:
+    """A presigned URL is printed without its query after Ctrl-C, and the words tell to give it again."""
+    web.pages["/a.jpg"] = PHOTO
+    put(bucket, "in/b.jpg", "in/c.jpg", "in/d.jpg", "in/e.jpg")
+    held = bucket.proxy.fault("hold", "GET", "/in/c", times=9)
+    url = web.url("/a.jpg?X-Amz-Signature=0123456789abcdef")
+    command = [sys.executable, str(PROJECT / "main.py"), f"--image_path={url}", f"-i{url}&b=c", "-i", url]
+    process = subprocess.Popen(
+        [*command, *(f"{bucket.url}/in/{name}.jpg" for name in "bcde"), "-o", str(tmp_path), *USUAL],
+        env={**clean_environment(), **bucket.environment, **SETTINGS}, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert held.met.wait(PATIENCE_S)
+    held.release.set()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert "give its URLs with their queries, which may be secret, again:" in err
+    assert f"--image_path={web.url('/a.jpg')} -i{web.url('/a.jpg')} -i {web.url('/a.jpg')} " in err
+    assert "X-Amz" not in out + err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--input-list", "{url}"),
+        ("-i", "{image}", "-o", "{url}"),
+        ("-i", "{image}", "--html", "{url}"),
+        ("-i", "{image}", "--vae_model_name", "{url}"),
+        ("-i", "{image}", "--name", "{url}"),
+        ("{url}", "--recursive"),
+        ("-i", "~nobody-here/{url}"),
+    ],
+)
+def test_a_presigned_url_in_the_wrong_place_is_told_without_its_query(
+    web: WebServer, run_main: RunMain, arguments: tuple[str, ...]
+) -> None:
+    """Whichever option gets a presigned URL, no line of the output has its query."""
+    url = web.url("/nothing?X-Amz-Signature=0123456789abcdef")
+    words = [word.format(url=url, image=IMAGES / "photo.jpg") for word in arguments]
+    done = run_main(*words, *USUAL[:2], *(() if "--vae_model_name" in arguments else USUAL[2:]), env=SETTINGS)
+    assert done.returncode in (1, 2)
+    assert "X-Amz" not in done.stdout + done.stderr
+
+
 def test_packed_names_come_back() -> None:
     names = [f"folder/ä {number}.png" for number in range(2500)]
     packed = PackedNames(names)
     assert len(packed) == 2500
     assert list(packed) == list(packed) == names
+
+
+def test_a_hundred_thousand_names_take_little_memory() -> None:
+    """The names of 100,000 images, and the digests of as many files, take less than 10 MB at any time."""
+    tracemalloc.start()
+    try:
+        images = PackedNames(f"photos/2026/photo-{number:07}.jpg" for number in range(100_000))
+        digests = NameDigests()
+        for number in range(100_000):
+            digests.add(f"s3://bucket/latents/latent_photo-{number:07}_{number}.pt.json")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(images) == 100_000
+    assert peak < 10_000_000
 
 
 def test_digests_know_every_name() -> None:
