@@ -42,7 +42,7 @@ from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.roundtrip import compare
-from latent_encoder.outputs.run_requests import RunRequest, files_of, settled, source_id_of
+from latent_encoder.outputs.run_requests import RunRequest, files_of, may_have_files, settled, source_id_of
 from latent_encoder.outputs.stored_responses import (
     StoredFiles,
     look,
@@ -174,7 +174,7 @@ class LatentEncoder:
         """
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
         files = files_of(request)
-        replaceable, owners = look(files, self._outputs)
+        replaceable, owners = look(files, self._outputs) if may_have_files(request) else (None, frozenset())
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode(), ExitStack() as memory:
             with timed(timings, "load_vae"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from config import PROJECT_DIR, Settings
 from errors import VaeModelNotFound
+from latent_encoder.storage.locations import shown
 from latent_encoder.suggestions import FILE_NAMES, closest
 
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
@@ -76,7 +77,8 @@ def vae_not_found(name: str, folders: Iterable[Path], names: Sequence[str], choi
     meant = closest(name, choices, FILE_NAMES)
     suggestion = "" if meant is None else f" Did you mean {meant}?"
     return VaeModelNotFound(
-        f"VAE model not found: {name}.{suggestion} Looked in: {', '.join(map(str, folders))}. VAE files there: {existing}. "
+        f"VAE model not found: {shown(name)}.{suggestion} Looked in: {', '.join(map(str, folders))}. "
+        f"VAE files there: {existing}. "
         "Run ./setup_comfyui.sh --download-vae for qwen_image_vae.safetensors, or set MODEL_DIR to the folder of your models."
     )
 

@@ -21,7 +21,7 @@ import click
 
 from config import REQUEST_SETTINGS, Settings, SettingsError, origins_of
 from errors import KafkaFailed, LatentEncoderError, RequestError, SetupError, one_line, outside_cause
-from latent_encoder.access import log_missing_limits
+from latent_encoder.access import AllowedFolders, log_missing_limits
 from latent_encoder.cli.parsing import NO_FILE, fail
 from latent_encoder.exits import (
     EXIT_ERROR_RESPONSE,
@@ -64,6 +64,7 @@ def encode_images(settings: Settings, given: Mapping[str, Any], style: LogStyle)
     names = ("force", "fail_fast", "workers", "quiet", "as_json")
     try:
         options = standalone.RunOptions(**{name: given[name] for name in names}, sheet=_sheet_of_run(settings, given))
+        selection = selection.with_folders_marked(AllowedFolders.of_inputs(settings))
         check_run(settings, selection, fields)
         return standalone.run(settings, selection, fields, options, style)
     except RequestError as exc:

@@ -15,6 +15,7 @@ from latent_encoder.access import place_of
 from latent_encoder.outputs.drawing import Drawn, Undrawn, draw
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.run_requests import may_have_files
 from latent_encoder.telemetry import tracing
 from latent_encoder.telemetry.health import Health
 from latent_encoder.torch_threads import set_torch_threads
@@ -180,7 +181,8 @@ class Stages(Generic[J]):
     def _prepare(self, job: J, request: Any) -> Prepared | Undrawn | SuccessResponse:
         """Prepare the encode, or return the stored response of a request that came before, or its latent for more images."""
         request = self._encoder.settled(request)
-        stored = self._encoder.stored_response(request, job.origin) if self._reuse else None
+        reuse = self._reuse and may_have_files(request)
+        stored = self._encoder.stored_response(request, job.origin) if reuse else None
         if stored is not None and not self._encoder.renewed(
             OutputFiles.of(place_of(stored.latent_file_path)), stored.metadata
         ):
@@ -191,7 +193,7 @@ class Stages(Generic[J]):
                 "most often memory runs out. Ask for fewer megapixels or give the workers more memory."
             )
         job.redelivered = stored is not None
-        undrawn = self._encoder.undrawn(request) if stored is None and self._reuse else None
+        undrawn = self._encoder.undrawn(request) if stored is None and reuse else None
         if undrawn is not None and self._encoder.renewed(undrawn.stored.files, undrawn.stored.metadata):
             return undrawn
         return stored or self._encoder.prepare(request, job.origin)

@@ -8,15 +8,16 @@ absolute path; earlier versions used that for every image.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
 from uuid import NAMESPACE_URL, uuid5
 
-from errors import in_utf8
+from errors import InvalidRequest, in_utf8
 from latent_encoder.access import AllowedFolders, absolute
 from latent_encoder.outputs.names import OutputFiles, output_files
 from latent_encoder.outputs.owners import Owner, owner_in
 from latent_encoder.outputs.places import Folder, existing_place
-from latent_encoder.storage.locations import is_url, lasting
+from latent_encoder.outputs.stored_names import StoredNames
+from latent_encoder.storage.locations import ObjectPath, WebUrl, is_url, lasting, location_of
 from models import CONTENT_FIELDS, EncodeRequest
 
 ALWAYS_IN_IDS = {"vae_model_name", "upscale_method", "megapixels", "latent_format"}
@@ -35,6 +36,9 @@ class RunRequest(EncodeRequest):
     """An image before it in the run has the same id, because it has the same path below another folder."""
     output_name: str | None = None
     """The part that the names of its files have in common; None for stem and id."""
+    unwritten: bool = False
+    """A listing of its folder, made when the run began, has none of its files, so nobody looks for them one by one. If another
+    process writes them meanwhile, the look under the claim finds them."""
 
     def with_id(self, request_id: str) -> RunRequest:
         """Return the same request with another id."""
@@ -59,6 +63,29 @@ def files_of(request: EncodeRequest) -> OutputFiles:
     """
     name = request.output_name if isinstance(request, RunRequest) else None
     return output_files(request.output_dir, request.image_path, request.request_id, request.latent_format, name)
+
+
+def may_have_files(request: EncodeRequest) -> bool:
+    """Return whether files of the request may be there from before."""
+    return not (isinstance(request, RunRequest) and request.unwritten)
+
+
+def marked(request: RunRequest, names: StoredNames) -> RunRequest:
+    """Return the request, marked as unwritten if the output folder has metadata of it in no format and under no id.
+
+    Its names count as written from now on: a later request of the run may get the same.
+    """
+    others = _other_ids(request) if request.source_id is not None and request.output_name is None else ()
+    try:
+        files = files_of(request)
+        if request.contested or not names.cover(files.folder):
+            return request
+        if any(names.have_metadata(files_of(each)) for each in (request, *map(request.with_id, others))):
+            return request
+    except InvalidRequest:  # it gets an error response
+        return request
+    names.add(files)
+    return request.model_copy(update={"unwritten": True})
 
 
 def source_id_of(request: EncodeRequest) -> str | None:
@@ -89,7 +116,7 @@ def settled(request: RunRequest, allowed: AllowedFolders, image_sha256: Callable
     Raises:
         AccessDenied: the output folder is none of those that are allowed.
     """
-    if request.source_id is None or request.output_name is not None:
+    if request.source_id is None or request.output_name is not None or request.unwritten:
         return request
     try:
         with existing_place(files_of(request).folder, allowed) as folder:
@@ -118,10 +145,16 @@ def _owner(folder: Folder, request: RunRequest) -> Owner | None:
 
 def _other_ids(request: RunRequest) -> Iterator[str]:
     """Yield the other ids that the image may have: by its absolute path, and by its path below each folder above it."""
-    if is_url(request.image_path):
+    try:
+        place = location_of(request.image_path) if is_url(request.image_path) else absolute(request.image_path)
+    except ValueError:  # the request is refused
         return
-    parts = absolute(request.image_path).parts
-    places = (str(Path(*parts[number:])) for number in range(len(parts)))
+    if isinstance(place, WebUrl):
+        return
+    # A bucket has no folder above it.
+    above = (str(place),) if isinstance(place, ObjectPath) else ()
+    parts = place.parts[2:] if isinstance(place, ObjectPath) else place.parts
+    places = (*above, *(str(PurePosixPath(*parts[number:])) for number in range(len(parts))))
     yield from (other for place in places if (other := lasting_id(place, request)) != request.request_id)
 
 

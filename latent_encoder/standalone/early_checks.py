@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,14 +19,19 @@ from typing import Any
 
 from config import Settings
 from errors import ImageInvalid, ImageNotFound
-from latent_encoder.access import AllowedFolders, absolute
+from latent_encoder.access import AllowedFolders, absolute, place_of
 from latent_encoder.admission import refuse_more_megapixels
 from latent_encoder.model_files import require_vae
+from latent_encoder.outputs.bucket import open_bucket_folder
+from latent_encoder.outputs.claims import Claim
 from latent_encoder.outputs.folder import reported
+from latent_encoder.outputs.locks import key_of
 from latent_encoder.requests import parse_request
 from latent_encoder.standalone.inputs import STDIN, ImageSelection, refuse_shared_id
-from latent_encoder.storage.locations import is_url
-from latent_encoder.storage.stores import require_packages_for
+from latent_encoder.storage.access import AllowedUrls
+from latent_encoder.storage.images import read_from_url
+from latent_encoder.storage.locations import ObjectPath, is_url, location_of
+from latent_encoder.storage.stores import Unusable, require_packages_for
 from utils import custom_node_path, find_path
 
 HOPELESS = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -54,7 +60,7 @@ def check_run(settings: Settings, selection: ImageSelection, fields: Mapping[str
     named = selection.named_images
     for path in named:
         inputs.check(path)
-    require_packages_for(*named)
+    require_packages_for(*selection.paths)
     if writes := _is_used("output_dir", selection, fields):
         outputs.check(request.output_dir)
     tree = find_path(settings.comfyui_path)
@@ -63,6 +69,7 @@ def check_run(settings: Settings, selection: ImageSelection, fields: Mapping[str
     if _is_used("vae_model_name", selection, fields):
         require_vae(request.vae_model_name, settings)
     _require_images(named)
+    _require_buckets(named, inputs.urls)
     if writes:
         _require_writable(request.output_dir, outputs)
 
@@ -109,6 +116,30 @@ def _require_images(paths: Sequence[str]) -> None:
         raise ImageNotFound(f"Image file not found: {', '.join(missing)}")
 
 
+def _require_buckets(urls: Sequence[str], allowed: AllowedUrls) -> None:
+    """Read the first image in each bucket, without its bytes: a missing bucket or wrong credentials fail for all of them.
+
+    A missing image is refused if it is the only one, as a file is.
+
+    Raises:
+        RequestError: the image cannot be read.
+    """
+    first: dict[tuple[str, str], str] = {}
+    for url in filter(is_url, urls):
+        place = location_of(url)
+        if isinstance(place, ObjectPath):
+            first.setdefault((place.scheme, place.bucket), url)
+    for url in first.values():
+        try:
+            read_from_url(url, allowed, 0)
+        except ImageInvalid as exc:
+            if isinstance(exc.__context__, Unusable):  # otherwise it has a byte, or none
+                raise
+        except ImageNotFound as exc:
+            if len(urls) == 1 or "the bucket does not exist" in str(exc):
+                raise
+
+
 def _require_writable(path: str, allowed: AllowedFolders) -> None:
     """Check that files can be written to the output folder, or that it can be made. Leave nothing there.
 
@@ -116,8 +147,12 @@ def _require_writable(path: str, allowed: AllowedFolders) -> None:
         AccessDenied: it is in none of the allowed folders.
         OutputDirNotWritable: it cannot be made or written to.
     """
-    if is_url(path):
+    place = place_of(path)
+    if isinstance(place, ObjectPath):
         require_packages_for(path)
+        probe = Claim(open_bucket_folder(place, allowed), key_of(secrets.token_hex(16)))
+        probe.take(str(place))
+        probe.release()
         return
     with reported(absolute(path)):
         place = allowed.resolve(path)

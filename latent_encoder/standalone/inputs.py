@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from glob import has_magic
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from errors import InvalidRequest, LatentEncoderError, MessageUnusable, RequestError
-from latent_encoder.access import ANYWHERE, AllowedFolders
-from latent_encoder.outputs.run_requests import RunRequest, with_lasting_id
+from latent_encoder.access import ANYWHERE, AllowedFolders, place_of
+from latent_encoder.outputs.run_requests import RunRequest, marked, with_lasting_id
+from latent_encoder.outputs.stored_names import StoredNames, names_in
 from latent_encoder.requests import LONGEST_VALUE, parse_request, read_fields, request_id_of, usable_text
-from latent_encoder.standalone.folders import Walk, shown_counts
+from latent_encoder.standalone.bucket_folders import BucketFolder, FolderRefused, is_folder, with_slash
+from latent_encoder.standalone.folders import LeftOut, Walk, shown_counts
 from latent_encoder.standalone.naming import NamePattern, NameRefused, Names
-from latent_encoder.storage.locations import is_url, shown
+from latent_encoder.storage.access import AllowedUrls
+from latent_encoder.storage.images import read_from_url
+from latent_encoder.storage.locations import ObjectPath, is_url, shown
+from latent_encoder.storage.packed import NameDigests
 from latent_encoder.user_paths import expanded, expanded_file
 from models import EncodeRequest, ErrorResponse
 
@@ -39,6 +45,11 @@ IMAGE_SUFFIXES = (
 """Endings of the images in a folder: those of browsers, phones and Twitter too. A file that is named may have any."""
 STDIN = "-"
 
+LONGEST_LIST = 1 << 30
+"""Bytes of a list that is read by its URL, 1 GiB: some millions of requests."""
+
+ANY_IMAGE = AllowedFolders("", urls=AllowedUrls("image_path"))
+
 
 @dataclass(frozen=True)
 class ImageSelection:
@@ -51,6 +62,23 @@ class ImageSelection:
     """A file of requests as JSON Lines; `-` is standard input."""
     name: str | None = None
     """The pattern of the output files' names; None for stem and id."""
+
+    def with_folders_marked(self, inputs: AllowedFolders) -> ImageSelection:
+        """Return the selection with `/` at the end of each URL that stands for a folder in a bucket, which is looked up.
+
+        Raises:
+            UnusableInputs: it cannot be looked up.
+            AccessDenied, InvalidRequest: a URL is not allowed, or names no place.
+        """
+        try:
+            return replace(self, paths=tuple(with_slash(path, IMAGE_SUFFIXES, inputs.urls) for path in self.paths))
+        except FolderRefused as exc:
+            raise UnusableInputs(str(exc)) from exc
+
+    @property
+    def folders_in_buckets(self) -> tuple[str, ...]:
+        """The URLs that stand for folders."""
+        return tuple(path for path in self.paths if is_folder(path))
 
     @property
     def single(self) -> bool:
@@ -98,10 +126,34 @@ class Inputs:
     """The counts of files and folders that were left out, by reason."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
     """The folders that could not be read, with the system's reasons."""
+    listed: Iterable[tuple[str, str | None]] = ()
+    """The images that were found in buckets and on disk, each with its path below its folder, if there is a bucket."""
+
+    @property
+    def known_images(self) -> Iterator[str]:
+        """The images, as far as they are known before the run."""
+        if isinstance(self.items, list):
+            return (item.image_path or "" for item in self.items)
+        return (path for path, _ in self.listed)
+
+
+@dataclass(frozen=True)
+class Made(Iterable[Input]):
+    """Inputs that are made when they are needed, so that a hundred thousand of them take no memory."""
+
+    source: Iterable[Any]
+    make: Callable[[Iterable[Any]], Iterator[Input]]
+
+    def __iter__(self) -> Iterator[Input]:
+        return self.make(self.source)
 
 
 def inputs_of(
-    selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any], outputs: AllowedFolders = ANYWHERE
+    selection: ImageSelection,
+    fields: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    outputs: AllowedFolders = ANYWHERE,
+    images: AllowedFolders = ANY_IMAGE,
 ) -> Inputs:
     """Return the inputs that the command line selects.
 
@@ -112,19 +164,45 @@ def inputs_of(
         fields: the request's fields that the command line gives; None for each that it leaves out.
         defaults: the settings' values for fields that are left out.
         outputs: the folders that files may be written to.
+        images: the folders that images may be read from.
 
     Raises:
         UnusableInputs: a folder or a pattern holds no image, the list cannot be read, a request id is given for several, or
             the names of the output files cannot be used.
     """
-    inputs = _selected(selection, fields, defaults)
+    inputs = _selected(selection, fields, defaults, images)
+    stored = _stored_names(selection, inputs, fields.get("output_dir") or defaults.get("output_dir"), outputs)
     if selection.name is None:
-        return inputs
+        return inputs if stored is None else replace(inputs, items=_marked(inputs.items, stored))
     try:
-        names = Names(NamePattern.of(selection.name), outputs)
+        names = Names(NamePattern.of(selection.name), outputs, stored)
         return replace(inputs, items=_named(inputs.items, names, at_once=selection.input_list != STDIN))
     except NameRefused as exc:
         raise UnusableInputs(str(exc)) from exc
+
+
+def _stored_names(
+    selection: ImageSelection, inputs: Inputs, output_dir: str | None, outputs: AllowedFolders
+) -> StoredNames | None:
+    """List the output folder if it is in a bucket and the run has several images; by one call for an image at most."""
+    if output_dir is None or not is_url(output_dir) or inputs.single or not inputs.total:
+        return None
+    try:
+        place = place_of(output_dir)
+    except ValueError:
+        return None  # the requests are refused
+    if not isinstance(place, ObjectPath) or not outputs.urls.allows(place):
+        return None
+    return names_in(place, outputs, inputs.total, deep=selection.name is not None)
+
+
+def _marked(items: Iterable[Input], names: StoredNames) -> Iterable[Input]:
+    """Return the inputs, those without files from before marked."""
+
+    def mark(items: Iterable[Input]) -> Iterator[Input]:
+        return (marked(item, names) if isinstance(item, RunRequest) else item for item in items)
+
+    return list(mark(items)) if isinstance(items, list) else Made(items, mark)
 
 
 def _named(items: Iterable[Input], names: Names, *, at_once: bool) -> Iterable[Input]:
@@ -154,17 +232,72 @@ def _with_name(index: int, item: Input, names: Names) -> Input:
         return RefusedInput.of(exc, item.model_dump())
 
 
-def _selected(selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Inputs:
+def _selected(
+    selection: ImageSelection, fields: Mapping[str, Any], defaults: Mapping[str, Any], images: AllowedFolders
+) -> Inputs:
     defaults = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     if len(selection.paths) == 1 and not _stands_for_several(selection.paths[0]):
         return Inputs([_lasting_item({**fields, "image_path": selection.paths[0]}, defaults)], total=1, single=True)
     refuse_shared_id(selection, fields)
     if selection.input_list is not None:
-        return _of_list(selection.input_list, defaults)
+        return _of_list(selection.input_list, defaults, images)
     walk = Walk(IMAGE_SUFFIXES, recursive=selection.recursive)
+    if selection.folders_in_buckets:
+        return _of_buckets(
+            selection, walk, images, lambda path, inside: _lasting_item({**fields, "image_path": path}, defaults, inside)
+        )
     found = find_images(selection.paths, walk)
     items = list(_with_rivals_marked(_lasting_item({**fields, "image_path": path}, defaults, found[path]) for path in found))
     return Inputs(items, total=len(items), single=False, left_out=walk.counts, unreadable=walk.unreadable)
+
+
+def _of_buckets(
+    selection: ImageSelection, walk: Walk, images: AllowedFolders, make: Callable[[str, str | None], Input]
+) -> Inputs:
+    """Return the images in folders of buckets, and those of the other paths beside them."""
+    found: list[Collection[tuple[str, str | None]]] = []
+    taken, left_out = NameDigests(), Counter[str]()
+    for path in selection.paths:
+        if not is_folder(path):
+            found.append([each for each in _images_of(path, walk).items() if _is_new(each[0], taken, left_out)])
+            continue
+        try:
+            folder = BucketFolder(path, IMAGE_SUFFIXES, images.urls, recursive=selection.recursive)
+            inside = folder.images()
+        except FolderRefused as exc:
+            raise UnusableInputs(str(exc)) from exc
+        left_out.update(folder.left_out)
+        found.append(inside if len(selection.paths) == 1 else inside.only(lambda url: _is_new(url, taken, left_out)))
+    left_out.update(walk.counts)
+    listed = Listed(found)
+
+    def items(listed: Iterable[tuple[str, str | None]]) -> Iterator[Input]:
+        made = (make(path, inside) for path, inside in listed)
+        return _with_rivals_marked(made) if len(found) > 1 else made
+
+    total = sum(map(len, found))
+    return Inputs(Made(listed, items), total, single=False, left_out=left_out, unreadable=walk.unreadable, listed=listed)
+
+
+@dataclass(frozen=True)
+class Listed(Iterable[tuple[str, str | None]]):
+    """The images of several places, one place after the other."""
+
+    places: Sequence[Collection[tuple[str, str | None]]]
+
+    def __iter__(self) -> Iterator[tuple[str, str | None]]:
+        return chain.from_iterable(self.places)
+
+
+def _is_new(url: str, taken: NameDigests, left_out: Counter[str]) -> bool:
+    """Return whether an image in a bucket is taken for the first time. Files on disk were compared before."""
+    if not is_url(url):
+        return True
+    if url in taken:
+        left_out[LeftOut.SEEN] += 1
+        return False
+    taken.add(url)
+    return True
 
 
 def refuse_shared_id(selection: ImageSelection, fields: Mapping[str, Any]) -> None:
@@ -188,18 +321,26 @@ def find_images(paths: Iterable[str], walk: Walk) -> dict[str, str | None]:
     """
     found: dict[str, str | None] = {}
     for path in paths:
-        if not _stands_for_several(path):
-            found |= dict.fromkeys([path] if is_url(path) or walk.take(Path(path)) else [])
-            continue
-        before = walk.counts
-        images = walk.images_in(Path(path)) if Path(path).is_dir() else walk.matching(path)
-        if not images and str(Path(path)) not in walk.unreadable:
-            raise UnusableInputs(_nothing_in(path, walk, before))
-        root = _root_of(path)
-        found |= {str(image): str(image.relative_to(root)) for image in sorted(filter(walk.take, images))}
+        found |= _images_of(path, walk)
     if not found:
         raise UnusableInputs(f"Cannot read {'; '.join(f'{path} ({reason})' for path, reason in walk.unreadable.items())}")
     return found
+
+
+def _images_of(path: str, walk: Walk) -> dict[str, str | None]:
+    """Return the files that one path stands for.
+
+    Raises:
+        UnusableInputs: a folder or a pattern holds no image.
+    """
+    if not _stands_for_several(path):
+        return dict.fromkeys([path] if is_url(path) or walk.take(Path(path)) else [])
+    before = walk.counts
+    images = walk.images_in(Path(path)) if Path(path).is_dir() else walk.matching(path)
+    if not images and str(Path(path)) not in walk.unreadable:
+        raise UnusableInputs(_nothing_in(path, walk, before))
+    root = _root_of(path)
+    return {str(image): str(image.relative_to(root)) for image in sorted(filter(walk.take, images))}
 
 
 def _root_of(path: str) -> Path:
@@ -210,7 +351,7 @@ def _root_of(path: str) -> Path:
 
 def _with_rivals_marked(items: Iterable[Input]) -> Iterator[Input]:
     """Mark each image that has the id of one before it, because both have the same path below two folders."""
-    seen: set[str] = set()
+    seen = NameDigests()
     for item in items:
         rival = isinstance(item, RunRequest) and item.request_id in seen
         yield item.model_copy(update={"contested": True}) if isinstance(item, RunRequest) and rival else item
@@ -221,7 +362,7 @@ def _with_rivals_marked(items: Iterable[Input]) -> Iterator[Input]:
 def _stands_for_several(path: str) -> bool:
     """Return whether the path is a folder or a pattern. A file whose name looks like a pattern is that file: `[1].png`."""
     if is_url(path):
-        return False
+        return is_folder(path)
     place = Path(path)
     try:
         return place.is_dir() or (has_magic(path) and not place.exists())
@@ -239,18 +380,20 @@ def _nothing_in(path: str, walk: Walk, before: Mapping[str, int]) -> str:
     return f"No JPEG or PNG in the folder {path}{left_out}{hint}"
 
 
-def _of_list(name: str, defaults: Mapping[str, Any]) -> Inputs:
+def _of_list(name: str, defaults: Mapping[str, Any], images: AllowedFolders) -> Inputs:
     with _readable(name):
         if name == STDIN:
             return Inputs(_items_of_lines("standard input", sys.stdin.buffer, defaults), total=None, single=False)
-        lines = Path(name).read_bytes().splitlines()
-    return Inputs(_items_of_lines(name, lines, defaults), total=sum(map(bool, map(bytes.strip, lines))), single=False)
+        lines = (read_from_url(name, images.urls, LONGEST_LIST) if is_url(name) else Path(name).read_bytes()).splitlines()
+    return Inputs(_items_of_lines(shown(name), lines, defaults), total=sum(map(bool, map(bytes.strip, lines))), single=False)
 
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
+    except RequestError as exc:
+        raise UnusableInputs(f"Cannot read the list. {exc}") from exc
     except (OSError, ValueError) as exc:
         raise UnusableInputs(f"Cannot read {name} ({getattr(exc, 'strerror', None) or exc})") from exc
 

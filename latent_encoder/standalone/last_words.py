@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from config import REQUEST_SETTINGS, environment_variables
 from latent_encoder.standalone.inputs import STDIN, ImageSelection
+from latent_encoder.storage.locations import is_url, shown
 
 KEPT_SETTINGS = (
     *REQUEST_SETTINGS,
@@ -22,6 +24,10 @@ KEPT_SETTINGS = (
 
 LONGEST_COMMAND = 4000
 """Characters. A longer command fills a window; it names hundreds of files that the shell found for a pattern."""
+
+
+_OPTION = re.compile(r"--[\w-]+=|-[A-Za-z](?=[A-Za-z])")
+"""An option before its value in one word: `--image_path=https://…`, `-ihttps://…`."""
 
 
 def interrupted(selection: ImageSelection, left: int | None, total: int | None, *, force: bool) -> str:
@@ -61,6 +67,8 @@ def _continuation(selection: ImageSelection, *, force: bool) -> str:
     command = _command()
     if len(command) > LONGEST_COMMAND:
         return "The same command goes on from here."
+    if any(_without_query(word) != word for word in sys.orig_argv):
+        return f"This command goes on from here; give its URLs with their queries, which may be secret, again:\n{command}"
     return f"This command goes on from here:\n{command}"
 
 
@@ -68,12 +76,22 @@ def _read_once(input_list: str | None) -> bool:
     """Return whether a list cannot be read again by its name: standard input, or a pipe such as that of `<(command)`."""
     if input_list is None:
         return False
-    return input_list == STDIN or input_list.startswith(("/dev/", "/proc/")) or not Path(input_list).is_file()
+    return (
+        input_list == STDIN
+        or input_list.startswith(("/dev/", "/proc/"))
+        or not (is_url(input_list) or Path(input_list).is_file())
+    )
 
 
 def _command() -> str:
     """Return the command line of this process for a shell, with the settings that come from the environment before it."""
-    return " ".join((*_assignments(), *map(_quoted, (_python(), *sys.orig_argv[1:]))))
+    return " ".join((*_assignments(), *map(_quoted, (_python(), *map(_without_query, sys.orig_argv[1:])))))
+
+
+def _without_query(word: str) -> str:
+    """Return a word of the command line, a URL of a web server in it without user, password and query."""
+    option = found[0] if (found := _OPTION.match(word)) else ""
+    return option + shown(word.removeprefix(option))
 
 
 def _python() -> str:

@@ -16,7 +16,8 @@ from latent_encoder.access import ANYWHERE, AllowedFolders, place_of
 from latent_encoder.outputs.names import OutputFiles, longest_name, part_limit, safe_id, safe_name, safe_stem
 from latent_encoder.outputs.owners import Owner, owners_in
 from latent_encoder.outputs.places import Folder, existing_place
-from latent_encoder.outputs.run_requests import RunRequest, files_of, source_of
+from latent_encoder.outputs.run_requests import RunRequest, files_of, marked, source_of
+from latent_encoder.outputs.stored_names import StoredNames
 from latent_encoder.storage.locations import is_url, shown
 from latent_encoder.suggestions import closest
 from models import IMAGE_FILES, EncodeRequest
@@ -97,6 +98,8 @@ class Names:
     pattern: NamePattern
     allowed: AllowedFolders = ANYWHERE
     """The folders in which files of other requests are looked for."""
+    stored: StoredNames | None = None
+    """The names in the output folder, if it was listed."""
     _taken: dict[Path, tuple[str, str]] = field(default_factory=dict)
     """The scaled images so far, each with the request id and the image."""
 
@@ -149,6 +152,8 @@ class Names:
         Raises:
             NameRefused: they are not its own.
         """
+        if self.stored is not None and self.stored.cover(files.folder) and not self.stored.have(files):
+            return marked(request, self.stored)
         with suppress(OSError, AccessDenied), existing_place(files.folder, self.allowed) as folder:
             owners = owners_in(folder, files)
             if not owners:

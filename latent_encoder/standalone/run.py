@@ -249,8 +249,12 @@ def run(
     """
     outputs = AllowedFolders.of_outputs(settings)
     with Progress(quiet=options.quiet) as progress, stdout_on_stderr() as stdout:
-        progress.wait_for(f"loading ComfyUI {version_of(settings.comfyui_path) or ''}".rstrip())
-        inputs = inputs_of(selection, fields, settings.request_defaults, outputs)
+        loading = f"loading ComfyUI {version_of(settings.comfyui_path) or ''}".rstrip()
+        listing = selection.folders_in_buckets
+        progress.wait_for(f"listing {listing[0]}" if listing else loading)
+        inputs = inputs_of(selection, fields, settings.request_defaults, outputs, AllowedFolders.of_inputs(settings))
+        if listing:
+            progress.wait_for(loading)
         display = display_for(stdout, inputs, as_json=options.as_json)
         return Run(settings, selection, inputs, options, log_style, progress=progress, display=display).run(stdout)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from latent_encoder.access import place_of
 from latent_encoder.columns import padded, width, wrapped
 from latent_encoder.drawing import drawing
 from latent_encoder.images.pillow import quiet_pillow
-from latent_encoder.standalone.inputs import Input, Inputs
+from latent_encoder.standalone.inputs import Inputs
 from latent_encoder.standalone.ordering import Outcome
 from latent_encoder.standalone.outcome_lines import Line, failure_line, reason_of, success_line
 from latent_encoder.standalone.screen import Screen
@@ -41,9 +41,8 @@ class TerminalDisplay:
     def __init__(self, screen: Screen, inputs: Inputs) -> None:
         self._screen = screen
         self._single = inputs.single
-        known = inputs.items if isinstance(inputs.items, list) else []
-        self._common = _common_folder(known)
-        self._longest = max((width(self._name(item.image_path)) for item in known), default=None)
+        self._common = _common_folder(inputs.known_images)
+        self._longest = max((width(self._name(path or None)) for path in inputs.known_images), default=None)
         self._failures: dict[tuple[str, str], list[str | None]] = {}
         """The images of the first failures, by code and reason."""
         self._failed = 0
@@ -131,9 +130,13 @@ class TerminalDisplay:
 NO_NAME = "(no image)"
 
 
-def _common_folder(items: Sequence[Input]) -> str:
+def _common_folder(paths: Iterable[str]) -> str:
     """Return the beginning that the paths of all images have in common, up to the end of a folder's name."""
-    common = os.path.commonprefix([without_query(item.image_path or "") for item in items])  # noqa: RUF071  # cut at a `/` below
+    common: str | None = None
+    for path in map(without_query, paths):
+        common = path if common is None else os.path.commonprefix((common, path))  # noqa: RUF071  # cut at a `/` below
+    if common is None:
+        return ""
     folder = common[: common.rfind("/") + 1]
     return folder if folder != "/" else ""
 

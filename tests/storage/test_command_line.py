@@ -58,7 +58,7 @@ def test_an_endpoint_without_tls_is_explained(bucket: Bucket, run_main: RunMain)
     """An endpoint by http is refused without AWS_ALLOW_HTTP, and the message names that variable."""
     env = {**bucket.environment, **SETTINGS, "AWS_ALLOW_HTTP": ""}
     done = run_main("--image_path", bucket.add(), "--output_dir", f"{bucket.url}/out", *USUAL, env=env)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "AWS_ALLOW_HTTP" in json.loads(done.stdout)["error_message"]
 
 
