@@ -31,7 +31,7 @@ BUCKET = "bench"
 LOCAL, NEAR, FAR = "local files", "s3", "s3, with latency"
 HEADER = ("VAE", "side", "images/s", "ratio median [min-max]", "CPU s an image: run, server, proxy", "peak MB")
 MEGAPIXELS = 0.25
-WARM_UP = 4  # images
+WARM_UP = 2  # images
 
 Result = dict[str, Any]
 
@@ -125,7 +125,7 @@ def main(*, latency_ms: float, full: bool, json_file: Path | None, **plan: int) 
     with tempfile.TemporaryDirectory(prefix="storage-bench-") as name, storage(Path(name), latency_ms / 1000) as store:
         cases = [Case(TINY_VAE, PROJECT / "tiny_vae", **plan)]
         if full:
-            fewer = {**plan, "rounds": max(1, plan["rounds"] - 2), "count": max(2, plan["count"] // 4)}  # it takes longer
+            fewer = {**plan, "rounds": max(1, plan["rounds"] - 2), "count": max(2, plan["count"] // 6)}  # it takes longer
             cases.append(Case(FULL_SIZE_VAE, full_size_vae(Path(name)), **fewer))
         for case in cases:
             result["cases"].append(measure(case, store, Path(name)))
