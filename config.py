@@ -200,7 +200,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Requests that a worker holds at a time: the one that is encoded, and those before and after it; "
-        "PREPARE_THREADS plus one if not set.",
+        "if not set, PREPARE_THREADS plus one, and 16 more if URLs are allowed.",
     )
     kafka_max_retries: int = Field(3, ge=0, description="Retries of a request after transient errors.")
     kafka_retry_backoff_s: Seconds = Field(

@@ -10,7 +10,7 @@ from uuid import uuid4
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from errors import ErrorCode, RequestError
-from latent_encoder.storage.locations import path_of_file_url
+from latent_encoder.storage.locations import is_url, path_of_file_url
 
 MIN_MEGAPIXELS = 0.01  # both limits are those that ImageScaleToTotalPixels declares in its schema
 MAX_MEGAPIXELS = 16.0
@@ -102,6 +102,11 @@ class EncodeRequest(BaseModel):
     )
     correlation_id: Annotated[str, AfterValidator(_encodable)] | None = Field(None, description="Comes back in the response.")
     timestamp: float | None = Field(None, description="When the request was made, in Unix seconds; not used.")
+
+    @property
+    def has_urls(self) -> bool:
+        """The image or the files are behind a network: in object storage or on a web server."""
+        return is_url(self.image_path) or is_url(self.output_dir)
 
 
 CONTENT_FIELDS = tuple(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,22 +21,25 @@ from errors import ImageNotFound, OutputDirNotWritable, RequestError, SetupError
 from latent_encoder.access import AllowedFolders, place_of
 from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
-from latent_encoder.cpus import prepare_threads
+from latent_encoder.cpus import most_prepared, prepare_threads
 from latent_encoder.geometry import Size, cropped, size_of
 from latent_encoder.images.judging import JUDGES
 from latent_encoder.images.loading import load_image
 from latent_encoder.images.pixel_budget import PixelBudget
 from latent_encoder.images.scaling import scale_image
-from latent_encoder.images.source import ImageLimits, read_file, read_image
+from latent_encoder.images.source import ImageFile, ImageLimits
+from latent_encoder.outputs.bucket import open_bucket_folder
 from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.drawing import Drawn, Undrawn, read_tensors
 from latent_encoder.outputs.encoded import Encoded, Prepared
-from latent_encoder.outputs.files import WRITING, space_needed
+from latent_encoder.outputs.fetched import Fetched
+from latent_encoder.outputs.files import WRITING, StagedFiles, space_needed
 from latent_encoder.outputs.holds import hold, renewed
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.leftovers import Leftovers
 from latent_encoder.outputs.metadata import fingerprint, latent_facts, metadata_of, of_tiles
 from latent_encoder.outputs.names import OutputFiles
+from latent_encoder.outputs.objects import StagedObjects
 from latent_encoder.outputs.owners import owners_in, refuse_files_of_another
 from latent_encoder.outputs.places import Folder, open_place, prepare_place, staged_in
 from latent_encoder.outputs.png import png_bytes
@@ -43,13 +47,8 @@ from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.roundtrip import compare
 from latent_encoder.outputs.run_requests import RunRequest, files_of, may_have_files, settled, source_id_of
-from latent_encoder.outputs.stored_responses import (
-    StoredFiles,
-    look,
-    read_stored,
-    stored_in,
-    success_response,
-)
+from latent_encoder.outputs.stored_responses import Found, StoredFiles, stored_in, success_response
+from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.storage.stores import require_packages_for
 from latent_encoder.telemetry.logs import get_logger, log_failure
 from latent_encoder.telemetry.steps import timed
@@ -89,6 +88,8 @@ class LatentEncoder:
         self.vaes = VaeCache(runtime, settings)
         self.prepare_threads = prepare_threads(settings)
         """The count of threads that may call `prepare` at the same time."""
+        self.most_prepared = most_prepared(settings)
+        """The count of images whose pixels may be in memory at the same time."""
         self.tried_nodes: tuple[str, ...] = ()
         """Ids of the ComfyUI nodes that ran on a test image during `set_up`."""
 
@@ -162,27 +163,50 @@ class LatentEncoder:
         """Remove the temporary files of killed processes from OUTPUT_DIR. In other folders it happens at their first use."""
         self._leftovers.remove(place_of(self._settings.output_dir))
 
-    # The three stages of `encode`. Each may run in its own thread, while the other stages work on other requests.
+    # The stages of `encode`. Each may run in its own thread, while the other stages work on other requests.
 
-    def prepare(self, request: EncodeRequest, origin: str | None = None) -> Prepared:
+    def fetch(self, request: EncodeRequest, *, reuse: bool = True) -> Fetched:
+        """Read ahead the image behind a URL, and the metadata of earlier files in a bucket. Nothing on disk is read.
+
+        With `reuse`, the request may get a stored response.
+
+        Raises:
+            RequestError: the request is not allowed, or the bucket of the files cannot be read.
+        """
+        fetched = self._unread(request)
+        fetched.read_ahead(reuse=reuse)
+        return fetched
+
+    def _unread(self, request: EncodeRequest) -> Fetched:
+        """Return a request of which nothing is read yet.
+
+        Raises:
+            RequestError: the request is not allowed.
+        """
+        admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
+        found = Found(files_of(request), self._outputs, absent=not may_have_files(request))
+        return Fetched(request, found, ImageFile(request.image_path, self._images))
+
+    def prepare(self, request: EncodeRequest, origin: str | None = None, fetched: Fetched | None = None) -> Prepared:
         """Load the VAE, load the image, scale it, and check that the output folder can be written to.
 
-        `origin` is the identity of the Kafka record that holds the request: topic id, partition and offset.
+        `origin` is the identity of the Kafka record that holds the request: topic id, partition and offset. `fetched` is the
+        request as `fetch` returned it.
 
         Raises:
             RequestError: a step failed; the class says which.
         """
-        admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
-        files = files_of(request)
-        replaceable, owners = look(files, self._outputs) if may_have_files(request) else (None, frozenset())
+        fetched = fetched or self._unread(request)
+        files, owners, replaceable = fetched.found.files, fetched.found.owners, fetched.found.replaceable
         timings = dict.fromkeys(Timings.model_fields, 0.0)
         with torch.inference_mode(), ExitStack() as memory:
             with timed(timings, "load_vae"):
                 vae = self.vaes.get(request.vae_model_name)
             with timed(timings, "load_image"):
-                source = read_image(request.image_path, self._images)
+                source = fetched.image.checked()
                 memory.enter_context(self._loading.share(source.size.pixels))
                 image = load_image(self.runtime, request.image_path, source, request.alpha)
+            timings["load_image"] = round(timings["load_image"] + fetched.image.ahead_s * 1000, 1)
             with timed(timings, "scale"):
                 scaled = pinned(scale_image(self.runtime, image.pixels, request, vae.cells.factor), vae.vae.device)
         prepare_place(files.folder, self._outputs, self._space_needed(size_of(scaled), vae, request))
@@ -226,34 +250,71 @@ class LatentEncoder:
         Raises:
             AccessDenied, InvalidRequest, OutputDirNotWritable: the files cannot be written. None of them is left behind.
         """
-        prepared, files, comparison = encoded.prepared, encoded.prepared.files, encoded.comparison
+        files = encoded.prepared.files
         with (
             WRITING,
             open_place(files.folder, self._outputs) as folder,
             staged_in(folder, files.shared_name) as staged,
         ):
-            with timed(prepared.timings, "save"):
-                scaled_image = png_bytes(prepared.scaled)
-                facts = latent_facts(encoded, self.runtime, scaled_image)
-                latent = latent_bytes(
-                    encoded.image.latent,
-                    prepared.request.latent_format,
-                    frames=prepared.vae.cells.frames,
-                    header=facts.model_dump(),
-                )
-                preview = preview_png(self.runtime, encoded) if self._settings.preview else None
-                staged.add(files.latent.name, latent)
-                staged.add(files.scaled_image.name, scaled_image)
-                staged.add_or_remove(files.preview.name, preview)
-                staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
-            metadata = metadata_of(encoded, facts, latent, preview, self._clock())
-            described = metadata.model_dump_json(indent=2).encode() + b"\n"
-            staged.add(files.metadata.name, described)
-            stored = staged.publish(partial(self._stored_meanwhile, folder, prepared))
-            if stored is not None:
-                return success_response(prepared.request, files, stored.metadata, stored.whole)
-            self._own.add(files.metadata, checksum(described))
-        return success_response(prepared.request, files, metadata, self._wanted(files))
+            return self._publish(folder, staged, encoded.prepared, self._stage(encoded, staged))
+
+    def write_later(self, encoded: Encoded) -> Callable[[], SuccessResponse] | None:
+        """Return a call that writes the files as `write` does, if their place is a bucket; None if it is on disk.
+
+        The call has the bytes of the files, and not the pixels. It only waits, so several may run side by side.
+
+        Raises:
+            AccessDenied, OutputDirNotWritable: the files cannot be written.
+        """
+        files = encoded.prepared.files
+        if not isinstance(files.folder, ObjectPath):
+            return None
+        folder = open_bucket_folder(files.folder, self._outputs)
+        staged = StagedObjects(folder, files.shared_name)
+        metadata = self._stage(encoded, staged)
+        prepared = replace(encoded.prepared, scaled=torch.empty(0))
+
+        def written() -> SuccessResponse:
+            with WRITING, staged:
+                return self._publish(folder, staged, prepared, metadata)
+
+        return written
+
+    def _stage(self, encoded: Encoded, staged: StagedFiles | StagedObjects) -> Metadata:
+        """Make the files, and return their metadata. These are the last file."""
+        prepared, files, comparison = encoded.prepared, encoded.prepared.files, encoded.comparison
+        with timed(prepared.timings, "save"):
+            scaled_image = png_bytes(prepared.scaled)
+            facts = latent_facts(encoded, self.runtime, scaled_image)
+            latent = latent_bytes(
+                encoded.image.latent,
+                prepared.request.latent_format,
+                frames=prepared.vae.cells.frames,
+                header=facts.model_dump(),
+            )
+            preview = preview_png(self.runtime, encoded) if self._settings.preview else None
+            staged.add(files.latent.name, latent)
+            staged.add(files.scaled_image.name, scaled_image)
+            staged.add_or_remove(files.preview.name, preview)
+            staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
+        metadata = metadata_of(encoded, facts, latent, preview, self._clock())
+        self._add_metadata(staged, files, metadata)
+        return metadata
+
+    def _add_metadata(self, staged: StagedFiles | StagedObjects, files: OutputFiles, metadata: Metadata) -> None:
+        described = metadata.model_dump_json(indent=2).encode() + b"\n"
+        staged.add(files.metadata.name, described)
+        self._own.add(files.metadata, checksum(described))
+
+    def _publish(
+        self, folder: Folder, staged: StagedFiles | StagedObjects, prepared: Prepared, metadata: Metadata
+    ) -> SuccessResponse:
+        """Publish staged files, and return the response that has their metadata, or those that must stay."""
+        request, files = prepared.request, prepared.files
+        stored = staged.publish(partial(self._stored_meanwhile, folder, prepared))
+        if stored is not None:
+            return success_response(request, files, stored.metadata, stored.whole)
+        return success_response(request, files, metadata, self._wanted(files))
 
     def _stored_meanwhile(self, folder: Folder, prepared: Prepared) -> StoredFiles | None:
         """Return the files that this request's names have and that must stay; None if there are none. Nobody publishes now.
@@ -290,23 +351,25 @@ class LatentEncoder:
         if not isinstance(request, RunRequest):
             return request
         admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
-        return settled(request, self._outputs, partial(self._checksum_of_image, request))
+        image = ImageFile(request.image_path, self._images)
+        return settled(request, self._outputs, partial(_checksum_if_there, image))
 
-    def stored_response(self, request: EncodeRequest, origin: str | None = None) -> SuccessResponse | None:
+    def stored_response(
+        self, request: EncodeRequest, origin: str | None = None, fetched: Fetched | None = None
+    ) -> SuccessResponse | None:
         """Return the response that this request got before, if its files are still there, whole and of this input.
 
         Checksums decide if the files are whole. They are of this input if they were written for the same record, the one with
         this `origin`: then image and VAE are not read, because they may have changed since. Otherwise the fingerprint in the
         metadata decides, and all files asked for now must be there. An image that is gone counts as unchanged, because the
         sender may remove it after the first response. A preview or roundtrip image of the earlier run is named if it is whole,
-        even if it is not asked for now.
+        even if it is not asked for now. `fetched` is the request as `fetch` returned it.
 
         Raises:
             RequestError: the request is not allowed, or the image or the VAE cannot be read.
         """
-        admit(request, self._settings, self.runtime, self._images.folders, self._outputs)
-        files = files_of(request)
-        stored = read_stored(files, self._outputs)
+        fetched = fetched or self._unread(request)
+        files, stored = fetched.found.files, fetched.found.stored
         if stored is None or not stored.are_of(request):
             return None
         if stored.are_of_record(origin):
@@ -314,7 +377,7 @@ class LatentEncoder:
         # The image is not read if files are missing: reading and the VAE take time.
         if not self._wanted(files) <= stored.whole:
             return None
-        if not self._is_of(stored, *self._fingerprints_now(request, stored)):
+        if not self._is_of(stored, *self._fingerprints_now(fetched, stored)):
             return None
         return success_response(request, files, stored.metadata, stored.whole)
 
@@ -330,17 +393,19 @@ class LatentEncoder:
         """Keep the files of a response from OUTPUT_TTL_DAYS, until the returned file is closed."""
         return None if self._settings.output_ttl_days is None else hold(response, self._outputs)
 
-    def undrawn(self, request: EncodeRequest) -> Undrawn | None:
+    def undrawn(self, request: EncodeRequest, fetched: Fetched | None = None) -> Undrawn | None:
         """Return the stored latent of a request that lacks only images, which are asked for now; None if it lacks more.
+
+        `fetched` is the request as `fetch` returned it.
 
         Raises:
             RequestError: the VAE or the image cannot be read, or the output folder cannot be written to.
         """
-        files = files_of(request)
-        stored = read_stored(files, self._outputs)
+        fetched = fetched or self._unread(request)
+        files, stored = fetched.found.files, fetched.found.stored
         if stored is None or not stored.complete or not stored.are_of(request) or self._wanted(files) <= stored.whole:
             return None
-        if not self._is_of(stored, *self._fingerprints_now(request, stored)):
+        if not self._is_of(stored, *self._fingerprints_now(fetched, stored)):
             return None
         vae = self.vaes.get(request.vae_model_name)
         with open_place(files.folder, self._outputs) as folder:
@@ -371,12 +436,10 @@ class LatentEncoder:
                 if data is not None:
                     staged.add(path.name, data)
             metadata = drawn.described(stored.metadata)
-            described = metadata.model_dump_json(indent=2).encode() + b"\n"
-            staged.add(files.metadata.name, described)
+            self._add_metadata(staged, files, metadata)
             newer = staged.publish(partial(self._added_meanwhile, folder, drawn.undrawn, stored), adding=True)
             if newer is not None:
                 return success_response(request, files, newer.metadata, newer.whole)
-            self._own.add(files.metadata, checksum(described))
         return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
 
     def _still_stored(self, folder: Folder, undrawn: Undrawn) -> StoredFiles:
@@ -404,23 +467,13 @@ class LatentEncoder:
             return stored
         raise _others_were_written(undrawn.request, stored.files)
 
-    def _fingerprints_now(self, request: EncodeRequest, stored: StoredFiles) -> tuple[str, str]:
+    def _fingerprints_now(self, fetched: Fetched, stored: StoredFiles) -> tuple[str, str]:
         """Return the fingerprint of a request with the image and the VAE as they are now, and that of earlier versions."""
-        image_sha256 = self._checksum_of_image(request) or stored.metadata.image_sha256
+        request = fetched.request
+        image_sha256 = _checksum_if_there(fetched.image) or stored.metadata.image_sha256
         vae, latent = self.vaes.get(request.vae_model_name), stored.files.latent
         now, earlier = (fingerprint(request, place, image_sha256, vae, self.runtime) for place in (latent.name, str(latent)))
         return now, earlier
-
-    def _checksum_of_image(self, request: EncodeRequest) -> str | None:
-        """Return the checksum of a request's image; None if it is gone.
-
-        Raises:
-            RequestError: it cannot be read.
-        """
-        try:
-            return checksum(read_file(request.image_path, self._images))
-        except ImageNotFound:
-            return None
 
     def _answers(self, stored: StoredFiles, expected: str) -> bool:
         """Return whether stored files have the expected fingerprint, and are all that are asked for now."""
@@ -455,6 +508,18 @@ def ready_encoder(settings: Settings) -> LatentEncoder:
     if settings.warmup:
         encoder.warm_up()
     return encoder
+
+
+def _checksum_if_there(image: ImageFile) -> str | None:
+    """Return the checksum of an image; None if it is gone.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    try:
+        return image.checksum()
+    except ImageNotFound:
+        return None
 
 
 def _others_were_written(request: EncodeRequest, files: OutputFiles) -> OutputDirNotWritable:

@@ -63,9 +63,9 @@ class Observed(LatentEncoder):
                 self.wall_s[stage] += time.perf_counter() - wall
                 self.cpu_s[stage] += time.thread_time() - cpu
 
-    def prepare(self, request: EncodeRequest, origin: str | None = None) -> Prepared:
+    def prepare(self, request: EncodeRequest, *more: Any) -> Prepared:
         with self._observed("prepare"):
-            return super().prepare(request, origin)
+            return super().prepare(request, *more)
 
     def encode_prepared(self, prepared: Prepared) -> Encoded:
         with self._observed("encode"):

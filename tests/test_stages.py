@@ -52,9 +52,9 @@ def test_preparations_run_side_by_side(
     together = Barrier(3, timeout=PATIENCE_S)
     prepare = LatentEncoder.prepare
 
-    def meeting(self: LatentEncoder, request: EncodeRequest, origin: str | None = None) -> Prepared:
+    def meeting(self: LatentEncoder, request: EncodeRequest, *more: Any) -> Prepared:
         together.wait()
-        return prepare(self, request, origin)
+        return prepare(self, request, *more)
 
     monkeypatch.setattr(LatentEncoder, "prepare", meeting)
     monkeypatch.setattr(encoder, "prepare_threads", 3)

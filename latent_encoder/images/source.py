@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Self
 from PIL import Image
 
 from config import DamagedImages, Settings
-from errors import ImageInvalid, ImageNotFound, is_out_of_memory
+from errors import ImageInvalid, ImageNotFound, RequestError, is_out_of_memory
 from latent_encoder.access import AllowedFolders
 from latent_encoder.geometry import Size
 from latent_encoder.images.contents import fault_of
@@ -83,18 +84,69 @@ class SourceImage:
     """Damage that DAMAGED_IMAGES lets pass."""
 
 
+class ImageFile:
+    """The file of an image. Its bytes are read when they are asked for, or before that by `read_ahead`."""
+
+    def __init__(self, path: str, limits: ImageLimits) -> None:
+        """`path` may be a URL."""
+        self.path = path
+        self._limits = limits
+        self._ahead: bytes | RequestError | None = None
+        self.ahead_s = 0.0
+        """Seconds that reading ahead took."""
+
+    def read_ahead(self) -> None:
+        """Read the bytes now. An error is raised when they are asked for."""
+        start = time.perf_counter()
+        try:
+            self._ahead = read_file(self.path, self._limits)
+        except RequestError as exc:
+            self._ahead = exc
+        self.ahead_s = time.perf_counter() - start
+
+    def checksum(self) -> str:
+        """Return the SHA-256 of the bytes.
+
+        Raises:
+            RequestError: `read_file` failed.
+        """
+        return hashlib.sha256(self._read()).hexdigest()
+
+    def checked(self) -> SourceImage:
+        """Return the image, whose bytes are then no longer kept here.
+
+        Raises:
+            RequestError: `read_file` or `check_image` failed.
+        """
+        return check_image(self._taken(), self.path, self._limits)
+
+    def _taken(self) -> bytes:
+        data, self._ahead = self._read(), None
+        return data
+
+    def _read(self) -> bytes:
+        if isinstance(self._ahead, RequestError):
+            raise self._ahead
+        return self._ahead if self._ahead is not None else read_file(self.path, self._limits)
+
+
 def read_image(path: str, limits: ImageLimits) -> SourceImage:
     """Read and check the image file at `path`, which may be a URL.
 
     Raises:
-        AccessDenied: it is in none of the allowed folders.
-        ImageNotFound: there is no such file.
-        ImageInvalid: it cannot be read, is not a JPEG or PNG by its content, is animated, is larger than the limits allow,
-            would take too much time or memory, or is damaged and the limits refuse that.
-        ImageUnreachable: its server cannot be reached or fails.
+        RequestError: `read_file` or `check_image` failed.
+    """
+    return ImageFile(path, limits).checked()
+
+
+def check_image(data: bytes, path: str, limits: ImageLimits) -> SourceImage:
+    """Check the bytes of the image file at `path`.
+
+    Raises:
+        ImageInvalid: it is not a JPEG or PNG by its content, is animated, is larger than the limits allow, would take too much
+            time or memory, or is damaged and the limits refuse that.
         EncodingFailed: no process can judge it.
     """
-    data = read_file(path, limits)
     checksum = cache(lambda: hashlib.sha256(data).hexdigest())
     try:
         shown, damage = _judged(data, limits, checksum)

@@ -32,8 +32,8 @@ QUICK_S = 5.0
 
 R = TypeVar("R")
 
-CALLS = CallThreads(max_workers=16, thread_name_prefix="storage")
-"""Threads for calls of one request side by side: it has at most five files, and few requests are written at a time."""
+CALLS = CallThreads(max_workers=48, thread_name_prefix="storage")
+"""Threads for calls of one request side by side, started as they are needed: three for each request that waits."""
 
 
 @dataclass

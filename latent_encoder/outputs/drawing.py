@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class Drawn:
     """The images that were made of a stored latent; None for each that was not asked for."""
 
     undrawn: Undrawn
+    """The request, without the tensors."""
     preview: bytes | None
     comparison: Comparison | None
     roundtrip_ms: float
@@ -94,7 +95,7 @@ def draw(runtime: ComfyRuntime, undrawn: Undrawn) -> Drawn:
         if undrawn.roundtrip:
             with timed(times, "roundtrip"):
                 comparison = compare(runtime, vae, undrawn.latent, cropped(undrawn.scaled, crop))
-    return Drawn(undrawn, preview, comparison, times["roundtrip"])
+    return Drawn(replace(undrawn, latent=torch.empty(0), scaled=torch.empty(0)), preview, comparison, times["roundtrip"])
 
 
 def _total(timings: Timings) -> int:

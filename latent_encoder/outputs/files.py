@@ -23,10 +23,36 @@ FIXED_BYTES = 49_152  # more than metadata without the path (3 kB; 12 kB with 12
 BYTES_OF_A_CHARACTER = 20
 """The most bytes of one character of a path: 14 in a header, where JSON stands in JSON, and 6 in the metadata file."""
 
-WRITING = threading.Lock()
-"""Held from the first byte that is written until all files are published. Take it before ending the process at once."""
-
 R = TypeVar("R")
+
+
+class Writers:
+    """The writers of this process: contexts that last from the first byte until all files are published."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._ended = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._ended)
+            self._count += 1
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Wait for all writers, and let no other begin. The process has to end right afterwards."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: self._count == 0)
+
+
+WRITING = Writers()
+"""The writers that the process waits for before it ends at once."""
 
 
 def prepare_output_folder(path: Path, allowed: AllowedFolders, needed: int) -> None:

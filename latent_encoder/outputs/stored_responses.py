@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -45,55 +47,76 @@ class StoredFiles:
         return origin is not None and self.metadata.origin == origin and self.complete
 
 
-def read_stored(files: OutputFiles, allowed: AllowedFolders) -> StoredFiles | None:
-    """Return the stored files of these names, or None if their metadata cannot be read or are of another version.
+class Found:
+    """The earlier files of a request. Each is looked up once, as soon as it is asked for.
 
-    Raises:
+    Raises, in each property:
         AccessDenied: the folder is none of those that are allowed.
         OutputDirNotWritable: the bucket cannot be read.
     """
-    try:
-        with existing_place(files.folder, allowed) as folder:
-            return stored_in(folder, files)
-    except OSError:
-        return None
+
+    def __init__(self, files: OutputFiles, allowed: AllowedFolders, *, absent: bool = False) -> None:
+        """`absent` says that there are no metadata of these names, so that nothing is looked up."""
+        self.files = files
+        self._allowed = allowed
+        self._metadata: dict[str, bytes | None] = dict.fromkeys(files.metadata_of_all_formats) if absent else {}
+        """The contents of the metadata files that were read, by name; None for each that is not there."""
+
+    @cached_property
+    def stored(self) -> StoredFiles | None:
+        """The stored files of these names; None if their metadata cannot be read or are of another version."""
+        name = self.files.metadata.name
+        if self._metadata.get(name, b"") is None:
+            return None
+        try:
+            with existing_place(self.files.folder, self._allowed) as folder:
+                data = self._metadata[name] = metadata_in(folder, name)
+                return stored_in(folder, self.files, data) if data is not None else None
+        except OSError:
+            return None
+
+    @cached_property
+    def owners(self) -> frozenset[Owner]:
+        """The owners in the metadata files of these names, in any format of the latent and of any version."""
+        return owners_of(self._read(self.files.metadata_of_all_formats))
+
+    @cached_property
+    def replaceable(self) -> str | None:
+        """Checksum of the metadata file; None if there is none."""
+        data = self._read([self.files.metadata.name]).get(self.files.metadata.name)
+        return checksum(data) if data is not None else None
+
+    def _read(self, names: Sequence[str]) -> Mapping[str, bytes]:
+        """Return the contents of the metadata files that are there. Those that were not read yet are read together."""
+        missing = [name for name in names if name not in self._metadata]
+        found: Mapping[str, bytes] = {}
+        if missing:
+            with suppress(OSError), existing_place(self.files.folder, self._allowed) as folder:
+                found = folder.contents(missing)
+        self._metadata |= {name: found.get(name) for name in missing}
+        return {name: data for name in names if (data := self._metadata[name]) is not None}
 
 
-def stored_in(folder: Folder, files: OutputFiles) -> StoredFiles | None:
+def stored_in(folder: Folder, files: OutputFiles, metadata: bytes | None = None) -> StoredFiles | None:
     """Return the stored files of these names in an open folder, or None if their metadata cannot be read.
 
     Another process may replace them meanwhile. It takes the metadata away first, so metadata that are still the same at the
-    end belong to the files that were read.
+    end belong to the files that were read. `metadata` are the bytes of their file, if they were just read.
     """
     for _ in range(READS):
-        data = metadata_in(folder, files.metadata.name)
+        data = metadata if metadata is not None else metadata_in(folder, files.metadata.name)
+        metadata = None
         if data is None:
             return None
         try:
-            metadata = Metadata.model_validate_json(data)
+            described = Metadata.model_validate_json(data)
         except ValidationError:
             return None
-        stated = {getattr(files, name).name: sha256 for name, sha256 in metadata.sha256_by_file.items()}
+        stated = {getattr(files, name).name: sha256 for name, sha256 in described.sha256_by_file.items()}
         whole = frozenset(files.folder / name for name in folder.whole(stated))
         if metadata_in(folder, files.metadata.name) == data:
-            return StoredFiles(files, metadata, checksum(data), whole)
+            return StoredFiles(files, described, checksum(data), whole)
     return None
-
-
-def look(files: OutputFiles, allowed: AllowedFolders) -> tuple[str | None, frozenset[Owner]]:
-    """Return the checksum of the metadata file, None if there is none, and the `owners_in` the folder.
-
-    Raises:
-        AccessDenied: the folder is none of those that are allowed.
-        OutputDirNotWritable: the bucket cannot be read.
-    """
-    try:
-        with existing_place(files.folder, allowed) as folder:
-            found = folder.contents(files.metadata_of_all_formats)
-            content = found.get(files.metadata.name)
-            return checksum(content) if content is not None else None, owners_of(found)
-    except OSError:
-        return None, frozenset()
 
 
 def success_response(

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from config import Settings
 from errors import UnexpectedError, as_request_error
-from latent_encoder.cpus import prepare_threads
+from latent_encoder.cpus import WAITING, prepare_threads
 from latent_encoder.outputs.files import WRITING
 from latent_encoder.stages import Stages
 from latent_encoder.standalone.ordering import Outcome, Report
@@ -58,6 +58,7 @@ class InProcess:
         Without `log_failures`, only failures that may be faults of ours are logged.
         """
         self.capacity = capacity(settings)
+        self.capacity_for_urls = self.capacity + WAITING
         self._settings = settings
         self._report = report
         self._reuse = reuse
@@ -80,7 +81,7 @@ class InProcess:
             thread.join()
 
     def abort(self) -> None:
-        WRITING.acquire()
+        WRITING.end()
 
     def _finished(self, job: ImageJob, result: SuccessResponse | BaseException) -> None:
         request_id, about = job.request.request_id, (job.request.image_path, job.request.correlation_id)

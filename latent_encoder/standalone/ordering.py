@@ -35,7 +35,9 @@ class Engine(Protocol):
     """The encoder of a run, in this process or in several of its own. It calls its `Report` from any thread."""
 
     capacity: int
-    """The most requests that it holds at a time."""
+    """The most requests without URLs that it holds at a time."""
+    capacity_for_urls: int
+    """The most requests with URLs that it holds at a time: more, because they wait for storage."""
 
     def start(self) -> None:
         """Get ready to encode.
@@ -45,7 +47,7 @@ class Engine(Protocol):
         """
 
     def submit(self, number: int, request: EncodeRequest) -> None:
-        """Begin a request. The caller never submits more than `capacity` at a time."""
+        """Begin a request. The caller never submits more than the two capacities at a time."""
 
     def drop_unstarted(self) -> None:
         """Forget requests whose encode has not begun. Their outcomes are not reported."""
@@ -66,6 +68,9 @@ class Batch:
         self._engine = make_engine(self._report)
         self._ready = ready
         self._room = threading.Semaphore(self._engine.capacity)
+        self._room_for_urls = threading.Semaphore(self._engine.capacity_for_urls)
+        self._with_urls: set[int] = set()
+        """Numbers of the requests with URLs that the engine holds."""
         self._started = threading.Event()
         self._stopping = threading.Event()
         self._events: SimpleQueue[tuple[int, Outcome] | BaseException | Literal["stop", "end"]] = SimpleQueue()
@@ -117,7 +122,11 @@ class Batch:
 
     def _report(self, number: int, outcome: Outcome) -> None:
         self._events.put((number, outcome))
-        self._room.release()
+        if number in self._with_urls:
+            self._with_urls.remove(number)
+            self._room_for_urls.release()
+        else:
+            self._room.release()
 
     def _start(self) -> None:
         try:
@@ -132,7 +141,7 @@ class Batch:
     def _feed(self) -> None:
         try:
             for number, entry in enumerate(self._inputs):
-                self._room.acquire()
+                self._make_room(number, entry)
                 if self._stopping.is_set():
                     return
                 if isinstance(entry, RefusedInput):
@@ -143,6 +152,14 @@ class Batch:
             self._events.put(exc)
         else:
             self._finish()
+
+    def _make_room(self, number: int, entry: Input) -> None:
+        """Wait until the engine may hold one request more."""
+        if isinstance(entry, EncodeRequest) and entry.has_urls:
+            self._room_for_urls.acquire()
+            self._with_urls.add(number)
+        else:
+            self._room.acquire()
 
     def _finish(self) -> None:
         self._engine.finish()

@@ -17,7 +17,7 @@ import torch
 
 from config import Settings
 from errors import EncodingFailed, SetupError
-from latent_encoder.cpus import prepare_threads
+from latent_encoder.cpus import WAITING, prepare_threads
 from latent_encoder.exits import end_by_signal
 from latent_encoder.standalone.engines import InProcess, capacity
 from latent_encoder.standalone.ordering import Outcome, Report
@@ -74,6 +74,7 @@ class Processes:
         log_failures: bool,
     ) -> None:
         self.capacity = count * capacity(_with_prepare_threads(settings, count))
+        self.capacity_for_urls = self.capacity + count * WAITING
         self._report = report
         self._lock = threading.Lock()
         self._aborted = False

@@ -22,7 +22,7 @@ from latent_encoder.outputs.encoded import Encoded
 from latent_encoder.outputs.files import StagedFiles
 from latent_encoder.outputs.folder import open_output_folder
 from latent_encoder.outputs.names import OutputFiles
-from latent_encoder.outputs.stored_responses import read_stored
+from latent_encoder.outputs.stored_responses import Found
 from latent_encoder.stages import Stages
 from latent_encoder.standalone.engines import ImageJob
 from latent_encoder.telemetry.health import Health
@@ -63,7 +63,7 @@ def encoded(worker: LatentEncoder, request: EncodeRequest, origin: str | None = 
 def whole(response: SuccessResponse) -> bool:
     """Return whether the files of a response are the ones that it describes."""
     files = OutputFiles.of(Path(response.latent_file_path))
-    stored = read_stored(files, ANYWHERE)
+    stored = Found(files, ANYWHERE).stored
     latent = hashlib.sha256(files.latent.read_bytes()).hexdigest()
     return (
         stored is not None
@@ -282,7 +282,7 @@ def test_reader_sees_one_set_or_none(worker: Worker, request_of_image: EncodeReq
 
     def read() -> None:
         while not done.is_set():
-            stored = read_stored(files, ANYWHERE)
+            stored = Found(files, ANYWHERE).stored
             seen[stored is not None, stored is not None and stored.complete] += 1
 
     reader = threading.Thread(target=read)
@@ -295,6 +295,6 @@ def test_reader_sees_one_set_or_none(worker: Worker, request_of_image: EncodeReq
     done.set()
     reader.join()
     assert seen.keys() <= {(False, False), (True, True)}
-    stored = read_stored(files, ANYWHERE)
+    stored = Found(files, ANYWHERE).stored
     assert stored is not None
     assert stored.complete

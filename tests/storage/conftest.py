@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +93,6 @@ def worker(encoder: LatentEncoder, settings: Settings) -> Callable[..., LatentEn
         return LatentEncoder(settings.model_copy(update=changes), encoder.runtime)
 
     return worker
-
-
-@pytest.fixture
-def several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the workers of this process write at the same time, as those of several processes do."""
-    monkeypatch.setattr("service.WRITING", nullcontext())
 
 
 @pytest.fixture

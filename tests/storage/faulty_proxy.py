@@ -57,6 +57,9 @@ class FaultyProxy:
         self.date: Callable[[], str] | None = None
         """The time that responses state in place of the server's."""
         self.calls: list[Call] = []
+        self.under_way = 0
+        self.most_under_way = 0
+        """The most calls that were under way at the same time."""
         self._target = target
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
@@ -78,7 +81,7 @@ class FaultyProxy:
 
             def __getattr__(self, name: str) -> Callable[[], None]:
                 if name.startswith("do_"):
-                    return lambda: proxy._serve(self)
+                    return lambda: proxy._counted(self)
                 raise AttributeError(name)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -104,6 +107,16 @@ class FaultyProxy:
     def count(self, method: str, path: str = "") -> int:
         """Return the number of calls so far."""
         return sum(call.method == method and re.search(path, call.path) is not None for call in self.calls)
+
+    def _counted(self, handler: BaseHTTPRequestHandler) -> None:
+        with self._lock:
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            self._serve(handler)
+        finally:
+            with self._lock:
+                self.under_way -= 1
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))

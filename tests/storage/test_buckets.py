@@ -97,7 +97,6 @@ def test_another_input_of_the_same_name_replaces_the_files(bucket: Bucket, worke
     assert len(bucket.names()) == 3
 
 
-@pytest.mark.usefixtures("several_processes")
 def test_two_workers_with_one_name_keep_the_response_that_was_sent(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
     """If two workers write different files of one name at once, one succeeds and its files stay."""
     image = bucket.add()
@@ -121,7 +120,6 @@ def test_two_workers_with_one_name_keep_the_response_that_was_sent(bucket: Bucke
     assert len(bucket.names()) == 3
 
 
-@pytest.mark.usefixtures("several_processes")
 def test_two_workers_with_one_request_give_the_same_response(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
     """If two workers have the same request at once, both respond with the files of the first."""
     request = ask(bucket.add(), f"{bucket.url}/out")
@@ -225,7 +223,6 @@ def test_a_storage_that_ignores_conditions_is_refused(
         assert [path for path in (server.data / bucket.name).rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.usefixtures("several_processes")
 def test_the_claim_of_a_killed_process_is_taken_over(
     bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +327,6 @@ def test_calls_of_an_image(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None
     assert again == {"GET": 3, "HEAD": 2}
 
 
-@pytest.mark.usefixtures("several_processes")
 def test_a_reader_never_sees_metadata_without_their_files(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
     """While workers write different files of one name and calls break off, metadata that stay the same describe the files."""
     image, ended = bucket.add(), threading.Event()
@@ -367,12 +363,12 @@ def test_a_reader_never_sees_metadata_without_their_files(bucket: Bucket, worker
     assert len(bucket.names()) == 3
 
 
-def described_files_are_whole(described: Path) -> bool:
+def described_files_are_whole(described: Path, name: str = "astronaut_test") -> bool:
     """Assert that the files are those of the metadata, if these are there and do not change meanwhile; return if so."""
     try:
         metadata = described.read_bytes()
         latent = described.with_suffix("").read_bytes()
-        scaled = described.with_name("scaled_image_astronaut_test.png").read_bytes()
+        scaled = described.with_name(f"scaled_image_{name}.png").read_bytes()
         if not metadata or described.read_bytes() != metadata:
             return False
     except FileNotFoundError:

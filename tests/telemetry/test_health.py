@@ -183,11 +183,11 @@ def test_exit_in_foreign_code_is_an_error_of_that_request(encoder: LatentEncoder
 
         exited = False
 
-        def prepare(self, request: EncodeRequest, origin: str | None = None) -> Any:
+        def prepare(self, request: EncodeRequest, *more: Any) -> Any:
             if not self.exited:
                 self.exited = True
                 raise SystemExit(1)
-            return super().prepare(request, origin)
+            return super().prepare(request, *more)
 
     outcomes: list[SuccessResponse | BaseException] = []
     stages = Stages[RecordJob](Exiting(settings, encoder.runtime), lambda _, outcome: outcomes.append(outcome), Health(60))
@@ -304,7 +304,7 @@ def test_failed_request_keeps_nothing_in_memory(encoder: LatentEncoder, settings
     class Failing(LatentEncoder):
         """An encoder that holds a large object when it fails."""
 
-        def prepare(self, request: EncodeRequest, origin: str | None = None) -> Any:  # noqa: ARG002
+        def prepare(self, request: EncodeRequest, *more: Any) -> Any:  # noqa: ARG002
             pixels = torch.zeros(1)
             held.append(weakref.ref(pixels))
             raise ImageInvalid(f"{request.image_path} does not fit into {pixels.shape}")
@@ -337,9 +337,9 @@ def test_only_the_encode_has_threads_of_torch(encoder: LatentEncoder, settings: 
     class Counting(LatentEncoder):
         """An encoder that records how many threads torch uses in each stage."""
 
-        def prepare(self, request: EncodeRequest, origin: str | None = None) -> Any:
+        def prepare(self, request: EncodeRequest, *more: Any) -> Any:
             seen["prepare"] = torch.get_num_threads()
-            return super().prepare(request, origin)
+            return super().prepare(request, *more)
 
         def encode_prepared(self, prepared: Any) -> Any:
             seen["encode"] = torch.get_num_threads()
