@@ -104,7 +104,7 @@ class Connection:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it can serve another request: bytes that nobody asked for, or its end, make it unusable."""
+        """True if it can serve another request: bytes that nobody asked for, or its end, make it unusable."""
         now = time.monotonic()
         if now - self.last_used > IDLE_S or now - self.since > LONGEST_USE_S:
             return False

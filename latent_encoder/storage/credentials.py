@@ -84,7 +84,7 @@ class Profile:
 
     @property
     def is_used(self) -> bool:
-        """Whether the credentials come from the profile: the environment has none, and the profile has or should have them.
+        """True if the credentials come from the profile: the environment has none, and the profile has or should have them.
 
         Raises:
             NoCredentials: they can be had only from another tool, or AWS_PROFILE names no profile.

@@ -107,7 +107,7 @@ def test_names(container: str, name: str) -> None:
 
 
 def test_names_from_a_beginning(container: str) -> None:
-    """Of the names in a folder, those with a beginning are listed."""
+    """Only the names that begin alike are listed."""
     for name in ("a1", "b1", "b2", "c1"):
         put(container, f"d/{name}", b"data")
     assert [name for name, _ in store(container).names_from("d", "b")] == ["b1", "b2"]

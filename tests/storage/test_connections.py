@@ -71,7 +71,7 @@ def test_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - began < 5
     assert asked == ["images.example.org"]
     release.set()
-    assert all("was not looked up within 0.5 s" in fault for fault in faults)
+    assert all("was not looked up within" in fault or "no complete response within" in fault for fault in faults), faults
     wait_until(lambda: not connections._look_ups, "the end of the look-up")
 
 
@@ -217,7 +217,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
         (raw(b"HTTP/1.1 302 Found\r\nLocation: http://u:p@127.0.0.1/\r\n\r\n"), ImageInvalid, "cannot be used"),
         (raw(b"HTTP/1.1 302 Found\r\nLocation: #top\r\nContent-Length: 0\r\n\r\n"), ImageInvalid, "5 redirects"),
         (raw(b"HTTP/1.1 302 Found\r\nLocation: //evil.example/a.png\r\n\r\n"), AccessDenied, "is redirected"),
-        (raw(b"HTTP/1.1 302 Found\r\nLocation: http://2130706433/a.png\r\n\r\n"), AccessDenied, "is redirected"),
+        (raw(b"HTTP/1.1 302 Found\r\nLocation: http://2130706433/a.png\r\n\r\n"), ImageInvalid, "cannot be used"),
         (raw(b"HTTP/1.1 302 Found\r\nLocation: https://[::ffff:7f00:1]/a.png\r\n\r\n"), AccessDenied, "is redirected"),
         (raw(b"HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n"), ImageUnreachable, "HTTP status 999"),
         (raw(b"HTTP/1.1 000 Odd\r\nContent-Length: 0\r\n\r\n"), ImageUnreachable, "cannot be reached"),
