@@ -312,7 +312,7 @@ def test_urls_are_off_in_kafka_mode(bucket: Bucket, worker: MakeWorker, ask: Ask
 
 
 def test_calls_of_an_image(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
-    """An image takes the calls that the page about object storage names; its repetition takes fewer."""
+    """An image that is looked up and then encoded, without the stages, takes few calls; its repetition takes fewer."""
     worker().encode(ask(bucket.add("astronaut_masked.png"), f"{bucket.url}/out"))  # the conditions are proved once
     request, calls = ask(bucket.add(), f"{bucket.url}/out"), bucket.proxy.calls
     each = worker()

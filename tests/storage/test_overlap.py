@@ -16,6 +16,8 @@ from queue import Queue
 
 import pytest
 
+from config import Settings
+from latent_encoder.cpus import WAITING, most_prepared, prefetch
 from latent_encoder.outputs.files import Writers
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.stages import Stages
@@ -187,6 +189,16 @@ def test_a_run_fetches_ahead_and_writes_side_by_side(bucket: Bucket, run_main: R
     assert done.returncode == 0, done.stderr[-2000:]
     assert [json.loads(line)["status"] for line in done.stdout.splitlines()] == ["success"] * 10
     assert bucket.proxy.most_under_way >= 10
+
+
+def test_more_requests_are_in_hand_if_urls_are_allowed(settings: Settings) -> None:
+    """KAFKA_PREFETCH is larger by default if URLs are allowed. The number of scaled images stays, and so does a set value."""
+    threads = {"prepare_threads": 2}
+    usual = settings.model_copy(update=threads)
+    allowing = settings.model_copy(update={**threads, "allowed_output_urls": ("s3://bucket/out",)})
+    assert (prefetch(usual), prefetch(allowing)) == (3, 3 + WAITING)
+    assert most_prepared(usual) == most_prepared(allowing) == 4
+    assert prefetch(allowing.model_copy(update={"kafka_prefetch": 2})) == 2
 
 
 def test_the_end_waits_for_writers_and_lets_none_begin() -> None:
