@@ -170,7 +170,6 @@ def test_calls_to_web_servers(
     assert grown(RETRIES, "http", "throttled") == outcomes.get("unavailable", 1) - 1
 
 
-@pytest.mark.usefixtures("several_processes")
 def test_a_claim_that_is_taken_over_is_counted_and_logged_once(
     bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch, grown: Value, events: Events
 ) -> None:
