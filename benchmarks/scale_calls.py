@@ -17,6 +17,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from config import Settings
+from latent_encoder.kafka.clients import PAUSE_AFTER_S
 from latent_encoder.kafka.properties import consumer_properties
 from latent_encoder.kafka.starts import format_notes
 from latent_encoder.kafka.topics import EARLIEST, LATEST
@@ -24,9 +25,10 @@ from tests.broker import Broker
 from tests.kafka_tools import QUIET
 
 REQUEST_BYTES = 400  # of a record: two URLs of S3, an id, and a few options
-RECORDS = 20_000  # in the partition that is read: more than librdkafka takes ahead
+BATCHES = {"linger.ms": 50, "batch.size": 16_384}  # bytes: the default of Java's producers; a fetch returns whole batches
+RECORDS = 20_000  # in the partition that is read, 8 MB: more than librdkafka takes ahead
 IMAGES = 10  # encodes of which each is longer than the pause
-ENCODE_S = 2.5  # longer than PAUSE_AFTER_S of kafka/clients.py, so that the worker pauses
+ENCODE_S = 3.6  # longer than PAUSE_AFTER_S, so that the worker pauses
 SECONDS = 5.0
 LEADERS_S = 60.0  # longest time until the partitions of a new topic have their leaders
 
@@ -124,18 +126,16 @@ def until_it_works(call: Callable[[], None]) -> None:
             return
 
 
-def measure_fetches(broker: Broker, fetch_bytes: int | None) -> dict[str, float]:
+def measure_fetches(broker: Broker, limits: Mapping[str, int]) -> dict[str, float]:
     """Return the bytes that a worker fetches for an image while a backlog waits, and its requests a second while idle.
 
-    As in `kafka_handler.py`, the partition is paused during an encode and resumed behind it.
+    As in `kafka_handler.py`, the partition is paused some time after a record was taken, and resumed behind the encode.
     """
     with topic_on(broker, 1) as topic:
         fill(broker, topic)
         traffic = Traffic()
-        limit = {"max.partition.fetch.bytes": fetch_bytes} if fetch_bytes else {}
-        consumer = Consumer(
-            consumer_properties(settings_for(broker, topic)) | QUIET | limit | {"stats_cb": traffic.take}  # once a second
-        )
+        properties = consumer_properties(settings_for(broker, topic)) | QUIET | {**limits, "stats_cb": traffic.take}
+        consumer = Consumer(properties)  # its statistics come once a second
         consumer.assign([TopicPartition(topic, 0, 0)])
         received = [one_image(consumer, topic, traffic) for _ in range(IMAGES + 1)]
         consumer.assign([TopicPartition(topic, 0, RECORDS)])
@@ -147,7 +147,7 @@ def measure_fetches(broker: Broker, fetch_bytes: int | None) -> dict[str, float]
 
 def fill(broker: Broker, topic: str) -> None:
     """Put requests into the topic."""
-    producer = Producer({**QUIET, "bootstrap.servers": broker.bootstrap_servers, "linger.ms": 50})
+    producer = Producer({**QUIET, "bootstrap.servers": broker.bootstrap_servers, **BATCHES})
     for _ in range(RECORDS):
         producer.produce(topic, value=b"x" * REQUEST_BYTES, partition=0)
         producer.poll(0)
@@ -155,12 +155,13 @@ def fill(broker: Broker, topic: str) -> None:
 
 
 def one_image(consumer: Consumer, topic: str, traffic: Traffic) -> int:
-    """Take a record and hold it for an encode, with the partition paused; return the bytes received so far."""
+    """Take a record and hold it for an encode, as a full worker does; return the bytes received so far."""
     place = [TopicPartition(topic, 0)]
     while consumer.poll(1.0) is None:
         pass
+    time.sleep(PAUSE_AFTER_S)
     consumer.pause(place)
-    until = time.monotonic() + ENCODE_S
+    until = time.monotonic() + ENCODE_S - PAUSE_AFTER_S
     while time.monotonic() < until:
         consumer.poll(0.05)
     consumer.resume(place)
@@ -173,6 +174,40 @@ def one_wait(consumer: Consumer, traffic: Traffic) -> int:
     while time.monotonic() < until:
         consumer.poll(0.2)
     return traffic.requests("Fetch")
+
+
+def measure_statistics(broker: Broker, partitions: int) -> dict[str, float]:
+    """Return size and reading time of the consumer's statistics, which come every second, with one partition assigned."""
+    with topic_on(broker, partitions) as topic:
+        latest = [""]
+        resident = psutil.Process().memory_info().rss
+        consumer = Consumer(
+            consumer_properties(settings_for(broker, topic)) | QUIET | {"stats_cb": lambda text: latest.__setitem__(0, text)}
+        )
+        consumer.assign([TopicPartition(topic, 0, 0)])
+        until = time.monotonic() + SECONDS
+        while time.monotonic() < until:
+            consumer.poll(0.2)
+        began = time.perf_counter()
+        json.loads(latest[0])
+        seconds = time.perf_counter() - began
+        grown = psutil.Process().memory_info().rss - resident
+        consumer.close()
+    return {"bytes": len(latest[0]), "seconds": seconds, "resident_bytes": grown}
+
+
+def group_record_bytes(broker: Broker, group: str) -> int:
+    """Return the size of the largest record about a group in the topic of the coordinators."""
+    consumer = Consumer({**QUIET, "bootstrap.servers": broker.bootstrap_servers, "group.id": f"{group}-reader"})
+    partitions = consumer.list_topics("__consumer_offsets", timeout=10).topics["__consumer_offsets"].partitions
+    consumer.assign([TopicPartition("__consumer_offsets", number, 0) for number in partitions])
+    largest, until = 0, time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        message = consumer.poll(0.2)
+        if message is not None and message.error() is None and group.encode() in (message.key() or b""):
+            largest = max(largest, len(message.value() or b""))
+    consumer.close()
+    return largest
 
 
 def measure_commits(broker: Broker, members: int = 4) -> dict[str, float]:

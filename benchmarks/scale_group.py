@@ -11,6 +11,7 @@ from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from benchmarks.scale_calls import group_record_bytes
 from config import Settings
 from latent_encoder.kafka.properties import member_properties
 from tests.broker import Broker
@@ -112,8 +113,8 @@ class Group:
             consumer.close()
 
 
-def measure_group(broker: Broker, protocol: str, members: int, partitions: int) -> dict[str, Rebalance]:
-    """Return the times of forming a group, of one that joins, and of one that leaves."""
+def measure_group(broker: Broker, protocol: str, members: int, partitions: int) -> tuple[dict[str, Rebalance], int]:
+    """Return the times of forming a group, of one that joins, and of one that leaves; and bytes of the record about it."""
     topic = f"scale-{uuid4().hex[:8]}"
     admin = AdminClient({**QUIET, "bootstrap.servers": broker.bootstrap_servers})
     admin.create_topics([NewTopic(topic, partitions, 1)])[topic].result()
@@ -127,7 +128,8 @@ def measure_group(broker: Broker, protocol: str, members: int, partitions: int) 
     group = Group(settings, partitions)
     try:
         formed = group.settle(lambda: [group.join() for _ in range(members)])
-        return {"form": formed, "join": group.settle(group.join), "leave": group.settle(group.leave)}
+        found = {"form": formed, "join": group.settle(group.join), "leave": group.settle(group.leave)}
+        return found, group_record_bytes(broker, topic)
     finally:
         group.close()
         admin.delete_topics([topic])[topic].result()

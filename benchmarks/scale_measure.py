@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from benchmarks.encode_report import progress
-from benchmarks.scale_calls import measure_commits, measure_fetches, measure_look
+from benchmarks.scale_calls import measure_commits, measure_fetches, measure_look, measure_statistics
 from benchmarks.scale_group import measure_group
 from benchmarks.scale_storage import measure_storage
 from benchmarks.scale_workers import measure_workers
@@ -27,9 +27,13 @@ DEFAULTS = {
 
 MEMBERS = (10, 50, 200)
 PARTITIONS = (10, 100, 1000)
-SMALL_FETCH = 16_384  # bytes: about forty requests
+FETCHES: dict[str, dict[str, int]] = {
+    "default": {},
+    "small": {"queued.max.messages.kbytes": 64, "max.partition.fetch.bytes": 16_384},
+}
+"""Properties of the consumer: those of the service, and the ones that docs/scale.md advises."""
 
-PARTS = ("rebalance", "look", "fetch", "commit", "storage", "workers")
+PARTS = ("rebalance", "look", "statistics", "fetch", "commit", "storage", "workers")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -54,8 +58,9 @@ def main(only: Sequence[str], members: Sequence[int], partitions: Sequence[int],
     with ApacheKafka(properties=DEFAULTS) as broker:
         for count in partitions:
             measure("look", f"look {count}", lambda count=count: measure_look(broker, count))  # type: ignore[misc]
-        for limit in (None, SMALL_FETCH):
-            measure("fetch", f"fetch {limit}", lambda limit=limit: measure_fetches(broker, limit))  # type: ignore[misc]
+            measure("statistics", f"statistics {count}", lambda count=count: measure_statistics(broker, count))  # type: ignore[misc]
+        for name, limits in FETCHES.items():
+            measure("fetch", f"fetch {name}", lambda limits=limits: measure_fetches(broker, limits))  # type: ignore[misc]
         measure("commit", "commit", lambda: measure_commits(broker))
         for protocol in ("classic", "consumer"):
             for count in members:
@@ -64,9 +69,10 @@ def main(only: Sequence[str], members: Sequence[int], partitions: Sequence[int],
     measure("storage", "storage", measure_storage)
 
 
-def times_of(broker: ApacheKafka, protocol: str, members: int) -> dict[str, dict[str, float]]:
-    """Return the times of a group with two partitions for each member."""
-    return {name: asdict(found) for name, found in measure_group(broker, protocol, members, 2 * members).items()}
+def times_of(broker: ApacheKafka, protocol: str, members: int) -> dict[str, Any]:
+    """Return the times of a group with two partitions for each member, and the size of the record about it."""
+    times, size = measure_group(broker, protocol, members, 2 * members)
+    return {name: asdict(found) for name, found in times.items()} | {"record_bytes": size}
 
 
 if __name__ == "__main__":

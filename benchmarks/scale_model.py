@@ -37,7 +37,7 @@ LOOK_TRIPS, PREPARE_TRIPS, WRITE_TRIPS = 1.0, 2.0, 5.0
 """Round trips, measured by `scale_measure --only storage`."""
 
 LATENCY_S = 0.05
-"""Seconds of a call to storage: a common time of S3 for objects of a megabyte in the same region."""
+"""Seconds of a call to storage; Amazon names 0.1 to 0.2 s for small objects."""
 
 CPU_STEPS = Steps(
     0.06, 3.6, 0.06, LOOK_TRIPS + PREPARE_TRIPS, WRITE_TRIPS, CALLS.get_before, CALLS.get_after, CALLS.writes, 0.1
@@ -68,7 +68,7 @@ MEASURED_REBALANCES = (
 READS_A_SECOND, WRITES_A_SECOND = 5500, 3500
 """Calls of a prefix: https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html"""
 
-COMMIT_CPU_S, READ_OFFSET_CPU_S = 0.00016, 0.00009
+COMMIT_CPU_S, READ_OFFSET_CPU_S = 0.0001, 0.00007
 """CPU seconds of the coordinator for a commit and for reading an offset, measured."""
 COORDINATOR_CPUS = 8
 """CPUs of the broker that is the group's coordinator."""
@@ -76,10 +76,14 @@ COMMITS_AN_IMAGE, READS_AN_IMAGE = 2, 1
 """The note of the start, its confirmation, and the offset behind the response: kafka/starts.py, kafka/commits.py."""
 
 LOOK_EVERY_S = 5.0
-LOOK_BYTES, LOOK_BYTES_A_PARTITION = 300.0, 100.0
+LOOK_BYTES, LOOK_BYTES_A_PARTITION = 170.0, 80.0
 """Bytes of a look at the request topic, measured: a constant part, and that of each partition."""
-FETCH_BYTES = {"default": 1_050_000.0, "small": 17_000.0}
-"""Bytes that a worker fetches for an image whose encode is longer than 2 s while a backlog waits, measured."""
+LOOK_CPU_S, LOOK_CPU_S_A_PARTITION = 0.0025, 0.0000115
+"""CPU seconds of the brokers for a look, measured likewise."""
+STATISTICS_BYTES, STATISTICS_S = 769.0, 0.000015
+"""Size and reading time of the consumer's statistics for each partition of the topic, measured. They come each second."""
+FETCH_BYTES = {"default": 5_243_000.0, "small": 82_000.0}
+"""Bytes that a worker fetches for an image whose encode is longer than 2 s, while a backlog waits, measured."""
 IDLE_FETCHES_A_SECOND = 10.0
 RECORD_BYTES, RESPONSE_BYTES = 400, 2500
 CONNECTIONS = 3
@@ -89,7 +93,7 @@ REPLICAS = 3
 PARTITIONS_A_BROKER = 4000
 """Replicas of a broker: https://cwiki.apache.org/confluence/spaces/KAFKA/pages/148641509"""
 OTHER_PARTITIONS = 108
-"""Of responses (100) and dead letters (8), which need fewer."""
+"""Partitions of the responses (100) and of the dead letters (8), which need fewer."""
 
 READ_PRICE, WRITE_PRICE, MONTH_GB_PRICE = 0.0004 / 1000, 0.005 / 1000, 0.023
 """Dollars of S3 Standard in us-east-1, 2026: a GET or HEAD, a PUT or LIST, a GB for a month. DELETE costs nothing."""
@@ -161,6 +165,11 @@ class BrokerLoad:
     def look_bytes(self) -> float:
         """Bytes a second of all looks at the topics."""
         return self.workers / LOOK_EVERY_S * (LOOK_BYTES + LOOK_BYTES_A_PARTITION * self.partitions)
+
+    @property
+    def look_cpus(self) -> float:
+        """CPU seconds of all looks in a second."""
+        return self.workers / LOOK_EVERY_S * (LOOK_CPU_S + LOOK_CPU_S_A_PARTITION * self.partitions)
 
     @property
     def offsets_looked_up(self) -> float:

@@ -37,8 +37,11 @@ LIFE_S = 6 * 3600.0
 """Mean life of a preemptible machine, in seconds."""
 START_S = 15.0
 """From the start of a process until its worker joins: the nodes in 2 s, the VAE, and the container."""
-LATE_S = 2.0
-"""Share of the warm-up: two encodes, or this."""
+WARM_UP_S = 2.0
+"""Shortest warm-up; otherwise it is two encodes."""
+THROTTLED_S = 150.0
+"""Warm-up, and then the time that counts, of runs in which storage refuses calls: ten times the longest pause of a call."""
+PREFIX_LIMITS = {"reads_a_second": READS_A_SECOND, "writes_a_second": WRITES_A_SECOND}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Kind:
     steps: Steps
     threads: int
     prefetch: int
+    writers: int = 1
+    images: float = 20.0
+    """Encodes of each worker in a run of the table of rates."""
 
     @property
     def ideal(self) -> float:
@@ -57,8 +63,11 @@ class Kind:
 
 
 CPU = Kind("CPU, 3.6 s", CPU_STEPS, 1, 2)
-GPU = Kind("GPU, 50 ms", GPU_STEPS, 8, 9)
+GPU = Kind("GPU, 50 ms", GPU_STEPS, 8, 9, images=200.0)
 """The defaults of PREPARE_THREADS and KAFKA_PREFETCH on 2 and on 16 CPUs."""
+WRITERS = Kind("GPU, 8 writers", GPU_STEPS, 8, 24, writers=8, images=40.0)
+"""A worker that writes eight images side by side."""
+KINDS = (CPU, GPU, WRITERS)
 
 Table = tuple[str, Sequence[str], list[Sequence[str]]]
 
@@ -71,9 +80,10 @@ def scenario_of(kind: Kind, workers: int, images: float, **changes: object) -> S
         workers * PARTITIONS_A_WORKER,
         kind.steps,
         seconds,
-        warm_up_s=max(LATE_S, 2 * kind.steps.encode_s),
+        warm_up_s=max(WARM_UP_S, 2 * kind.steps.encode_s),
         prefetch=kind.prefetch,
         threads=kind.threads,
+        writers=kind.writers,
         latency_s=LATENCY_S,
         reads_a_second=0,
         writes_a_second=0,
@@ -91,28 +101,23 @@ def run(scenario: Scenario) -> Outcome:
 def throughput(sizes: Sequence[int]) -> Table:
     """Return images a second without limits, with one prefix, with enough prefixes, and with one coordinator."""
     rows: list[Sequence[str]] = []
-    limits = {"reads_a_second": READS_A_SECOND, "writes_a_second": WRITES_A_SECOND}
-    for kind in (CPU, GPU):
+    for kind in KINDS:
         for workers in sizes:
-            images = 400.0 if kind is GPU else 40.0
-            free = run(scenario_of(kind, workers, images)).per_second
-            one = run(scenario_of(kind, workers, images, **limits)).per_second
+            free = run(scenario_of(kind, workers, kind.images)).per_second
             prefixes = prefixes_for(free)
-            enough = run(scenario_of(kind, workers, images, **limits, prefixes=prefixes)).per_second
-            group = run(scenario_of(kind, workers, images, commits_a_second=commits_a_second())).per_second
-            rates = [free, one, enough, group]
-            rows.append(
-                (
-                    kind.name,
-                    f"{workers:,}",
-                    *(f"{rate:,.1f}" for rate in [workers * kind.ideal, *rates[:2]]),
-                    f"{enough:,.1f} ({prefixes})",
-                    f"{group:,.1f}",
-                    cause_of(workers * kind.ideal, free, one, group),
-                )
-            )
+            enough = run(scenario_of(kind, workers, kind.images, **PREFIX_LIMITS, prefixes=prefixes)).per_second
+            one = enough if prefixes == 1 else run(with_one_prefix(kind, workers)).per_second
+            group = run(scenario_of(kind, workers, kind.images, commits_a_second=commits_a_second())).per_second
+            ideal = workers * kind.ideal
+            rates = (f"{ideal:,.1f}", f"{free:,.1f}", f"{one:,.1f}", f"{enough:,.1f} ({prefixes})", f"{group:,.1f}")
+            rows.append((kind.name, f"{workers:,}", *rates, cause_of(ideal, free, one, group)))
     header = ("worker", "workers", "ideal", "simulated", "one prefix", "enough prefixes", "one coordinator", "limited by")
     return "Images per second", header, rows
+
+
+def with_one_prefix(kind: Kind, workers: int) -> Scenario:
+    """Return a run that is long enough for the queues of a prefix that has too much to do."""
+    return scenario_of(kind, workers, 0, **PREFIX_LIMITS, seconds=THROTTLED_S, warm_up_s=THROTTLED_S)
 
 
 def cause_of(ideal: float, free: float, one: float, group: float) -> str:
@@ -217,7 +222,7 @@ def rolling(sizes: Sequence[int]) -> Table:
 def brokers(sizes: Sequence[int]) -> Table:
     """Return the load of the brokers."""
     rows: list[Sequence[str]] = []
-    for kind in (CPU, GPU):
+    for kind in KINDS:
         for workers in sizes:
             rate = rate_of(kind, workers)
             load = BrokerLoad(workers, workers * PARTITIONS_A_WORKER, rate, CONSUMER, paused=kind is CPU)
@@ -231,7 +236,7 @@ def brokers(sizes: Sequence[int]) -> Table:
                     *(f"{count:,.0f}" for count in load.requests.values()),
                     f"{load.fetched_bytes('default') / 1e6:,.1f} / {load.fetched_bytes('small') / 1e6:,.1f}",
                     f"{load.look_bytes / 1e6:,.1f}",
-                    f"{load.offsets_looked_up:,.0f}",
+                    f"{load.look_cpus:,.1f}",
                     f"{coordinator_s(rate):.2f}",
                 )
             )
@@ -239,7 +244,7 @@ def brokers(sizes: Sequence[int]) -> Table:
     header = (
         *("worker", "workers", "partitions", "brokers", "connections of each"),
         *(f"{kind}/s" for kind in kinds),
-        *("fetched MB/s: default / small fetches", "looks MB/s", "offsets looked up/s", "coordinator, CPUs"),
+        *("fetched MB/s: default / small fetches", "looks MB/s", "looks, CPUs", "coordinator, CPUs"),
     )
     return "Brokers", header, rows
 
@@ -253,7 +258,7 @@ def storage(sizes: Sequence[int]) -> Table:
     """Return the calls to storage, the prefixes that they need, and their cost."""
     rows: list[Sequence[str]] = []
     cost = cost_of_a_million()
-    for kind in (CPU, GPU):
+    for kind in KINDS:
         for workers in sizes:
             rate = rate_of(kind, workers)
             steps = kind.steps

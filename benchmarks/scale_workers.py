@@ -79,7 +79,8 @@ def rate_of(broker: Broker, folder: Path, workers: int, partitions: int) -> dict
         with running_workers(bench, sharing, **OPTIONS) as running:
             responses_to(bench, responses, requests_for(IMAGE, 2 * partitions))
             received = responses_to(bench, responses, requests_for(IMAGE, PER_WORKER * sharing))
-            connections = len(psutil.Process(running[0].popen.pid).net_connections("tcp"))
+            sockets = psutil.Process(running[0].popen.pid).net_connections("tcp")
+            connections = sum(socket.status == psutil.CONN_ESTABLISHED for socket in sockets)
     finally:
         bench.close()
     return {
