@@ -203,6 +203,19 @@ class Worker:
         return self.alive and not self.stopping
 
 
+@dataclass(eq=False)
+class StorageStep:
+    """A step of a request with calls to storage."""
+
+    worker: Worker
+    seconds: float
+    reads: int
+    writes: int
+    prefix: int
+    then: Callable[[], None]
+    attempts: int = 0
+
+
 class Simulation:
     """The run of a scenario; `run` returns its outcome."""
 
@@ -375,27 +388,26 @@ class Simulation:
             self._with_storage(worker, seconds, (steps.write_reads, steps.write_writes), written)
 
     def _with_storage(self, worker: Worker, seconds: float, calls: tuple[int, int], then: Callable[[], None]) -> None:
-        """Do a step with its calls; a prefix that has too much to do responds 503, and the call is repeated after a pause."""
-        reads, writes = calls
-        prefix = self._random.randrange(self._of.prefixes)
+        """Do a step with its reads and writes, in a prefix chosen at random."""
+        self._attempt(StorageStep(worker, seconds, *calls, self._random.randrange(self._of.prefixes), then))
 
-        def attempt(number: int = 0) -> None:
-            full = (reads and self._reads[prefix].wait(self._now) > self._of.burst_s) or (
-                writes and self._writes[prefix].wait(self._now) > self._of.burst_s
-            )
-            if not full:
-                self._reads[prefix].take(self._now, reads)
-                self._writes[prefix].take(self._now, writes)
-                self._after(seconds, self._of_life(worker, then))
-                return
-            self.outcome.throttled += 1
-            if number >= self._of.retries:  # the request is tried again as a whole, which is simplified to a further round
-                self.outcome.failed += 1
-                number = 0
-            pause = min(10.0, 0.2 * 2**number) * self._random.uniform(0.75, 1.25)
-            self._after(pause, self._of_life(worker, lambda: attempt(number + 1)))
-
-        attempt()
+    def _attempt(self, step: StorageStep) -> None:
+        """Make the calls of a step; a prefix that has too much to do responds 503, and they are repeated after a pause."""
+        reads, writes = self._reads[step.prefix], self._writes[step.prefix]
+        burst_s = self._of.burst_s
+        full = (step.reads and reads.wait(self._now) > burst_s) or (step.writes and writes.wait(self._now) > burst_s)
+        if not full:
+            reads.take(self._now, step.reads)
+            writes.take(self._now, step.writes)
+            self._after(step.seconds, self._of_life(step.worker, step.then))
+            return
+        self.outcome.throttled += 1
+        if step.attempts >= self._of.retries:  # the request is tried again as a whole, which is simplified to a further round
+            self.outcome.failed += 1
+            step.attempts = 0
+        pause_s = min(10.0, 0.2 * 2**step.attempts) * self._random.uniform(0.75, 1.25)
+        step.attempts += 1
+        self._after(pause_s, self._of_life(step.worker, lambda: self._attempt(step)))
 
     def _done(self, worker: Worker, request: Request) -> None:
         """Publish the requests that are the first of their partition, and commit them."""

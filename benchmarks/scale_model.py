@@ -58,6 +58,7 @@ MEASURED_STEPS = Steps(0.01, 0.5, 0.01)
 MEASURED_RATES = ((1, 8, 1.99), (2, 8, 4.05), (4, 8, 8.13), (4, 2, 4.04))
 """Workers, partitions, and their requests a second."""
 MEASURED_KILL_S = 28.5
+"""Seconds from the first request until all of 160 have a response, if one of four workers is killed behind twenty."""
 MEASURED_REBALANCES = (
     ("classic, 200 members, one joins", CLASSIC, True, 6.35),
     ("classic, 200 members, one leaves", CLASSIC, False, 3.17),
@@ -152,8 +153,7 @@ class BrokerLoad:
             "produce": self.per_second,
             "fetch": self.per_second if self.paused else self.workers * IDLE_FETCHES_A_SECOND,
             "heartbeat": self.workers / self.group.heartbeat_s,
-            "commit": self.per_second * COMMITS_AN_IMAGE,
-            "read offset": self.per_second * READS_AN_IMAGE,
+            "offsets": self.per_second * (COMMITS_AN_IMAGE + READS_AN_IMAGE),
             "look": self.workers / LOOK_EVERY_S * (1 + 2 * self.brokers),
         }
 
