@@ -53,6 +53,9 @@ CLASSIC = Group("classic", heartbeat_s=3.0, member_s=0.0008)
 CONSUMER = Group("consumer", heartbeat_s=5.0, member_s=0.0)
 """The protocols with their default intervals. The time for each member is the slope between 10 and 200 members, measured."""
 
+MOST_CLASSIC = 1_048_588 // 274
+"""Most members of a classic group: bytes of the largest record by default, over those of a member in its record, measured."""
+
 MEASURED_STEPS = Steps(0.01, 0.5, 0.01)
 """Steps of the workers of `scale_measure --only workers`, whose encode sleeps."""
 MEASURED_RATES = ((1, 8, 1.99), (2, 8, 4.05), (4, 8, 8.13), (4, 2, 4.04))

@@ -22,6 +22,7 @@ from benchmarks.scale_model import (
     MEASURED_RATES,
     MEASURED_REBALANCES,
     MEASURED_STEPS,
+    MOST_CLASSIC,
     READS_A_SECOND,
     WRITES_A_SECOND,
     BrokerLoad,
@@ -38,9 +39,9 @@ LIFE_S = 6 * 3600.0
 """Mean life of a preemptible machine, in seconds."""
 START_S = 15.0
 """From the start of a process until its worker joins: the nodes in 2 s, the VAE, and the container."""
-WARM_UP_S = 2.0
+WARM_UP_S = 1.0
 """Shortest warm-up; otherwise it is two encodes."""
-THROTTLED_S = 150.0
+THROTTLED_S = 100.0
 """Warm-up, and then the time that counts, of runs in which storage refuses calls: ten times the longest pause of a call."""
 PREFIX_LIMITS = {"reads_a_second": READS_A_SECOND, "writes_a_second": WRITES_A_SECOND}
 
@@ -64,9 +65,9 @@ class Kind:
 
 
 CPU = Kind("CPU, 3.6 s", CPU_STEPS, 1, 2)
-GPU = Kind("GPU, 50 ms", GPU_STEPS, 8, 9, images=200.0)
+GPU = Kind("GPU, 50 ms", GPU_STEPS, 8, 9, images=100.0)
 """The defaults of PREPARE_THREADS and KAFKA_PREFETCH on 2 and on 16 CPUs."""
-WRITERS = Kind("GPU, 8 writers", GPU_STEPS, 8, 24, writers=8, images=40.0)
+WRITERS = Kind("GPU, 8 writers", GPU_STEPS, 8, 24, writers=8, images=30.0)
 """A worker that writes eight images side by side."""
 KINDS = (CPU, GPU, WRITERS)
 
@@ -169,8 +170,8 @@ def faults(sizes: Sequence[int]) -> Table:
     rows: list[Sequence[str]] = []
     deaths = Faults(death_every_s=LIFE_S, start_s=START_S)
     for workers in sizes:
-        for name, group in protocols().items():
-            images = 300 if workers <= 1000 else 120
+        for name, group in protocols(workers).items():
+            images = 300 if workers <= 1000 else 60
             at = scenario_of(CPU, workers, images, rate=LOAD * workers * CPU.ideal, group=group, faults=deaths)
             rows.append((f"{workers:,}", name, *deaths_row(run(at))))
     header = (
@@ -200,18 +201,19 @@ def deaths_row(found: Outcome) -> tuple[str, ...]:
     )
 
 
-def protocols() -> dict[str, Group]:
-    """Return the groups that are compared."""
-    return {"classic": CLASSIC, "consumer": CONSUMER, "static members": replace(CONSUMER, static=True)}
+def protocols(workers: int) -> dict[str, Group]:
+    """Return the groups that are compared: those that can hold so many workers."""
+    found = {"consumer": CONSUMER, "static members": replace(CONSUMER, static=True)}
+    return found if workers > MOST_CLASSIC else {"classic": CLASSIC, **found}
 
 
 def rolling(sizes: Sequence[int]) -> Table:
     """Return the outcome of a rolling restart, a tenth of the workers at a time."""
     rows: list[Sequence[str]] = []
     for workers in sizes:
-        for name, group in protocols().items():
+        for name, group in protocols(workers).items():
             restart = Faults(start_s=START_S, rolling_from_s=60, rolling_at_once=max(1, workers // 10))
-            at = scenario_of(CPU, workers, 150, rate=LOAD * workers * CPU.ideal, group=group, faults=restart)
+            at = scenario_of(CPU, workers, 100, rate=LOAD * workers * CPU.ideal, group=group, faults=restart)
             found = run(at)
             rows.append(
                 (
@@ -225,7 +227,7 @@ def rolling(sizes: Sequence[int]) -> Table:
                 )
             )
     header = ("workers", "group", "restart takes", "most waiting", "waiting at the end", "99 % latency", "encodes repeated")
-    return "A rolling restart, a tenth at a time, from 60 s on, of 540 s", header, rows
+    return "A rolling restart, a tenth at a time, from 60 s on, of 360 s", header, rows
 
 
 def brokers(sizes: Sequence[int]) -> Table:
