@@ -88,7 +88,7 @@ ENTRYPOINT ["/usr/bin/tini", "--", "/app/.venv/bin/python", "/app/main.py"]
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
     CMD ["/app/.venv/bin/python", "/app/main.py", "--mode", "health"]
 
-ARG VERSION=0.10.0
+ARG VERSION=0.11.0
 ARG REVISION=""
 ARG CREATED=""
 ARG SOURCE=""

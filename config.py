@@ -34,7 +34,7 @@ from models import (
     VaeModelName,
 )
 
-VERSION = "0.10.0"
+VERSION = "0.11.0"
 PROJECT_DIR = Path(__file__).resolve().parent
 
 
