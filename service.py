@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from PIL import Image
 
 from config import Settings
-from errors import ImageNotFound, OutputDirNotWritable, RequestError, SetupError, as_request_error
+from errors import ImageNotFound, RequestError, SetupError, as_request_error
 from latent_encoder.access import AllowedFolders, place_of
 from latent_encoder.admission import admit
 from latent_encoder.comfy_runtime import ComfyRuntime, load_runtime
@@ -28,27 +26,21 @@ from latent_encoder.images.loading import load_image
 from latent_encoder.images.pixel_budget import PixelBudget
 from latent_encoder.images.scaling import scale_image
 from latent_encoder.images.source import ImageFile, ImageLimits
-from latent_encoder.outputs.bucket import open_bucket_folder
-from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.drawing import Drawn, Undrawn, read_tensors
 from latent_encoder.outputs.encoded import Encoded, Prepared
 from latent_encoder.outputs.fetched import Fetched
-from latent_encoder.outputs.files import WRITING, StagedFiles, space_needed
+from latent_encoder.outputs.files import space_needed
 from latent_encoder.outputs.holds import hold, renewed
-from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.leftovers import Leftovers
-from latent_encoder.outputs.metadata import fingerprint, latent_facts, metadata_of, of_tiles
+from latent_encoder.outputs.metadata import fingerprint
 from latent_encoder.outputs.names import OutputFiles
-from latent_encoder.outputs.objects import StagedObjects
-from latent_encoder.outputs.owners import owners_in, refuse_files_of_another
-from latent_encoder.outputs.places import Folder, open_place, prepare_place, staged_in
-from latent_encoder.outputs.png import png_bytes
-from latent_encoder.outputs.preview import preview_png
-from latent_encoder.outputs.publications import Publications
+from latent_encoder.outputs.owners import refuse_files_of_another
+from latent_encoder.outputs.places import open_place, prepare_place
+from latent_encoder.outputs.publishing import Publishing
 from latent_encoder.outputs.roundtrip import compare
 from latent_encoder.outputs.run_requests import RunRequest, files_of, may_have_files, settled, source_id_of
-from latent_encoder.outputs.stored_responses import Found, StoredFiles, stored_in, success_response
-from latent_encoder.storage.locations import ObjectPath
+from latent_encoder.outputs.stored_responses import Found, StoredFiles, success_response
+from latent_encoder.outputs.wanted import Wanted
 from latent_encoder.storage.stores import require_packages_for
 from latent_encoder.telemetry.logs import get_logger, log_failure
 from latent_encoder.telemetry.steps import timed
@@ -84,7 +76,8 @@ class LatentEncoder:
         self._loading = PixelBudget(settings.max_image_pixels)
         self._outputs = AllowedFolders.of_outputs(settings)
         self._leftovers = Leftovers(self._outputs)
-        self._own = Publications()
+        self._wanted = Wanted.of(settings)
+        self._publishing = Publishing(runtime, self._wanted, self._outputs, clock)
         self.vaes = VaeCache(runtime, settings)
         self.prepare_threads = prepare_threads(settings)
         """The count of threads that may call `prepare` at the same time."""
@@ -250,13 +243,7 @@ class LatentEncoder:
         Raises:
             AccessDenied, InvalidRequest, OutputDirNotWritable: the files cannot be written. None of them is left behind.
         """
-        files = encoded.prepared.files
-        with (
-            WRITING,
-            open_place(files.folder, self._outputs) as folder,
-            staged_in(folder, files.shared_name) as staged,
-        ):
-            return self._publish(folder, staged, encoded.prepared, self._stage(encoded, staged))
+        return self._publishing.write(encoded)
 
     def write_later(self, encoded: Encoded) -> Callable[[], SuccessResponse] | None:
         """Return a call that writes the files as `write` does, if their place is a bucket; None if it is on disk.
@@ -266,81 +253,17 @@ class LatentEncoder:
         Raises:
             AccessDenied, OutputDirNotWritable: the files cannot be written.
         """
-        files = encoded.prepared.files
-        if not isinstance(files.folder, ObjectPath):
-            return None
-        folder = open_bucket_folder(files.folder, self._outputs)
-        staged = StagedObjects(folder, files.shared_name)
-        metadata = self._stage(encoded, staged)
-        prepared = replace(encoded.prepared, scaled=torch.empty(0))
+        return self._publishing.write_later(encoded)
 
-        def written() -> SuccessResponse:
-            with WRITING, staged:
-                return self._publish(folder, staged, prepared, metadata)
-
-        return written
-
-    def _stage(self, encoded: Encoded, staged: StagedFiles | StagedObjects) -> Metadata:
-        """Make the files, and return their metadata. These are the last file."""
-        prepared, files, comparison = encoded.prepared, encoded.prepared.files, encoded.comparison
-        with timed(prepared.timings, "save"):
-            scaled_image = png_bytes(prepared.scaled)
-            facts = latent_facts(encoded, self.runtime, scaled_image)
-            latent = latent_bytes(
-                encoded.image.latent,
-                prepared.request.latent_format,
-                frames=prepared.vae.cells.frames,
-                header=facts.model_dump(),
-            )
-            preview = preview_png(self.runtime, encoded) if self._settings.preview else None
-            staged.add(files.latent.name, latent)
-            staged.add(files.scaled_image.name, scaled_image)
-            staged.add_or_remove(files.preview.name, preview)
-            staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
-        metadata = metadata_of(encoded, facts, latent, preview, self._clock())
-        self._add_metadata(staged, files, metadata)
-        return metadata
-
-    def _add_metadata(self, staged: StagedFiles | StagedObjects, files: OutputFiles, metadata: Metadata) -> None:
-        described = metadata.model_dump_json(indent=2).encode() + b"\n"
-        staged.add(files.metadata.name, described)
-        self._own.add(files.metadata, checksum(described))
-
-    def _publish(
-        self, folder: Folder, staged: StagedFiles | StagedObjects, prepared: Prepared, metadata: Metadata
-    ) -> SuccessResponse:
-        """Publish staged files, and return the response that has their metadata, or those that must stay."""
-        request, files = prepared.request, prepared.files
-        stored = staged.publish(partial(self._stored_meanwhile, folder, prepared))
-        if stored is not None:
-            return success_response(request, files, stored.metadata, stored.whole)
-        return success_response(request, files, metadata, self._wanted(files))
-
-    def _stored_meanwhile(self, folder: Folder, prepared: Prepared) -> StoredFiles | None:
-        """Return the files that this request's names have and that must stay; None if there are none. Nobody publishes now.
-
-        Files that were there before the preparation are replaced, as those of this process are. Files that another process
-        published since may be those of a response that was sent: for example, this process was stopped, and its partition has
-        gone to another worker.
+    def add_images(self, drawn: Drawn) -> SuccessResponse:
+        """Write the images that were made of a stored latent, and the metadata with their checksums. The latent stays.
 
         Raises:
-            InvalidRequest: they are those of another request id.
-            OutputDirNotWritable: they must stay, but are of another input.
+            AccessDenied, OutputDirNotWritable: the files cannot be written, or the latent was replaced meanwhile.
         """
-        request, files = prepared.request, prepared.files
-        owners = owners_in(folder, files)
-        refuse_files_of_another(files, owners, request.request_id, source_id_of(request), prepared.image_sha256)
-        stored = stored_in(folder, files)
-        if stored is None or not stored.complete:
-            return None
-        if stored.are_of_record(prepared.origin):
-            return stored
-        replaceable = stored.metadata_sha256 == prepared.replaceable
-        if self._answers(stored, prepared.fingerprint) and not (replaceable and prepared.origin is None):
-            return stored
-        if replaceable or self._own.has(files.metadata, stored.metadata_sha256):
-            return None
-        raise _others_were_written(request, files)
+        return self._publishing.add_images(drawn)
+
+    # Requests that came before.
 
     def settled(self, request: EncodeRequest) -> EncodeRequest:
         """Return the request with the id of its files: a request of a run may find them under another one.
@@ -375,9 +298,9 @@ class LatentEncoder:
         if stored.are_of_record(origin):
             return success_response(request, files, stored.metadata, stored.whole)
         # The image is not read if files are missing: reading and the VAE take time.
-        if not self._wanted(files) <= stored.whole:
+        if not self._wanted.files(files) <= stored.whole:
             return None
-        if not self._is_of(stored, *self._fingerprints_now(fetched, stored)):
+        if not self._wanted.latent_of(stored, *self._fingerprints_now(fetched, stored)):
             return None
         return success_response(request, files, stored.metadata, stored.whole)
 
@@ -403,9 +326,9 @@ class LatentEncoder:
         """
         fetched = fetched or self._unread(request)
         files, stored = fetched.found.files, fetched.found.stored
-        if stored is None or not stored.complete or not stored.are_of(request) or self._wanted(files) <= stored.whole:
+        if stored is None or not stored.complete or not stored.are_of(request) or self._wanted.files(files) <= stored.whole:
             return None
-        if not self._is_of(stored, *self._fingerprints_now(fetched, stored)):
+        if not self._wanted.latent_of(stored, *self._fingerprints_now(fetched, stored)):
             return None
         vae = self.vaes.get(request.vae_model_name)
         with open_place(files.folder, self._outputs) as folder:
@@ -414,58 +337,8 @@ class LatentEncoder:
             return None
         prepare_place(files.folder, self._outputs, self._space_needed(size_of(tensors[1]), vae, request))
         self._leftovers.remove(files.folder)
-        lacking = self._wanted(files) - stored.whole
+        lacking = self._wanted.files(files) - stored.whole
         return Undrawn(request, stored, vae, *tensors, files.preview in lacking, files.roundtrip in lacking)
-
-    def add_images(self, drawn: Drawn) -> SuccessResponse:
-        """Write the images that were made of a stored latent, and the metadata with their checksums. The latent stays.
-
-        Raises:
-            AccessDenied, OutputDirNotWritable: the files cannot be written, or the latent was replaced meanwhile.
-        """
-        request, files = drawn.undrawn.request, drawn.undrawn.stored.files
-        decoded = drawn.comparison.png if drawn.comparison is not None else None
-        images = {files.preview: drawn.preview, files.roundtrip: decoded}
-        with (
-            WRITING,
-            open_place(files.folder, self._outputs) as folder,
-            staged_in(folder, files.shared_name) as staged,
-        ):
-            stored = self._still_stored(folder, drawn.undrawn)  # another process may have added the other image
-            for path, data in images.items():
-                if data is not None:
-                    staged.add(path.name, data)
-            metadata = drawn.described(stored.metadata)
-            self._add_metadata(staged, files, metadata)
-            newer = staged.publish(partial(self._added_meanwhile, folder, drawn.undrawn, stored), adding=True)
-            if newer is not None:
-                return success_response(request, files, newer.metadata, newer.whole)
-        return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
-
-    def _still_stored(self, folder: Folder, undrawn: Undrawn) -> StoredFiles:
-        """Return the stored files as they are now.
-
-        Raises:
-            OutputDirNotWritable: they are no longer those of the latent of which the images were made.
-        """
-        files = undrawn.stored.files
-        stored = stored_in(folder, files)
-        if stored is None or not stored.complete or stored.metadata.latent_sha256 != undrawn.stored.metadata.latent_sha256:
-            raise _others_were_written(undrawn.request, files)
-        return stored
-
-    def _added_meanwhile(self, folder: Folder, undrawn: Undrawn, described: StoredFiles) -> StoredFiles | None:
-        """Return the files to which another process added the same images; None if they are still the `described` ones.
-
-        Raises:
-            OutputDirNotWritable: they are others.
-        """
-        stored = self._still_stored(folder, undrawn)
-        if stored.metadata_sha256 == described.metadata_sha256:
-            return None
-        if self._wanted(stored.files) <= stored.whole:
-            return stored
-        raise _others_were_written(undrawn.request, stored.files)
 
     def _fingerprints_now(self, fetched: Fetched, stored: StoredFiles) -> tuple[str, str]:
         """Return the fingerprint of a request with the image and the VAE as they are now, and that of earlier versions."""
@@ -474,23 +347,6 @@ class LatentEncoder:
         vae, latent = self.vaes.get(request.vae_model_name), stored.files.latent
         now, earlier = (fingerprint(request, place, image_sha256, vae, self.runtime) for place in (latent.name, str(latent)))
         return now, earlier
-
-    def _answers(self, stored: StoredFiles, expected: str) -> bool:
-        """Return whether stored files have the expected fingerprint, and are all that are asked for now."""
-        return self._is_of(stored, expected) and self._wanted(stored.files) <= stored.whole
-
-    def _is_of(self, stored: StoredFiles, *expected: str) -> bool:
-        """Return whether stored files have one of the expected fingerprints.
-
-        A latent that was encoded in tiles is one only if OOM_POLICY still allows tiles.
-        """
-        tiles = map(of_tiles, expected) if self._settings.oom_policy == "tile" else ()
-        return stored.metadata.fingerprint in (*expected, *tiles)
-
-    def _wanted(self, files: OutputFiles) -> frozenset[Path]:
-        """Return the files that a request gets under these settings, except the metadata."""
-        optional = {files.preview: self._settings.preview, files.roundtrip: self._settings.roundtrip}
-        return frozenset({files.latent, files.scaled_image, *(path for path, wanted in optional.items() if wanted)})
 
     def _space_needed(self, scaled: Size, vae: LoadedVae, request: EncodeRequest) -> int:
         images = 1 + 2 * self._settings.preview + self._settings.roundtrip  # a preview is twice as wide as the others
@@ -520,10 +376,3 @@ def _checksum_if_there(image: ImageFile) -> str | None:
         return image.checksum()
     except ImageNotFound:
         return None
-
-
-def _others_were_written(request: EncodeRequest, files: OutputFiles) -> OutputDirNotWritable:
-    return OutputDirNotWritable(
-        f"Cannot write to output folder: {files.folder} (another process has written other files of the request "
-        f"{request.request_id!r} meanwhile, {files.metadata.name} among them; send the request again to replace them)"
-    )
