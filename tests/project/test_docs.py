@@ -78,6 +78,7 @@ NOT_RUN = {
     "topic() {": "it needs three brokers; test_access_rules.py runs it",
     "acl": "it needs a broker with an authorizer; test_access_rules.py runs it",
     "docker ": "it needs a container engine; test_arguments_of_containers_are_understood checks the arguments",
+    "python main.py --image_path s3://": "it needs a bucket; test_batches.py runs it on one",
     "export AWS_ACCESS_KEY_ID=": "it needs the S3 server of Docker Compose; test_deploy.py compares keys, port and bucket",
 }
 
