@@ -15,9 +15,10 @@ from benchmarks.scale_events import Group, Steps
 class Calls:
     """The calls of an image to its bucket: docs/object-storage.md, "Calls"."""
 
-    get_before: int = 5
-    """GET before the encode: three names of metadata, the image, and one name again."""
+    get_before: int = 4
+    """GET before the encode: three names of metadata, and the image."""
     get_after: int = 3
+    """GET under the claim: the three names again."""
     head: int = 0
     put: int = 4
     delete: int = 1
@@ -33,20 +34,32 @@ class Calls:
 
 CALLS = Calls()
 
-LOOK_TRIPS, PREPARE_TRIPS, WRITE_TRIPS = 1.0, 2.0, 5.0
-"""Round trips, measured by `scale_measure --only storage`."""
+FETCH_TRIPS, PUBLISH_TRIPS = 2.0, 5.0
+"""Round trips of an image: docs/object-storage.md, "Calls"."""
 
 LATENCY_S = 0.05
 """Seconds of a call to storage; Amazon names 0.1 to 0.2 s for small objects."""
 
-CPU_STEPS = Steps(
-    0.06, 3.6, 0.06, LOOK_TRIPS + PREPARE_TRIPS, WRITE_TRIPS, CALLS.get_before, CALLS.get_after, CALLS.writes, 0.1
-)
+
+def steps_of(prepare_s: float, encode_s: float, write_s: float) -> Steps:
+    """Return the steps of an image in object storage."""
+    return Steps(
+        prepare_s,
+        encode_s,
+        write_s,
+        FETCH_TRIPS,
+        PUBLISH_TRIPS,
+        CALLS.get_before,
+        CALLS.get_after + CALLS.head,
+        CALLS.writes,
+        variation=0.1,
+    )
+
+
+CPU_STEPS = steps_of(0.06, 3.6, 0.06)
 """A megapixel on two CPU cores in bfloat16: docs/encoder.md, "Speed"; file work: benchmarks/README.md, "prepare_bench"."""
 
-GPU_STEPS = Steps(
-    0.06, 0.05, 0.03, LOOK_TRIPS + PREPARE_TRIPS, WRITE_TRIPS, CALLS.get_before, CALLS.get_after, CALLS.writes, 0.1
-)
+GPU_STEPS = steps_of(0.06, 0.05, 0.03)
 """A megapixel on a GPU, assumed as in benchmarks/gpu_simulation.py."""
 
 CLASSIC = Group("classic", heartbeat_s=3.0, member_s=0.0008)

@@ -33,6 +33,7 @@ from benchmarks.scale_model import (
     cost_of_a_million,
     prefixes_for,
 )
+from latent_encoder.cpus import WAITING
 
 PARTITIONS_A_WORKER = 2
 LOAD = 0.7
@@ -57,10 +58,15 @@ class Kind:
     name: str
     steps: Steps
     threads: int
-    prefetch: int
-    writers: int = 1
+    """PREPARE_THREADS, by default one less than the CPUs and at most eight."""
     images: float = 20.0
     """Encodes of each worker in a run of the table of rates."""
+    waiting: int = WAITING
+
+    @property
+    def prefetch(self) -> int:
+        """KAFKA_PREFETCH, by default."""
+        return self.threads + 1 + self.waiting
 
     @property
     def ideal(self) -> float:
@@ -68,12 +74,10 @@ class Kind:
         return 1 / self.steps.encode_s
 
 
-CPU = Kind("CPU, 3.6 s", CPU_STEPS, 1, 2)
-GPU = Kind("GPU, 50 ms", GPU_STEPS, 8, 9, images=100.0)
-"""The defaults of PREPARE_THREADS and KAFKA_PREFETCH on 2 and on 16 CPUs."""
-WRITERS = Kind("GPU, 8 writers", GPU_STEPS, 8, 24, writers=8, images=30.0)
-"""A worker that writes eight images side by side."""
-KINDS = (CPU, GPU, WRITERS)
+CPU = Kind("CPU, 3.6 s", CPU_STEPS, 1)
+GPU = Kind("GPU, 50 ms", GPU_STEPS, 8, images=40.0)
+"""Workers with the default settings, on 2 and on 16 CPUs."""
+KINDS = (CPU, GPU)
 
 Table = tuple[str, Sequence[str], list[Sequence[str]]]
 
@@ -89,7 +93,7 @@ def scenario_of(kind: Kind, workers: int, images: float, **changes: object) -> S
         warm_up_s=max(WARM_UP_S, 2 * kind.steps.encode_s),
         prefetch=kind.prefetch,
         threads=kind.threads,
-        writers=kind.writers,
+        waiting=kind.waiting,
         latency_s=LATENCY_S,
         reads_a_second=0,
         writes_a_second=0,
@@ -284,7 +288,7 @@ def storage(sizes: Sequence[int]) -> Table:
         for workers in sizes:
             rate = rate_of(kind, workers)
             steps = kind.steps
-            reads, writes = rate * (steps.prepare_reads + steps.write_reads), rate * steps.write_writes
+            reads, writes = rate * (steps.fetch_reads + steps.publish_reads), rate * steps.publish_writes
             day = rate * 86_400 / 1e6
             rows.append(
                 (
