@@ -18,7 +18,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from config import Settings
 from latent_encoder.kafka.clients import PAUSE_AFTER_S
-from latent_encoder.kafka.properties import consumer_properties
+from latent_encoder.kafka.properties import consumer_properties, member_properties
 from latent_encoder.kafka.starts import format_notes
 from latent_encoder.kafka.topics import EARLIEST, LATEST
 from tests.broker import Broker
@@ -134,7 +134,7 @@ def measure_fetches(broker: Broker, limits: Mapping[str, int]) -> dict[str, floa
     with topic_on(broker, 1) as topic:
         fill(broker, topic)
         traffic = Traffic()
-        properties = consumer_properties(settings_for(broker, topic)) | QUIET | {**limits, "stats_cb": traffic.take}
+        properties = member_properties(settings_for(broker, topic)) | QUIET | {**limits, "stats_cb": traffic.take}
         consumer = Consumer(properties)  # its statistics come once a second
         consumer.assign([TopicPartition(topic, 0, 0)])
         received = [one_image(consumer, topic, traffic) for _ in range(IMAGES + 1)]

@@ -28,10 +28,10 @@ DEFAULTS = {
 MEMBERS = (10, 50, 200)
 PARTITIONS = (10, 100, 1000)
 FETCHES: dict[str, dict[str, int]] = {
-    "default": {},
-    "small": {"queued.max.messages.kbytes": 64, "max.partition.fetch.bytes": 16_384},
+    "of the service": {},
+    "of librdkafka": {"queued.max.messages.kbytes": 65_536, "max.partition.fetch.bytes": 1_048_576},
 }
-"""Properties of the consumer: those of the service, and the ones that docs/scale.md advises."""
+"""Properties of the consumer: those of the service, and the defaults of the library."""
 
 PARTS = ("rebalance", "look", "statistics", "fetch", "commit", "storage", "workers")
 

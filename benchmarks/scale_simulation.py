@@ -48,6 +48,8 @@ THROTTLED_S = 100.0
 """Warm-up, and then the time that counts, of runs in which storage refuses calls: ten times the longest pause of a call."""
 QUEUED_S = 8.0
 """Likewise for an overloaded coordinator: the first requests of 10,000 workers keep it busy for 5.4 s."""
+MOST_THROTTLED = 1000
+"""Most workers whose calls are refused by one prefix in a run."""
 PREFIX_LIMITS = {"reads_a_second": READS_A_SECOND, "writes_a_second": WRITES_A_SECOND}
 
 
@@ -124,10 +126,11 @@ def throughput(sizes: Sequence[int]) -> Table:
             free = run(scenario_of(kind, workers, kind.images)).per_second
             prefixes = prefixes_for(free)
             enough = run(scenario_of(kind, workers, kind.images, **PREFIX_LIMITS, prefixes=prefixes)).per_second
-            one = enough if prefixes == 1 else run(with_one_prefix(kind, workers)).per_second
+            one = enough if prefixes == 1 else rate_with_one_prefix(kind, workers)
             group = run(with_one_coordinator(kind, workers, free)).per_second
             ideal = workers * kind.ideal
-            rates = (f"{ideal:,.1f}", f"{free:,.1f}", f"{one:,.1f}", f"{enough:,.1f} ({prefixes})", f"{group:,.1f}")
+            of_one = "not run" if one is None else f"{one:,.1f}"
+            rates = (f"{ideal:,.1f}", f"{free:,.1f}", of_one, f"{enough:,.1f} ({prefixes})", f"{group:,.1f}")
             rows.append((kind.name, f"{workers:,}", *rates, cause_of(ideal, free, one, group)))
     header = ("worker", "workers", "ideal", "simulated", "one prefix", "enough prefixes", "one coordinator", "limited by")
     return "Images per second", header, rows
@@ -140,14 +143,21 @@ def with_one_coordinator(kind: Kind, workers: int, rate: float) -> Scenario:
     return scenario_of(kind, workers, kind.images, commits_a_second=commits_a_second(), **changes)
 
 
-def with_one_prefix(kind: Kind, workers: int) -> Scenario:
-    """Return a run that is long enough for the queues of a prefix that has too much to do."""
-    return scenario_of(kind, workers, 0, **PREFIX_LIMITS, seconds=THROTTLED_S, warm_up_s=THROTTLED_S)
+def rate_with_one_prefix(kind: Kind, workers: int) -> float | None:
+    """Return the images a second of a run that is long enough for the queues of a prefix that has too much to do.
+
+    Of very many workers it is None: it would be that of fewer, and each of their refused calls is an event.
+    """
+    if workers > MOST_THROTTLED:
+        return None
+    changes = {**PREFIX_LIMITS, "seconds": THROTTLED_S, "warm_up_s": THROTTLED_S}
+    return run(scenario_of(kind, workers, 0, **changes)).per_second
 
 
-def cause_of(ideal: float, free: float, one: float, group: float) -> str:
+def cause_of(ideal: float, free: float, one: float | None, group: float) -> str:
     """Return the resources that take more than a tenth of the rate."""
-    causes = {"writing": free < 0.9 * ideal, "prefix": one < 0.9 * free, "coordinator": group < 0.9 * free}
+    prefix = one is None or one < 0.9 * free
+    causes = {"storage": free < 0.9 * ideal, "prefix": prefix, "coordinator": group < 0.9 * free}
     return ", ".join(name for name, met in causes.items() if met) or "encode"
 
 
