@@ -270,7 +270,7 @@ def brokers(sizes: Sequence[int]) -> Table:
                     f"{load.brokers}",
                     f"{load.connections_each:,}",
                     *(f"{count:,.0f}" for count in load.requests.values()),
-                    f"{load.fetched_bytes('default') / 1e6:,.1f} / {load.fetched_bytes('small') / 1e6:,.1f}",
+                    f"{load.fetched_bytes / 1e6:,.1f}",
                     f"{load.look_bytes / 1e6:,.1f}",
                     f"{load.look_cpus:,.1f}",
                     f"{coordinator_s(rate):.2f}",
@@ -280,7 +280,7 @@ def brokers(sizes: Sequence[int]) -> Table:
     header = (
         *("worker", "workers", "partitions", "brokers", "connections of each"),
         *(f"{kind}/s" for kind in kinds),
-        *("fetched MB/s: default / small fetches", "looks MB/s", "looks, CPUs", "coordinator, CPUs"),
+        *("fetched MB/s", "looks MB/s", "looks, CPUs", "coordinator, CPUs"),
     )
     return "Brokers", header, rows
 

@@ -67,6 +67,11 @@ def topics_of(settings: Settings) -> tuple[str, str, str]:
     return (settings.kafka_request_topic, settings.kafka_response_topic, settings.kafka_dlq_topic)
 
 
+def topics_every_s(partitions: int) -> float:
+    """Return the seconds between two looks at the topics, if that of the requests has so many partitions."""
+    return min(max(LOOK_EVERY_S, partitions * TOPIC_LOOK_S_A_PARTITION), LONGEST_TOPIC_LOOK_S)
+
+
 @dataclass(frozen=True)
 class Seen:
     """The broker's responses to one look."""
@@ -189,7 +194,7 @@ class TopicWatch:
         if topic is not None:
             self._partitions = len(topic.partitions)
             self._note_id(str(topic.topic_id))
-        wait_s = min(self._partitions * TOPIC_LOOK_S_A_PARTITION, LONGEST_TOPIC_LOOK_S)
+        wait_s = topics_every_s(self._partitions)
         self._topics_due = time.monotonic() + (_varied(wait_s) if wait_s > LOOK_EVERY_S else 0)
         return missing
 

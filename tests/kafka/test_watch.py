@@ -189,9 +189,7 @@ def test_lag_is_true_while_nothing_is_fetched(make_bench: MakeBench, encoder: La
 
 
 @pytest.mark.usefixtures("apache_kafka")
-def test_offsets_of_other_workers_are_not_looked_at(
-    make_bench: MakeBench, encoder: LatentEncoder, settings: Settings
-) -> None:
+def test_offsets_of_other_workers_are_not_looked_at(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
     """Each of two workers looks at the offsets of its own partitions, also after these have changed."""
     bench = make_bench(partitions=4)
 
