@@ -1,8 +1,8 @@
 """A simulation of one consumer group, its broker and its bucket, by discrete events.
 
-Each worker does as `latent_encoder/stages.py` and `kafka/work.py` do: it holds at most `prefetch` requests, fetches and prepares
-them in some threads, encodes one, makes the files of one, publishes the files of some, and commits in the order of each
-partition. Broker and bucket are queues with a rate. Time is in seconds of the simulation.
+Each worker does as `latent_encoder/stages.py` and `kafka/work.py` do. It holds at most `prefetch` requests, fetches and
+prepares them in some threads, encodes one, makes the files of one, publishes the files of some, and commits in the order of
+each partition. Broker and bucket are queues with a rate. Time is in seconds of the simulation.
 """
 
 from __future__ import annotations

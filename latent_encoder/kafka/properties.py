@@ -79,8 +79,8 @@ STATISTICS_INTERVAL_MS = 1000
 """Once a second: the longest delay until a broker that went away is noticed."""
 
 SMALL_FETCHES: Properties = {"queued.max.messages.kbytes": 64, "max.partition.fetch.bytes": 65_536}
-"""64 KiB of requests, about 160, are fetched ahead of KAFKA_PREFETCH. librdkafka drops them if their partition is paused, which is
-once for each image while a backlog waits. A larger record still comes, alone."""
+"""64 KiB of requests, about 160, are fetched ahead of KAFKA_PREFETCH. librdkafka drops them if their partition is paused. With
+slow encodes and a backlog that is once for each image. A larger record still comes, alone."""
 
 DEFAULT_MAX_POLL_INTERVAL_MS = 300_000
 """librdkafka's default."""

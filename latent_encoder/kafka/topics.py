@@ -40,8 +40,9 @@ SPREAD = 0.25
 """Largest relative deviation from a wait, so that workers that were started together do not all look in the same second."""
 
 TOPIC_LOOK_S_A_PARTITION = 0.05
-"""Wait between two looks at the topics themselves, in seconds for each partition: such a look has all partitions in it, so that
-1,000 workers would get a million of them every five seconds. Up to 100 partitions, each look is at the topics too."""
+"""Wait between two looks at the topics themselves, in seconds for each partition. Such a look has all partitions in it: if it
+came every five seconds, 1,000 workers would get those of 2,000 partitions 400,000 times a second. Up to 100 partitions, each
+look is at the topics too."""
 
 LONGEST_TOPIC_LOOK_S = 60.0
 """Longest of these waits: a topic that was removed or created again is noticed within about a minute."""

@@ -38,8 +38,8 @@ POLL_S = 0.25
 """Seconds until the second look at another process's claim: a publication often takes no longer."""
 
 LONGEST_POLL_S = 2.0
-"""Longest pause between two looks, in seconds. Each look is a PUT and a GET, which cost money. The pauses grow by a half, so the
-claim of a killed process is looked at 12 times, and one that is held for longer than WAIT_S 17 times."""
+"""Longest pause between two looks, in seconds. Each look is a PUT and a GET, which cost money. The pauses grow by a half, so
+the claim of a killed process is looked at 12 times, and one that is held for longer than WAIT_S 17 times."""
 
 CONDITIONAL = "conditional writes"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 import os
+import time
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -235,7 +235,8 @@ def test_large_statistics_are_read_less_often(bench: Bench, settings: Settings, 
     handler = KafkaHandler(bench.settings(settings))
     found: list[object] = []
     monkeypatch.setattr(handler._broker, "on_statistics", found.append)
-    small, partition = {"brokers": {}, "topics": {}}, {f"field_{n}": n for n in range(40)}
+    small: dict[str, object] = {"brokers": {}, "topics": {}}
+    partition = {f"field_{n}": n for n in range(40)}
     handler._on_statistics(json.dumps(small))
     assert handler._statistics_from < time.monotonic() + 1
     handler._statistics_from = 0.0
