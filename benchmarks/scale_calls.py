@@ -18,7 +18,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from config import Settings
 from latent_encoder.kafka.clients import PAUSE_AFTER_S
-from latent_encoder.kafka.properties import consumer_properties
+from latent_encoder.kafka.properties import consumer_properties, member_properties
 from latent_encoder.kafka.starts import format_notes
 from latent_encoder.kafka.topics import EARLIEST, LATEST
 from tests.broker import Broker
@@ -29,6 +29,7 @@ BATCHES = {"linger.ms": 50, "batch.size": 16_384}  # bytes: the default of Java'
 RECORDS = 20_000  # in the partition that is read, 8 MB: more than librdkafka takes ahead
 IMAGES = 10  # encodes of which each is longer than the pause
 ENCODE_S = 3.6  # longer than PAUSE_AFTER_S, so that the worker pauses
+OWN_PARTITIONS = 2  # of a worker
 SECONDS = 5.0
 LEADERS_S = 60.0  # longest time until the partitions of a new topic have their leaders
 
@@ -79,8 +80,8 @@ def settings_for(broker: Broker, topic: str) -> Settings:
     )
 
 
-def measure_look(broker: Broker, partitions: int, looks: int = 20) -> dict[str, float]:
-    """Return bytes and times of a look of `kafka/topics.py`: one topic described, and two offsets of each partition."""
+def measure_look(broker: Broker, partitions: int, looks: int = 200) -> dict[str, dict[str, float]]:
+    """Return bytes and times of a look of `kafka/topics.py`: at two offsets of each own partition, and at the topic."""
     with topic_on(broker, partitions) as topic:
         traffic = Traffic()
         properties: dict[str, Any] = {
@@ -89,12 +90,14 @@ def measure_look(broker: Broker, partitions: int, looks: int = 20) -> dict[str, 
             "stats_cb": traffic.take,
         }
         admin = AdminClient(properties | QUIET)
-        places = [TopicPartition(topic, number) for number in range(partitions)]
+        own = [TopicPartition(topic, number) for number in range(OWN_PARTITIONS)]
 
-        def look() -> None:
+        def look_at_topic() -> None:
             admin.describe_topics(TopicCollection([topic]))[topic].result()
+
+        def look_at_offsets() -> None:
             for spec in (EARLIEST, LATEST):
-                wanted = dict.fromkeys(places, spec)
+                wanted = dict.fromkeys(own, spec)
                 for result in admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_COMMITTED).values():
                     result.result()
 
@@ -103,13 +106,16 @@ def measure_look(broker: Broker, partitions: int, looks: int = 20) -> dict[str, 
             admin.poll(0.2)
             return traffic.received
 
-        until_it_works(look)
-        bytes_before, cpu, began = settled(), broker_cpu_s(), time.monotonic()
-        for _ in range(looks):
-            look()
-        seconds, used = time.monotonic() - began, broker_cpu_s() - cpu
-        received = settled() - bytes_before
-    return {"bytes": received / looks, "seconds": seconds / looks, "broker_cpu_s": used / looks}
+        def measured(look: Callable[[], None]) -> dict[str, float]:
+            until_it_works(look)
+            bytes_before, cpu, began = settled(), broker_cpu_s(), time.monotonic()
+            for _ in range(looks):
+                look()
+            seconds, used = time.monotonic() - began, broker_cpu_s() - cpu
+            received = settled() - bytes_before
+            return {"bytes": received / looks, "seconds": seconds / looks, "broker_cpu_s": used / looks}
+
+        return {"offsets": measured(look_at_offsets), "topic": measured(look_at_topic)}
 
 
 def until_it_works(call: Callable[[], None]) -> None:
@@ -134,7 +140,7 @@ def measure_fetches(broker: Broker, limits: Mapping[str, int]) -> dict[str, floa
     with topic_on(broker, 1) as topic:
         fill(broker, topic)
         traffic = Traffic()
-        properties = consumer_properties(settings_for(broker, topic)) | QUIET | {**limits, "stats_cb": traffic.take}
+        properties = member_properties(settings_for(broker, topic)) | QUIET | {**limits, "stats_cb": traffic.take}
         consumer = Consumer(properties)  # its statistics come once a second
         consumer.assign([TopicPartition(topic, 0, 0)])
         received = [one_image(consumer, topic, traffic) for _ in range(IMAGES + 1)]

@@ -1,8 +1,8 @@
 """A simulation of one consumer group, its broker and its bucket, by discrete events.
 
-Each worker does what `latent_encoder/stages.py` and `kafka/work.py` do: it holds at most `prefetch` requests, prepares them in
-some threads, encodes one, writes some, and publishes them in the order of their partition. Broker and bucket are queues with a
-rate. Time is in seconds of the simulation.
+Each worker does as `latent_encoder/stages.py` and `kafka/work.py` do. It holds at most `prefetch` requests, fetches and
+prepares them in some threads, encodes one, makes the files of one, publishes the files of some, and commits in the order of
+each partition. Broker and bucket are queues with a rate. Time is in seconds of the simulation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+
+STAGES = ("fetch", "prepare", "encode", "write", "publish")
+FETCH, PREPARE, ENCODE, WRITE, PUBLISH = range(5)
+"""The stages of a request in its worker. Without storage, fetching and publishing take no time."""
 
 SAMPLE = 16
 """Workers among which a rebalance looks for one with few or many partitions: nearly as even as the best of all, and quick."""
@@ -25,12 +29,12 @@ class Steps:
     prepare_s: float
     encode_s: float
     write_s: float
-    prepare_trips: float = 0.0
-    write_trips: float = 0.0
-    prepare_reads: int = 0
+    fetch_trips: float = 0.0
+    publish_trips: float = 0.0
+    fetch_reads: int = 0
     """GET and HEAD calls before the encode."""
-    write_reads: int = 0
-    write_writes: int = 0
+    publish_reads: int = 0
+    publish_writes: int = 0
     """PUT and DELETE calls."""
     variation: float = 0.0
     """Coefficient of variation of each step's time, which has a gamma distribution."""
@@ -85,7 +89,9 @@ class Scenario:
     """Coefficient of variation of the partitions' rates of arrival."""
     prefetch: int = 2
     threads: int = 1
-    writers: int = 1
+    """Threads that prepare. Two images more may have their pixels in memory: PREPARE_THREADS."""
+    waiting: int = 16
+    """Threads that fetch, and as many that publish."""
     latency_s: float = 0.0
     """A round trip to storage."""
     prefixes: int = 1
@@ -111,7 +117,6 @@ class Outcome:
     latencies: list[float] = field(default_factory=list)
     repeated: int = 0
     """Encodes that had been done before."""
-    responded_twice: int = 0
     throttled: int = 0
     failed: int = 0
     """Attempts that ended because storage refused a call for too long."""
@@ -176,8 +181,16 @@ class Request:
     stored: bool = False
     """Its files are whole: another attempt needs no encode."""
     claimed_until: float = 0.0
-    step: str = ""
+    stage: int = -1
+    done: bool = False
+    """Its response may be published, when it is its turn."""
+    dropped: bool = False
+    """Left to the next owner of the partition, which gets a copy."""
     published: int = 0
+
+    @property
+    def unstarted(self) -> bool:
+        return not self.done and self.stage < ENCODE
 
 
 @dataclass(eq=False)
@@ -191,12 +204,10 @@ class Worker:
     partitions: list[int] = field(default_factory=list)
     next_partition: int = 0
     in_hand: int = 0
-    preparing: int = 0
-    encoding: bool = False
-    writing: int = 0
-    to_encode: deque[Request] = field(default_factory=deque)
-    to_prepare: deque[Request] = field(default_factory=deque)
-    to_write: deque[Request] = field(default_factory=deque)
+    pixels: int = 0
+    """Images whose pixels are in memory."""
+    busy: list[int] = field(default_factory=lambda: [0] * len(STAGES))
+    queues: list[deque[Request]] = field(default_factory=lambda: [deque() for _ in STAGES])
 
     @property
     def takes(self) -> bool:
@@ -234,6 +245,7 @@ class Simulation:
         self._left = scenario.backlog
         self._workers = [Worker(number) for number in range(scenario.workers)]
         self._partitions = [Partition() for _ in range(scenario.partitions)]
+        self._threads = (scenario.waiting, scenario.threads, 1, 1, scenario.waiting)
         self.outcome = Outcome()
 
     # The loop.
@@ -334,58 +346,59 @@ class Simulation:
         return None
 
     def _submit(self, worker: Worker, request: Request) -> None:
-        worker.to_prepare.append(request)
-        self._prepare(worker)
+        if not request.dropped:
+            self._enter(worker, request, FETCH if self._of.steps.fetch_trips else PREPARE)
 
-    def _prepare(self, worker: Worker) -> None:
-        steps = self._of.steps
-        while worker.to_prepare and worker.preparing < self._of.threads:
-            request = worker.to_prepare.popleft()
-            worker.preparing += 1
-            request.step = "prepare"
-            seconds = self._varied(steps.prepare_s, steps.variation) + steps.prepare_trips * self._of.latency_s
+    def _enter(self, worker: Worker, request: Request, stage: int) -> None:
+        request.stage = stage
+        worker.queues[stage].append(request)
+        self._serve(worker, stage)
 
-            def prepared(request: Request = request) -> None:
-                worker.preparing -= 1
-                if request.stored:
-                    self._done(worker, request)
-                else:
-                    worker.to_encode.append(request)
-                    self._encode(worker)
-                self._prepare(worker)
+    def _serve(self, worker: Worker, stage: int) -> None:
+        """Let the threads of a stage that are free take its requests."""
+        queue = worker.queues[stage]
+        while queue and worker.busy[stage] < self._threads[stage]:
+            if stage == PREPARE and worker.pixels >= self._of.threads + 2:
+                return
+            request = queue.popleft()
+            if request.dropped:
+                worker.pixels -= stage in (ENCODE, WRITE)
+                continue
+            worker.busy[stage] += 1
+            worker.pixels += stage == PREPARE
+            self._do(worker, request, stage)
 
-            self._with_storage(worker, seconds, (steps.prepare_reads, 0), prepared)
+    def _do(self, worker: Worker, request: Request, stage: int) -> None:
+        steps, latency_s = self._of.steps, self._of.latency_s
 
-    def _encode(self, worker: Worker) -> None:
-        if worker.encoding or not worker.to_encode:
+        def ended() -> None:
+            worker.busy[stage] -= 1
+            self._go_on(worker, request, stage)
+            self._serve(worker, stage)
+
+        if stage == FETCH:
+            self._with_storage(worker, steps.fetch_trips * latency_s, (steps.fetch_reads, 0), ended)
+        elif stage == PUBLISH:
+            seconds = max(0.0, request.claimed_until - self._now) + steps.publish_trips * latency_s
+            self._with_storage(worker, seconds, (steps.publish_reads, steps.publish_writes), ended)
+        else:
+            mean = (0.0, steps.prepare_s, steps.encode_s, steps.write_s)[stage]
+            self._after(self._varied(mean, steps.variation), self._of_life(worker, ended))
+
+    def _go_on(self, worker: Worker, request: Request, stage: int) -> None:
+        """Bring a request to its next stage, or end it: its files are there, or it was left to another worker."""
+        ends = request.dropped or request.stored
+        if (ends and PREPARE <= stage < WRITE) or stage == WRITE:
+            worker.pixels -= 1
+            self._serve(worker, PREPARE)
+        if request.dropped:
             return
-        request = worker.to_encode.popleft()
-        worker.encoding, request.step = True, "encode"
-
-        def encoded() -> None:
-            worker.encoding = False
-            worker.to_write.append(request)
-            self._write(worker)
-            self._encode(worker)
-
-        self._after(self._varied(self._of.steps.encode_s, self._of.steps.variation), self._of_life(worker, encoded))
-
-    def _write(self, worker: Worker) -> None:
-        steps = self._of.steps
-        while worker.to_write and worker.writing < self._of.writers:
-            request = worker.to_write.popleft()
-            worker.writing += 1
-            request.step = "write"
-
-            def written(request: Request = request) -> None:
-                worker.writing -= 1
-                request.stored = True
-                self._done(worker, request)
-                self._write(worker)
-
-            claimed = max(0.0, request.claimed_until - self._now)
-            seconds = claimed + self._varied(steps.write_s, steps.variation) + steps.write_trips * self._of.latency_s
-            self._with_storage(worker, seconds, (steps.write_reads, steps.write_writes), written)
+        if stage == PUBLISH or (stage == WRITE and not self._of.steps.publish_trips):
+            request.stored = True
+        if request.stored and stage >= PREPARE:
+            self._done(worker, request)
+        else:
+            self._enter(worker, request, stage + 1)
 
     def _with_storage(self, worker: Worker, seconds: float, calls: tuple[int, int], then: Callable[[], None]) -> None:
         """Do a step with its reads and writes, in a prefix chosen at random."""
@@ -411,22 +424,20 @@ class Simulation:
 
     def _done(self, worker: Worker, request: Request) -> None:
         """Publish the requests that are the first of their partition, and commit them."""
-        request.step = "done"
+        request.done = True
         for first in self._partitions[request.partition].taken:
-            if first.step == "done":
-                first.step = "published"
-                first.published += 1
+            if first.done and not first.published:
+                first.published = 1
                 committed = self._coordinator.take(self._now, 1)
                 respond = self._of_life(worker, lambda first=first: self._respond(worker, first))  # type: ignore[misc]
                 self._after(committed - self._now, respond)
-            elif first.step != "published":
+            elif not first.done:
                 return
 
     def _respond(self, worker: Worker, request: Request) -> None:
         partition = self._partitions[request.partition]
         partition.taken.popleft()
         worker.in_hand -= 1
-        self.outcome.responded_twice += request.published > 1
         if self._now >= self._of.warm_up_s:
             self.outcome.completed += 1
             self.outcome.last_at = self._now
@@ -465,9 +476,11 @@ class Simulation:
             self._after(group.session_s, lambda: self._rebalance(lambda: self._hand_over(held), joins=False))
 
     def _roll(self, number: int) -> None:
-        """Stop a worker in good order: it takes no more requests, and ends when those in hand have a response."""
+        """Stop a worker in good order: it takes no more requests, and ends when those whose encode has begun are published."""
         worker = self._workers[number]
         worker.stopping = True
+        for held in worker.partitions:
+            self._drop_unstarted(worker, held)
         if worker.alive and not worker.in_hand:
             self._end_of(worker)
 
@@ -484,22 +497,35 @@ class Simulation:
         worker.life += 1
         for number in worker.partitions:
             self._give_back(number, killed=killed)
-        worker.in_hand = worker.preparing = worker.writing = 0
-        worker.encoding = False
-        for queue in (worker.to_prepare, worker.to_encode, worker.to_write):
+        worker.in_hand = worker.pixels = 0
+        worker.busy = [0] * len(STAGES)
+        for queue in worker.queues:
             queue.clear()
 
     def _give_back(self, number: int, *, killed: bool) -> None:
+        """Put all uncommitted requests of a partition back."""
         partition = self._partitions[number]
-        for request in reversed(partition.taken):
-            if not request.stored and request.step in ("encode", "write"):
-                self.outcome.repeated += 1
-            if killed and not request.stored and request.step == "write":
-                request.claimed_until = self._now + self._of.faults.claim_s
-            request.step = ""
-            partition.waiting.appendleft(request)
-            self._waiting += 1
-        partition.taken.clear()
+        while partition.taken:
+            self._put_back(partition, killed=killed)
+
+    def _drop_unstarted(self, worker: Worker, number: int) -> None:
+        """Put the requests of a partition back, from the first whose encode has not begun."""
+        partition = self._partitions[number]
+        kept = next((n for n, request in enumerate(partition.taken) if request.unstarted), len(partition.taken))
+        while len(partition.taken) > kept:
+            worker.in_hand -= 1
+            self._put_back(partition, killed=False)
+
+    def _put_back(self, partition: Partition, *, killed: bool) -> None:
+        """Put the last request that was taken back, as a copy, because its worker may still have the other in a thread."""
+        request = partition.taken.pop()
+        request.dropped = True
+        self.outcome.repeated += not request.stored and request.stage >= ENCODE
+        copy = Request(request.arrived, request.partition, request.stored)
+        if killed and not request.stored and request.stage == PUBLISH:
+            copy.claimed_until = self._now + self._of.faults.claim_s
+        partition.waiting.appendleft(copy)
+        self._waiting += 1
         self.outcome.most_lag = max(self.outcome.most_lag, self._waiting)
 
     def _abandoned(self, worker: Worker) -> list[int]:
@@ -577,11 +603,13 @@ class Simulation:
             number = richest.partitions.pop()
             richest.next_partition = 0
             self._partitions[number].owner = None
-            if self._partitions[number].taken:  # the requests in hand are finished first
+            self._drop_unstarted(richest, number)
+            if self._partitions[number].taken:  # those whose encode has begun are finished first
                 self._partitions[number].heir = worker
                 coming += 1
             else:
                 self._give(number, worker)
+            self._take(richest)
 
     def _give(self, number: int, worker: Worker) -> None:
         partition = self._partitions[number]

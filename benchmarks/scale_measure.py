@@ -13,7 +13,6 @@ import click
 from benchmarks.encode_report import progress
 from benchmarks.scale_calls import measure_commits, measure_fetches, measure_look, measure_statistics
 from benchmarks.scale_group import measure_group
-from benchmarks.scale_storage import measure_storage
 from benchmarks.scale_workers import measure_workers
 from tests.broker import ApacheKafka
 
@@ -28,12 +27,12 @@ DEFAULTS = {
 MEMBERS = (10, 50, 200)
 PARTITIONS = (10, 100, 1000)
 FETCHES: dict[str, dict[str, int]] = {
-    "default": {},
-    "small": {"queued.max.messages.kbytes": 64, "max.partition.fetch.bytes": 16_384},
+    "of the service": {},
+    "of librdkafka": {"queued.max.messages.kbytes": 65_536, "max.partition.fetch.bytes": 1_048_576},
 }
-"""Properties of the consumer: those of the service, and the ones that docs/scale.md advises."""
+"""Properties of the consumer: those of the service, and the defaults of the library."""
 
-PARTS = ("rebalance", "look", "statistics", "fetch", "commit", "storage", "workers")
+PARTS = ("rebalance", "look", "statistics", "fetch", "commit", "workers")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,7 +43,7 @@ PARTS = ("rebalance", "look", "statistics", "fetch", "commit", "storage", "worke
 )
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures there.")
 def main(only: Sequence[str], members: Sequence[int], partitions: Sequence[int], json_file: Path | None) -> None:
-    """Measure rebalances, the calls of a worker to its broker and to storage, and workers whose encode sleeps."""
+    """Measure rebalances, the calls of a worker to its broker, and workers whose encode sleeps."""
     found: dict[str, Any] = {}
 
     def measure(part: str, name: str, call: Callable[[], Any]) -> None:
@@ -66,7 +65,6 @@ def main(only: Sequence[str], members: Sequence[int], partitions: Sequence[int],
             for count in members:
                 measure("rebalance", f"{protocol} {count}", lambda of=(protocol, count): times_of(broker, *of))  # type: ignore[misc]
         measure("workers", "workers", lambda: measure_workers(broker))
-    measure("storage", "storage", measure_storage)
 
 
 def times_of(broker: ApacheKafka, protocol: str, members: int) -> dict[str, Any]:

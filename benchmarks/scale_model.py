@@ -9,15 +9,17 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.scale_events import Group, Steps
+from latent_encoder.kafka.topics import LOOK_EVERY_S, topics_every_s
 
 
 @dataclass(frozen=True)
 class Calls:
     """The calls of an image to its bucket: docs/object-storage.md, "Calls"."""
 
-    get_before: int = 5
-    """GET before the encode: three names of metadata, the image, and one name again."""
+    get_before: int = 4
+    """GET before the encode: three names of metadata, and the image."""
     get_after: int = 3
+    """GET under the claim: the three names again."""
     head: int = 0
     put: int = 4
     delete: int = 1
@@ -33,20 +35,32 @@ class Calls:
 
 CALLS = Calls()
 
-LOOK_TRIPS, PREPARE_TRIPS, WRITE_TRIPS = 1.0, 2.0, 5.0
-"""Round trips, measured by `scale_measure --only storage`."""
+FETCH_TRIPS, PUBLISH_TRIPS = 2.0, 5.0
+"""Round trips of an image: docs/object-storage.md, "Calls"."""
 
 LATENCY_S = 0.05
 """Seconds of a call to storage; Amazon names 0.1 to 0.2 s for small objects."""
 
-CPU_STEPS = Steps(
-    0.06, 3.6, 0.06, LOOK_TRIPS + PREPARE_TRIPS, WRITE_TRIPS, CALLS.get_before, CALLS.get_after, CALLS.writes, 0.1
-)
+
+def steps_of(prepare_s: float, encode_s: float, write_s: float) -> Steps:
+    """Return the steps of an image in object storage."""
+    return Steps(
+        prepare_s,
+        encode_s,
+        write_s,
+        FETCH_TRIPS,
+        PUBLISH_TRIPS,
+        CALLS.get_before,
+        CALLS.get_after + CALLS.head,
+        CALLS.writes,
+        variation=0.1,
+    )
+
+
+CPU_STEPS = steps_of(0.06, 3.6, 0.06)
 """A megapixel on two CPU cores in bfloat16: docs/encoder.md, "Speed"; file work: benchmarks/README.md, "prepare_bench"."""
 
-GPU_STEPS = Steps(
-    0.06, 0.05, 0.03, LOOK_TRIPS + PREPARE_TRIPS, WRITE_TRIPS, CALLS.get_before, CALLS.get_after, CALLS.writes, 0.1
-)
+GPU_STEPS = steps_of(0.06, 0.05, 0.03)
 """A megapixel on a GPU, assumed as in benchmarks/gpu_simulation.py."""
 
 CLASSIC = Group("classic", heartbeat_s=3.0, member_s=0.0008)
@@ -79,14 +93,16 @@ COORDINATOR_CPUS = 8
 COMMITS_AN_IMAGE, READS_AN_IMAGE = 2, 1
 """The note of the start, its confirmation, and the offset behind the response: kafka/starts.py, kafka/commits.py."""
 
-LOOK_EVERY_S = 5.0
-LOOK_BYTES, LOOK_BYTES_A_PARTITION = 170.0, 80.0
-"""Bytes of a look at the request topic, measured: a constant part, and that of each partition."""
-LOOK_CPU_S, LOOK_CPU_S_A_PARTITION = 0.0025, 0.0000115
-"""CPU seconds of the brokers for a look, measured likewise."""
+LOOK_BYTES, LOOK_BYTES_A_PARTITION = 64.0, 54.0
+"""Bytes of a look at the offsets of a worker's partitions, measured: a constant part, and that of each partition."""
+LOOK_CPU_S = 0.0015
+"""CPU seconds of the brokers for a look at the offsets of two partitions: the mean of four runs with 0.0004 to 0.0023."""
+TOPIC_LOOK_BYTES, TOPIC_LOOK_BYTES_A_PARTITION = 105.0, 26.0
+TOPIC_LOOK_CPU_S, TOPIC_LOOK_CPU_S_A_PARTITION = 0.0005, 0.0000017
+"""Likewise of a look at the request topic, with all of its partitions."""
 STATISTICS_BYTES, STATISTICS_S = 769.0, 0.000015
 """Size and reading time of the consumer's statistics for each partition of the topic, measured. They come each second."""
-FETCH_BYTES = {"default": 5_243_000.0, "small": 82_000.0}
+FETCH_BYTES = 131_000.0
 """Bytes that a worker fetches for an image whose encode is longer than 2 s, while a backlog waits, measured."""
 IDLE_FETCHES_A_SECOND = 10.0
 RECORD_BYTES, RESPONSE_BYTES = 400, 2500
@@ -157,24 +173,33 @@ class BrokerLoad:
             "fetch": self.per_second if self.paused else self.workers * IDLE_FETCHES_A_SECOND,
             "heartbeat": self.workers / self.group.heartbeat_s,
             "offsets": self.per_second * (COMMITS_AN_IMAGE + READS_AN_IMAGE),
-            "look": self.workers / LOOK_EVERY_S * (1 + 2 * self.brokers),
+            "look": self.workers * (2 * min(self.own, self.brokers) / LOOK_EVERY_S + 1 / topics_every_s(self.partitions)),
         }
 
-    def fetched_bytes(self, fetch: str) -> float:
-        """Return bytes a second of requests to the workers."""
-        return self.per_second * (FETCH_BYTES[fetch] if self.paused else RECORD_BYTES)
+    @property
+    def own(self) -> float:
+        """Partitions of a worker."""
+        return self.partitions / self.workers
+
+    @property
+    def fetched_bytes(self) -> float:
+        """Bytes a second of requests to the workers."""
+        return self.per_second * (FETCH_BYTES if self.paused else RECORD_BYTES)
 
     @property
     def look_bytes(self) -> float:
-        """Bytes a second of all looks at the topics."""
-        return self.workers / LOOK_EVERY_S * (LOOK_BYTES + LOOK_BYTES_A_PARTITION * self.partitions)
+        """Bytes a second of all looks at offsets and at the topic."""
+        offsets = LOOK_BYTES + LOOK_BYTES_A_PARTITION * self.own
+        topic = TOPIC_LOOK_BYTES + TOPIC_LOOK_BYTES_A_PARTITION * self.partitions
+        return self.workers * (offsets / LOOK_EVERY_S + topic / topics_every_s(self.partitions))
 
     @property
     def look_cpus(self) -> float:
         """CPU seconds of all looks in a second."""
-        return self.workers / LOOK_EVERY_S * (LOOK_CPU_S + LOOK_CPU_S_A_PARTITION * self.partitions)
+        topic = TOPIC_LOOK_CPU_S + TOPIC_LOOK_CPU_S_A_PARTITION * self.partitions
+        return self.workers * (LOOK_CPU_S / LOOK_EVERY_S + topic / topics_every_s(self.partitions))
 
     @property
     def offsets_looked_up(self) -> float:
         """Offsets of partitions that the brokers look up in a second."""
-        return self.workers / LOOK_EVERY_S * 2 * self.partitions
+        return self.workers / LOOK_EVERY_S * 2 * self.own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -58,7 +59,8 @@ class Membership:
         """Begin to look for the worker among the members of its group, until it is there."""
         if self._settings.kafka_group_protocol == "consumer":
             self._admin = make_client(AdminClient, admin_properties(self._settings), self._settings)
-            self._timers.after(LOOK_AFTER_S, self._ask)
+            # Varied, because a look has all members in it, and many workers may have been started together.
+            self._timers.after(LOOK_AFTER_S * random.uniform(1, 2), self._ask)  # noqa: S311  # nothing secret
 
     def _ask(self) -> None:
         if self._consumer.assignment():

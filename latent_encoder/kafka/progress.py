@@ -16,9 +16,9 @@ from latent_encoder.kafka.lanes import Lanes
 from latent_encoder.kafka.positions import readings
 from latent_encoder.kafka.stalls import Watchdog
 from latent_encoder.kafka.telemetry import Backlog
-from latent_encoder.kafka.topics import LOOK_EVERY_S, LOOK_TIMEOUT_S, TopicWatch
+from latent_encoder.kafka.topics import LOOK_EVERY_S, LOOK_TIMEOUT_S, SPREAD, TopicWatch
 
-STALE_AFTER_S = 2 * (LOOK_EVERY_S + LOOK_TIMEOUT_S)
+STALE_AFTER_S = 2 * (LOOK_EVERY_S * (1 + SPREAD) + LOOK_TIMEOUT_S)
 """Age of a look at the broker after which its offsets say nothing about a stall: two looks were missed."""
 
 
@@ -41,12 +41,17 @@ class Progress:
         """Take new partitions, each with its committed offset; None if it has none, or if it is not known."""
         self._committed |= committed
         self._gaps.assigned(committed)
+        self._watch()
 
     def forget(self, partitions: Collection[Partition]) -> None:
         """Forget partitions that belong to another worker now."""
         for place in partitions:
             self._committed.pop(place, None)
         self._gaps.forget(partitions)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._topics.watch([number for _, number in self._committed])
 
     def restart(self) -> None:
         """Forget all offsets, because the topic was created again."""

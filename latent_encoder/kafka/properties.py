@@ -78,6 +78,10 @@ LARGEST_MESSAGE = 1_000_000_000
 STATISTICS_INTERVAL_MS = 1000
 """Once a second: the longest delay until a broker that went away is noticed."""
 
+SMALL_FETCHES: Properties = {"queued.max.messages.kbytes": 64, "max.partition.fetch.bytes": 65_536}
+"""64 KiB of requests, about 160, are fetched ahead of KAFKA_PREFETCH. librdkafka drops them if their partition is paused. With
+slow encodes and a backlog that is once for each image. A larger record still comes, alone."""
+
 DEFAULT_MAX_POLL_INTERVAL_MS = 300_000
 """librdkafka's default."""
 
@@ -102,14 +106,17 @@ INVALID_VALUE = re.compile(r'(?<=Invalid value )"[^"]*("|\Z) ?|(?<=Invalid value
 """The value in librdkafka's two messages about an invalid one: `Invalid value "rar" for …`, `Invalid value for …: rar`."""
 
 
-def consumer_properties(settings: Settings) -> Properties:
+def consumer_properties(settings: Settings, fetches: Properties | None = None) -> Properties:
     """Return the properties of the consumer: commits by hand only, reads from the start, keeps its partitions in a rebalance.
+
+    `fetches` are the sizes of its fetches, which the file may change.
 
     Raises:
         SettingsError: the file of further properties cannot be used.
     """
     return {
-        "queued.max.messages.kbytes": 4096,  # 4 MiB a partition, which librdkafka fetches ahead of KAFKA_PREFETCH
+        "queued.max.messages.kbytes": 4096,  # for tools, which read a topic without pauses
+        **(fetches or {}),
         "fetch.wait.max.ms": 100,  # ms; a resumed partition waits for the fetch that is under way
         **_common(settings),
         "group.id": settings.kafka_consumer_group,
@@ -129,7 +136,7 @@ def member_properties(settings: Settings) -> Properties:
     Raises:
         SettingsError: the file of further properties cannot be used.
     """
-    properties = consumer_properties(settings)
+    properties = consumer_properties(settings, SMALL_FETCHES)
     if settings.kafka_group_instance_id:
         properties["group.instance.id"] = settings.kafka_group_instance_id
     if settings.kafka_group_protocol == "consumer":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -16,6 +17,7 @@ from confluent_kafka.cimpl import NewTopic  # `confluent_kafka.admin` exports it
 from config import Settings
 from errors import KafkaFailed
 from latent_encoder.kafka.connection import is_fatal, kafka_failed
+from latent_encoder.kafka.decisions import TOPIC_GONE
 from latent_encoder.kafka.properties import admin_properties, make_client
 from latent_encoder.telemetry.logs import get_logger
 
@@ -32,7 +34,18 @@ FIRST_LOOKS_S = 1.0
 """Wait between two looks before all topics exist: an operator creates them by hand, and one call a second is cheap."""
 
 LOOK_EVERY_S = 5.0
-"""Wait between later looks. The lag is as old as that at most, and a look takes three small requests."""
+"""Mean wait between later looks. A look asks for the offsets of the worker's own partitions, and the lag is about as old."""
+
+SPREAD = 0.25
+"""Largest relative deviation from a wait, so that workers that were started together do not all look in the same second."""
+
+TOPIC_LOOK_S_A_PARTITION = 0.05
+"""Wait between two looks at the topics themselves, in seconds for each partition. Such a look has all partitions in it: if it
+came every five seconds, 1,000 workers would get those of 2,000 partitions 400,000 times a second. Up to 100 partitions, each
+look is at the topics too."""
+
+LONGEST_TOPIC_LOOK_S = 60.0
+"""Longest of these waits: a topic that was removed or created again is noticed within about a minute."""
 
 LOOK_TIMEOUT_S = 5.0
 """Timeout of each request of a look: a broker that responds later counts as away."""
@@ -55,6 +68,11 @@ def topics_of(settings: Settings) -> tuple[str, str, str]:
     return (settings.kafka_request_topic, settings.kafka_response_topic, settings.kafka_dlq_topic)
 
 
+def topics_every_s(partitions: int) -> float:
+    """Return the seconds between two looks at the topics, if that of the requests has so many partitions."""
+    return min(max(LOOK_EVERY_S, partitions * TOPIC_LOOK_S_A_PARTITION), LONGEST_TOPIC_LOOK_S)
+
+
 @dataclass(frozen=True)
 class Seen:
     """The broker's responses to one look."""
@@ -63,7 +81,7 @@ class Seen:
     """Seconds of the monotonic clock."""
     missing: frozenset[str]
     starts: Mapping[int, int]
-    """The first offset that the broker still has, of each partition of the request topic."""
+    """The first offset that the broker still has, of each partition that was looked at."""
     ends: Mapping[int, int]
     """The offset behind the last record that a consumer may read, without those of open transactions."""
 
@@ -83,7 +101,15 @@ class TopicWatch:
         self._recreated = recreated
         self._failed = failed
         self._admin = make_client(AdminClient, admin_properties(settings), settings)
-        self._closing = threading.Event()
+        self._wake = threading.Event()
+        self._closing = False
+        self._watched: frozenset[int] = frozenset()
+        self._partitions = 0
+        """Count of the partitions of the request topic at the last look at it."""
+        self._gone = False
+        """At the last look, a broker did not know one of the partitions."""
+        self._topics_due = 0.0
+        """Time of the next look at the topics themselves, in seconds of the monotonic clock."""
         self._thread = threading.Thread(target=self._run, name="topics", daemon=True)
         self.threads = (self._thread,)
         """The thread without which the worker would not notice that a topic is gone."""
@@ -107,12 +133,20 @@ class TopicWatch:
         """Begin to look."""
         self._thread.start()
 
+    def watch(self, partitions: Collection[int]) -> None:
+        """Look at the offsets of these partitions of the request topic from now on, and at once if one of them is new."""
+        before, self._watched = self._watched, frozenset(partitions)
+        if self._watched - before:
+            self._wake.set()
+
     def close(self) -> None:
         """Look no more. A look that is under way ends by itself."""
-        self._closing.set()
+        self._closing = True
+        self._wake.set()
 
     def _run(self) -> None:
-        while not self._closing.is_set():
+        while not self._closing:
+            self._wake.clear()
             try:
                 self._look()
                 self.reached = True
@@ -123,10 +157,28 @@ class TopicWatch:
                 self._failed(exc)
                 return
             self._admin.poll(0)  # serves its log messages
-            self._closing.wait(LOOK_EVERY_S if self.existed else FIRST_LOOKS_S)
+            self._wake.wait(_varied(LOOK_EVERY_S if self.existed else FIRST_LOOKS_S))
 
     def _look(self) -> None:
-        """Ask the broker for the topics and for the offsets of the request topic, and create missing topics at the start.
+        """Ask the broker for the offsets of the worker's partitions, and for the topics if that is due.
+
+        Raises:
+            KafkaFailed: the broker refuses.
+            KafkaException: it cannot be reached.
+        """
+        before = self.seen
+        if before is None or before.missing or time.monotonic() >= self._topics_due:
+            missing = self._look_at_topics()
+            self.seen = self._offsets_now(missing)
+            self.existed = self.existed or not missing
+            return
+        self.seen = self._offsets_now(before.missing)
+        if self._gone or _ends_earlier(before, self.seen):
+            self._topics_due = 0.0
+            self._wake.set()
+
+    def _look_at_topics(self) -> frozenset[str]:
+        """Ask the broker for the topics, create missing ones at the start, and return those that are missing.
 
         Raises:
             KafkaFailed: the broker refuses.
@@ -141,10 +193,16 @@ class TopicWatch:
         self._log_change(missing)
         topic = found.get(self._settings.kafka_request_topic)
         if topic is not None:
+            self._partitions = len(topic.partitions)
             self._note_id(str(topic.topic_id))
-        numbers = [partition.id for partition in topic.partitions] if topic is not None else []
-        self.seen = Seen(time.monotonic(), missing, self._offsets(numbers, EARLIEST), self._offsets(numbers, LATEST))
-        self.existed = self.existed or not missing
+        wait_s = topics_every_s(self._partitions)
+        self._topics_due = time.monotonic() + (_varied(wait_s) if wait_s > LOOK_EVERY_S else 0)
+        return missing
+
+    def _offsets_now(self, missing: frozenset[str]) -> Seen:
+        self._gone = False
+        numbers = () if self._settings.kafka_request_topic in missing else self._watched
+        return Seen(time.monotonic(), missing, self._offsets(numbers, EARLIEST), self._offsets(numbers, LATEST))
 
     def _existing(self) -> dict[str, TopicDescription]:
         """Return those of the three topics that exist."""
@@ -162,19 +220,28 @@ class TopicWatch:
         return found
 
     def _offsets(self, partitions: Collection[int], spec: OffsetSpec) -> dict[int, int]:
-        """Return an offset of each partition of the request topic that has a leader now."""
+        """Return an offset of each of these partitions of the request topic that has a leader now.
+
+        Raises:
+            KafkaException: no broker can be reached.
+        """
         wanted = {TopicPartition(self._settings.kafka_request_topic, number): spec for number in partitions}
         if not wanted:
             return {}
         results = self._admin.list_offsets(
             wanted, isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=LOOK_TIMEOUT_S
         )
-        offsets = {}
+        offsets: dict[int, int] = {}
+        away: KafkaException | None = None
         for partition, result in results.items():
             try:
                 offsets[partition.partition] = result.result().offset
             except KafkaException as exc:
+                away = exc if exc.args[0].code() in UNREACHABLE else away
+                self._gone = self._gone or exc.args[0].code() in TOPIC_GONE
                 log.debug("offset unknown", partition=partition.partition, reason=exc.args[0].str())
+        if away is not None and not offsets:
+            raise away
         return offsets
 
     def _note_id(self, topic_id: str) -> None:
@@ -194,6 +261,15 @@ class TopicWatch:
             log.error("topics are gone: create them again", missing=sorted(missing))
         else:
             log.warning("waiting for topics: create them, or set KAFKA_CREATE_TOPICS=true", missing=sorted(missing))
+
+
+def _varied(seconds: float) -> float:
+    return seconds * random.uniform(1 - SPREAD, 1 + SPREAD)  # noqa: S311  # nothing secret depends on it
+
+
+def _ends_earlier(before: Seen | None, now: Seen) -> bool:
+    """Return whether a partition ends before an offset that it had: it belongs to a topic that was created again."""
+    return before is not None and any(end < before.ends.get(number, 0) for number, end in now.ends.items())
 
 
 def create_topics(settings: Settings, names: Collection[str]) -> None:

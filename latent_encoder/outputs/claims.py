@@ -35,7 +35,11 @@ WAIT_S = 25.0
 """Longest wait for a claim, in seconds: that of a killed process ends within it."""
 
 POLL_S = 0.25
-"""Seconds between two looks at another process's claim. Each is a call that costs money."""
+"""Seconds until the second look at another process's claim: a publication often takes no longer."""
+
+LONGEST_POLL_S = 2.0
+"""Longest pause between two looks, in seconds. Each look is a PUT and a GET, which cost money. The pauses grow by a half, so
+the claim of a killed process is looked at 12 times, and one that is held for longer than WAIT_S 17 times."""
 
 CONDITIONAL = "conditional writes"
 
@@ -66,6 +70,7 @@ class Claim:
         deadline = time.monotonic() + wait_s
         seen: Version | None = None
         seen_at = 0.0
+        pause = POLL_S
         while not self._written(None):
             try:
                 found = self._folder.content(self._name)
@@ -87,7 +92,8 @@ class Claim:
                     f"Cannot write to output folder: {self._folder.path} (for {wait_s:g} s another process has been writing "
                     f"{shown})"
                 )
-            time.sleep(POLL_S)
+            time.sleep(max(POLL_S, min(pause, seen_at + CLAIM_S - now)))
+            pause = min(1.5 * pause, LONGEST_POLL_S)
         self._prove()
 
     def _note_taken_over(self, shown: str) -> None:

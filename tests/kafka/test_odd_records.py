@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -12,6 +13,7 @@ import pytest
 from confluent_kafka import KafkaException
 
 from config import Settings
+from kafka_handler import KafkaHandler
 from latent_encoder.kafka.guards import client_faults, harmless
 from latent_encoder.kafka.letters import Letter
 from latent_encoder.kafka.limits import DEAD_LETTER_HEADERS, LARGEST_RESPONSE, faults_of
@@ -226,6 +228,23 @@ def test_odd_statistics_stop_nothing(events: Events) -> None:
         observe(text)
     assert found == ["b"]
     assert [event["reason"] for event in events("statistics cannot be used")] == ["KeyError: 'brokers'"]
+
+
+def test_large_statistics_are_read_less_often(bench: Bench, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a topic with many partitions take no more than a twentieth of the time; small ones are read each second."""
+    handler = KafkaHandler(bench.settings(settings))
+    found: list[object] = []
+    monkeypatch.setattr(handler._broker, "on_statistics", found.append)
+    small: dict[str, object] = {"brokers": {}, "topics": {}}
+    partition = {f"field_{n}": n for n in range(40)}
+    handler._on_statistics(json.dumps(small))
+    assert handler._statistics_from < time.monotonic() + 1
+    handler._statistics_from = 0.0
+    large = {**small, "topics": {"t": {"partitions": {str(n): partition for n in range(20_000)}}}}
+    handler._on_statistics(json.dumps(large))
+    assert handler._statistics_from > time.monotonic() + 1
+    handler._on_statistics(json.dumps(small))
+    assert len(found) == 2
 
 
 def test_client_that_refuses_a_call_is_one_line(bench: Bench) -> None:

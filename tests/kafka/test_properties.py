@@ -12,6 +12,7 @@ from config import Settings, SettingsError
 from latent_encoder.kafka.properties import (
     CLASSIC_ONLY,
     REFUSED,
+    SMALL_FETCHES,
     admin_properties,
     consumer_properties,
     make_client,
@@ -107,10 +108,11 @@ def test_property_that_would_break_the_guarantees_is_refused(name: str, tmp_path
 
 
 def test_group_protocol_and_static_membership_are_the_workers_alone() -> None:
-    """A member has both properties, librdkafka takes them, and the readers of tools have neither."""
+    """A member has both properties, librdkafka takes them, and the readers of tools have neither, nor small fetches."""
     given = settings(kafka_group_protocol="consumer", kafka_group_instance_id="worker-0")
     member, reader = member_properties(given), consumer_properties(given)
-    assert member.items() - reader.items() == {("group.protocol", "consumer"), ("group.instance.id", "worker-0")}
+    own = {"group.protocol": "consumer", "group.instance.id": "worker-0", **SMALL_FETCHES}
+    assert member.items() - reader.items() == own.items()
     assert reader.items() - member.items() == {("partition.assignment.strategy", "cooperative-sticky")}
     make_client(Consumer, member, given).close()
     assert member_properties(settings()) == consumer_properties(settings())

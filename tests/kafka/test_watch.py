@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from confluent_kafka import Producer, TopicPartition
 from prometheus_client import REGISTRY
 
 from config import Settings
+from latent_encoder.kafka import topics
 from latent_encoder.telemetry.metrics import CONSUMER_LAG, OLDEST_REQUEST
 from service import LatentEncoder
 from tests.helpers import IMAGES
@@ -184,6 +186,65 @@ def test_lag_is_true_while_nothing_is_fetched(make_bench: MakeBench, encoder: La
         bench.wait_for_commit({0: 1, 1: 4})
         wait_until(lambda: lag() == {0: 0, 1: 0}, "no lag")
         assert REGISTRY.get_sample_value(OLDEST, labels) == 0
+
+
+@pytest.mark.usefixtures("apache_kafka")
+def test_offsets_of_other_workers_are_not_looked_at(make_bench: MakeBench, encoder: LatentEncoder, settings: Settings) -> None:
+    """Each of two workers looks at the offsets of its own partitions, also after these have changed."""
+    bench = make_bench(partitions=4)
+
+    def looked_at(worker: Worker) -> set[int]:
+        seen = worker.handler._topics.seen
+        return set(seen.ends) & set(seen.starts) if seen is not None else set()
+
+    with bench.worker(encoder, bench.settings(settings)) as first:
+        wait_until(lambda: looked_at(first) == {0, 1, 2, 3}, "all partitions")
+        with bench.worker(encoder, bench.settings(settings)) as second:
+            wait_until(lambda: len(looked_at(first)) == len(looked_at(second)) == 2, "a half for each")
+            assert looked_at(first) | looked_at(second) == {0, 1, 2, 3}
+        wait_until(lambda: looked_at(first) == {0, 1, 2, 3}, "all partitions again")
+
+
+@pytest.mark.usefixtures("apache_kafka")
+def test_large_topic_that_is_gone_is_noticed_by_its_offsets(
+    bench: Bench, encoder: LatentEncoder, settings: Settings, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the topic itself is looked at once an hour, it is missed within seconds, and read from its start when it is back."""
+    monkeypatch.setattr(topics, "TOPIC_LOOK_S_A_PARTITION", 3600.0)
+    monkeypatch.setattr(topics, "LONGEST_TOPIC_LOOK_S", 3600.0)
+    with bench.worker(encoder, bench.settings(settings)) as worker:
+        bench.send({"request_id": "old"})
+        bench.wait_for_commit({0: 1})
+        looked_due = worker.handler._topics._topics_due
+        assert looked_due > time.monotonic() + 1800
+        delete_topic(bench, bench.request_topic)
+        wait_until(lambda: parts(worker)["topics"] == f"missing: {bench.request_topic}", "the missing topic")
+        bench.create(bench.request_topic)
+        bench.send({"request_id": "new"})
+        ids = [response["request_id"] for response in read_responses(bench.responses, 2)]
+    assert ids == ["old", "new"]
+    assert len(events("request topic was created again, reading it from its beginning")) == 1
+
+
+@pytest.mark.usefixtures("apache_kafka")
+def test_topic_that_was_replaced_between_two_looks_is_noticed(bench: Bench, settings: Settings) -> None:
+    """A partition that ends earlier than before makes the watch look at the topic itself at once."""
+    ids: list[str] = []
+    for n in range(3):
+        bench.send({"request_id": f"r{n}"})
+    watch = topics.TopicWatch(bench.settings(settings), ids.append, lambda _: None)
+    watch.watch([0])
+    watch._look()
+    watch._topics_due = time.monotonic() + 3600
+    delete_topic(bench, bench.request_topic)
+    bench.create(bench.request_topic)
+
+    def looked_again() -> bool:
+        watch._look()
+        return bool(ids)
+
+    wait_until(looked_again, "the id of the new topic")
+    assert ids == [watch.topic_id]
 
 
 OLDEST = "latent_encoder_oldest_request_seconds"

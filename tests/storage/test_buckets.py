@@ -5,16 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from config import Settings
 from errors import AccessDenied, ImageInvalid, ImageNotFound, ImageUnreachable, InvalidRequest, OutputDirNotWritable
 from latent_encoder.outputs import claims
+from latent_encoder.outputs.bucket import BucketFolder
+from latent_encoder.outputs.claims import Claim
 from latent_encoder.outputs.drawing import draw
+from latent_encoder.storage.access import AllowedUrls
+from latent_encoder.storage.locations import ObjectPath
+from latent_encoder.storage.stores import store_of
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import IMAGES, PATIENCE_S
@@ -240,6 +248,27 @@ def test_the_claim_of_a_killed_process_is_taken_over(
         with pytest.raises(OutputDirNotWritable):
             running.result(PATIENCE_S)
     assert_whole(bucket, response)
+
+
+def test_a_claim_that_is_held_for_long_costs_few_calls(
+    bucket: Bucket, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pauses between looks at a claim grow, and end when the claim may be taken over; each look is two calls."""
+    place = ObjectPath(f"{bucket.url}/out")
+    store = store_of(place, AllowedUrls.of_outputs(settings))
+    folder = BucketFolder(place, store, store)
+    dead, alive = Claim(folder, "key"), Claim(folder, "key")
+    dead.take("a.json")
+    before = bucket.proxy.count("PUT")
+    pauses: list[float] = []
+    now = time.monotonic()
+    clock = SimpleNamespace(monotonic=lambda: now + sum(pauses), sleep=pauses.append)
+    monkeypatch.setattr(claims, "time", clock)
+    alive.take("a.json")
+    assert sum(pauses) == pytest.approx(claims.CLAIM_S, abs=claims.POLL_S)
+    assert max(pauses) == claims.LONGEST_POLL_S
+    assert bucket.proxy.count("PUT") - before == len(pauses) + 2 == 13
+    assert bucket.proxy.count("GET") <= len(pauses) + 2
 
 
 @pytest.mark.parametrize(
