@@ -215,6 +215,15 @@ class Bench:
             process.kill()
 
     @contextmanager
+    def quick_process(self, **environment: str) -> Iterator[Process]:
+        """Run a worker as a process that takes over claims in a bucket sooner (`quick_claims.py`)."""
+        process = Process(self, ["-m", "tests.quick_claims", "--mode", "kafka"], environment)
+        try:
+            yield process
+        finally:
+            process.kill()
+
+    @contextmanager
     def faulty_process(self, **environment: str) -> Iterator[Process]:
         """Run a worker as a process that some requests kill or hang (`faulty_encodes.py`)."""
         process = Process(self, ["-m", "tests.faulty_encodes", "--mode", "kafka"], environment)
@@ -333,12 +342,12 @@ class Process:
         self.popen.communicate()
 
 
-def wait_until(condition: Callable[[], bool], awaited: str, patience: float = PATIENCE_S) -> None:
+def wait_until(condition: Callable[[], bool], awaited: str, patience: float = PATIENCE_S, poll_s: float = 0.1) -> None:
     """Wait until the condition holds; `awaited` names it in the error."""
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, f"not within {patience} s: {awaited}"
-        time.sleep(0.1)
+        time.sleep(poll_s)
 
 
 def client_config(folder: Path, **properties: object) -> Path:

@@ -2,8 +2,9 @@
 
 A claim is a hidden object that is created only if it is absent. Its process removes it when the files are published. A bucket
 has no locks that end with their process, so a claim that has stayed the same for CLAIM_S, by the clock of the one who waits,
-counts as abandoned and is taken over. No two clocks are compared. A process that lost its claim finds out before it reports a
-success: it renews the claim by a write that expects the version it wrote last.
+counts as abandoned and is taken over. No two clocks are compared. The one who waits looks at the other claims of the folder,
+too: a process that was killed may have left several, and they are waited for together. A process that lost its claim finds out
+before it reports a success: it renews the claim by a write that expects the version it wrote last.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from errors import OutputDirNotWritable
-from latent_encoder.outputs.bucket import QUICK_S, BucketFolder
+from latent_encoder.outputs.bucket import QUICK_S, BucketFolder, reported
 from latent_encoder.outputs.locks import LOCK, PREFIX
 from latent_encoder.storage.retrying import Unavailable
 from latent_encoder.storage.stores import Conflict, NotThere, Refused, Unusable, Version
@@ -33,6 +34,10 @@ RENEW_S = 5.0
 
 WAIT_S = 25.0
 """Longest wait for a claim, in seconds: that of a killed process ends within it."""
+
+REMEMBERED_S = 3600.0
+"""Seconds for which the sight of a claim is remembered, some 200 bytes each: a worker needs minutes for the requests that a
+killed one had in hand."""
 
 POLL_S = 0.25
 """Seconds until the second look at another process's claim: a publication often takes no longer."""
@@ -67,10 +72,7 @@ class Claim:
         Raises:
             OutputDirNotWritable: another process holds it, or the storage fails.
         """
-        deadline = time.monotonic() + wait_s
-        seen: Version | None = None
-        seen_at = 0.0
-        pause = POLL_S
+        deadline, waiting, pause = time.monotonic() + wait_s, False, POLL_S
         while not self._written(None):
             try:
                 found = self._folder.content(self._name)
@@ -79,12 +81,14 @@ class Claim:
             if found.data == self._data:  # the response to our own write was lost
                 self._version = found.facts.version
                 break
-            now = time.monotonic()
-            if seen is None:
+            seen = found.facts.version
+            since = seen_since(self._folder, self._name, seen["e_tag"])
+            if not waiting:
+                waiting = True
                 STORAGE_CLAIMS.labels("waited").inc()
-            if found.facts.version != seen:
-                seen, seen_at = found.facts.version, now
-            elif now - seen_at >= CLAIM_S and self._written(seen):
+                see_others(self._folder)
+            now = time.monotonic()
+            if now - since >= CLAIM_S and self._written(seen):
                 self._note_taken_over(shown)
                 break
             if now >= deadline:
@@ -92,9 +96,13 @@ class Claim:
                     f"Cannot write to output folder: {self._folder.path} (for {wait_s:g} s another process has been writing "
                     f"{shown})"
                 )
-            time.sleep(max(POLL_S, min(pause, seen_at + CLAIM_S - now)))
+            time.sleep(max(POLL_S, min(pause, since + CLAIM_S - now)))
             pause = min(1.5 * pause, LONGEST_POLL_S)
-        self._prove()
+        try:
+            self._prove()
+        except BaseException:
+            self.release()
+            raise
 
     def _note_taken_over(self, shown: str) -> None:
         STORAGE_CLAIMS.labels("taken_over").inc()
@@ -128,10 +136,17 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Remove the claim, unless another process may have it before the call ends: removing knows no condition."""
-        if self.age_s < CLAIM_S - QUICK_S:
-            with suppress(NotThere, Refused, Unusable, Unavailable):
-                self._folder.quick.remove_once(self._folder.key(self._name))
+        """Remove the claim, unless another process may have it before the call ends: removing knows no condition.
+
+        A call that fails is made once more, if it is not too late for that.
+        """
+        for _ in range(2):
+            if self.age_s >= CLAIM_S - QUICK_S:
+                return
+            with suppress(Unavailable):
+                with suppress(NotThere, Refused, Unusable):
+                    self._folder.quick.remove_once(self._folder.key(self._name))
+                return
 
     def clear(self) -> None:
         """Take over the claim of a killed process that has not changed for long, and remove it; leave it if it changes."""
@@ -169,19 +184,38 @@ class Claim:
             OutputDirNotWritable: it does not.
         """
         store = self._folder.store
-        if CONDITIONAL in store.proved:
-            return
-        try:
-            self._folder.put(self._name, self._data, None)
-        except Conflict:
-            store.proved.add(CONDITIONAL)
-            return
-        with suppress(OutputDirNotWritable):
-            self._folder.remove(self._name)
+        with nullcontext() if CONDITIONAL in store.proved else store.proving:
+            if CONDITIONAL in store.proved:
+                return
+            try:
+                self._folder.put(self._name, self._data, None, quick=True)
+            except Conflict:
+                store.proved.add(CONDITIONAL)
+                return
         raise OutputDirNotWritable(
             f"Cannot write to output folder: {self._folder.path} (the server ignores If-None-Match, so two workers could "
             "overwrite each other's files; use a storage with conditional writes)"
         ) from OSError(95, str(Unusable("no conditional writes")))
+
+
+def seen_since(folder: BucketFolder, name: str, e_tag: str | None) -> float:
+    """Return the time since when a claim has had this ETag, as far as this process has seen it; now if it is new."""
+    sightings, key = folder.store.sightings, folder.key(name)
+    known = sightings.get(key)
+    if known is None or known[0] != e_tag:
+        known = sightings[key] = (e_tag, time.monotonic())
+    return known[1]
+
+
+def see_others(folder: BucketFolder) -> None:
+    """Look at all claims of a folder, so that those of a killed process are waited for together, and forget older ones."""
+    with suppress(OutputDirNotWritable, NotThere), reported(folder.path):
+        for found in folder.store.names_from(folder.path.key, PREFIX):
+            seen_since(folder, found.name, found.e_tag)
+    forgotten = time.monotonic() - REMEMBERED_S
+    for key, (_, since) in [*folder.store.sightings.items()]:
+        if since < forgotten:
+            folder.store.sightings.pop(key, None)
 
 
 @contextmanager

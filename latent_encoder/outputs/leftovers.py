@@ -14,7 +14,7 @@ from pathlib import Path
 from errors import AccessDenied, InvalidRequest, OutputDirNotWritable
 from latent_encoder.access import AllowedFolders
 from latent_encoder.outputs.bucket import BucketFolder, open_bucket_folder, reported
-from latent_encoder.outputs.claims import Claim
+from latent_encoder.outputs.claims import Claim, seen_since
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.outputs.locks import LOCK, PREFIX, REPLACED, TEMPORARY, is_there, release
 from latent_encoder.storage.locations import ObjectPath
@@ -65,7 +65,9 @@ def remove_abandoned_claims(folder: BucketFolder) -> None:
     """Remove the claims that killed processes left in a folder of a bucket, and that nobody has taken over for a day."""
     with reported(folder.path):
         found = list(folder.store.names_from(folder.path.key, PREFIX))
-    old = [name for name, changed in found if (datetime.now(UTC) - changed).total_seconds() > ABANDONED_S]
+    for each in found:
+        seen_since(folder, each.name, each.e_tag)
+    old = [each.name for each in found if (datetime.now(UTC) - each.changed).total_seconds() > ABANDONED_S]
     for name in old:
         if hidden := HIDDEN.fullmatch(name):
             Claim(folder, hidden["key"]).clear()

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from errors import SetupError, StorageFault, one_line
 from latent_encoder.storage.access import AllowedUrls
@@ -119,6 +119,14 @@ class Facts:
     """The checksum that its writer stated; None if the writer was another program."""
 
 
+class Listed(NamedTuple):
+    """An object of a listing."""
+
+    name: str
+    changed: datetime
+    e_tag: str | None
+
+
 @dataclass(frozen=True)
 class Content:
     """An object that was read whole."""
@@ -150,6 +158,10 @@ class Store:
     bucket: ObjectStore
     proved: set[str] = field(default_factory=set)
     """Facts about the server that were found out by trying."""
+    proving: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Held while one of them is found out, so that several threads do so once."""
+    sightings: dict[str, tuple[str | None, float]] = field(default_factory=dict, repr=False, compare=False)
+    """The claims that were seen, by their keys: the ETag of each, and the time since when it has had it."""
 
     def read(self, key: str, max_bytes: int | None = None) -> Content:
         """Return an object.
@@ -194,8 +206,8 @@ class Store:
         with watched("delete", f"{self.place}/{key}"):
             _translated(lambda: self.bucket.delete(key))
 
-    def names_from(self, folder: str, beginning: str) -> Iterator[tuple[str, datetime]]:
-        """Yield the name of each object in a folder that begins so, with the time of its last change. One call is made."""
+    def names_from(self, folder: str, beginning: str) -> Iterator[Listed]:
+        """Yield each object in a folder whose name begins so. One call is made."""
         start = f"{folder}/{beginning}" if folder else beginning
 
         def first_page() -> list[Any]:
@@ -206,7 +218,7 @@ class Store:
                 continue
             if not found["path"].startswith(start):
                 return
-            yield found["path"].rpartition("/")[2], found["last_modified"]
+            yield Listed(found["path"].rpartition("/")[2], found["last_modified"], found["e_tag"])
 
     def _call(self, operation: Operation, key: str, call: Callable[[], R], before: Callable[[], None] = nothing) -> R:
         place = f"{self.place}/{key}"

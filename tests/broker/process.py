@@ -47,7 +47,7 @@ class Process:
         if self._supervisor.poll() is not None:
             log = self.log.read_text(errors="replace")
             faults = "".join(line for line in log.splitlines(keepends=True) if "ERROR" in line or "Exception" in line)
-            told = f"{faults[:LOG_TAIL]}...\n{log[-LOG_TAIL:]}"
+            told = f"{faults[:LOG_TAIL]}...\n{log[-LOG_TAIL:]}" if faults else log[-LOG_TAIL:]
             raise BrokerError(f"the broker has ended with status {self._supervisor.returncode}:\n{told}")
 
     def stop(self) -> None:

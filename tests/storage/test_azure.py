@@ -103,14 +103,14 @@ def test_names(container: str, name: str) -> None:
     """An object is read by the name that it was written by."""
     put(container, f"d/{name}", b"data")
     assert store(container).read(f"d/{name}").data == b"data"
-    assert [found for found, _ in store(container).names_from("d", name[:1])] == [name]
+    assert [found.name for found in store(container).names_from("d", name[:1])] == [name]
 
 
 def test_names_from_a_beginning(container: str) -> None:
     """Only the names that begin alike are listed."""
     for name in ("a1", "b1", "b2", "c1"):
         put(container, f"d/{name}", b"data")
-    assert [name for name, _ in store(container).names_from("d", "b")] == ["b1", "b2"]
+    assert [found.name for found in store(container).names_from("d", "b")] == ["b1", "b2"]
 
 
 def test_a_container_that_does_not_exist(container: str, worker: MakeWorker, ask: Ask, tmp_path: Path) -> None:

@@ -1,71 +1,16 @@
-"""Workers that share a topic and a bucket, and no disk."""
+"""Workers whose images and files are behind URLs."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import random
-import signal
-import time
 from contextlib import ExitStack
 
 import pytest
 
 from tests.helpers import IMAGES
-from tests.kafka_tools import MakeBench, quick_failover, read_responses, request_ids, wait_until
+from tests.kafka_tools import MakeBench, read_responses
 from tests.storage.conftest import Bucket
-from tests.storage.s3_server import SECRET_KEY
 from tests.storage.web_server import WebServer, status
-
-REQUESTS = 60
-KILLS = 4
-
-
-@pytest.mark.usefixtures("apache_kafka")
-def test_two_workers_that_are_killed_answer_every_request(make_bench: MakeBench, bucket: Bucket) -> None:
-    """With one topic, one bucket and four kills, each request has a success whose files have the stated checksums."""
-    bench = make_bench(partitions=4)
-    image, out = bucket.add(), f"{bucket.url}/out"
-    expected = {f"r{number}" for number in range(REQUESTS)}
-    for request_id in expected:
-        bench.send({"request_id": request_id, "image_path": image, "output_dir": out})
-    environment = {
-        **quick_failover(bench.folder),
-        **bucket.environment,
-        "ALLOWED_INPUT_URLS": f"{bucket.url}/in",
-        "ALLOWED_OUTPUT_URLS": out,
-    }
-    seed = os.environ.get("CRASH_TEST_SEED") or str(random.SystemRandom().getrandbits(32))
-    print(f"To kill at the same moments again: CRASH_TEST_SEED={seed}")
-    moments = random.Random(seed)  # noqa: S311  # nothing secret depends on it
-    responses = bench.responses
-    with ExitStack() as running:
-        workers = [running.enter_context(bench.process(**environment)) for _ in range(2)]
-        for count in sorted(moments.sample(range(2, REQUESTS - 10), KILLS)):
-            responses.read(lambda _, count=count: len(request_ids(responses)) >= count)  # type: ignore[misc]
-            time.sleep(moments.uniform(0, 0.2))
-            number = moments.randrange(2)
-            workers[number].signal(signal.SIGKILL)
-            workers[number] = running.enter_context(bench.process(**environment))
-        responses.read(lambda _: request_ids(responses).keys() >= expected)
-        wait_until(lambda: sum(bench.committed().values()) >= REQUESTS, "all offsets")
-        assert all(SECRET_KEY not in json.dumps(worker.log()) for worker in workers)
-    answers = [json.loads(record.value or b"") for record in responses.records]
-    assert {answer["request_id"] for answer in answers} == expected
-    for answer in answers:
-        assert answer["status"] == "success", answer
-        assert_as_stated(bucket, answer)
-    assert bench.dead_letters.all_within(0.5) == []
-
-
-def assert_as_stated(bucket: Bucket, answer: dict[str, object]) -> None:
-    """Assert that the files that a response names have the checksums that it states."""
-    metadata = answer["metadata"]
-    assert isinstance(metadata, dict)
-    for field, stated in (("latent_file_path", "latent_sha256"), ("scaled_image_path", "scaled_image_sha256")):
-        data = (bucket.folder / str(answer[field]).removeprefix(f"{bucket.url}/")).read_bytes()
-        assert hashlib.sha256(data).hexdigest() == metadata[stated]
 
 
 def test_a_url_that_is_not_listed_is_answered_and_not_read(make_bench: MakeBench, bucket: Bucket) -> None:

@@ -118,7 +118,7 @@ def test_each_write_is_counted_with_its_outcome(bucket: Bucket, grown: Value, mo
     for wrong in (None, {**version, "e_tag": '"other"'}):
         with pytest.raises(Exception, match="412"):
             store.put("x1", b"123", "", wrong)
-    assert [name for name, _ in store.names_from("", "x")] == ["x1"]
+    assert [found.name for found in store.names_from("", "x")] == ["x1"]
     with pytest.raises(Exception, match="404"):
         store_of(ObjectPath("s3://no-such-bucket"), limits).put("x", b"1", "", None)
     store.remove_once("x1")

@@ -1,0 +1,76 @@
+"""Claims in a bucket: waiting for those of killed workers, renewing, removing, and the proof that conditions are heeded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from config import Settings
+from errors import OutputDirNotWritable
+from latent_encoder.access import AllowedFolders
+from latent_encoder.outputs import claims
+from latent_encoder.outputs.bucket import BucketFolder, open_bucket_folder
+from latent_encoder.outputs.locks import key_of
+from latent_encoder.outputs.run_requests import files_of
+from latent_encoder.storage.locations import ObjectPath
+from models import EncodeRequest
+from service import LatentEncoder
+from tests.storage.conftest import Bucket
+
+MakeWorker = Callable[..., LatentEncoder]
+Ask = Callable[..., EncodeRequest]
+
+
+def test_the_claims_of_a_killed_worker_are_waited_for_together(
+    bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several claims that nobody renews, only the first is waited for, if the folder has all of them by then."""
+    monkeypatch.setattr(claims, "CLAIM_S", 1.5)
+    monkeypatch.setattr(claims, "QUICK_S", 0.2)
+    requests = [ask(bucket.add(), f"{bucket.url}/out", request_id=f"r{number}") for number in range(4)]
+    for request in requests:
+        claims.Claim(folder_of(request), key_of(files_of(request).shared_name)).take("it")
+    start = time.monotonic()
+    for request in requests:
+        worker().encode(request)
+    assert time.monotonic() - start < 2 * 1.5 + 1
+    assert not [name for name in bucket.names() if name.endswith(".lock")]
+
+
+def folder_of(request: EncodeRequest) -> BucketFolder:
+    return open_bucket_folder(ObjectPath(request.output_dir), AllowedFolders.of_outputs(Settings(_env_file=None)))
+
+
+def test_a_claim_that_changes_is_not_taken_over(bucket: Bucket, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that was seen long ago, and that its process renewed since, is waited for anew."""
+    monkeypatch.setattr(claims, "CLAIM_S", 1.0)
+    folder = folder_of(ask(bucket.add(), f"{bucket.url}/out"))
+    held = claims.Claim(folder, "0" * 16)
+    held.take("it")
+    claims.see_others(folder)
+    time.sleep(0.7)
+    held.renew()
+    with pytest.raises(OutputDirNotWritable, match="another process has been writing"):
+        claims.Claim(folder, "0" * 16).take("it", wait_s=0.6)
+    held.renew()
+
+
+def test_the_removal_of_a_claim_is_tried_again(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """A claim is gone although the call that removes it failed once."""
+    bucket.proxy.fault("drop", "DELETE", "lock")
+    worker().encode(ask(bucket.add(), f"{bucket.url}/out"))
+    assert not [name for name in bucket.names() if name.endswith(".lock")]
+
+
+def test_conditions_are_proved_once_by_several_threads(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """Requests that are the first ones at the same time find out once that the server heeds conditions."""
+    requests = [ask(bucket.add(), f"{bucket.url}/out", request_id=f"r{number}") for number in range(4)]
+    client = worker()
+    encoded = [client.encode_prepared(client.prepare(request)) for request in requests]
+    bucket.proxy.latency_s = 0.05
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(client.write, encoded))
+    assert sum(call.method == "PUT" and "lock" in call.path and call.status == 412 for call in bucket.proxy.calls) == 1
