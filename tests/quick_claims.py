@@ -15,7 +15,7 @@ CLAIM_S = 3.0
 """Seconds in place of 15: longer than the calls of a publication take, each with 0.1 s more."""
 
 if __name__ == "__main__":
-    claims.CLAIM_S, claims.RENEW_S = CLAIM_S, CLAIM_S / 3
-    claims.QUICK_S = bucket.QUICK_S = CLAIM_S / 3
+    vars(claims).update(CLAIM_S=CLAIM_S, RENEW_S=CLAIM_S / 3, QUICK_S=CLAIM_S / 3)
+    vars(bucket).update(QUICK_S=CLAIM_S / 3)
     sys.argv = [str(PROJECT / "main.py"), *sys.argv[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -253,7 +253,7 @@ def complete(run_main: RunMain, line: str, **env: str) -> list[str]:
         ("--mode d", ["plain,dlq-replay", "plain,doctor"]),
         ("--upscale_method near", ["plain,nearest", "plain,nearest-exact"]),
         ("--latent-format s", ["plain,safetensors"]),
-        ("--error-code IMAGE_", ["plain,IMAGE_NOT_FOUND", "plain,IMAGE_INVALID"]),
+        ("--error-code IMAGE_", ["plain,IMAGE_NOT_FOUND", "plain,IMAGE_UNREACHABLE", "plain,IMAGE_INVALID"]),
         ("--image_path a.png b", ["file,b"]),
         ("--mode inspect ", ["file,"]),
         ("--output-dir o", ["dir,o"]),

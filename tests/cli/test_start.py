@@ -180,7 +180,7 @@ def test_comfyui_that_is_missing_or_empty(empty: bool, tmp_path: Path, run_main:
 
 def test_lists_have_every_package() -> None:
     """Each third-party package that the product imports is in a list, unless the product works without it."""
-    optional = {"opentelemetry", "triton"}
+    optional = {"opentelemetry", "triton", "obstore"}
     ours = {file.stem for file in PROJECT.glob("*.py")} | {"latent_encoder"}
     imported: set[str] = set()
     for file in OUR_FILES:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.helpers import IMAGES
-from tests.kafka_tools import MakeBench, read_responses
+from tests.kafka_tools import MakeBench, read_responses, wait_until
 from tests.storage.conftest import Bucket
 from tests.storage.web_server import WebServer, status
 
