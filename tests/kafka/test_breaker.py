@@ -121,7 +121,7 @@ def test_output_folder_that_is_lost_fails_no_request(
     responses = bench.responses
     for n in range(20):
         bench.send({"request_id": f"r{n}"})
-    changes = {"kafka_retry_backoff_s": 0.2, "kafka_max_retries": 1, "kafka_prefetch": prefetch}
+    changes = {"kafka_retry_backoff_s": 0.2, "kafka_max_retries": 3, "kafka_prefetch": prefetch}
     with bench.worker(encoder, bench.settings(settings, **changes)) as worker:
         wait_until(lambda: bool(events("breaker opened, no requests are taken until one succeeds")), "the breaker")
         failures = len(events("request failed"))
