@@ -137,7 +137,7 @@ class KafkaHandler:
         self._stages = Stages(encoder, self._events.posted(self._work.encoded), self.health)
         self._topics.start()
         self._retention.start()
-        self.health.needs([*self._stages.threads, *self._publisher.threads, *self._topics.threads])
+        self.health.needs([*self._publisher.threads, *self._topics.threads])
         self.health.ready_if("model", None)
         INFO.info({"version": VERSION, **encoder.versions})
         try:

@@ -83,17 +83,45 @@ class Stage(Generic[J]):
         self.names = [name] if threads == 1 else [f"{name}-{n}" for n in range(1, threads + 1)]
         self.following: Stage[J] | None = None
         self.started = False
-        self._running = threads
+        self._closed = False
+        self._running = 0
         self._lock = threading.Lock()
 
     @property
     def waits(self) -> bool:
         return self.torch_threads is None
 
+    def start(self, run: Callable[[Stage[J], str], None]) -> list[threading.Thread]:
+        """Start the threads, each of which calls `run`, unless they run or the stage is closed; return the new ones.
+
+        If the system has no room for all of a stage that waits, fewer serve it.
+
+        Raises:
+            RuntimeError: it has room for none.
+        """
+        new: list[threading.Thread] = []
+        with self._lock:
+            if self.started or self._closed:
+                return new
+            for name in self.names:
+                thread = threading.Thread(target=run, args=(self, name), name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    if not self.waits or not new:
+                        raise
+                    break
+                new.append(thread)
+                self._running += 1
+            self.started = True
+        return new
+
     def close(self) -> None:
         """Let each thread end after the jobs that are in the queue, and then those of the stages that follow."""
-        for _ in self.names if self.started else ():
-            self.inbox.put(None)
+        with self._lock:
+            self._closed = True
+            for _ in range(self._running):
+                self.inbox.put(None)
         if not self.started and self.following is not None:
             self.following.close()
 
@@ -137,7 +165,6 @@ class Stages(Generic[J]):
         self._room = threading.Semaphore(encoder.most_prepared)
         """The jobs whose pixels may be in memory: those from the preparation until their files are made."""
         self.threads: list[threading.Thread] = []
-        self._starting = threading.Lock()
         self._limited = threading.Barrier(sum(len(stage.names) for stage in stages if not stage.waits))
         for stage in stages:
             if not stage.waits:
@@ -152,21 +179,21 @@ class Stages(Generic[J]):
         """End the threads after their current work, without waiting for that."""
         self._fetching.close()
 
-    def _put(self, stage: Stage[J], job: J, value: Any) -> None:
-        stage.inbox.put((job, value))
-        if stage.waits:
+    def _put(self, stage: Stage[J], job: J, value: Any) -> bool:
+        """Hand a job to a stage. If no thread can be started for it, report that, and return False."""
+        try:
             self._start(stage)
+        except RuntimeError as exc:
+            self._report(job, exc)
+            return False
+        stage.inbox.put((job, value))
+        return True
 
     def _start(self, stage: Stage[J]) -> None:
         """Start the threads of a stage, unless they run."""
-        with self._starting:
-            if stage.started:
-                return
-            stage.started = True
-            for name in stage.names:
-                thread = threading.Thread(target=self._run, args=(stage, name), name=name, daemon=True)
-                self.threads.append(thread)
-                thread.start()
+        new = stage.start(self._run)
+        self.threads += new
+        self._health.needs(new)
 
     def _run(self, stage: Stage[J], name: str) -> None:
         if stage.torch_threads is not None:
@@ -217,8 +244,7 @@ class Stages(Generic[J]):
             del entry, job, value  # the traceback keeps this frame, too
         else:
             if stage.following is not None and not isinstance(result, SuccessResponse):
-                self._put(stage.following, job, result)
-                return False
+                return not self._put(stage.following, job, result)
             self._hold(job, result)
             self._report(job, result)
         return True

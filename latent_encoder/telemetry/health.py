@@ -63,8 +63,8 @@ class Health:
             del self._busy[step]
 
     def needs(self, threads: Iterable[threading.Thread]) -> None:
-        """Set the threads without which no request gets a response."""
-        self._threads = tuple(threads)
+        """Add threads without which no request gets a response."""
+        self._threads += tuple(threads)
 
     def stalled(self, reason: str | None) -> None:
         """Set the reason why nothing is fetched, though it could be; None if that is not so."""

@@ -220,3 +220,106 @@ def test_the_end_waits_for_writers_and_lets_none_begin() -> None:
         assert not ended.wait(0.1)
     assert ended.wait(PATIENCE_S)
     assert not begun.wait(0.1)
+
+
+STEPS = {"fetch": "fetch", "prepare": "prepare", "encode": "encode_prepared", "write": "write_later", "publish": "_publish"}
+"""The method of the encoder that each stage calls."""
+
+
+@pytest.mark.parametrize("error", [SystemExit, MemoryError, ValueError])
+@pytest.mark.parametrize("stage", STEPS)
+def test_failures_leave_the_stages_working(
+    bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
+) -> None:
+    """After more failures in a stage than there is room for images, the next request succeeds."""
+    image, each, method = bucket.add(), worker(), STEPS[stage]
+    count = 2 * each.most_prepared + 2
+    original, failures = getattr(each, method), iter(range(count))
+
+    def failing(*given: object, **more: object) -> object:
+        if next(failures, None) is None:
+            return original(*given, **more)
+        raise error("on purpose")
+
+    monkeypatch.setattr(each, method, failing)
+    with running(each) as results_of:
+        failed = results_of([ask(image, f"{bucket.url}/out", request_id=f"r{number}") for number in range(count)])
+        (after,) = results_of([ask(image, f"{bucket.url}/out")])
+    assert [type(result) for result in failed] == [error] * count
+    assert isinstance(after, SuccessResponse)
+    assert len(bucket.names()) == 3
+
+
+def test_dropped_jobs_leave_the_stages_working(
+    bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs that are dropped before each stage take no room: the next request succeeds."""
+    image, each, results = bucket.add(), worker(), Queue[Result]()
+    stages = Stages[DroppedJob](each, lambda _, result: results.put(result), Health(PATIENCE_S))
+    for number in range(4 * each.most_prepared):
+        stages.submit(DroppedJob(number, ask(image, f"{bucket.url}/out", request_id=f"r{number}"), number % 5))
+    stages.submit(DroppedJob(0, ask(image, f"{bucket.url}/out"), 1_000))
+    assert isinstance(results.get(timeout=PATIENCE_S), SuccessResponse)
+    assert results.empty()
+    stages.close()
+    for thread in stages.threads:
+        thread.join(PATIENCE_S)
+
+
+class DroppedJob(ImageJob):
+    """A job that is dropped when it was looked at so many times: once before each stage."""
+
+    def __init__(self, number: int, request: EncodeRequest, looks: int) -> None:
+        super().__init__(number, request, threading.Event())
+        self._looks = looks
+
+    @property
+    def dropped(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+
+@pytest.mark.parametrize("most", [0, 1])
+@pytest.mark.parametrize("stage", ["fetch", "publish"])
+def test_too_few_threads(
+    bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch, stage: str, most: int
+) -> None:
+    """If no thread can be started, the requests fail and later ones succeed. One thread of a stage is enough."""
+    begin, room = threading.Thread.start, {stage: most}
+
+    def limited(thread: threading.Thread) -> None:
+        kind = thread.name.rpartition("-")[0]
+        if kind in room:
+            if not room[kind]:
+                raise RuntimeError("can't start new thread")
+            room[kind] -= 1
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    image = bucket.add()
+    with running(worker()) as results_of:
+        results = results_of([ask(image, f"{bucket.url}/out", request_id=f"r{number}") for number in range(3)])
+        assert all(isinstance(result, SuccessResponse if most else RuntimeError) for result in results), results
+        room.clear()
+        assert isinstance(results_of([ask(image, f"{bucket.url}/out")])[0], SuccessResponse)
+
+
+def test_a_thread_that_ends_is_noticed(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """The health of a worker has the threads that were started for URLs, too."""
+    health, results = Health(PATIENCE_S), Queue[Result]()
+    stages = Stages[ImageJob](worker(), lambda _, result: results.put(result), health)
+    stages.submit(ImageJob(0, ask(bucket.add(), f"{bucket.url}/out"), threading.Event()))
+    assert isinstance(results.get(timeout=PATIENCE_S), SuccessResponse)
+    stages._fetching.inbox.put(None)
+    wait_until(lambda: "fetch-" in health.alive().parts["threads"], "a thread of the stage has ended")
+    stages.close()
+
+
+def test_a_request_after_the_end_starts_no_threads(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """A request with URLs that comes when the stages are closed is left alone, and every thread ends."""
+    stages = Stages[ImageJob](worker(), lambda *_: None, Health(PATIENCE_S))
+    stages.close()
+    stages.submit(ImageJob(0, ask(bucket.add(), f"{bucket.url}/out"), threading.Event()))
+    for thread in stages.threads:
+        thread.join(10)
+        assert not thread.is_alive(), thread.name

@@ -166,7 +166,6 @@ def test_thread_that_ended_is_told(encoder: LatentEncoder) -> None:
     """A worker that lost one of its three threads responds to nothing any more."""
     health = Health(60)
     stages = Stages[RecordJob](encoder, lambda *_: None, health)
-    health.needs(stages.threads)
     assert health.alive().ok
     stages.close()
     for thread in stages.threads:
