@@ -182,6 +182,7 @@ class Request:
     """Its files are whole: another attempt needs no encode."""
     claimed_until: float = 0.0
     stage: int = -1
+    """The last stage that it has begun."""
     done: bool = False
     """Its response may be published, when it is its turn."""
     dropped: bool = False
@@ -350,7 +351,6 @@ class Simulation:
             self._enter(worker, request, FETCH if self._of.steps.fetch_trips else PREPARE)
 
     def _enter(self, worker: Worker, request: Request, stage: int) -> None:
-        request.stage = stage
         worker.queues[stage].append(request)
         self._serve(worker, stage)
 
@@ -370,6 +370,7 @@ class Simulation:
 
     def _do(self, worker: Worker, request: Request, stage: int) -> None:
         steps, latency_s = self._of.steps, self._of.latency_s
+        request.stage = stage
 
         def ended() -> None:
             worker.busy[stage] -= 1

@@ -231,7 +231,7 @@ def test_odd_statistics_stop_nothing(events: Events) -> None:
 
 
 def test_large_statistics_are_read_less_often(bench: Bench, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a topic with many partitions take no more than a twentieth of the time; small ones are read each second."""
+    """Statistics of many partitions take a twentieth of the time at most, and small ones are read each second."""
     handler = KafkaHandler(bench.settings(settings))
     found: list[object] = []
     monkeypatch.setattr(handler._broker, "on_statistics", found.append)
