@@ -16,6 +16,7 @@ CLAIM_S = 3.0
 
 if __name__ == "__main__":
     claims.CLAIM_S, claims.RENEW_S = CLAIM_S, CLAIM_S / 3
-    claims.QUICK_S = bucket.QUICK_S = CLAIM_S / 3
+    bucket.QUICK_S = CLAIM_S / 3
+    vars(claims)["QUICK_S"] = bucket.QUICK_S
     sys.argv = [str(PROJECT / "main.py"), *sys.argv[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
