@@ -27,7 +27,7 @@ Ask = Callable[..., EncodeRequest]
 def test_the_claims_of_a_killed_worker_are_waited_for_together(
     bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several claims that nobody renews, only the first is waited for, if the folder has all of them by then."""
+    """Several claims that nobody renews are taken over after the wait for the first, if all are in the folder by then."""
     monkeypatch.setattr(claims, "CLAIM_S", 1.5)
     monkeypatch.setattr(claims, "QUICK_S", 0.2)
     requests = [ask(bucket.add(), f"{bucket.url}/out", request_id=f"r{number}") for number in range(4)]

@@ -26,7 +26,7 @@ def test_a_url_that_is_not_listed_is_answered_and_not_read(make_bench: MakeBench
 
 @pytest.mark.usefixtures("apache_kafka")
 def test_exactly_once_with_files_in_buckets_and_on_disk(make_bench: MakeBench, bucket: Bucket) -> None:
-    """With transactions, requests for buckets and for folders get one response each, and those of one id have the same files."""
+    """With transactions, requests for buckets and for folders get one response each; repetitions have the same files."""
     bench = make_bench()
     images, outs = (bucket.add(), str(IMAGES / "photo.jpg")), (f"{bucket.url}/out", str(bench.folder / "output"))
     for number in range(8):
