@@ -44,15 +44,28 @@ class Writers:
             self._count -= 1
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """Wait for all writers, and let no other begin. The process has to end right afterwards."""
+    def end(self, wait_s: float | None = None) -> None:
+        """Wait for all writers, `wait_s` seconds at most, and let no other begin. The process has to end right afterwards."""
         with self._changed:
             self._ended = True
-            self._changed.wait_for(lambda: self._count == 0)
+            self._changed.wait_for(lambda: self._count == 0, wait_s)
 
 
 WRITING = Writers()
-"""The writers that the process waits for before it ends at once."""
+"""The writers of files on disk that the process waits for before it ends at once."""
+
+PUBLISHING = Writers()
+"""The writers of files in buckets that the process waits for, PUBLISHING_S at most, before it ends at once."""
+
+PUBLISHING_S = 8.0
+"""Seconds. A publication takes one or two, and minutes if the storage does not respond. One that is cut off leaves a claim and
+files without metadata. Docker waits for 10 s before it kills a container."""
+
+
+def end_writers() -> None:
+    """Wait for the writers, and let no other begin. The process has to end right afterwards."""
+    WRITING.end()
+    PUBLISHING.end(PUBLISHING_S)
 
 
 def prepare_output_folder(path: Path, allowed: AllowedFolders, needed: int) -> None:

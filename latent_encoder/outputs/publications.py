@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -17,8 +19,22 @@ class Publications:
         self._latest: OrderedDict[tuple[Path, str], None] = OrderedDict()
         self._lock = Lock()
 
-    def add(self, metadata: Path, sha256: str) -> None:
-        """Remember a metadata file before it is published, so that another thread that finds it knows it."""
+    @contextmanager
+    def publishing(self, metadata: Path, sha256: str) -> Iterator[None]:
+        """Remember a metadata file that is published inside, so that another thread that finds it knows it.
+
+        One whose publication fails is forgotten. It may have appeared all the same, and another process may have sent a
+        response with it.
+        """
+        self._add(metadata, sha256)
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._latest.pop((metadata, sha256), None)
+            raise
+
+    def _add(self, metadata: Path, sha256: str) -> None:
         with self._lock:
             self._latest[metadata, sha256] = None
             self._latest.move_to_end((metadata, sha256))

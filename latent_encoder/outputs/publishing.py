@@ -16,7 +16,7 @@ from latent_encoder.outputs.bucket import open_bucket_folder
 from latent_encoder.outputs.checksums import checksum
 from latent_encoder.outputs.drawing import Drawn, Undrawn
 from latent_encoder.outputs.encoded import Encoded, Prepared
-from latent_encoder.outputs.files import WRITING, StagedFiles
+from latent_encoder.outputs.files import PUBLISHING, WRITING, StagedFiles, Writers
 from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.metadata import latent_facts, metadata_of
 from latent_encoder.outputs.names import OutputFiles
@@ -54,7 +54,7 @@ class Publishing:
         """
         files = encoded.prepared.files
         with (
-            WRITING,
+            _writers_in(files),
             open_place(files.folder, self._allowed) as folder,
             staged_in(folder, files.shared_name) as staged,
         ):
@@ -77,7 +77,7 @@ class Publishing:
         prepared = replace(encoded.prepared, scaled=torch.empty(0))
 
         def written() -> SuccessResponse:
-            with WRITING, staged:
+            with PUBLISHING, staged:
                 return self._publish(folder, staged, prepared, metadata)
 
         return written
@@ -100,20 +100,16 @@ class Publishing:
             staged.add_or_remove(files.preview.name, preview)
             staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
         metadata = metadata_of(encoded, facts, latent, preview, self._clock())
-        self._add_metadata(staged, files, metadata)
+        staged.add(files.metadata.name, _described(metadata))
         return metadata
-
-    def _add_metadata(self, staged: StagedFiles | StagedObjects, files: OutputFiles, metadata: Metadata) -> None:
-        described = metadata.model_dump_json(indent=2).encode() + b"\n"
-        staged.add(files.metadata.name, described)
-        self._own.add(files.metadata, checksum(described))
 
     def _publish(
         self, folder: Folder, staged: StagedFiles | StagedObjects, prepared: Prepared, metadata: Metadata
     ) -> SuccessResponse:
         """Publish staged files, and return the response that has their metadata, or those that must stay."""
         request, files = prepared.request, prepared.files
-        stored = staged.publish(partial(self._stored_meanwhile, folder, prepared))
+        with self._own.publishing(files.metadata, checksum(_described(metadata))):
+            stored = staged.publish(partial(self._stored_meanwhile, folder, prepared))
         if stored is not None:
             return success_response(request, files, stored.metadata, stored.whole)
         return success_response(request, files, metadata, self._wanted.files(files))
@@ -154,7 +150,7 @@ class Publishing:
         decoded = drawn.comparison.png if drawn.comparison is not None else None
         images = {files.preview: drawn.preview, files.roundtrip: decoded}
         with (
-            WRITING,
+            _writers_in(files),
             open_place(files.folder, self._allowed) as folder,
             staged_in(folder, files.shared_name) as staged,
         ):
@@ -163,8 +159,9 @@ class Publishing:
                 if data is not None:
                     staged.add(path.name, data)
             metadata = drawn.described(stored.metadata)
-            self._add_metadata(staged, files, metadata)
-            newer = staged.publish(partial(self._added_meanwhile, folder, drawn.undrawn, stored), adding=True)
+            staged.add(files.metadata.name, described := _described(metadata))
+            with self._own.publishing(files.metadata, checksum(described)):
+                newer = staged.publish(partial(self._added_meanwhile, folder, drawn.undrawn, stored), adding=True)
             if newer is not None:
                 return success_response(request, files, newer.metadata, newer.whole)
         return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
@@ -193,6 +190,15 @@ class Publishing:
         if self._wanted.files(stored.files) <= stored.whole:
             return stored
         raise _others_were_written(undrawn.request, stored.files)
+
+
+def _described(metadata: Metadata) -> bytes:
+    """Return the bytes of a metadata file."""
+    return metadata.model_dump_json(indent=2).encode() + b"\n"
+
+
+def _writers_in(files: OutputFiles) -> Writers:
+    return PUBLISHING if isinstance(files.folder, ObjectPath) else WRITING
 
 
 def _others_were_written(request: EncodeRequest, files: OutputFiles) -> OutputDirNotWritable:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from config import Settings
 from errors import UnexpectedError, as_request_error
 from latent_encoder.cpus import WAITING, prepare_threads
-from latent_encoder.outputs.files import WRITING
+from latent_encoder.outputs.files import end_writers
 from latent_encoder.stages import Stages
 from latent_encoder.standalone.ordering import Outcome, Report
 from latent_encoder.telemetry.health import Health
@@ -81,7 +81,7 @@ class InProcess:
             thread.join()
 
     def abort(self) -> None:
-        WRITING.end()
+        end_writers()
 
     def _finished(self, job: ImageJob, result: SuccessResponse | BaseException) -> None:
         request_id, about = job.request.request_id, (job.request.image_path, job.request.correlation_id)

@@ -27,7 +27,7 @@ Ask = Callable[..., EncodeRequest]
 def test_the_claims_of_a_killed_worker_are_waited_for_together(
     bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several claims that nobody renews, only the first is waited for, if the folder has all of them by then."""
+    """Several claims that nobody renews are taken over after the wait for the first, if all are in the folder by then."""
     monkeypatch.setattr(claims, "CLAIM_S", 1.5)
     monkeypatch.setattr(claims, "QUICK_S", 0.2)
     requests = [ask(bucket.add(), f"{bucket.url}/out", request_id=f"r{number}") for number in range(4)]
@@ -74,3 +74,20 @@ def test_conditions_are_proved_once_by_several_threads(bucket: Bucket, worker: M
     with ThreadPoolExecutor() as pool:
         list(pool.map(client.write, encoded))
     assert sum(call.method == "PUT" and "lock" in call.path and call.status == 412 for call in bucket.proxy.calls) == 1
+
+
+def test_files_of_a_failed_publication_are_not_own(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """Files that appeared although their publication failed stay if another worker may have sent a response with them."""
+    client, out = worker(storage_max_retries=0), f"{bucket.url}/out"
+    requests = [ask(bucket.add(), out, megapixels=megapixels) for megapixels in (0.02, 0.03)]
+    failing, later = [client.encode_prepared(client.prepare(request)) for request in requests]
+    lost = bucket.proxy.fault("lose", "PUT", r"\.json$")
+    lost.then = away = bucket.proxy.fault("status", "GET", r"\.json$", times=0, status=500)
+    with pytest.raises(OutputDirNotWritable):
+        client.write(failing)
+    away.times = 0
+    sent = worker().stored_response(requests[0])
+    assert sent is not None
+    with pytest.raises(OutputDirNotWritable, match="another process has written other files"):
+        client.write(later)
+    assert worker().stored_response(requests[0]) == sent

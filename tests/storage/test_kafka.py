@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from contextlib import ExitStack
 
 import pytest
@@ -21,6 +22,28 @@ def test_a_url_that_is_not_listed_is_answered_and_not_read(make_bench: MakeBench
         (response,) = read_responses(bench.responses, 1)
     assert response["error_code"] == "ACCESS_DENIED"
     assert bucket.proxy.calls == []
+
+
+@pytest.mark.usefixtures("apache_kafka")
+def test_exactly_once_with_files_in_buckets_and_on_disk(make_bench: MakeBench, bucket: Bucket) -> None:
+    """With transactions, requests for buckets and for folders get one response each; repetitions have the same files."""
+    bench = make_bench()
+    images, outs = (bucket.add(), str(IMAGES / "photo.jpg")), (f"{bucket.url}/out", str(bench.folder / "output"))
+    for number in range(8):
+        request = {"image_path": images[number % 2], "output_dir": outs[number // 2 % 2], "correlation_id": str(number)}
+        bench.send({"request_id": f"r{number}", **request})
+        bench.send({"request_id": f"r{number}", **request})
+    bucket.proxy.latency_s = 0.1
+    environment = {**bucket.environment, "ALLOWED_INPUT_URLS": f"{bucket.url}/in", "ALLOWED_OUTPUT_URLS": outs[0]}
+    with bench.process(**environment, KAFKA_TRANSACTIONAL_ID=bench.group) as worker:
+        answers = read_responses(bench.responses, 16)
+        worker.signal(signal.SIGTERM)
+        assert worker.end() == 0
+    assert [answer["request_id"] for answer in answers] == [f"r{number // 2}" for number in range(16)]
+    assert {answer["status"] for answer in answers} == {"success"}
+    for first, second in zip(answers[::2], answers[1::2], strict=True):
+        assert first["metadata"]["latent_sha256"] == second["metadata"]["latent_sha256"]
+    assert not [name for name in bucket.names() if name.endswith(".lock")]
 
 
 OUTAGE_S = 20.0

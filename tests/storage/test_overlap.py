@@ -18,7 +18,7 @@ import pytest
 
 from config import Settings
 from latent_encoder.cpus import WAITING, most_prepared, prefetch
-from latent_encoder.outputs.files import Writers
+from latent_encoder.outputs.files import PUBLISHING_S, Writers
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.stages import Stages
 from latent_encoder.standalone.engines import ImageJob
@@ -250,9 +250,7 @@ def test_failures_leave_the_stages_working(
     assert len(bucket.names()) == 3
 
 
-def test_dropped_jobs_leave_the_stages_working(
-    bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropped_jobs_leave_the_stages_working(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
     """Jobs that are dropped before each stage take no room: the next request succeeds."""
     image, each, results = bucket.add(), worker(), Queue[Result]()
     stages = Stages[DroppedJob](each, lambda _, result: results.put(result), Health(PATIENCE_S))
@@ -323,3 +321,19 @@ def test_a_request_after_the_end_starts_no_threads(bucket: Bucket, worker: MakeW
     for thread in stages.threads:
         thread.join(10)
         assert not thread.is_alive(), thread.name
+
+
+def test_a_second_signal_ends_a_run_whose_storage_hangs(bucket: Bucket) -> None:
+    """A second signal ends a run within seconds, although the storage does not respond to a write."""
+    held = bucket.proxy.fault("hold", "PUT", r"latent_astronaut.*\.pt$")
+    command = [sys.executable, str(PROJECT / "main.py"), "--image_path", bucket.add(), bucket.add(key="in/b.png")]
+    command += ["--output_dir", f"{bucket.url}/out", "--megapixels", "0.02", "--vae_model_name", VAE]
+    environment = {**clean_environment(), **bucket.environment, "COMFYUI_PATH": str(COMFYUI), "DEVICE": "cpu"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert held.met.wait(PATIENCE_S)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)  # two signals at once would be one
+        assert process.wait(2 * PUBLISHING_S) == 128 + signal.SIGINT
+    held.release.set()
+    assert not [name for name in bucket.names() if "astronaut" in name and name.endswith(".json")]
