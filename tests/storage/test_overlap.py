@@ -223,7 +223,7 @@ def test_the_end_waits_for_writers_and_lets_none_begin() -> None:
 
 
 STEPS = {"fetch": "fetch", "prepare": "prepare", "encode": "encode_prepared", "write": "write_later", "publish": "_publish"}
-"""The method of the encoder that each stage calls."""
+"""The method that each stage calls: of the encoder, for the last stage of its `Publishing`."""
 
 
 @pytest.mark.parametrize("error", [SystemExit, MemoryError, ValueError])
@@ -233,15 +233,16 @@ def test_failures_leave_the_stages_working(
 ) -> None:
     """After more failures in a stage than there is room for images, the next request succeeds."""
     image, each, method = bucket.add(), worker(), STEPS[stage]
+    owner = each._publishing if stage == "publish" else each
     count = 2 * each.most_prepared + 2
-    original, failures = getattr(each, method), iter(range(count))
+    original, failures = getattr(owner, method), iter(range(count))
 
     def failing(*given: object, **more: object) -> object:
         if next(failures, None) is None:
             return original(*given, **more)
         raise error("on purpose")
 
-    monkeypatch.setattr(each, method, failing)
+    monkeypatch.setattr(owner, method, failing)
     with running(each) as results_of:
         failed = results_of([ask(image, f"{bucket.url}/out", request_id=f"r{number}") for number in range(count)])
         (after,) = results_of([ask(image, f"{bucket.url}/out")])
