@@ -252,15 +252,19 @@ def test_folder_that_is_swapped_while_it_is_written_gets_nothing_outside(tmp_pat
             staged.publish()
         return True
 
-    before = open_descriptors()
     with swapped(tmp_path / "inside" / "a", tmp_path / "outside"):
         assert attempts(2, write, (AccessDenied, OutputDirNotWritable))
     assert list((tmp_path / "outside").iterdir()) == []
-    assert open_descriptors() == before
+    assert opened_below(tmp_path) == []
 
 
-def open_descriptors() -> int:
-    return len(list(Path("/dev/fd").iterdir()))
+def opened_below(folder: Path) -> list[str]:
+    """Return the files and folders below a folder that this process has open."""
+    opened = []
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        with suppress(FileNotFoundError):  # it was closed meanwhile, as that of this listing
+            opened.append(str(descriptor.readlink()))
+    return [path for path in opened if path.startswith(f"{folder}/")]
 
 
 @pytest.fixture
