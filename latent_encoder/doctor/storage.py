@@ -47,16 +47,6 @@ WEB_BYTES = 1 << 20
 
 NETWORK = "Check the URL, the endpoint, the network and the server's own state, and run the doctor again."
 
-WRONG_CREDENTIALS = (
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "InvalidToken",
-    "AuthenticationFailed",
-    "401 ",
-)
-"""Codes and the status of servers that do not know the credentials, or not any more."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -223,7 +213,7 @@ def _wrong_credentials(place: Place, refused: Refused) -> Check | None:
     found = f"{place.shown}: the server refuses the credentials from {source} ({refused})"
     if "RequestTimeTooSkewed" in str(refused):
         return cross("storage clock", f"{place.shown}: {refused}", "Set this machine's clock by the network.")
-    if any(code in str(refused) for code in WRONG_CREDENTIALS):
+    if isinstance(refused, WrongCredentials):
         return cross("storage credentials", found, "Replace them. Workers that got them from the environment need a restart.")
     if source_of_credentials(scheme) is None:
         return cross(

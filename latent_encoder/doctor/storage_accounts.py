@@ -5,16 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from latent_encoder.storage.credentials import NoCredentials, Profile
+from latent_encoder.storage.credentials import OTHER_SOURCES, NoCredentials, Profile
 from latent_encoder.storage.locations import ObjectPath
 
 SOURCES = {
-    "s3": (
-        "AWS_ACCESS_KEY_ID",
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-    ),
+    "s3": OTHER_SOURCES,
     "gs": (
         "GOOGLE_SERVICE_ACCOUNT",
         "GOOGLE_SERVICE_ACCOUNT_PATH",

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +22,7 @@ from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.locations import ObjectPath, WebUrl, is_url, location_of, path_of_file_url
 from latent_encoder.storage.locations import shown as without_query
 from latent_encoder.storage.retrying import Unavailable
-from latent_encoder.storage.stores import NotThere, Refused, TooLarge, Unusable, store_of
+from latent_encoder.storage.stores import NoBucket, NotThere, Refused, TooLarge, Unusable, store_of
 from models import Metadata
 
 AHEAD = 8
@@ -42,12 +42,7 @@ class Reading:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        urls = AllowedUrls(
-            "image_path",
-            networks=settings.allowed_private_networks,
-            timeout_s=settings.storage_timeout_s,
-            retries=settings.storage_max_retries,
-        )
+        urls = replace(AllowedUrls.of_inputs(settings), prefixes=None)
         return cls(urls, 2 * settings.max_image_bytes)  # a preview has two images beside each other
 
 
@@ -133,7 +128,7 @@ def storage_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except NotThere as exc:
-        reason = "the bucket does not exist" if "NoSuchBucket" in str(exc) else os.strerror(errno.ENOENT)
+        reason = "the bucket does not exist" if isinstance(exc, NoBucket) else os.strerror(errno.ENOENT)
         raise FileNotFoundError(errno.ENOENT, reason, str(place)) from None
     except Refused as exc:
         raise PermissionError(errno.EACCES, f"the storage refuses to read it: {exc}", str(place)) from None

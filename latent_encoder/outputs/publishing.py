@@ -83,7 +83,7 @@ class Publishing:
         return written
 
     def _stage(self, encoded: Encoded, staged: StagedFiles | StagedObjects) -> Metadata:
-        """Make the files, and return their metadata. These are the last file."""
+        """Make the files except the metadata, and return those."""
         prepared, files, comparison = encoded.prepared, encoded.prepared.files, encoded.comparison
         with timed(prepared.timings, "save"):
             scaled_image = png_bytes(prepared.scaled)
@@ -99,20 +99,32 @@ class Publishing:
             staged.add(files.scaled_image.name, scaled_image)
             staged.add_or_remove(files.preview.name, preview)
             staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
-        metadata = metadata_of(encoded, facts, latent, preview, self._clock())
-        staged.add(files.metadata.name, _described(metadata))
-        return metadata
+        return metadata_of(encoded, facts, latent, preview, self._clock())
 
     def _publish(
         self, folder: Folder, staged: StagedFiles | StagedObjects, prepared: Prepared, metadata: Metadata
     ) -> SuccessResponse:
         """Publish staged files, and return the response that has their metadata, or those that must stay."""
         request, files = prepared.request, prepared.files
-        with self._own.publishing(files.metadata, checksum(_described(metadata))):
-            stored = staged.publish(partial(self._stored_meanwhile, folder, prepared))
+        stored = self._published(staged, files, metadata, partial(self._stored_meanwhile, folder, prepared))
         if stored is not None:
             return success_response(request, files, stored.metadata, stored.whole)
         return success_response(request, files, metadata, self._wanted.files(files))
+
+    def _published(
+        self,
+        staged: StagedFiles | StagedObjects,
+        files: OutputFiles,
+        metadata: Metadata,
+        instead: Callable[[], StoredFiles | None],
+        *,
+        adding: bool = False,
+    ) -> StoredFiles | None:
+        """Add the metadata as the last file, and publish all of them unless `instead` has files that must stay."""
+        described = metadata.model_dump_json(indent=2).encode() + b"\n"
+        staged.add(files.metadata.name, described)
+        with self._own.publishing(files.metadata, checksum(described)):
+            return staged.publish(instead, adding=adding)
 
     def _stored_meanwhile(self, folder: Folder, prepared: Prepared) -> StoredFiles | None:
         """Return the files that this request's names have and that must stay; None if there are none. Nobody publishes now.
@@ -159,9 +171,8 @@ class Publishing:
                 if data is not None:
                     staged.add(path.name, data)
             metadata = drawn.described(stored.metadata)
-            staged.add(files.metadata.name, described := _described(metadata))
-            with self._own.publishing(files.metadata, checksum(described)):
-                newer = staged.publish(partial(self._added_meanwhile, folder, drawn.undrawn, stored), adding=True)
+            meanwhile = partial(self._added_meanwhile, folder, drawn.undrawn, stored)
+            newer = self._published(staged, files, metadata, meanwhile, adding=True)
             if newer is not None:
                 return success_response(request, files, newer.metadata, newer.whole)
         return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
@@ -190,11 +201,6 @@ class Publishing:
         if self._wanted.files(stored.files) <= stored.whole:
             return stored
         raise _others_were_written(undrawn.request, stored.files)
-
-
-def _described(metadata: Metadata) -> bytes:
-    """Return the bytes of a metadata file."""
-    return metadata.model_dump_json(indent=2).encode() + b"\n"
 
 
 def _writers_in(files: OutputFiles) -> Writers:

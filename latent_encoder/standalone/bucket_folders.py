@@ -103,8 +103,7 @@ def _explained(url: str) -> Iterator[None]:
             f"Cannot read {url} (the storage refuses: {exc}); the credentials need the permission to list the bucket"
         ) from None
     except (Unusable, Unavailable) as exc:
-        reason = "the bucket does not exist" if "NoSuchBucket" in str(exc) else exc
-        raise FolderRefused(f"Cannot read {url} ({reason})") from None
+        raise FolderRefused(f"Cannot read {url} ({exc})") from None
 
 
 class BucketFolder:

@@ -31,7 +31,7 @@ from latent_encoder.standalone.inputs import STDIN, ImageSelection, refuse_share
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.images import read_from_url
 from latent_encoder.storage.locations import ObjectPath, is_url, location_of
-from latent_encoder.storage.stores import Unusable, require_packages_for
+from latent_encoder.storage.stores import NoBucket, Unusable, require_packages_for
 from utils import custom_node_path, find_path
 
 HOPELESS = (errno.ENAMETOOLONG, errno.ELOOP)
@@ -136,7 +136,7 @@ def _require_buckets(urls: Sequence[str], allowed: AllowedUrls) -> None:
             if isinstance(exc.__context__, Unusable):  # otherwise it has a byte, or none
                 raise
         except ImageNotFound as exc:
-            if len(urls) == 1 or "the bucket does not exist" in str(exc):
+            if len(urls) == 1 or isinstance(exc.__context__, NoBucket):
                 raise
 
 

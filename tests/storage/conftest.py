@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,17 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture
-def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def set_cloud(monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str]) -> None:
+    """Give the environment these variables of a cloud, and no other ones."""
     for name in [*os.environ]:
         if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
             monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     with FaultyProxy(s3_server.port) as proxy:
         environment = {
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -78,8 +84,7 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Buc
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
             "AWS_ALLOW_HTTP": "true",
         }
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+        set_cloud(monkeypatch, environment)
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         (s3_server.data / name).mkdir()
         yield Bucket(name, s3_server.data / name, proxy, environment)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from models import EncodeRequest
 from service import LatentEncoder
 from tests.helpers import IMAGES
 from tests.storage.azurite import Azurite, is_here
+from tests.storage.conftest import set_cloud
 
 MakeWorker = Callable[..., LatentEncoder]
 Ask = Callable[..., EncodeRequest]
@@ -38,11 +38,7 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
 
 @pytest.fixture
 def container(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in [*os.environ]:
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
-            monkeypatch.delenv(name)
-    for name, value in azurite.environment.items():
-        monkeypatch.setenv(name, value)
+    set_cloud(monkeypatch, azurite.environment)
     name = f"container-{uuid.uuid4().hex[:12]}"
     azurite.create(name)
     return f"az://{name}"

@@ -231,10 +231,8 @@ def test_a_storage_that_ignores_conditions_is_refused(
         assert [path for path in (server.data / bucket.name).rglob("*") if path.is_file()] == []
 
 
-def test_the_claim_of_a_killed_process_is_taken_over(
-    bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A claim that nobody renews is taken over; until then the files are not touched."""
+def taken_over(bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> SuccessResponse:
+    """Hold up a worker before its metadata until another one has taken over its claim. Return the response of that one."""
     monkeypatch.setattr(claims, "CLAIM_S", 0.6)
     monkeypatch.setattr(claims, "RENEW_S", 0.2)
     image = bucket.add()
@@ -247,7 +245,14 @@ def test_the_claim_of_a_killed_process_is_taken_over(
         held.release.set()
         with pytest.raises(OutputDirNotWritable):
             running.result(PATIENCE_S)
-    assert_whole(bucket, response)
+    return response
+
+
+def test_the_claim_of_a_killed_process_is_taken_over(
+    bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim that nobody renews is taken over; until then the files are not touched."""
+    assert_whole(bucket, taken_over(bucket, worker, ask, monkeypatch))
 
 
 def test_a_claim_that_is_held_for_long_costs_few_calls(

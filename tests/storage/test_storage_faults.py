@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
@@ -14,7 +13,7 @@ import pytest
 from errors import AccessDenied, ImageInvalid, ImageNotFound, ImageUnreachable, InvalidRequest, RequestError
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.images import read_from_url
-from tests.storage.conftest import Bucket
+from tests.storage.conftest import Bucket, set_cloud
 from tests.storage.web_server import WebServer, respond
 
 SECRET = "secret-key-of-this-test"  # noqa: S105
@@ -24,13 +23,8 @@ DATES = {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "ETag": '"x"'}
 @pytest.fixture
 def storage(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> WebServer:
     """Provide a server that obstore takes for S3; its bucket has the number of the port in its name."""
-    for name in [*os.environ]:
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", web.url(""))
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    environment = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": web.url("")}
+    set_cloud(monkeypatch, {**environment, "AWS_ALLOW_HTTP": "true"})
     return web
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from models import EncodeRequest
 from service import LatentEncoder
 from tests.broker.ports import free_ports
 from tests.helpers import IMAGES
+from tests.storage.conftest import set_cloud
 
 
 @pytest.fixture(autouse=True)
 def no_clouds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith(("AWS_", "GOOGLE_", "AZURE_")):
-            monkeypatch.delenv(name)
+    set_cloud(monkeypatch, {})
 
 
 def faults(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -15,8 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import REGISTRY
 
-from errors import OutputDirNotWritable, RequestError
-from latent_encoder.outputs import claims
+from errors import RequestError
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.storage.retrying import Unavailable
@@ -25,11 +23,12 @@ from latent_encoder.storage.watching import Direction, Operation, Outcome, Reaso
 from latent_encoder.telemetry import tracing
 from models import EncodeRequest
 from service import LatentEncoder
-from tests.helpers import IMAGES, PATIENCE_S
+from tests.helpers import IMAGES
 from tests.kafka_tools import Events
 from tests.storage.conftest import Bucket
 from tests.storage.faulty_proxy import Call
 from tests.storage.s3_server import SECRET_KEY
+from tests.storage.test_buckets import taken_over
 from tests.storage.web_server import WebServer, redirect, status
 
 MakeWorker = Callable[..., LatentEncoder]
@@ -174,18 +173,7 @@ def test_a_claim_that_is_taken_over_is_counted_and_logged_once(
     bucket: Bucket, worker: MakeWorker, ask: Ask, monkeypatch: pytest.MonkeyPatch, grown: Value, events: Events
 ) -> None:
     """A worker that waits, takes a claim over, and one that loses its claim are counted; one warning names the files."""
-    monkeypatch.setattr(claims, "CLAIM_S", 0.6)
-    monkeypatch.setattr(claims, "RENEW_S", 0.2)
-    image = bucket.add()
-    held = bucket.proxy.fault("hold", "PUT", r"\.json$")
-    slow = worker(storage_max_retries=0)
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(slow.encode, ask(image, f"{bucket.url}/out", megapixels=0.03))
-        assert held.met.wait(PATIENCE_S)
-        worker().encode(ask(image, f"{bucket.url}/out"))
-        held.release.set()
-        with pytest.raises(OutputDirNotWritable):
-            running.result(PATIENCE_S)
+    taken_over(bucket, worker, ask, monkeypatch)
     assert {event: grown(CLAIMS, event) for event in ("waited", "taken_over")} == {"waited": 1, "taken_over": 1}
     assert grown(CLAIMS, "lost") >= 1
     (event,) = events("claim of another process is taken over, because it was not renewed")
