@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from errors import OutputDirNotWritable
@@ -98,7 +99,7 @@ class BucketFolder:
 
     def contents(self, names: Sequence[str]) -> Mapping[str, bytes]:
         """Return the bytes of those of the objects that are there, read side by side."""
-        found = zip(names, CALLS.map(self._content_if_there, names), strict=True)
+        found = zip(names, side_by_side([partial(self._content_if_there, name) for name in names]), strict=True)
         return {name: data for name, data in found if data is not None}
 
     def _content_if_there(self, name: str) -> bytes | None:
@@ -134,8 +135,8 @@ class BucketFolder:
         The checksum that an object's writer stated, in one step with its bytes, is believed: whoever replaces the object
         replaces it too. An object without one is read.
         """
-        found = zip(checksums, CALLS.map(self._has_checksum, checksums.keys(), checksums.values()), strict=True)
-        return frozenset(name for name, is_whole in found if is_whole)
+        found = side_by_side([partial(self._has_checksum, name, sha256) for name, sha256 in checksums.items()])
+        return frozenset(name for name, is_whole in zip(checksums, found, strict=True) if is_whole)
 
     def _has_checksum(self, name: str, sha256: str) -> bool:
         with reported(self.path):
