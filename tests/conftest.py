@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import REGISTRY
 
 from config import Settings
+from latent_encoder import masking
 from latent_encoder.telemetry.logs import StderrHandler
 from service import LatentEncoder
 from tests.broker import ApacheKafka, Broker, choose
@@ -88,6 +89,13 @@ def logging_as_it_was() -> Iterator[None]:
     for handler in root.handlers[:]:
         if isinstance(handler, StderrHandler):
             root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def known_secrets_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process forget the secrets of a test: other tests use the same words, and a file may be named after one."""
+    monkeypatch.setattr(masking, "_forms", set(masking._forms))
+    monkeypatch.setattr(masking, "_patterns", list(masking._patterns))
 
 
 @pytest.fixture(scope="session")

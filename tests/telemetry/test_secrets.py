@@ -17,7 +17,6 @@ from pydantic import SecretStr
 
 from config import Settings, SettingsError, load_settings
 from errors import one_line
-from latent_encoder import masking
 from latent_encoder.kafka.properties import consumer_properties, make_client
 from latent_encoder.masking import keep_secret, masked
 from latent_encoder.telemetry.logs import configure_logging, get_logger, log_stray_exceptions
@@ -31,13 +30,6 @@ PROPERTY = "hunter2-in-a-property"
 HEADER = "hunter2-in-a-header"
 TRACE = "hunter2"
 """A part of each secret above."""
-
-
-@pytest.fixture(autouse=True)
-def _known_secrets_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the process forget the secrets of a test: other tests use the same words."""
-    monkeypatch.setattr(masking, "_forms", set(masking._forms))
-    monkeypatch.setattr(masking, "_patterns", list(masking._patterns))
 
 
 def given_settings(folder: Path) -> Settings:
