@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -55,8 +56,15 @@ class Machine:
 
     def written(self, ending: str) -> list[Call]:
         """Return the writes so far of objects whose names end so."""
-        written = [call for call in self.network.calls if call.method == "PUT" and call.status == 200]
-        return [call for call in written if call.path.endswith(ending)]
+        return self._puts(ending, 200)
+
+    def lost(self, ending: str) -> list[Call]:
+        """Return those to which the worker got no response."""
+        return self._puts(ending, 0)
+
+    def _puts(self, ending: str, status: int) -> list[Call]:
+        calls = [call for call in self.network.calls if call.method == "PUT" and call.status == status]
+        return [call for call in calls if call.path.endswith(ending)]
 
     def assert_alone(self, other: Machine) -> None:
         """Assert that no path that the worker gets, and no file that it has open, is of the other machine."""
@@ -181,23 +189,31 @@ def never_removed(bucket: Bucket) -> set[str]:
 def kill(machines: list[Machine], bucket: Bucket, ending: str, moments: random.Random, running: ExitStack) -> bool:
     """Kill a worker a moment after it wrote an object whose name ends so, and start it again.
 
-    Return whether the object is a file whose metadata are not there.
+    The worker gets no response to that write, and can write no metadata afterwards. Return whether the object is a file whose
+    metadata are not there.
     """
-    before = [len(each.written(ending)) for each in machines]
+    before = [len(each.lost(ending)) for each in machines]
+    writes = [each.network.fault("lose", "PUT", rf"{re.escape(ending)}$") for each in machines]
+    metadata = [each.network.fault("hold", "PUT", r"\.json$", times=0) for each in machines]
+    for write, held in zip(writes, metadata, strict=True):
+        write.then = held
 
     def writing() -> list[Machine]:
-        return [each for each, count in zip(machines, before, strict=True) if len(each.written(ending)) > count]
+        return [each for each, count in zip(machines, before, strict=True) if len(each.lost(ending)) > count]
 
     wait_until(lambda: bool(writing()), f"a write of {ending}", poll_s=0.005)
     machine = writing()[0]
     time.sleep(moments.uniform(0, LATENCY_S))
     machine.worker.signal(signal.SIGKILL)
     machine.worker.popen.wait()
-    name = Path(machine.written(ending)[-1].path).stem
-    image = name.removeprefix("latent_").removeprefix("scaled_image_").removeprefix("preview_")
-    hit = ending != ".lock" and f"latent_{image}.pt.json" not in bucket.names()
+    for fault in writes + metadata:
+        fault.times = 0
+        fault.release.set()
+    file = Path(machine.lost(ending)[-1].path).name
+    image = file.removeprefix("latent_").removeprefix("scaled_image_").removeprefix("preview_").rpartition(".")[0]
+    names = bucket.names()
     machine.worker = running.enter_context(machine.bench.quick_process(**machine.environment))
-    return hit
+    return ending != ".lock" and file in names and f"latent_{image}.pt.json" not in names
 
 
 def storms(bucket: Bucket, moments: random.Random, ended: threading.Event) -> None:
