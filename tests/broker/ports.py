@@ -14,6 +14,9 @@ from tests.broker.interface import BrokerError
 # a client that tries to reach that broker.
 CANDIDATES = range(20_000, 32_000)
 
+_chosen: set[int] = set()
+"""The ports that this process chose so far. A server that is starting listens on some of its ports only."""
+
 
 def is_free(port: int) -> bool:
     """Return whether a broker could listen on the port."""
@@ -40,4 +43,6 @@ def free_ports(count: int) -> list[int]:
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     own = CANDIDATES[number :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
     candidates = random.SystemRandom().sample(own, len(own))
-    return list(itertools.islice(filter(is_free, candidates), count))
+    chosen = list(itertools.islice((port for port in candidates if port not in _chosen and is_free(port)), count))
+    _chosen.update(chosen)
+    return chosen

@@ -11,6 +11,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 from config import Settings
 from errors import KafkaFailed
 from latent_encoder.kafka.commits import OffsetCommits
+from latent_encoder.kafka.jobs import State
 from latent_encoder.kafka.timers import Timers
 from service import LatentEncoder
 from tests.broker import ApacheKafka
@@ -91,6 +92,7 @@ def test_last_commit_does_not_wait_for_a_frozen_broker(own: ApacheKafka, make_be
     own.kill()  # without a connection, the client's end is quick
 
 
+@pytest.mark.usefixtures("events")
 @pytest.mark.parametrize("transactional", [False, True], ids=["at-least-once", "exactly-once"])
 def test_worker_ends_in_time_without_a_broker(
     own: ApacheKafka, make_bench: MakeBench, encoder: LatentEncoder, settings: Settings, transactional: bool
@@ -102,8 +104,10 @@ def test_worker_ends_in_time_without_a_broker(
     with gate.holding(), bench.worker(encoder, bench.settings(settings, shutdown_timeout_s=2.0, **more)) as worker:
         bench.send({"request_id": "r"})
         gate.wait()
+        assert [job.state for job in worker.handler._lanes.jobs()] == [State.SUBMITTED]
         own.freeze()
         gate.open()
+        gate.wait_for_end()
         wait_until(
             lambda: any(worker.handler._lanes.ready()) or bool(worker.handler._lanes.sent_before(float("inf"))), "a send"
         )
