@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -206,10 +207,12 @@ def reported(folder: ObjectPath) -> Iterator[None]:
 
 
 def side_by_side(calls: Sequence[Callable[[], R]]) -> list[R]:
-    """Return the results of calls that run at the same time. All have ended, also if one raises its error."""
-    running = [CALLS.submit(call) for call in calls]
-    for each in running:
-        each.exception()  # waits
+    """Return the results of calls that run at the same time. All that began have ended, also if one raises its error."""
+    running: list[Future[R]] = []
+    try:
+        running.extend(map(CALLS.submit, calls))  # keeps those that began if another cannot begin
+    finally:
+        wait(running)
     return [each.result() for each in running]
 
 

@@ -5,14 +5,15 @@ Metrics have no bucket, no key and no server as a label, because these have no b
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Never, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from errors import AccessDenied, ImageInvalid, ImageNotFound
@@ -130,7 +131,38 @@ class CallThreads(ThreadPoolExecutor):
     """Threads for calls side by side. Each call has the trace of the thread that asked for it."""
 
     def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
-        return super().submit(copy_context().run, fn, *args, **kwargs)
+        """Begin a call.
+
+        Raises:
+            RuntimeError: no thread can be started. The call is not under way, and will not be made later.
+        """
+        call = _Call(partial(copy_context().run, fn, *args, **kwargs))
+        try:
+            return super().submit(call)
+        except RuntimeError:  # the call is in the executor's queue nevertheless
+            call.withdraw()
+            raise
+
+
+class _Call(Generic[R]):
+    """A call that can be withdrawn."""
+
+    def __init__(self, call: Callable[[], R]) -> None:
+        self._call = call
+        self._lock = threading.Lock()
+
+    def __call__(self) -> R:
+        with self._lock:
+            return self._call()
+
+    def withdraw(self) -> None:
+        """Let the call not begin any more; if it has begun, wait for its end."""
+        with self._lock:
+            self._call = _withdrawn
+
+
+def _withdrawn() -> Never:
+    raise CancelledError
 
 
 def _outcome_of(exc: BaseException) -> Outcome:

@@ -18,10 +18,13 @@ import pytest
 
 from config import Settings
 from latent_encoder.cpus import WAITING, most_prepared, prefetch
+from latent_encoder.outputs import bucket as bucket_folders
+from latent_encoder.outputs.bucket import side_by_side
 from latent_encoder.outputs.files import PUBLISHING_S, Writers
 from latent_encoder.outputs.folder import OutputFolder
 from latent_encoder.stages import Stages
 from latent_encoder.standalone.engines import ImageJob
+from latent_encoder.storage.watching import CallThreads
 from latent_encoder.telemetry.health import Health
 from models import EncodeRequest, SuccessResponse
 from service import LatentEncoder
@@ -301,6 +304,32 @@ def test_too_few_threads(
         assert all(isinstance(result, SuccessResponse if most else RuntimeError) for result in results), results
         room.clear()
         assert isinstance(results_of([ask(image, f"{bucket.url}/out")])[0], SuccessResponse)
+
+
+def test_too_few_threads_for_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call without a thread fails and is not made later; those that began have ended before the error is reported."""
+    calls, made, started = CallThreads(max_workers=3), list[str](), list[threading.Thread]()
+    monkeypatch.setattr(bucket_folders, "CALLS", calls)
+    begin, refused = threading.Thread.start, threading.Event()
+
+    def only_one(thread: threading.Thread) -> None:
+        if started:
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        begin(thread)
+
+    def slow() -> None:
+        refused.wait(PATIENCE_S)
+        time.sleep(0.1)
+        made.append("slow")
+
+    monkeypatch.setattr(threading.Thread, "start", only_one)
+    with pytest.raises(RuntimeError, match="new thread"):
+        side_by_side([slow, lambda: made.append("late"), lambda: made.append("later")])
+    assert made == ["slow"]
+    calls.shutdown()  # makes the calls that are in the queue
+    assert made == ["slow"]
 
 
 def test_a_thread_that_ends_is_noticed(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
