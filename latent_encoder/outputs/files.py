@@ -115,10 +115,11 @@ class StagedFiles:
 
     def __init__(self, folder: OutputFolder, shared_name: str = "") -> None:
         """`shared_name` is one for all sets of files that have a name in common, by default that of the last file."""
-        self._folder = folder
+        self.folder = folder
         self._shared_name = shared_name
         self._staged: list[tuple[str, str]] = []
         self._open: list[BinaryIO] = []
+        self._outdated: list[str] = []
         self._obsolete: list[str] = []
 
     def __enter__(self) -> Self:
@@ -127,7 +128,7 @@ class StagedFiles:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
         for temporary, _ in self._staged:
             with suppress(OSError):  # a process that starts later removes it
-                self._folder.remove(temporary)
+                self.folder.remove(temporary)
         for file in self._open:
             with suppress(OSError):  # data that the full disk did not take
                 file.close()
@@ -138,8 +139,8 @@ class StagedFiles:
 
     def add_parts(self, final: str, parts: Iterable[bytes]) -> None:
         """Write a file whose name will be `final`, part by part as they are made."""
-        with reported(self._folder.path):
-            temporary, file = create_temporary(self._folder)
+        with reported(self.folder.path):
+            temporary, file = create_temporary(self.folder)
             self._open.append(file)  # other processes take it for abandoned as soon as it is closed
             self._staged.append((temporary, final))
             for part in parts:
@@ -154,6 +155,14 @@ class StagedFiles:
         else:
             self._obsolete.append(final)
 
+    def remove_first(self, name: str) -> None:
+        """Let `publish` remove a file before it replaces or removes any that the file describes."""
+        self._outdated.append(name)
+
+    def keep(self, name: str) -> None:
+        """Let `publish` leave a file that it would have removed."""
+        self._obsolete = [other for other in self._obsolete if other != name]
+
     def publish(self, instead: Callable[[], R | None] = lambda: None, *, adding: bool = False) -> R | None:
         """Give all files their names, or none, while no other process does so; former files of these names are replaced.
 
@@ -164,20 +173,20 @@ class StagedFiles:
             OutputDirNotWritable: the files cannot be published. Each name has its former file, or the text tells otherwise.
         """
         shared = self._shared_name or self._staged[-1][1]
-        with reported(self._folder.path), name_lock(self._folder, shared):
+        with reported(self.folder.path), name_lock(self.folder, shared):
             found = instead()
             if found is None:
-                self._replace(Replacement(self._folder, key_of(shared)), adding=adding)
+                self._replace(Replacement(self.folder, key_of(shared)), adding=adding)
         return found
 
     def _replace(self, replacement: Replacement, *, adding: bool) -> None:
-        replacement.check([*(final for _, final in self._staged), *self._obsolete])
+        replacement.check([*(final for _, final in self._staged), *self._outdated, *self._obsolete])
         try:
-            for name in (*([] if adding else [self._staged[-1][1]]), *self._obsolete):
+            for name in (*([] if adding else [self._staged[-1][1]]), *self._outdated, *self._obsolete):
                 replacement.remove(name)
             for temporary, final in self._staged:
                 replacement.place(temporary, final)
-            self._folder.flush()
+            self.folder.flush()
         except BaseException as exc:
             self._undo(replacement, exc)
             raise
@@ -190,7 +199,7 @@ class StagedFiles:
             replacement.undo()
         except OSError as exc:
             raise OutputDirNotWritable(
-                f"Cannot write to output folder: {self._folder.path} ({_reason(cause)}; files of this attempt stay there, "
+                f"Cannot write to output folder: {self.folder.path} ({_reason(cause)}; files of this attempt stay there, "
                 f"because the former ones cannot be restored: {_reason(exc)})"
             ) from cause
 

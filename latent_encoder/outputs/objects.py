@@ -36,9 +36,10 @@ class StagedObjects:
 
     def __init__(self, folder: BucketFolder, shared_name: str = "") -> None:
         """`shared_name` is one for all sets of files that have a name in common, by default that of the last file."""
-        self._folder = folder
+        self.folder = folder
         self._shared_name = shared_name
         self._staged: list[tuple[str, bytes]] = []
+        self._outdated: list[str] = []
         self._obsolete: list[str] = []
         self._former: dict[str, bytes | None] = {}
         """The former bytes of the names that were changed; None for each that had no object."""
@@ -62,6 +63,14 @@ class StagedObjects:
         else:
             self._obsolete.append(final)
 
+    def remove_first(self, name: str) -> None:
+        """Let `publish` remove an object before it replaces or removes any that the object describes."""
+        self._outdated.append(name)
+
+    def keep(self, name: str) -> None:
+        """Let `publish` leave an object that it would have removed."""
+        self._obsolete = [other for other in self._obsolete if other != name]
+
     def publish(self, instead: Callable[[], R | None] = lambda: None, *, adding: bool = False) -> R | None:
         """Give all files their names, while no other process does so; former files of these names are replaced.
 
@@ -72,7 +81,7 @@ class StagedObjects:
             OutputDirNotWritable: the files cannot be published. The former ones are back, or the text tells otherwise.
         """
         shared = self._shared_name or self._staged[-1][0]
-        with claimed(self._folder, key_of(shared), shared) as claim, self._folder.remembering():
+        with claimed(self.folder, key_of(shared), shared) as claim, self.folder.remembering():
             found = instead()
             if found is None:
                 self._replace(claim, adding=adding)
@@ -82,6 +91,8 @@ class StagedObjects:
         *files, (last, described) = self._staged
         try:
             former = self._take_away(claim, last, removing=not adding)
+            for name in self._outdated:
+                self._take_away(claim, name, removing=True)
             claim.keep()
             side_by_side([partial(self._put, claim, name, data) for name, data in files])
             if former is not None or any(data is not None for data in self._former.values()):
@@ -97,13 +108,13 @@ class StagedObjects:
     def _take_away(self, claim: Claim, name: str, *, removing: bool) -> Version | None:
         """Return the version of an object, None if there is none. Remember its bytes, and remove it if `removing`."""
         try:
-            found = self._folder.content(name)
+            found = self.folder.content(name)
         except FileNotFoundError:
             return None
         self._former[name] = found.data
         if removing:
             claim.keep()
-            self._folder.remove(name)
+            self.folder.remove(name)
         return found.facts.version
 
     def _put(self, claim: Claim, name: str, data: bytes) -> None:
@@ -112,10 +123,10 @@ class StagedObjects:
         for _ in range(ATTEMPTS):
             self._unsure[name] = data
             try:
-                self._folder.put(name, data, expected, claim.keep)
+                self.folder.put(name, data, expected, claim.keep)
             except Conflict:
                 with suppress(FileNotFoundError):
-                    found = self._folder.content(name)
+                    found = self.folder.content(name)
                     if found.data == data:
                         del self._unsure[name]
                         return
@@ -134,11 +145,11 @@ class StagedObjects:
         self._unsure[name] = data
         for _ in range(ATTEMPTS):
             try:
-                self._folder.put(name, data, expected, claim.keep, quick=True)
+                self.folder.put(name, data, expected, claim.keep, quick=True)
             except Conflict:
                 expected = None
                 with suppress(FileNotFoundError):
-                    found = self._folder.content(name)
+                    found = self.folder.content(name)
                     if found.data == data:  # the response to our own write was lost
                         return
                     expected = found.facts.version
@@ -149,23 +160,23 @@ class StagedObjects:
 
     def _taken(self, name: str) -> OutputDirNotWritable:
         return OutputDirNotWritable(
-            f"Cannot write to output folder: {self._folder.path} (another process wrote {name} at the same time)"
+            f"Cannot write to output folder: {self.folder.path} (another process wrote {name} at the same time)"
         )
 
     def _undo(self, claim: Claim, cause: BaseException) -> None:
         """Give each name its former object, the metadata last. Without the claim, the names are another process's."""
-        last = self._staged[-1][0]
+        described_by = {self._staged[-1][0], *self._outdated}
         try:
             for name, data in self._unsure.items():
                 claim.keep()
                 self._remove_ours(name, data)
-            for name in sorted(self._former, key=lambda name: name == last):
+            for name in sorted(self._former, key=described_by.__contains__):
                 claim.keep()
                 self._restore(name, self._former[name])
         except (OutputDirNotWritable, Conflict) as exc:
             if any(data is not None for data in self._former.values()):
                 raise OutputDirNotWritable(
-                    f"Cannot write to output folder: {self._folder.path} ({cause}; the former files cannot be restored: {exc})"
+                    f"Cannot write to output folder: {self.folder.path} ({cause}; the former files cannot be restored: {exc})"
                 ) from cause
 
     def _remove_ours(self, name: str, data: bytes) -> None:
@@ -173,14 +184,14 @@ class StagedObjects:
         if name in self._former:
             return
         with suppress(FileNotFoundError):
-            if self._folder.read(name) == data:
-                self._folder.remove(name)
+            if self.folder.read(name) == data:
+                self.folder.remove(name)
 
     def _restore(self, name: str, data: bytes | None) -> None:
         if data is None:
-            self._folder.remove(name)
+            self.folder.remove(name)
             return
         try:
-            self._folder.put(name, data, None)
+            self.folder.put(name, data, None)
         except Conflict:
-            self._folder.put(name, data, self._folder.version(name))
+            self.folder.put(name, data, self.folder.version(name))

@@ -27,7 +27,7 @@ from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.run_requests import source_id_of
-from latent_encoder.outputs.stored_responses import StoredFiles, stored_in, success_response
+from latent_encoder.outputs.stored_responses import StoredFiles, metadata_of_other_formats, stored_in, success_response
 from latent_encoder.outputs.wanted import Wanted
 from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.telemetry.steps import timed
@@ -58,7 +58,7 @@ class Publishing:
             open_place(files.folder, self._allowed) as folder,
             staged_in(folder, files.shared_name) as staged,
         ):
-            return self._publish(folder, staged, encoded.prepared, self._stage(encoded, staged))
+            return self._publish(staged, encoded.prepared, self._stage(encoded, staged))
 
     def write_later(self, encoded: Encoded) -> Callable[[], SuccessResponse] | None:
         """Return a call that writes the files as `write` does, if their place is a bucket; None if it is on disk.
@@ -78,7 +78,7 @@ class Publishing:
 
         def written() -> SuccessResponse:
             with PUBLISHING, staged:
-                return self._publish(folder, staged, prepared, metadata)
+                return self._publish(staged, prepared, metadata)
 
         return written
 
@@ -101,12 +101,10 @@ class Publishing:
             staged.add_or_remove(files.roundtrip.name, comparison.png if comparison is not None else None)
         return metadata_of(encoded, facts, latent, preview, self._clock())
 
-    def _publish(
-        self, folder: Folder, staged: StagedFiles | StagedObjects, prepared: Prepared, metadata: Metadata
-    ) -> SuccessResponse:
+    def _publish(self, staged: StagedFiles | StagedObjects, prepared: Prepared, metadata: Metadata) -> SuccessResponse:
         """Publish staged files, and return the response that has their metadata, or those that must stay."""
         request, files = prepared.request, prepared.files
-        stored = self._published(staged, files, metadata, partial(self._stored_meanwhile, folder, prepared))
+        stored = self._published(staged, files, metadata, partial(self._stored_meanwhile, staged.folder, prepared))
         if stored is not None:
             return success_response(request, files, stored.metadata, stored.whole)
         return success_response(request, files, metadata, self._wanted.files(files))
@@ -123,8 +121,15 @@ class Publishing:
         """Add the metadata as the last file, and publish all of them unless `instead` has files that must stay."""
         described = metadata.model_dump_json(indent=2).encode() + b"\n"
         staged.add(files.metadata.name, described)
+
+        def decided() -> StoredFiles | None:
+            stored = instead()
+            if stored is None:
+                _respect_other_formats(staged, files, metadata)
+            return stored
+
         with self._own.publishing(files.metadata, checksum(described)):
-            return staged.publish(instead, adding=adding)
+            return staged.publish(decided, adding=adding)
 
     def _stored_meanwhile(self, folder: Folder, prepared: Prepared) -> StoredFiles | None:
         """Return the files that this request's names have and that must stay; None if there are none. Nobody publishes now.
@@ -201,6 +206,21 @@ class Publishing:
         if self._wanted.files(stored.files) <= stored.whole:
             return stored
         raise _others_were_written(undrawn.request, stored.files)
+
+
+def _respect_other_formats(staged: StagedFiles | StagedObjects, files: OutputFiles, metadata: Metadata) -> None:
+    """Keep the metadata of the request's latents in other formats true, although these share the images that are published.
+
+    Metadata that describe other images are removed first. If they describe the same ones, those that they name stay.
+    """
+    published = metadata.sha256_by_file
+    for name, other in metadata_of_other_formats(staged.folder, files).items():
+        images = {kind: sha256 for kind, sha256 in other.sha256_by_file.items() if kind != "latent"}
+        if any(published.get(kind, sha256) != sha256 for kind, sha256 in images.items()):
+            staged.remove_first(name)
+        else:
+            for kind in images:
+                staged.keep(getattr(files, kind).name)
 
 
 def _writers_in(files: OutputFiles) -> Writers:

@@ -119,6 +119,16 @@ def stored_in(folder: Folder, files: OutputFiles, metadata: bytes | None = None)
     return None
 
 
+def metadata_of_other_formats(folder: Folder, files: OutputFiles) -> dict[str, Metadata]:
+    """Return the metadata of the request's latents in other formats that can be read, by the names of their files."""
+    names = [name for name in files.metadata_of_all_formats if name != files.metadata.name]
+    found: dict[str, Metadata] = {}
+    for name, data in folder.contents(names).items():
+        with suppress(ValidationError):
+            found[name] = Metadata.model_validate_json(data)
+    return found
+
+
 def success_response(
     request: EncodeRequest, files: OutputFiles, metadata: Metadata, present: Collection[Path]
 ) -> SuccessResponse:

@@ -140,6 +140,8 @@ def test_renamed_folder_is_still_the_one_that_was_opened(tmp_path: Path) -> None
 
 
 NAMES = ("latent.pt", "scaled.png", "preview.png", "latent.pt.json")
+OTHER = "latent.safetensors.json"
+"""Metadata that describe the scaled image, too."""
 
 
 def publish(path: Path, version: str) -> None:
@@ -217,6 +219,7 @@ def publish_with(path: Path, refused: Container[int]) -> OutputDirNotWritable | 
         with StagedFiles(failing) as staged:
             for name in NAMES:
                 staged.add_or_remove(name, None if name == "preview.png" else b"new")
+            staged.remove_first(OTHER)
             try:
                 staged.publish()
             except OutputDirNotWritable as exc:
@@ -224,8 +227,8 @@ def publish_with(path: Path, refused: Container[int]) -> OutputDirNotWritable | 
     return None
 
 
-@pytest.mark.parametrize("former", [{}, dict.fromkeys(NAMES, "old")], ids=["nothing", "a whole set"])
-@pytest.mark.parametrize("step", range(9))
+@pytest.mark.parametrize("former", [{}, dict.fromkeys((*NAMES, OTHER), "old")], ids=["nothing", "a whole set"])
+@pytest.mark.parametrize("step", range(10))
 def test_every_step_can_fail(step: int, former: dict[str, str], tmp_path: Path) -> None:
     """Whichever change is refused, one whole set is there afterwards. If undoing fails too, no metadata describe a mix."""
     new = {name: "new" for name in NAMES if name != "preview.png"}
@@ -238,8 +241,9 @@ def test_every_step_can_fail(step: int, former: dict[str, str], tmp_path: Path) 
     for name, text in former.items():
         (tmp_path / name).write_text(text)
     error = publish_with(tmp_path, range(step, 100))
-    there = {name: text for name, text in contents(tmp_path).items() if name in NAMES}
+    there = {name: text for name, text in contents(tmp_path).items() if name in (*NAMES, OTHER)}
     assert NAMES[-1] not in there or there in (former, new)
+    assert OTHER not in there or there["scaled.png"] == there["preview.png"] == "old"
     assert error is None or there == former or "files of this attempt stay there" in str(error)
 
 

@@ -210,6 +210,32 @@ def test_formats_of_one_request_share_its_images(worker: Worker, settings: Setti
     assert all(whole(response) for response in responses)
 
 
+def test_another_input_in_another_format_takes_the_metadata_away(worker: Worker, settings: Settings, tmp_path: Path) -> None:
+    """Metadata that describe a replaced image are removed, before it is; their latent stays."""
+    first = worker().encode(request_for(settings, tmp_path, "photo.jpg", {}))
+    former = OutputFiles.of(Path(first.latent_file_path))
+    fields = {"latent_format": "safetensors", "megapixels": 0.03}
+    assert whole(worker().encode(request_for(settings, tmp_path, "photo.jpg", fields)))
+    assert not former.metadata.exists()
+    assert hashlib.sha256(former.latent.read_bytes()).hexdigest() == first.metadata.latent_sha256
+
+
+def test_a_preview_that_other_metadata_describe_stays(encoder: LatentEncoder, settings: Settings, tmp_path: Path) -> None:
+    """A run without previews removes one only if no other format of the latent has it."""
+    with_previews = LatentEncoder(settings.model_copy(update={"preview": True}), encoder.runtime)
+    without = LatentEncoder(settings, encoder.runtime)
+    first = with_previews.encode(request_for(settings, tmp_path, "photo.jpg", {}))
+    second = without.encode(request_for(settings, tmp_path, "photo.jpg", {"latent_format": "comfy"}))
+    stored = Found(OutputFiles.of(Path(first.latent_file_path)), ANYWHERE).stored
+    assert stored is not None
+    assert stored.metadata == first.metadata
+    assert {path.name for path in stored.whole} == {
+        Path(str(path)).name for path in (first.latent_file_path, first.scaled_image_path, first.preview_path)
+    }
+    assert second.preview_path is None
+    assert whole(second)
+
+
 def test_stages_hand_the_record_on(worker: Worker, request_of_image: EncodeRequest, image: Path) -> None:
     """The files of a record are written with its identity, and are its response when it comes again."""
     results: SimpleQueue[SuccessResponse | BaseException] = SimpleQueue()

@@ -20,10 +20,11 @@ from latent_encoder.outputs import claims
 from latent_encoder.outputs.bucket import BucketFolder
 from latent_encoder.outputs.claims import Claim
 from latent_encoder.outputs.drawing import draw
+from latent_encoder.outputs.names import SUFFIXES
 from latent_encoder.storage.access import AllowedUrls
 from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.storage.stores import store_of
-from models import EncodeRequest, SuccessResponse
+from models import EncodeRequest, FileFormat, SuccessResponse
 from service import LatentEncoder
 from tests.helpers import IMAGES, PATIENCE_S
 from tests.storage.conftest import Bucket
@@ -103,6 +104,25 @@ def test_another_input_of_the_same_name_replaces_the_files(bucket: Bucket, worke
     assert first.metadata.latent_sha256 != second.metadata.latent_sha256
     assert_whole(bucket, second)
     assert len(bucket.names()) == 3
+
+
+def test_another_input_in_another_format_takes_the_metadata_away(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+    """Metadata that describe a replaced image are removed before it is, and come back if it cannot be replaced."""
+    image, fields = bucket.add(), {"latent_format": "safetensors", "megapixels": 0.03}
+    first = worker().encode(ask(image, f"{bucket.url}/out"))
+    names, fault = bucket.names(), bucket.proxy.fault("status", "PUT", "scaled_image", times=2)
+    with pytest.raises(OutputDirNotWritable, match="503"):
+        worker(storage_max_retries=1).encode(ask(image, f"{bucket.url}/out", **fields))
+    assert fault.times == 0
+    assert bucket.names() == names
+    assert_whole(bucket, first)
+    bucket.proxy.calls.clear()
+    worker().encode(ask(image, f"{bucket.url}/out", **fields))
+    changes = [(call.method, Path(call.path).name) for call in bucket.proxy.calls if call.method in ("PUT", "DELETE")]
+    removed, replaced = ("DELETE", "latent_astronaut_test.pt.json"), ("PUT", "scaled_image_astronaut_test.png")
+    assert changes.index(removed) < changes.index(replaced)
+    assert described_files_are_whole(bucket.folder / "out" / "latent_astronaut_test.safetensors.json")
+    assert set(names) - set(bucket.names()) == {"latent_astronaut_test.pt.json"}
 
 
 def test_two_workers_with_one_name_keep_the_response_that_was_sent(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
@@ -361,11 +381,19 @@ def test_calls_of_an_image(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None
     assert again == {"GET": 3, "HEAD": 2}
 
 
-def test_a_reader_never_sees_metadata_without_their_files(bucket: Bucket, worker: MakeWorker, ask: Ask) -> None:
+@pytest.mark.parametrize("formats", [("pt", "pt", "pt"), ("pt", "safetensors", "comfy")], ids=["one-format", "formats"])
+def test_a_reader_never_sees_metadata_without_their_files(
+    bucket: Bucket, worker: MakeWorker, ask: Ask, formats: tuple[FileFormat, ...]
+) -> None:
     """While workers write different files of one name and calls break off, metadata that stay the same describe the files."""
     image, ended = bucket.add(), threading.Event()
     workers = [worker(storage_max_retries=6) for _ in range(3)]
-    requests = [ask(image, f"{bucket.url}/out", megapixels=megapixels) for megapixels in (0.02, 0.025, 0.03)]
+    requests = [
+        ask(image, f"{bucket.url}/out", megapixels=megapixels, latent_format=latent_format)
+        for megapixels, latent_format in zip((0.02, 0.025, 0.03), formats, strict=True)
+    ]
+    latents = {f"latent_astronaut_test{SUFFIXES[latent_format]}" for latent_format in formats}
+    described = [bucket.folder / "out" / f"{latent}.json" for latent in latents]
     for kind in ("lose", "drop", "status"):
         for path in ("lock", r"\.pt$", "scaled", r"\.json$"):
             bucket.proxy.fault(kind, "PUT", path, times=3)
@@ -384,7 +412,7 @@ def test_a_reader_never_sees_metadata_without_their_files(bucket: Bucket, worker
     def read() -> int:
         seen = 0
         while not ended.is_set():
-            seen += described_files_are_whole(bucket.folder / "out" / "latent_astronaut_test.pt.json")
+            seen += sum(map(described_files_are_whole, described))
         return seen
 
     with ThreadPoolExecutor() as pool:
@@ -393,8 +421,8 @@ def test_a_reader_never_sees_metadata_without_their_files(bucket: Bucket, worker
         ended.set()
         assert reader.result(PATIENCE_S) > 0
     assert sent > 0
-    assert described_files_are_whole(bucket.folder / "out" / "latent_astronaut_test.pt.json")
-    assert len(bucket.names()) == 3
+    assert sum(map(described_files_are_whole, described)) == 1
+    assert len(set(bucket.names()) - latents) == 2
 
 
 def described_files_are_whole(described: Path, name: str = "astronaut_test") -> bool:
