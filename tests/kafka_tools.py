@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,37 +205,25 @@ class Bench:
             if isinstance(worker.outcome, Exception) and not worker.looked_at:
                 raise worker.outcome
 
-    @contextmanager
-    def process(self, *arguments: str, **environment: str) -> Iterator[Process]:
+    def process(self, *arguments: str, **environment: str) -> AbstractContextManager[Process]:
         """Run a worker as a process, and kill it at the end if it is still there."""
-        process = Process(self, [PROJECT / "main.py", "--mode", "kafka", *arguments], environment)
-        try:
-            yield process
-        finally:
-            process.kill()
+        return self._running([PROJECT / "main.py", "--mode", "kafka", *arguments], environment)
 
-    @contextmanager
-    def quick_process(self, **environment: str) -> Iterator[Process]:
+    def quick_process(self, **environment: str) -> AbstractContextManager[Process]:
         """Run a worker as a process that takes over claims in a bucket sooner (`quick_claims.py`)."""
-        process = Process(self, ["-m", "tests.quick_claims", "--mode", "kafka"], environment)
-        try:
-            yield process
-        finally:
-            process.kill()
+        return self._running(["-m", "tests.quick_claims", "--mode", "kafka"], environment)
 
-    @contextmanager
-    def faulty_process(self, **environment: str) -> Iterator[Process]:
+    def faulty_process(self, **environment: str) -> AbstractContextManager[Process]:
         """Run a worker as a process that some requests kill or hang (`faulty_encodes.py`)."""
-        process = Process(self, ["-m", "tests.faulty_encodes", "--mode", "kafka"], environment)
-        try:
-            yield process
-        finally:
-            process.kill()
+        return self._running(["-m", "tests.faulty_encodes", "--mode", "kafka"], environment)
+
+    def held_process(self, gate: Gate, **environment: str) -> AbstractContextManager[Process]:
+        """Run a worker as a process whose encodes the gate holds, and kill it at the end if it is still there."""
+        return self._running(["-m", "tests.held_encodes", gate.folder, gate.stage, "--mode", "kafka"], environment)
 
     @contextmanager
-    def held_process(self, gate: Gate, **environment: str) -> Iterator[Process]:
-        """Run a worker as a process whose encodes the gate holds, and kill it at the end if it is still there."""
-        process = Process(self, ["-m", "tests.held_encodes", gate.folder, gate.stage, "--mode", "kafka"], environment)
+    def _running(self, command: Sequence[str | Path], environment: Mapping[str, str]) -> Iterator[Process]:
+        process = Process(self, command, environment)
         try:
             yield process
         finally:
