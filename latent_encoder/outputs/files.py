@@ -17,6 +17,7 @@ from latent_encoder.geometry import Size
 from latent_encoder.outputs.folder import OutputFolder, flush, open_output_folder, reported
 from latent_encoder.outputs.locks import create_temporary, key_of, name_lock
 from latent_encoder.outputs.replacing import Replacement
+from latent_encoder.outputs.staging import Staging
 
 FIXED_BYTES = 49_152  # more than metadata without the path (3 kB; 12 kB with 128 channels), headers, rests of last blocks
 
@@ -102,7 +103,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-class StagedFiles:
+class StagedFiles(Staging):
     """Files that are written under temporary names, and get their own names together when `publish` is called.
 
     Each file is flushed to disk before it is renamed. `publish` first removes an earlier file with the name of the last one.
@@ -115,12 +116,10 @@ class StagedFiles:
 
     def __init__(self, folder: OutputFolder, shared_name: str = "") -> None:
         """`shared_name` is one for all sets of files that have a name in common, by default that of the last file."""
+        super().__init__(shared_name)
         self.folder = folder
-        self._shared_name = shared_name
         self._staged: list[tuple[str, str]] = []
         self._open: list[BinaryIO] = []
-        self._outdated: list[str] = []
-        self._obsolete: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -147,21 +146,6 @@ class StagedFiles:
                 file.write(part)
             file.flush()
             flush(file.fileno())
-
-    def add_or_remove(self, final: str, data: bytes | None) -> None:
-        """Write a file whose name will be `final`. Without data, let `publish` remove such a file of an earlier run."""
-        if data is not None:
-            self.add(final, data)
-        else:
-            self._obsolete.append(final)
-
-    def remove_first(self, name: str) -> None:
-        """Let `publish` remove a file before it replaces or removes any that the file describes."""
-        self._outdated.append(name)
-
-    def keep(self, name: str) -> None:
-        """Let `publish` leave a file that it would have removed."""
-        self._obsolete = [other for other in self._obsolete if other != name]
 
     def publish(self, instead: Callable[[], R | None] = lambda: None, *, adding: bool = False) -> R | None:
         """Give all files their names, or none, while no other process does so; former files of these names are replaced.

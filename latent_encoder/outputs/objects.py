@@ -16,6 +16,7 @@ from errors import OutputDirNotWritable
 from latent_encoder.outputs.bucket import BucketFolder, side_by_side
 from latent_encoder.outputs.claims import Claim, claimed
 from latent_encoder.outputs.locks import key_of
+from latent_encoder.outputs.staging import Staging
 from latent_encoder.storage.stores import Conflict, Version
 
 ATTEMPTS = 3
@@ -24,7 +25,7 @@ ATTEMPTS = 3
 R = TypeVar("R")
 
 
-class StagedObjects:
+class StagedObjects(Staging):
     """Files in memory that get their names in a bucket together when `publish` is called. Nothing is written before.
 
     `publish` first removes earlier metadata, if there are some. Then it writes the files side by side, each on the condition
@@ -36,11 +37,9 @@ class StagedObjects:
 
     def __init__(self, folder: BucketFolder, shared_name: str = "") -> None:
         """`shared_name` is one for all sets of files that have a name in common, by default that of the last file."""
+        super().__init__(shared_name)
         self.folder = folder
-        self._shared_name = shared_name
         self._staged: list[tuple[str, bytes]] = []
-        self._outdated: list[str] = []
-        self._obsolete: list[str] = []
         self._former: dict[str, bytes | None] = {}
         """The former bytes of the names that were changed; None for each that had no object."""
         self._unsure: dict[str, bytes] = {}
@@ -55,21 +54,6 @@ class StagedObjects:
     def add(self, final: str, data: bytes) -> None:
         """Keep the bytes of a file whose name will be `final`."""
         self._staged.append((final, data))
-
-    def add_or_remove(self, final: str, data: bytes | None) -> None:
-        """Keep the bytes of a file. Without data, let `publish` remove such a file of an earlier run."""
-        if data is not None:
-            self.add(final, data)
-        else:
-            self._obsolete.append(final)
-
-    def remove_first(self, name: str) -> None:
-        """Let `publish` remove an object before it replaces or removes any that the object describes."""
-        self._outdated.append(name)
-
-    def keep(self, name: str) -> None:
-        """Let `publish` leave an object that it would have removed."""
-        self._obsolete = [other for other in self._obsolete if other != name]
 
     def publish(self, instead: Callable[[], R | None] = lambda: None, *, adding: bool = False) -> R | None:
         """Give all files their names, while no other process does so; former files of these names are replaced.

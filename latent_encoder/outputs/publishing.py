@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -21,13 +21,14 @@ from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.metadata import latent_facts, metadata_of
 from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.outputs.objects import StagedObjects
-from latent_encoder.outputs.owners import owners_in, refuse_files_of_another
+from latent_encoder.outputs.owners import owners_of, refuse_files_of_another
 from latent_encoder.outputs.places import Folder, open_place, staged_in
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
 from latent_encoder.outputs.publications import Publications
 from latent_encoder.outputs.run_requests import source_id_of
-from latent_encoder.outputs.stored_responses import StoredFiles, metadata_of_other_formats, stored_in, success_response
+from latent_encoder.outputs.staging import Staging
+from latent_encoder.outputs.stored_responses import StoredFiles, parsed, stored_in, success_response
 from latent_encoder.outputs.wanted import Wanted
 from latent_encoder.storage.locations import ObjectPath
 from latent_encoder.telemetry.steps import timed
@@ -114,25 +115,31 @@ class Publishing:
         staged: StagedFiles | StagedObjects,
         files: OutputFiles,
         metadata: Metadata,
-        instead: Callable[[], StoredFiles | None],
+        instead: Callable[[Mapping[str, bytes]], StoredFiles | None],
         *,
         adding: bool = False,
     ) -> StoredFiles | None:
-        """Add the metadata as the last file, and publish all of them unless `instead` has files that must stay."""
+        """Add the metadata as the last file, and publish all of them unless `instead` has files that must stay.
+
+        It gets the contents of the metadata files that are there, of all formats, when nobody else publishes.
+        """
         described = metadata.model_dump_json(indent=2).encode() + b"\n"
         staged.add(files.metadata.name, described)
 
         def decided() -> StoredFiles | None:
-            stored = instead()
+            there = staged.folder.contents(files.metadata_of_all_formats)
+            stored = instead(there)
             if stored is None:
-                _respect_other_formats(staged, files, metadata)
+                _respect_other_formats(staged, files, metadata, there)
             return stored
 
         with self._own.publishing(files.metadata, checksum(described)):
             return staged.publish(decided, adding=adding)
 
-    def _stored_meanwhile(self, folder: Folder, prepared: Prepared) -> StoredFiles | None:
-        """Return the files that this request's names have and that must stay; None if there are none. Nobody publishes now.
+    def _stored_meanwhile(self, folder: Folder, prepared: Prepared, there: Mapping[str, bytes]) -> StoredFiles | None:
+        """Return the files that this request's names have and that must stay; None if there are none.
+
+        `there` are the contents of their metadata files.
 
         Files that were there before the preparation are replaced, as those of this process are. Files that another process
         published since may be those of a response that was sent: for example, this process was stopped, and its partition has
@@ -143,9 +150,8 @@ class Publishing:
             OutputDirNotWritable: they must stay, but are of another input.
         """
         request, files = prepared.request, prepared.files
-        owners = owners_in(folder, files)
-        refuse_files_of_another(files, owners, request.request_id, source_id_of(request), prepared.image_sha256)
-        stored = stored_in(folder, files)
+        refuse_files_of_another(files, owners_of(there), request.request_id, source_id_of(request), prepared.image_sha256)
+        stored = stored_in(folder, files, there.get(files.metadata.name))
         if stored is None or not stored.complete:
             return None
         if stored.are_of_record(prepared.origin):
@@ -182,25 +188,27 @@ class Publishing:
                 return success_response(request, files, newer.metadata, newer.whole)
         return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
 
-    def _still_stored(self, folder: Folder, undrawn: Undrawn) -> StoredFiles:
-        """Return the stored files as they are now.
+    def _still_stored(self, folder: Folder, undrawn: Undrawn, metadata: bytes | None = None) -> StoredFiles:
+        """Return the stored files as they are now. `metadata` are the bytes of their file, if they were just read.
 
         Raises:
             OutputDirNotWritable: they are no longer those of the latent of which the images were made.
         """
         files = undrawn.stored.files
-        stored = stored_in(folder, files)
+        stored = stored_in(folder, files, metadata)
         if stored is None or not stored.complete or stored.metadata.latent_sha256 != undrawn.stored.metadata.latent_sha256:
             raise _others_were_written(undrawn.request, files)
         return stored
 
-    def _added_meanwhile(self, folder: Folder, undrawn: Undrawn, described: StoredFiles) -> StoredFiles | None:
+    def _added_meanwhile(
+        self, folder: Folder, undrawn: Undrawn, described: StoredFiles, there: Mapping[str, bytes]
+    ) -> StoredFiles | None:
         """Return the files to which another process added the same images; None if they are still the `described` ones.
 
         Raises:
             OutputDirNotWritable: they are others.
         """
-        stored = self._still_stored(folder, undrawn)
+        stored = self._still_stored(folder, undrawn, there.get(described.files.metadata.name))
         if stored.metadata_sha256 == described.metadata_sha256:
             return None
         if self._wanted.files(stored.files) <= stored.whole:
@@ -208,13 +216,17 @@ class Publishing:
         raise _others_were_written(undrawn.request, stored.files)
 
 
-def _respect_other_formats(staged: StagedFiles | StagedObjects, files: OutputFiles, metadata: Metadata) -> None:
+def _respect_other_formats(staged: Staging, files: OutputFiles, metadata: Metadata, there: Mapping[str, bytes]) -> None:
     """Keep the metadata of the request's latents in other formats true, although these share the images that are published.
 
-    Metadata that describe other images are removed first. If they describe the same ones, those that they name stay.
+    Metadata that describe other images are removed first. If they describe the same ones, those that they name stay. `there`
+    are the contents of the metadata files.
     """
     published = metadata.sha256_by_file
-    for name, other in metadata_of_other_formats(staged.folder, files).items():
+    for name, data in there.items():
+        other = parsed(data)
+        if other is None or name == files.metadata.name:
+            continue
         images = {kind: sha256 for kind, sha256 in other.sha256_by_file.items() if kind != "latent"}
         if any(published.get(kind, sha256) != sha256 for kind, sha256 in images.items()):
             staged.remove_first(name)

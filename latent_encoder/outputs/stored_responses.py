@@ -108,9 +108,8 @@ def stored_in(folder: Folder, files: OutputFiles, metadata: bytes | None = None)
         metadata = None
         if data is None:
             return None
-        try:
-            described = Metadata.model_validate_json(data)
-        except ValidationError:
+        described = parsed(data)
+        if described is None:
             return None
         stated = {getattr(files, name).name: sha256 for name, sha256 in described.sha256_by_file.items()}
         whole = frozenset(files.folder / name for name in folder.whole(stated))
@@ -119,14 +118,12 @@ def stored_in(folder: Folder, files: OutputFiles, metadata: bytes | None = None)
     return None
 
 
-def metadata_of_other_formats(folder: Folder, files: OutputFiles) -> dict[str, Metadata]:
-    """Return the metadata of the request's latents in other formats that can be read, by the names of their files."""
-    names = [name for name in files.metadata_of_all_formats if name != files.metadata.name]
-    found: dict[str, Metadata] = {}
-    for name, data in folder.contents(names).items():
-        with suppress(ValidationError):
-            found[name] = Metadata.model_validate_json(data)
-    return found
+def parsed(metadata: bytes) -> Metadata | None:
+    """Return the metadata in a file; None if they cannot be read or are of another version."""
+    try:
+        return Metadata.model_validate_json(metadata)
+    except ValidationError:
+        return None
 
 
 def success_response(
