@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
@@ -45,18 +45,19 @@ class Topic:
     consumer: Consumer
     partitions: int
     records: list[Incoming] = field(default_factory=list)
+    _next: dict[int, int] = field(default_factory=dict)
+    """The offset behind the last record that was read of each partition."""
+    _at_end: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.consumer.assign([TopicPartition(self.name, n, 0) for n in range(self.partitions)])
+        self._assign()
 
     def read(self, enough: Callable[[list[Incoming]], bool], patience: float = PATIENCE_S) -> list[Incoming]:
         """Return all records so far, as soon as they are enough."""
         deadline = time.monotonic() + patience
         while not enough(self.records):
             assert time.monotonic() < deadline, f"{self.name} has only {len(self.records)} records after {patience} s"
-            message = self.consumer.poll(0.2)
-            if message is not None and message.error() is None:
-                self.records.append(Incoming.of(message))
+            self._poll()
         return self.records
 
     def take(self, count: int, patience: float = PATIENCE_S) -> list[Incoming]:
@@ -64,9 +65,26 @@ class Topic:
         return self.read(lambda records: len(records) >= count, patience)[:count]
 
     def all_within(self, seconds: float) -> list[Incoming]:
-        """Return all records that are there after `seconds`."""
-        deadline = time.monotonic() + seconds
-        return self.read(lambda _: time.monotonic() > deadline, seconds + 1)
+        """Return all records that the topic has after `seconds`, however long it takes to read them."""
+        time.sleep(seconds)
+        self._assign()
+        return self.read(lambda _: len(self._at_end) == self.partitions)
+
+    def _assign(self) -> None:
+        """Go on behind the records that were read; the leader of each partition tells once more when its end is reached."""
+        self._at_end.clear()
+        self.consumer.assign([TopicPartition(self.name, n, self._next.get(n, 0)) for n in range(self.partitions)])
+
+    def _poll(self) -> None:
+        message = self.consumer.poll(0.2)
+        if message is None:
+            return
+        partition, error = message.partition() or 0, message.error()
+        if error is None:
+            self.records.append(Incoming.of(message))
+            self._next[partition] = (message.offset() or 0) + 1
+        elif error.code() == KafkaError._PARTITION_EOF:
+            self._at_end.add(partition)
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,7 @@ class Bench:
             "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
             "isolation.level": "read_committed",
+            "enable.partition.eof": True,
         }
         consumer = Consumer(properties)
         self._closing.append(consumer.close)

@@ -64,6 +64,13 @@ class ApacheKafkaCluster(Broker):
         """Kill a broker; its data stays as it is."""
         self._processes.pop(node).kill()
 
+    def stored_bytes(self, node: int, topic: str) -> int:
+        """Return how much of a topic's records a broker has stored.
+
+        Readers cannot tell: they see only what as many brokers have as `min.insync.replicas` says.
+        """
+        return sum(file.stat().st_size for file in self._data(node).glob(f"{topic}-*/*.log"))
+
     def close(self) -> None:
         """Kill all brokers and delete their data."""
         for node in list(self._processes):
@@ -81,6 +88,9 @@ class ApacheKafkaCluster(Broker):
     def _properties(self, node: int) -> Path:
         return self._folder / f"{node}.properties"
 
+    def _data(self, node: int) -> Path:
+        return self._folder / f"data-{node}"
+
     def _java(self, main_class: str, *arguments: str) -> list[str]:
         return [*JAVA, "-Xmx256m", "-cp", self._class_path, main_class, *arguments]
 
@@ -89,7 +99,7 @@ class ApacheKafkaCluster(Broker):
         controller = f"{CONTROLLER}@127.0.0.1:{self._ports[CONTROLLER][1]}"
         running = []
         for node, ports in self._ports.items():
-            properties = cluster_node(node, ports, controller) | {"log.dirs": str(self._folder / f"data-{node}")}
+            properties = cluster_node(node, ports, controller) | {"log.dirs": str(self._data(node))}
             self._properties(node).write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
             command = self._java("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(self._properties(node)))
             running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
