@@ -20,6 +20,10 @@ EXIT_INTERRUPTED = SIGNAL_BASE + signal.SIGINT
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+LOOK_FOR_SIGNALS_S = 0.2
+"""Seconds after which the main thread looks up from a wait. The system may hand a signal to another thread; Python then only
+notes it for the main thread, which runs the handlers, and nothing ends a wait that has no time-out."""
+
 Cleanup = Callable[[], None]
 
 _cleanups: list[Cleanup] = []

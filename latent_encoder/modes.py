@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from latent_encoder.exits import (
     EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
     EXIT_WRONG_USAGE,
+    LOOK_FOR_SIGNALS_S,
     SIGNAL_BASE,
     end_at_once,
     end_by_signal,
@@ -181,7 +182,10 @@ def _served(settings: Settings) -> bool:
     with http_server(settings, handler.health), stdout_on_stderr(), tracing.exported():
         # In a thread that ends, and OpenMP's threads with it: see stages.py.
         with handler.health.busy("start"), ThreadPoolExecutor(max_workers=1) as thread:
-            encoder = thread.submit(ready_encoder, settings).result()
+            starting = thread.submit(ready_encoder, settings)
+            while not wait((starting,), LOOK_FOR_SIGNALS_S).done:
+                pass
+            encoder = starting.result()
         log_start(settings, encoder)
         return handler.run(encoder)
 

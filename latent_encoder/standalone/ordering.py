@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Final, Literal, Protocol
 
+from latent_encoder.exits import LOOK_FOR_SIGNALS_S
 from latent_encoder.standalone.inputs import Input, RefusedInput
 from models import EncodeRequest, Response
 
@@ -29,6 +31,8 @@ Report = Callable[[int, Outcome], None]
 
 STOP: Final = "stop"
 END: Final = "end"
+
+Event = tuple[int, Outcome] | BaseException | Literal["stop", "end"]
 
 
 class Engine(Protocol):
@@ -73,7 +77,7 @@ class Batch:
         """Numbers of the requests with URLs that the engine holds."""
         self._started = threading.Event()
         self._stopping = threading.Event()
-        self._events: SimpleQueue[tuple[int, Outcome] | BaseException | Literal["stop", "end"]] = SimpleQueue()
+        self._events: SimpleQueue[Event] = SimpleQueue()
 
     def outcomes(self) -> Iterator[Outcome]:
         """Yield the outcome of each input, in the order of the input. After `stop`, those of the encodes that had begun.
@@ -97,13 +101,18 @@ class Batch:
         self._events.put(STOP)
 
     def _reported(self) -> Iterator[tuple[int, Outcome]]:
-        while (event := self._events.get()) != END:
+        while (event := self._next_event()) != END:
             if event == STOP:
                 self._stop()
             elif isinstance(event, BaseException):
                 raise event
             else:
                 yield event
+
+    def _next_event(self) -> Event:
+        while True:
+            with suppress(Empty):
+                return self._events.get(timeout=LOOK_FOR_SIGNALS_S)
 
     def _stop(self) -> None:
         if self._stopping.is_set():
