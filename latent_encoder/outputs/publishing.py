@@ -21,7 +21,7 @@ from latent_encoder.outputs.latent_files import latent_bytes
 from latent_encoder.outputs.metadata import latent_facts, metadata_of
 from latent_encoder.outputs.names import OutputFiles
 from latent_encoder.outputs.objects import StagedObjects
-from latent_encoder.outputs.owners import owners_of, refuse_files_of_another
+from latent_encoder.outputs.owners import metadata_in, owners_of, refuse_files_of_another
 from latent_encoder.outputs.places import Folder, open_place, staged_in
 from latent_encoder.outputs.png import png_bytes
 from latent_encoder.outputs.preview import preview_png
@@ -177,7 +177,8 @@ class Publishing:
             open_place(files.folder, self._allowed) as folder,
             staged_in(folder, files.shared_name) as staged,
         ):
-            stored = self._still_stored(folder, drawn.undrawn)  # another process may have added the other image
+            there = metadata_in(folder, files.metadata.name)
+            stored = self._still_stored(folder, drawn.undrawn, there)  # another process may have added the other image
             for path, data in images.items():
                 if data is not None:
                     staged.add(path.name, data)
@@ -188,8 +189,8 @@ class Publishing:
                 return success_response(request, files, newer.metadata, newer.whole)
         return success_response(request, files, metadata, stored.whole | {path for path, data in images.items() if data})
 
-    def _still_stored(self, folder: Folder, undrawn: Undrawn, metadata: bytes | None = None) -> StoredFiles:
-        """Return the stored files as they are now. `metadata` are the bytes of their file, if they were just read.
+    def _still_stored(self, folder: Folder, undrawn: Undrawn, metadata: bytes | None) -> StoredFiles:
+        """Return the stored files as they are now. `metadata` are the bytes of their file; None if there is none.
 
         Raises:
             OutputDirNotWritable: they are no longer those of the latent of which the images were made.

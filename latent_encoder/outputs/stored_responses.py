@@ -71,7 +71,7 @@ class Found:
         try:
             with existing_place(self.files.folder, self._allowed) as folder:
                 data = self._metadata[name] = metadata_in(folder, name)
-                return stored_in(folder, self.files, data) if data is not None else None
+                return stored_in(folder, self.files, data)
         except OSError:
             return None
 
@@ -97,24 +97,22 @@ class Found:
         return {name: data for name in names if (data := self._metadata[name]) is not None}
 
 
-def stored_in(folder: Folder, files: OutputFiles, metadata: bytes | None = None) -> StoredFiles | None:
+def stored_in(folder: Folder, files: OutputFiles, metadata: bytes | None) -> StoredFiles | None:
     """Return the stored files of these names in an open folder, or None if their metadata cannot be read.
 
     Another process may replace them meanwhile. It takes the metadata away first, so metadata that are still the same at the
-    end belong to the files that were read. `metadata` are the bytes of their file, if they were just read.
+    end belong to the files that were read. `metadata` are the bytes of their file, just read; None if there is none.
     """
     for _ in range(READS):
-        data = metadata if metadata is not None else metadata_in(folder, files.metadata.name)
-        metadata = None
-        if data is None:
-            return None
-        described = parsed(data)
-        if described is None:
+        described = parsed(metadata) if metadata is not None else None
+        if metadata is None or described is None:
             return None
         stated = {getattr(files, name).name: sha256 for name, sha256 in described.sha256_by_file.items()}
         whole = frozenset(files.folder / name for name in folder.whole(stated))
-        if metadata_in(folder, files.metadata.name) == data:
-            return StoredFiles(files, described, checksum(data), whole)
+        now = metadata_in(folder, files.metadata.name)
+        if now == metadata:
+            return StoredFiles(files, described, checksum(metadata), whole)
+        metadata = now
     return None
 
 

@@ -251,14 +251,17 @@ def test_lengths_that_lie(keeping: WebServer, headers: bytes) -> None:
 def test_redirects_share_one_time_out(keeping: WebServer) -> None:
     """Slow redirects take no longer together than one call may."""
     release = threading.Event()
+    followed: list[str] = []
 
     def page(handler: BaseHTTPRequestHandler) -> None:
+        followed.append(handler.path)
         release.wait(0.4)
         redirect("/a.png")(handler)
 
     keeping.pages["/a.png"] = page
-    with pytest.raises(ImageUnreachable, match="within STORAGE_TIMEOUT_S=1"):  # otherwise: too many redirects
+    with pytest.raises(ImageUnreachable, match="within STORAGE_TIMEOUT_S=1"):
         get(keeping.url("/a.png"), timeout_s=1)
+    assert len(followed) <= 3, "a fourth call would begin after 1.2 s"
 
 
 @pytest.mark.parametrize(
