@@ -21,8 +21,8 @@ EXIT_INTERRUPTED = SIGNAL_BASE + signal.SIGINT
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 LOOK_FOR_SIGNALS_S = 0.2
-"""Seconds after which the main thread looks up from a wait. The system may hand a signal to another thread; Python then only
-notes it for the main thread, which runs the handlers, and nothing ends a wait that has no time-out."""
+"""Seconds after which the main thread looks up from a wait, and runs the handlers of signals. The system may hand a signal to
+another thread; Python then only notes it for the main thread, and nothing ends a wait that has no time-out."""
 
 Cleanup = Callable[[], None]
 
@@ -53,6 +53,12 @@ def end_at_once(status: int) -> NoReturn:
 def end_by_signal(number: int) -> NoReturn:
     """End the process at once, with the status of a process that this signal ended."""
     end_at_once(SIGNAL_BASE + number)
+
+
+def wait_heeding_signals(arrived: Callable[[float], object]) -> None:
+    """Wait until `arrived`, which gets a time-out in seconds, returns something true. For the main thread."""
+    while not arrived(LOOK_FOR_SIGNALS_S):
+        pass
 
 
 def stop_on_signals(first: Callable[[int], None], second: Callable[[int], None]) -> Callable[[], None]:

@@ -28,11 +28,11 @@ from latent_encoder.exits import (
     EXIT_INTERRUPTED,
     EXIT_SERVICE_FAILED,
     EXIT_WRONG_USAGE,
-    LOOK_FOR_SIGNALS_S,
     SIGNAL_BASE,
     end_at_once,
     end_by_signal,
     stop_on_signals,
+    wait_heeding_signals,
 )
 from latent_encoder.importing import explained_imports, require_packages
 from latent_encoder.masking import masked
@@ -183,8 +183,7 @@ def _served(settings: Settings) -> bool:
         # In a thread that ends, and OpenMP's threads with it: see stages.py.
         with handler.health.busy("start"), ThreadPoolExecutor(max_workers=1) as thread:
             starting = thread.submit(ready_encoder, settings)
-            while not wait((starting,), LOOK_FOR_SIGNALS_S).done:
-                pass
+            wait_heeding_signals(lambda seconds: wait((starting,), seconds).done)
             encoder = starting.result()
         log_start(settings, encoder)
         return handler.run(encoder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -54,6 +56,13 @@ def clean_environment() -> dict[str, str]:
     """
     variables = {"PYTHONUNBUFFERED", *(name.upper() for name in VARIABLES)}
     return {name: value for name, value in os.environ.items() if name not in variables} | PROCESS_SETTINGS
+
+
+def interrupt(process: subprocess.Popen[str], *, main_thread: bool) -> None:
+    """Send SIGINT to the main thread of a process or to its youngest thread. The system may choose any of them."""
+    threads = sorted(int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir())
+    chosen = process.pid if main_thread else threads[-1]
+    assert ctypes.CDLL(None).tgkill(process.pid, chosen, signal.SIGINT) == 0
 
 
 def request_for(settings: Settings, folder: Path, image: str | Path, fields: Mapping[str, Any]) -> EncodeRequest:

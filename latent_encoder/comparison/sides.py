@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from config import Settings
 from errors import EncodingFailed, RequestError, SetupError
+from latent_encoder.exits import wait_heeding_signals
 from latent_encoder.process_memory import peak_bytes
 from latent_encoder.telemetry.logs import LogStyle, configure_logging
 from models import EncodeRequest
@@ -82,6 +83,7 @@ def measured(side: Side, request: EncodeRequest, log_style: LogStyle) -> Result:
     process.start()
     theirs.close()  # otherwise this process would keep the pipe open, and the other's death would not be noticed
     try:
+        wait_heeding_signals(ours.poll)
         answer = ours.recv()
     except (EOFError, ConnectionError):
         process.join()

@@ -18,7 +18,7 @@ import torch
 from config import Settings
 from errors import EncodingFailed, SetupError
 from latent_encoder.cpus import WAITING, prepare_threads
-from latent_encoder.exits import LOOK_FOR_SIGNALS_S, end_by_signal
+from latent_encoder.exits import end_by_signal, wait_heeding_signals
 from latent_encoder.standalone.engines import InProcess, capacity
 from latent_encoder.standalone.ordering import Outcome, Report
 from latent_encoder.storage.locations import shown
@@ -206,8 +206,7 @@ def work(connection: Connection, share: Share) -> None:
 
 
 def _received(connection: Connection) -> tuple[int, EncodeRequest] | None:
-    while not connection.poll(LOOK_FOR_SIGNALS_S):
-        pass
+    wait_heeding_signals(connection.poll)
     message: tuple[int, EncodeRequest] | None = connection.recv()
     return message
 

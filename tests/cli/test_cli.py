@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from config import VERSION
-from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, RunMain, clean_environment, load_latent
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, VAE, RunMain, clean_environment, interrupt, load_latent
 
 TINY = ("--vae_model_name", VAE, "--megapixels", "0.02")
 
@@ -170,9 +169,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path, taken_by: str) -> None:
         ready, deadline = tmp_path / "output", time.monotonic() + PATIENCE_S  # created when all is ready for the encode
         while not ready.is_dir() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)  # 16 megapixels take a CPU a hundred times as long
-        threads = sorted(int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir())
-        thread = threads[0] if taken_by == "main thread" else threads[-1]
-        assert ctypes.CDLL(None).tgkill(process.pid, thread, signal.SIGINT) == 0
+        interrupt(process, main_thread=taken_by == "main thread")
         output, errors = process.communicate()
     assert (process.returncode, output) == (130, "")
     assert errors.splitlines()[-1] == "Error: Interrupted."

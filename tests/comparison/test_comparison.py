@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from config import Settings
 from latent_encoder.comparison.report import Comparison, as_json, as_text
 from latent_encoder.comparison.sides import Facts, Result, Side
 from models import EncodeRequest
-from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, RunMain
+from tests.helpers import IMAGES, PATIENCE_S, PROJECT, TINY_VAE, RunMain, clean_environment, interrupt
 from tests.terminals import PLAIN
 
 OLDER_TREE = PROJECT / "tests" / ".comfyui-0.3.52"
@@ -46,6 +47,20 @@ def result(name: str, latent: np.ndarray | None, error: str | None = None, **cha
 
 def comparison(*results: Result) -> Comparison:
     return Comparison(EncodeRequest(image_path="a\x1b[31m.png"), results)
+
+
+def test_interrupt_that_another_thread_takes() -> None:
+    """Ctrl-C during an encode ends the comparison with status 130, whichever thread the system hands the signal to."""
+    command = [sys.executable, str(PROJECT / "main.py"), *COMPARE[:-1], "16", "--log-format", "json", str(PHOTO)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=clean_environment()) as process:
+        assert process.stderr is not None
+        while "WanVAE" not in (line := process.stderr.readline()):  # ComfyUI's message, from the process that encodes
+            assert line, "it ended before"
+        interrupt(process, main_thread=False)
+        output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "Error: Interrupted."
 
 
 def test_json_in_a_pipe(run_main: RunMain) -> None:
